@@ -1,0 +1,131 @@
+"""Layers around the mixer: time embedding, position interpolation, RMSNorm, modulation, skip projection, and FreeU's two filters."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def sinusoidal_embedding(t, dim):
+    """Sinusoidal features of time, cosines first, frequencies 10000^(-i / (dim/2)) (Vaswani et al. 2017).
+
+    Args:
+        t: (B,) network time, any real dtype; may be fractional.
+        dim: width of the embedding, even.
+
+    Returns:
+        (B, dim) float32, whatever the autocast state.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half)
+    angle = t.float()[:, None] * exponent.exp()[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def interpolate_positions(pos_embed, native, grid, extra=2):
+    """Resize a learned position table to another grid: bilinear, corners not aligned, no antialiasing.
+
+    Args:
+        pos_embed: (1, extra + h*w, dim); the first `extra` rows belong to tokens that are not on the grid and stay as they are.
+        native, grid: (h, w) of the table and of the result.
+
+    Returns:
+        (1, extra + grid[0]*grid[1], dim); `pos_embed` itself where the grids are equal.
+    """
+    if tuple(native) == tuple(grid):
+        return pos_embed
+    front, table = pos_embed[:, :extra], pos_embed[:, extra:]
+    image = table.transpose(1, 2).unflatten(2, tuple(native)).float()
+    resized = F.interpolate(image, size=tuple(grid), mode="bilinear", align_corners=False)
+    return torch.cat([front, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang & Sennrich 2019); eps 1e-5 as Mamba has it."""
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class TimeMLP(nn.Sequential):
+    """Linear, SiLU, Linear on a time embedding (B, in_dim) -> (B, out_dim)."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim):
+        super().__init__(nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))
+
+
+class SharedModulation(nn.Module):
+    """adaLN-single (PixArt-alpha, arXiv 2310.00426, section 2.3): one shift, scale and gate from time and label for all blocks."""
+
+    FREQUENCIES = 256
+
+    def __init__(self, dim, num_classes):
+        super().__init__()
+        self.dim = dim
+        self.time_mlp = TimeMLP(self.FREQUENCIES, dim, dim)
+        self.label_embed = nn.Embedding(num_classes + 1, dim)
+        self.linear = nn.Linear(dim, 3 * dim)
+
+    def forward(self, t, y):
+        """t (B,), y (B,) int64 -> (B, 3, dim): shift, scale, gate."""
+        frequencies = sinusoidal_embedding(t, self.FREQUENCIES)
+        emb = self.time_mlp(frequencies.to(self.linear.weight.dtype)) + self.label_embed(y)
+        return self.linear(F.silu(emb)).unflatten(-1, (3, self.dim))
+
+
+class SkipProjection(nn.Module):
+    """Merges a long skip into the stream: Linear(2 dim, dim) of their concatenation, computed without concatenating.
+
+    Up to dim 512 the official network has one Linear, above it two with a bias each; `fused` keeps that difference in the parameters.
+    """
+
+    FUSED_UP_TO = 512
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fused = dim <= self.FUSED_UP_TO
+        if self.fused:
+            self.linear = nn.Linear(2 * dim, dim)
+        else:
+            self.stream, self.skip = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, skip):
+        """x, skip (B, L, dim) -> (B, L, dim)."""
+        if self.fused:
+            of_x, of_skip = self.linear.weight.chunk(2, dim=1)
+            return F.linear(x, of_x, self.linear.bias) + F.linear(skip, of_skip)
+        return self.stream(x) + self.skip(skip)
+
+
+def drop_path(branch, keep_probability, draw):
+    """Stochastic depth (Huang et al. 2016): drops a sample's branch where `draw` (B,) uniform in [0, 1) reaches `keep_probability`."""
+    keep = (draw < keep_probability).to(branch.dtype) / keep_probability
+    return branch * keep.view(-1, *[1] * (branch.dim() - 1))
+
+
+def freeu_skip(skip, scale):
+    """FreeU's filter of a skip (arXiv 2309.11497, eq. 3-4) over the token axis, (B, L, dim) -> the same, in float32.
+
+    Scales two bins of the shifted spectrum, frequencies -1 and 0. The paper's mask is symmetric; the official DiM code's is not and drops
+    the imaginary part that this leaves, and so do we (golden item 10).
+    """
+    length = skip.shape[1]
+    spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
+    mask = torch.ones(length, device=skip.device)
+    mask[max(length // 2 - 1, 0) : length // 2 + 1] = scale
+    filtered = torch.fft.ifft(torch.fft.ifftshift(spectrum * mask[:, None], dim=1), dim=1).real
+    return filtered.to(skip.dtype)
+
+
+def freeu_backbone(x, scale):
+    """FreeU's backbone factor (arXiv 2309.11497, eq. 1-2): (B, L, dim) grows with the mean feature map; all channels here, not half."""
+    mean = x.mean(dim=-1, keepdim=True)
+    low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
+    return x * (1 + (scale - 1) * (mean - low) / (high - low))

@@ -1,0 +1,205 @@
+"""The backbone, U-ViT, scan orders, positions and checkpoint loading against the numbers of the official code."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden_cases import assert_close, det_weights, params
+
+from libs import layers, scan_order
+from libs.official import is_official, load_weights, model_from_official, resize_state, to_official, uvit_from_official
+
+# Tolerances of the golden README, relative to the largest value: room for another summation order, well below known mistakes.
+OUTPUT, GRADIENT, UVIT, SUMMARY = 3e-5, 2e-4, 1e-5, 1e-3
+
+
+def official_state(case, key="state_dict"):
+    state = det_weights().det_state(case[key], case["weight_seed"])
+    return {name: torch.from_numpy(array) for name, array in state.items()}
+
+
+def run_call(model, call, arrays):
+    label = None if call["y"] is None else torch.from_numpy(arrays[call["y"]])
+    x = torch.from_numpy(arrays[call["x"]]).requires_grad_()
+    return x, model(x, torch.from_numpy(arrays[call["t"]]), label)
+
+
+@pytest.mark.parametrize("case, arrays", params("dim_backbone"))
+def test_outputs(case, arrays):
+    model = model_from_official(case["nnet_kwargs"], official_state(case)).eval()
+    for call in case["calls"]:
+        with torch.no_grad():
+            _, out = run_call(model, call, arrays)
+        assert_close(out, arrays[call["out"]], OUTPUT, call["out"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case, arrays", params("dim_backbone"))
+def test_gradients(case, arrays, checkpointing):
+    if "gradients" not in case:
+        pytest.skip("this case has no gradients")
+    model = model_from_official(case["nnet_kwargs"], official_state(case))
+    model.activation_checkpointing = checkpointing  # train mode without stochastic depth computes the same as eval mode
+    grads = case["gradients"]
+    x, out = run_call(model, case["calls"][grads["call"]], arrays)
+    g = torch.from_numpy(det_weights().det_input("g", tuple(out.shape), case["weight_seed"]))
+    loss = (out * g).sum()
+    assert loss.item() == pytest.approx(grads["loss_value"], rel=GRADIENT, abs=GRADIENT * out.detach().norm().item())
+    loss.backward()
+    for parameter in model.parameters():
+        parameter.data = parameter.grad  # so that the gradients get the official names and shapes
+    found = dict(to_official(model), x=x.grad)
+    for name in grads["of"]:
+        summary, grad = grads["summary"][name], found[name].double()
+        assert list(grad.shape) == summary["shape"], name
+        assert grad.norm().item() == pytest.approx(summary["l2"], rel=SUMMARY), name
+        assert grad.abs().max().item() == pytest.approx(summary["max_abs"], rel=SUMMARY), name
+        assert grad.sum().item() == pytest.approx(summary["sum"], abs=SUMMARY * summary["l2"] * grad.numel() ** 0.5), name
+        stored = torch.from_numpy(arrays["grad/" + name])
+        if grad.shape == stored.shape:
+            assert_close(grad, stored, GRADIENT, "gradient of " + name)
+        else:  # a slice, from the start of every axis
+            assert_close(grad[tuple(slice(n) for n in stored.shape)], stored, GRADIENT, "gradient of " + name)
+
+
+@pytest.mark.parametrize("case, arrays", params("dim_backbone"))
+def test_intermediates(case, arrays):
+    if "intermediates" not in case:
+        pytest.skip("this case has no intermediates")
+    model = model_from_official(case["nnet_kwargs"], official_state(case)).eval()
+    seen = {}
+
+    def record(name, module):
+        module.register_forward_hook(lambda _, inputs, output: seen.update({name + "/in": inputs, name + "/out": output}))
+
+    for name in ("patch_embed", "modulation", "first_smoother", "norm_out", "head_modulation"):
+        record(name, getattr(model, name))
+    record("modulation_linear", model.modulation.linear)
+    for k, block in enumerate(model.blocks):
+        record(f"block{k}", block)
+        if block.skip is not None:
+            record(f"skip{k}", block.skip)
+    call = case["calls"][case["intermediates"]["call"]]
+    with torch.no_grad():
+        x, _ = run_call(model, call, arrays)
+    grid = model.grid_of(x)
+
+    def tokens(image):
+        return image.flatten(2).transpose(1, 2)
+
+    def expect(actual, name):
+        assert_close(actual, arrays["inter/" + name], OUTPUT, name)
+
+    expect(tokens(seen["patch_embed/out"]), "patch_embed")
+    expect(seen["modulation/out"].flatten(1), "adaln_modulation")
+    assert_close(
+        seen["modulation_linear/in"][0], F.silu(torch.from_numpy(arrays["inter/adaln_embedding"])), OUTPUT, "adaln_embedding"
+    )
+    before = torch.from_numpy(arrays["inter/tokens_before_prepare"])
+    assert_close(tokens(seen["first_smoother/in"][0]), before[:, 2:], OUTPUT, "image tokens before padding")
+    assert_close(seen["block0/in"][0][:, :2], before[:, :2], OUTPUT, "extra tokens before padding")
+    expect(seen["block0/in"][0], "tokens_after_prepare")
+    front = 2 + model.pad
+    for k in case["intermediates"]["blocks"]:
+        order = scan_order.sequence_order(model.patterns[k], *grid, model.pad, front, torch.device("cpu"))
+        along = slice(None) if order is None else order
+        residual = torch.from_numpy(arrays[f"inter/block{k}_residual"])
+        stream = torch.from_numpy(arrays[f"inter/block{k}_branch"]) + residual
+        assert_close(seen[f"block{k}/out"][:, along], stream, OUTPUT, f"stream after block {k}")
+        if f"skip{k}/out" in seen:
+            assert_close(seen[f"skip{k}/out"][:, along], residual, OUTPUT, f"skip projection of block {k}")
+    expect(seen["norm_out/in"][0], "tokens_after_finalize")
+    expect(seen["head_modulation/out"], "final_shift_scale")
+    expect(seen["norm_out/out"], "norm_out")
+
+
+@pytest.mark.parametrize("case, arrays", params("dim_backbone"))
+def test_round_trip(case, arrays):
+    """Official -> ours -> official gives every tensor back, in the official order."""
+    state = official_state(case)
+    back = to_official(model_from_official(case["nnet_kwargs"], state))
+    assert [[name, list(tensor.shape)] for name, tensor in back.items()] == case["state_dict"]
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("case, arrays", params("state_dict_shapes"))
+def test_full_size_names_and_shapes(case, arrays):
+    """The published models at full size, on the meta device: names, shapes, order, parameter count."""
+    if "nnet_kwargs" not in case:
+        pytest.skip("not a backbone")
+    build = uvit_from_official if case["nnet_kwargs"].get("name") == "uvit" else model_from_official
+    with torch.device("meta"):
+        model = build(case["nnet_kwargs"])
+    assert [[name, list(tensor.shape)] for name, tensor in to_official(model).items()] == case["state_dict"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == case["n_params"]
+
+
+@pytest.mark.parametrize("case, arrays", params("uvit"))
+def test_uvit(case, arrays):
+    state = official_state(case)
+    model = uvit_from_official(case["kwargs"], state).eval()
+    assert [[name, list(tensor.shape)] for name, tensor in to_official(model).items()] == case["state_dict"]
+    for call in case["calls"]:
+        with torch.no_grad():
+            _, out = run_call(model, call, arrays)
+        assert_close(out, arrays[call["out"]], UVIT, call["out"])
+
+
+@pytest.mark.parametrize("case, arrays", params("scan_patterns"))
+def test_scan_patterns(case, arrays):
+    depth, directions = case["num_layers"], case["scan_pattern_len"]
+    patterns = scan_order.block_patterns(depth, directions)
+    assert [list(pair) for pair in zip((0, *patterns), patterns)] == case["scan_pattern_chain"]
+    pad, height, width = case["pad_token_len"], case["H"], case["W"]
+    orders = np.stack([scan_order.grid_order(p, height + pad, width + pad).numpy() for p in patterns])
+    np.testing.assert_array_equal(orders, arrays["absolute_patterns"])
+    np.testing.assert_array_equal(orders, arrays["runtime_order"])
+    for layout in scan_order.PAD_LAYOUTS:
+        index = scan_order.pad_index(layout, height, width, pad, "cpu").flatten()
+        np.testing.assert_array_equal((index < 0).nonzero()[:, 0], arrays["x_seq_position_with_img_arrange"])
+        np.testing.assert_array_equal((index >= 0).nonzero()[:, 0], arrays["pad_indices"])
+    for name, chain in case["other_chains"].items():
+        layers_, length = name.removeprefix("layers").split("_scan_pattern_len")
+        patterns = scan_order.block_patterns(int(layers_), int(length))
+        assert [list(pair) for pair in zip((0, *patterns), patterns)] == chain, name
+
+
+@pytest.mark.parametrize("case, arrays", params("pos_embed_interpolation"))
+def test_position_interpolation(case, arrays):
+    extra = case["extra_len"]
+    for name in arrays:
+        if name.startswith("out_"):
+            source, target = name.removeprefix("out_").split("_to_")
+            native, grid = (tuple(int(side) for side in size.split("x")) for size in (source, target))
+            resized = layers.interpolate_positions(torch.from_numpy(arrays["in_" + source]), native, grid, extra)
+            assert_close(resized, arrays[name], 1e-6, name)
+
+
+@pytest.mark.parametrize("case, arrays", params("load_pretrained_model"))
+def test_weights_of_another_resolution(case, arrays):
+    """Official weights of one resolution in the network of another: only what the official loader changes, changes."""
+    model = model_from_official(case["dst_nnet_kwargs"]).eval()
+    source = official_state(case, "src_state_dict")
+    assert is_official(source)
+    tensors, changes = resize_state(source, model)
+    load_weights(model, tensors)
+    assert len(changes) == len(case["changed"])
+    after = to_official(model)
+    assert [[name, list(tensor.shape)] for name, tensor in after.items()] == case["dst_state_dict"]
+    for name, tensor in after.items():
+        if name in case["changed"]:
+            assert_close(tensor, arrays["after/" + name], 1e-6, name)
+        else:
+            assert torch.equal(tensor, source[name]), name
+    for call in case["calls"]:
+        with torch.no_grad():
+            _, out = run_call(model, call, arrays)
+        assert_close(out, arrays[call["out"]], OUTPUT, call["out"])
+
+
+@pytest.mark.parametrize("case, arrays", params("det_weights_selftest"))
+def test_the_fixtures_weights_are_what_they_were(case, arrays):
+    """If this fails, numpy draws other numbers here and no other golden test means anything."""
+    for row in case["rows"]:
+        drawn = getattr(det_weights(), row["fn"])(row["name"], tuple(row["shape"]), seed=row["seed"])
+        assert det_weights().fingerprint(drawn) == row["sha256"], row["name"]
