@@ -1,0 +1,28 @@
+"""The distribution whose denoiser is known in closed form: x_0 ~ N(mu, s^2), elementwise."""
+
+import torch
+
+
+def noise_prediction(x, mu, s, log_alpha):
+    """E[eps | x_t = x] in float64; log_alpha of the time, a float64 scalar."""
+    alpha = torch.as_tensor(log_alpha, dtype=torch.float64).exp()
+    sigma = (-torch.expm1(2 * torch.as_tensor(log_alpha, dtype=torch.float64))).sqrt()
+    return sigma * (x.double() - alpha * mu) / (alpha**2 * s**2 + sigma**2)
+
+
+def eps_fn(process, mu, s):
+    """The noise prediction as a sampler calls it, in x's dtype."""
+    return lambda x, t: noise_prediction(x, mu, s, process.log_alpha(t.double())).to(x.dtype)
+
+
+def ode_solution(process, x, mu, s, t_end):
+    """Where the probability flow takes x from t = 1 to t_end: (x_t - alpha mu) / std(x_t) is
+    constant.
+    """
+    def mean_and_std(t):
+        t = torch.tensor(t, dtype=torch.float64)
+        return process.alpha(t) * mu, (process.alpha(t)**2 * s**2 + process.sigma(t)**2).sqrt()
+
+    mean_start, std_start = mean_and_std(1.0)
+    mean_end, std_end = mean_and_std(t_end)
+    return mean_end + std_end / std_start * (x - mean_start)

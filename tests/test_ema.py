@@ -1,0 +1,83 @@
+"""Averaging of parameters, and the warm-up of the learning rate."""
+
+import pytest
+import torch
+
+from libs.ema import EMA
+from libs.lr import warmup_factor
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+
+
+def randomise(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def test_average_is_the_weighted_sum():
+    model, rate = make_model(), 0.9
+    ema = EMA(model, rate)
+    history = [[p.detach().double().clone() for p in model.parameters()]]
+    for step in range(5):
+        randomise(model, step)
+        ema.update(model)
+        history.append([p.detach().double().clone() for p in model.parameters()])
+    weights = [rate**5] + [(1 - rate) * rate**(4 - step) for step in range(5)]
+    for i, average in enumerate(ema.model.parameters()):
+        expected = sum(weight * values[i] for weight, values in zip(weights, history, strict=True))
+        # five float32 roundings of values below 4
+        torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-6)
+
+
+def test_only_parameters_follow():
+    model = make_model()
+    ema = EMA(model, 0.5)
+    model(torch.randn(8, 3))
+    randomise(model, 1)
+    ema.update(model, rate=0)
+    for average, parameter in zip(ema.model.parameters(), model.parameters(), strict=True):
+        assert torch.equal(average, parameter)
+    assert torch.equal(ema.model[1].running_mean, torch.zeros(4))
+    assert not torch.equal(model[1].running_mean, torch.zeros(4))
+
+
+def test_the_average_is_a_frozen_float32_copy():
+    model = make_model().bfloat16()
+    ema = EMA(model, 0.999)
+    assert not ema.model.training
+    assert model.training
+    assert all(p.dtype == torch.float32 and not p.requires_grad for p in ema.model.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+    before = ema.model[0].weight.clone()
+    model[0].weight.data.add_(1)
+    ema.update(model)
+    change = ema.model[0].weight - before
+    # bfloat16, with 8 bits, would lose so small a change
+    torch.testing.assert_close(change, torch.full_like(change, 1e-3), rtol=1e-2, atol=0)
+
+
+def test_state_comes_back():
+    model = make_model()
+    ema, other = EMA(model, 0.9), EMA(make_model(1), 0.9)
+    randomise(model, 2)
+    ema.update(model)
+    other.load_state_dict(ema.state_dict())
+    for name, value in ema.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({})
+
+
+def test_another_model_is_an_error():
+    with pytest.raises(ValueError, match=r"2\.weight"):
+        EMA(make_model(), 0.9).update(make_model()[:2])
+
+
+def test_warmup():
+    assert [warmup_factor(step, 4) for step in (0, 1, 2, 4, 100)] == [0, 0.25, 0.5, 1, 1]
+    assert [warmup_factor(0, none) for none in (0, -1)] == [1, 1]

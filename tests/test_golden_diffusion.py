@@ -1,0 +1,295 @@
+"""Processes, losses, samplers, learning rate and averaging against the official code's numbers."""
+
+import golden_cases
+import numpy as np
+import pytest
+import torch
+from gaussian import noise_prediction
+from golden_cases import assert_close
+
+from libs.dpm_solver import blocks_on_times, solve_singlestep
+from libs.ema import EMA
+from libs.lr import warmup_factor
+from libs.samplers import sample
+from sde import VPSDE, DiscreteSchedule, denoising_loss
+
+SAMPLER_TOL = 5e-6  # tolerances of the golden README
+FEW_STEPS_TOL = 5e-4
+MANY_STEPS_TOL = 1e-5
+DIM_TOL = 3e-5
+# Float64 results agree to rounding; the log-SNR grid amplifies it by 1 / (1 - alpha^2) = 1e5 at t =
+# 1e-4.
+FLOAT64_TOL = 1e-10
+BF16_TOL = 2**-7
+
+
+def tensors(arrays, *names):
+    return [torch.from_numpy(arrays[name]) for name in names]
+
+
+# --- schedules ---
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("vpsde"))
+def test_vpsde(case, arrays):
+    process = VPSDE()
+    t, x = tensors(arrays, "t", "x")
+    results = {
+        "squared_diffusion": process.squared_diffusion(t),
+        "diffusion": process.squared_diffusion(t).sqrt(),
+        "cum_alpha": process.cum_alpha(t),
+        "cum_beta": process.cum_beta(t),
+        "snr": process.snr(t),
+        "nsr": process.nsr(t),
+        "drift": process.drift(x, t),
+        "marginal_mean": process.alpha(t).reshape(-1, 1, 1, 1) * x,
+        "marginal_std": process.sigma(t),
+    }
+    for name, result in results.items():
+        assert_close(result, arrays[name], SAMPLER_TOL, name)
+
+
+@pytest.mark.parametrize("process, prefix", [(DiscreteSchedule(), "discrete"), (VPSDE(), "linear")])
+@pytest.mark.parametrize("case, arrays", golden_cases.params("noise_schedules"))
+def test_noise_schedules(case, arrays, process, prefix):
+    t, lam = tensors(arrays, "t", f"{prefix}_lambda")
+    assert_close(process.log_alpha(t), arrays[f"{prefix}_log_alpha"], SAMPLER_TOL, "log_alpha")
+    assert_close(process.sigma(t), arrays[f"{prefix}_sigma"], SAMPLER_TOL, "sigma")
+    # One float32 unit of alpha^2 at t = 1e-3, where sigma^2 is 1.1e-4, moves lam by 3e-4, 6e-5 of
+    # its largest value.
+    assert_close(process.lam(t), lam, 1e-4, "lam")
+    late = t > 0.01
+    assert_close(process.lam(t)[late], lam[late], SAMPLER_TOL, "lam at t > 0.01")
+    expected = arrays[f"{prefix}_inverse_lambda_of_lambda"]
+    assert_close(process.inverse_lam(lam), expected, SAMPLER_TOL, "inverse_lam")
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("discrete_schedule"))
+def test_discrete_lookups(case, arrays):
+    process = DiscreteSchedule()
+    for times in "t_grid", "t_frac":
+        (t,) = tensors(arrays, times)
+        for name in "cum_alpha", "cum_beta", "snr":
+            (expected,) = tensors(arrays, f"{name}_of_{times}")
+            # Elementwise: a neighbouring index changes every entry by more than 1e-4 of itself.
+            torch.testing.assert_close(getattr(process, name)(t), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("discrete_schedule"))
+def test_discrete_tables(case, arrays):
+    process = DiscreteSchedule()
+    n = torch.arange(case["N"] + 1, dtype=torch.float64)
+    for name, table in {"cum_alpha": "cum_alphas", "cum_beta": "cum_betas", "snr": "snr"}.items():
+        (expected,) = tensors(arrays, table)
+        result = getattr(process, name)((n + 0.5) / case["N"])  # the middle of an index' interval
+        torch.testing.assert_close(result, expected, rtol=1e-11, atol=0)
+
+
+# --- training ---
+
+
+def toy_loss_net(x, t, y):
+    t, y = (None if v is None else v.reshape(-1, 1, 1, 1).to(x.dtype) for v in (t, y))
+    return 0.7 * x + 0.3 * torch.sin(0.01 * t) + (0 if y is None else 0.05 * y)
+
+
+def discrete_draws(arrays):
+    """x0, eps, y and the process time of the recorded steps n."""
+    x0, eps, y, n = tensors(arrays, "x0", "eps", "y", "n")
+    return x0, eps, y, (n.double() / 1000).float()
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("training_losses"))
+def test_discrete_loss(case, arrays):
+    process = DiscreteSchedule()
+    x0, eps, y, t = discrete_draws(arrays)
+    assert torch.equal(process.model_time(t), tensors(arrays, "discrete_t")[0])
+    assert_close(process.sample(x0, t=t, eps=eps)[2], arrays["discrete_xn"], 1e-6, "x_n")
+    for labels, name in (y, "discrete_toy_loss"), (None, "discrete_toy_loss_y_none"):
+        loss = denoising_loss(toy_loss_net, process, x0, labels, pred="noise_pred", t=t, eps=eps)
+        assert_close(loss, arrays[name], SAMPLER_TOL, name)
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("training_losses"))
+def test_discrete_loss_with_bfloat16_draws(case, arrays):
+    """The official script also rounds the network's time; ours stays exact, so the network here
+    rounds it.
+    """
+    process = DiscreteSchedule()
+    x0, eps, y, t = discrete_draws(arrays)
+    x0, eps = x0.bfloat16(), eps.bfloat16()
+    times = []
+
+    def rounding_net(x, time, y):
+        times.append(time.to(x.dtype))
+        return toy_loss_net(x, times[-1], y)
+
+    x_n = process.sample(x0, t=t, eps=eps)[2]
+    assert x_n.dtype == torch.bfloat16
+    assert_close(x_n.float(), arrays["discrete_bf16_xn"], BF16_TOL, "x_n")
+    loss = denoising_loss(rounding_net, process, x0, y, pred="noise_pred", t=t, eps=eps)
+    assert loss.dtype == torch.float32
+    assert_close(loss, arrays["discrete_bf16_toy_loss"], BF16_TOL, "loss")
+    assert torch.equal(times[0].float(), tensors(arrays, "discrete_bf16_t")[0])
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("training_losses"))
+def test_vpsde_loss(case, arrays):
+    process = VPSDE()
+    x0, eps, y, u = tensors(arrays, "x0", "eps", "y", "u")
+    t = process.time_from_uniform(u)
+    assert_close(process.model_time(t), arrays["vpsde_network_time"], 1e-7, "network time")
+    assert_close(process.sample(x0, t=t, eps=eps)[2], arrays["vpsde_xt"], 1e-6, "x_t")
+    for pred, name in ("noise_pred", "vpsde_toy_loss"), ("x0_pred", "vpsde_x0pred_toy_loss"):
+        loss = denoising_loss(toy_loss_net, process, x0, y, pred=pred, t=t, eps=eps)
+        assert_close(loss, arrays[name], SAMPLER_TOL, name)
+
+
+def dim_network(nnet_kwargs, weight_seed):
+    from libs.official import model_from_official, to_official
+
+    untrained = to_official(model_from_official(nnet_kwargs, None))
+    shapes = [(name, tuple(value.shape)) for name, value in untrained.items()]
+    weights = golden_cases.det_weights().det_state(shapes, weight_seed)
+    state_dict = {name: torch.from_numpy(value) for name, value in weights.items()}
+    return model_from_official(nnet_kwargs, state_dict).eval()
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("training_losses"))
+def test_loss_of_the_backbone(case, arrays):
+    model = dim_network(case["dim_network"]["nnet_kwargs"], case["dim_network"]["weight_seed"])
+    x0, eps, y, t = discrete_draws(arrays)
+    (u,) = tensors(arrays, "u")
+    with torch.no_grad():
+        discrete = denoising_loss(model, DiscreteSchedule(), x0, y, pred="noise_pred", t=t, eps=eps)
+        continuous = denoising_loss(model, VPSDE(), x0, y, pred="noise_pred", t=u, eps=eps)
+    assert_close(discrete, arrays["discrete_dim_loss"], DIM_TOL, "discrete")
+    assert_close(continuous, arrays["vpsde_dim_loss"], DIM_TOL, "vpsde")
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("lr_and_ema"))
+def test_warmup(case, arrays):
+    for key, lr_at_step in case["lr_at_step"].items():
+        warmup_steps = int(key.removeprefix("warmup_"))
+        for step, lr in lr_at_step.items():
+            result = case["base_lr"] * warmup_factor(int(step), warmup_steps)
+            assert result == pytest.approx(lr, rel=1e-12), (key, step)
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("lr_and_ema"))
+def test_ema(case, arrays):
+    """Stages and rates are those of the case's "meaning"."""
+    model = torch.nn.Module()
+    model.lin = torch.nn.Linear(3, 2)
+    model.register_buffer("count", torch.full((2,), 9.0))
+    det_input = golden_cases.det_weights().det_input
+    ema = EMA(model, 0.9999)
+    model.count.fill_(1.0)
+    trajectory = arrays["ema_trajectory/lin.weight"]
+    for stage, rate in enumerate([0, 0.9999, 0.9999, 0.9999, 0.9, 0.9]):
+        for name, parameter in model.named_parameters():
+            value = det_input(f"ema{stage}/{name}", parameter.shape, case["seed"])
+            parameter.data.copy_(torch.from_numpy(value))
+        ema.update(model, rate)
+        expected = trajectory[stage - 1] if stage else arrays["ema_after_init/lin.weight"]
+        assert_close(ema.model.lin.weight, expected, 1e-6, f"stage {stage}")
+    assert torch.equal(ema.model.count, tensors(arrays, "ema_buffer_after")[0])
+
+
+# --- samplers ---
+
+
+def vpsde_log_alpha(t):
+    return -0.25 * 19.9 * t**2 - 0.5 * 0.1 * t
+
+
+def discrete_log_alpha(t):
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000)**2
+    return np.interp(t, np.arange(1, 1001) / 1000, 0.5 * np.log(1 - betas).cumsum())
+
+
+class Recorder:
+    """The fixtures' toy network; keeps what it was called with."""
+
+    def __init__(self, process, arrays):
+        self.process = process
+        self.mu, self.s = tensors(arrays, "mu64", "s")
+        self.x, self.t, self.network_times = [], [], []
+
+    def __call__(self, x, t):
+        time = self.process.model_time(t).item()
+        self.x.append(x)
+        self.t.append(t)
+        self.network_times.append(time)
+        if isinstance(self.process, VPSDE):
+            log_alpha = vpsde_log_alpha(time / 999)
+        else:
+            log_alpha = discrete_log_alpha(time / 1000)
+        return noise_prediction(x, self.mu, self.s, log_alpha).to(x.dtype)
+
+
+class RecordedNoise:
+    def __init__(self, noise):
+        self._noise = iter(noise)
+
+    def draw(self):
+        return next(self._noise)
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_euler_maruyama"))
+def test_euler_maruyama(case, arrays):
+    is_sde = "ReverseSDE(" in case["official_entry"]
+    algorithm = "euler_maruyama_sde" if is_sde else "euler_maruyama_ode"
+    x_init, noise = tensors(arrays, "x_init", "noise")
+
+    def run(x):
+        net = Recorder(VPSDE(), arrays)
+        out = sample(net, VPSDE(), x, algorithm=algorithm, steps=case["steps"],
+                     noise=RecordedNoise(noise))
+        return net, out
+
+    net, out = run(x_init)
+    assert_close(net.network_times, case["network_times"], 1e-7, "network times")
+    assert_close(torch.stack([*net.x, out]), arrays["trace"], SAMPLER_TOL, "trace")
+    assert_close(out, arrays["out"], SAMPLER_TOL, "out")
+    assert_close(run(x_init.double())[1], arrays["out64"], FLOAT64_TOL, "float64 out")
+
+
+def check_calls(net, arrays, x_tol, t_tol):
+    assert_close(torch.stack(net.t), arrays["call_t"], t_tol, "t at calls")
+    assert_close(net.network_times, arrays["call_network_time"], t_tol, "network times at calls")
+    assert_close(torch.stack(net.x), arrays["call_x"], x_tol, "x at calls")
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_dpm_solver_pytorch"))
+def test_dpm_solver(case, arrays):
+    (x_init,) = tensors(arrays, "x_init")
+
+    def run(x):
+        net = Recorder(VPSDE(), arrays)
+        return net, sample(net, VPSDE(), x, algorithm="dpm_solver", steps=case["steps"])
+
+    net, out = run(x_init)
+    check_calls(net, arrays, FEW_STEPS_TOL, FEW_STEPS_TOL)
+    tol = MANY_STEPS_TOL if case["steps"] >= 25 else FEW_STEPS_TOL
+    assert_close(out, arrays["out"], tol, "out")
+    assert_close(run(x_init.double())[1], arrays["out64"], FLOAT64_TOL, "float64 out")
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_dpm_solver_pp"))
+def test_dpm_solver_pp(case, arrays):
+    process = DiscreteSchedule()
+    (x_init,) = tensors(arrays, "x_init")
+    predict_x0 = case["defaults_in_effect"]["predict_x0"]
+
+    def run(x):
+        net = Recorder(process, arrays)
+        if predict_x0:
+            return net, sample(net, process, x, algorithm="dpm_solver", steps=case["steps"])
+        blocks = blocks_on_times(process, torch.linspace(1, 1e-3, case["steps"] + 1, dtype=x.dtype))
+        return net, solve_singlestep(net, process, x, blocks, data_prediction=False)
+
+    net, out = run(x_init)
+    check_calls(net, arrays, SAMPLER_TOL, SAMPLER_TOL)
+    assert_close(out, arrays["out"], SAMPLER_TOL, "out")
+    assert_close(run(x_init.double())[1], arrays["out64"], FLOAT64_TOL, "float64 out")

@@ -1,0 +1,215 @@
+"""Samplers on a Gaussian, whose denoiser and probability flow are known in closed form, and the
+images' noise.
+"""
+
+import itertools
+import math
+
+import gaussian
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from libs import samplers
+from libs.dpm_solver import fast_orders
+from libs.samplers import ImageNoise, image_seed, sample
+from sde import VPSDE, DiscreteSchedule
+from utils import UserError
+
+# diffusers' own, thousands of them under numpy 2
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+MU, S = 0.3, 0.5
+PROCESSES = {"vpsde": VPSDE(), "discrete": DiscreteSchedule()}
+
+
+def run(process, x, **options):
+    return sample(gaussian.eps_fn(process, MU, S), process, x, **options)
+
+
+def solver_error(process, algorithm, steps, t_end):
+    x = torch.linspace(-3, 3, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
+    expected = gaussian.ode_solution(process, x, MU, S, t_end)
+    return (run(process, x, algorithm=algorithm, steps=steps) - expected).abs().max().item()
+
+
+# --- solvers ---
+
+
+@pytest.mark.parametrize("process, algorithm, steps, t_end, order", [
+    # Step counts of the form 3k + 2 end 'fast' in a block of order 2, which leaves the global order
+    # at 3.
+    ("vpsde", "dpm_solver", (80, 161), 1e-4, 2.9),
+    ("vpsde", "dpm_solver_pp_2m", (80, 160), 1e-4, 1.9),
+    ("vpsde", "euler_maruyama_ode", (400, 800), 0, 0.95),
+    # A grid even in time makes its last step the largest in lam, 0.4 at 500 steps: the order
+    # appears late.
+    ("discrete", "dpm_solver", (161, 320), 1e-3, 2.4),
+    ("discrete", "dpm_solver_pp_2m", (320, 640), 1e-3, 1.8),
+])
+def test_order_of_convergence(process, algorithm, steps, t_end, order):
+    coarse, fine = (solver_error(PROCESSES[process], algorithm, n, t_end) for n in steps)
+    assert fine < 3e-3
+    assert math.log(coarse / fine) / math.log(steps[1] / steps[0]) > order
+
+
+def test_2m_is_diffusers_2m():
+    """On a grid of whole steps: 999 intervals in 27, ending at step 1, all of order 2 after the
+    first.
+    """
+    process, steps = DiscreteSchedule(), 27
+    scheduler = DPMSolverMultistepScheduler(
+        trained_betas=samplers._trained_betas(process), algorithm_type="dpmsolver++",
+        solver_order=2, lower_order_final=False, timestep_spacing="linspace",
+        final_sigmas_type="sigma_min")
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == list(range(999, 0, -37))
+    eps_fn = gaussian.eps_fn(process, MU, S)
+    x_init = x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(eps_fn(x, (timestep + 1) / 1000), timestep, x).prev_sample
+    # Its betas and sigmas are float32 and lose 1e-5 of lam at the last step.
+    ours = run(process, x_init, algorithm="dpm_solver_pp_2m", steps=steps)
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+
+
+def test_fast_orders_spend_every_step():
+    expected = [[1], [2], [2, 1], [3, 1], [3, 2], [3, 2, 1]]
+    assert [fast_orders(n) for n in range(1, 7)] == expected
+    assert all(sum(fast_orders(n)) == n for n in range(1, 100))
+
+
+@pytest.mark.parametrize("process, algorithm", [
+    ("vpsde", "euler_maruyama_ode"),
+    *itertools.product(PROCESSES, ["dpm_solver", "dpm_solver_pp_2m", "DDIMScheduler"]),
+])
+def test_what_eps_fn_and_on_step_receive(process, algorithm):
+    times, steps = [], []
+    weight = torch.ones((), requires_grad=True)
+
+    def eps_fn(x, t):
+        assert x.dtype == t.dtype == torch.float32
+        assert t.shape == ()
+        assert t.device.type == "cpu"
+        times.append(t.item())
+        return x * weight
+
+    z_T = torch.ones(2, 1, 2, 2, dtype=torch.bfloat16)
+    out = sample(eps_fn, PROCESSES[process], z_T, algorithm=algorithm, steps=7,
+                 on_step=lambda i, n: steps.append((i, n)))
+    assert out.dtype == torch.float32
+    assert not out.requires_grad
+    assert times[0] == 1
+    assert times == sorted(times, reverse=True)
+    assert steps == [(i, 7) for i in range(1, 8)]
+
+
+# --- stochastic samplers and diffusers ---
+
+
+@pytest.mark.parametrize("process, algorithm, steps", [
+    ("vpsde", "euler_maruyama_sde", 400),
+    *((process, *scheduler) for process in PROCESSES for scheduler in [
+        ("DDIMScheduler", 200), ("DDPMScheduler", 400), ("UniPCMultistepScheduler", 100)]),
+])
+def test_statistics_of_the_samples(process, algorithm, steps):
+    """Within four standard errors of 256 images of 64 pixels, plus the discretisation's bias of
+    0.01.
+    """
+    noise = ImageNoise(0, range(256), (1, 8, 8))
+    out = run(PROCESSES[process], noise.initial(), algorithm=algorithm, steps=steps, noise=noise)
+    n = out.numel()
+    # The official schedule's alpha is 0.07 at t = 1: starting from N(0, 1) shifts the flow's mean
+    # by that much of MU.
+    assert out.mean().item() == pytest.approx(MU, abs=4 * S / n**0.5 + 0.02)
+    assert out.std().item() == pytest.approx(S, abs=4 * S / (2 * n)**0.5 + 0.01)
+
+
+def test_every_diffusers_scheduler_that_is_offered_works():
+    names = [name for name in samplers.known_algorithms() if name.endswith("Scheduler")]
+    assert {"DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"} < set(names)
+    for name in names:
+        noise = ImageNoise(0, range(64), (1, 8, 8))
+        out = run(PROCESSES["vpsde"], noise.initial(), algorithm=name, steps=50, noise=noise)
+        assert out.mean().item() == pytest.approx(MU, abs=0.03), name
+        assert out.std().item() == pytest.approx(S, abs=0.08), name
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_diffusers_get_the_process_s_schedule(process):
+    scheduler = samplers._make_scheduler("DDPMScheduler", PROCESSES[process], 10)
+    alpha = PROCESSES[process].alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    # diffusers multiplies 1000 factors in float32
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), alpha**2, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("algorithm", [
+    "euler_maruyama_sde", "DDPMScheduler", "EulerAncestralDiscreteScheduler"])
+def test_an_image_does_not_depend_on_its_batch(algorithm):
+    def images(indices):
+        noise = ImageNoise(3, indices, (1, 4, 4))
+        return run(VPSDE(), noise.initial(), algorithm=algorithm, steps=10, noise=noise)
+
+    together = images([4, 5, 6, 7])
+    assert torch.equal(together[[2]], images([6]))
+    assert torch.equal(together[[3, 1]], images([7, 5]))
+    assert not torch.equal(together[2], together[3])
+
+
+# --- noise ---
+
+
+def test_image_noise_belongs_to_the_image():
+    shape = (3, 5, 7)
+    batch = ImageNoise(1, [0, 1, 2**31], shape)
+    alone, swapped = ImageNoise(1, [1], shape), ImageNoise(1, [2**31, 0], shape)
+    first = batch.initial()
+    assert first.shape == (3, *shape)
+    assert first.dtype == torch.float32
+    assert torch.equal(first[[1]], alone.initial())
+    assert torch.equal(first[[2, 0]], swapped.initial())
+    second = batch.draw()
+    assert torch.equal(second[[1]], alone.draw())
+    assert torch.equal(first, batch.initial())
+    different = [first[0], first[1], second[0], ImageNoise(2, [0], shape).initial()[0]]
+    for i, a in enumerate(different):
+        assert not any(torch.equal(a, b) for b in different[:i])
+
+
+def test_image_seeds():
+    """SplitMix64's published first output for state 0; and no two images share a 32-bit seed
+    (random ones would: 1 - 1e-5).
+    """
+    assert samplers._splitmix64(0) == 0xE220A8397B1DCDAF
+    seeds = {image_seed(0, index) for index in range(300_000)}
+    assert len(seeds) == 300_000
+    assert max(seeds) < 2**32
+
+
+def test_image_noise_is_gaussian_and_independent_between_images():
+    x = ImageNoise(0, range(400), (1, 16, 16)).initial().flatten(1).double()
+    assert abs(x.mean()) < 4 / x.numel()**0.5
+    assert abs(x.var() - 1) < 4 * (2 / x.numel())**0.5
+    neighbours = (x[1:] * x[:-1]).mean()
+    assert abs(neighbours) < 4 / x.numel()**0.5
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize("name, nearest", [
+    ("dpm_solvr", "dpm_solver"), ("ddim", "DDIMScheduler"), ("DDIMSheduler", "DDIMScheduler")])
+def test_unknown_algorithm_names_the_nearest(name, nearest):
+    message = rf"{name}.* did you mean '{nearest}'.*euler_maruyama_sde.*UniPCMultistepScheduler"
+    with pytest.raises(UserError, match=message):
+        run(VPSDE(), torch.zeros(1, 1, 2, 2), algorithm=name, steps=2)
+
+
+@pytest.mark.parametrize("process, options, message", [
+    ("vpsde", {"algorithm": "dpm_solver", "steps": 0}, "at least 1 step, not 0"),
+    ("vpsde", {"algorithm": "euler_maruyama_sde", "steps": 2}, "noise=ImageNoise"),
+    ("discrete", {"algorithm": "euler_maruyama_ode", "steps": 2}, "VPSDE, not DiscreteSchedule"),
+])
+def test_errors(process, options, message):
+    with pytest.raises(UserError, match=message):
+        run(PROCESSES[process], torch.zeros(1, 1, 2, 2), **options)
