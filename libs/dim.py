@@ -57,9 +57,9 @@ class DiM(nn.Module):
         mlp_time_embed: an MLP on the time token.
         drop_path: stochastic depth of the last block; grows linearly from 0.
         activation_checkpointing: recompute each block in the backward pass; memory for about a third more time.
-        skip_tuning: None, or dict(low, high, time): the skips are scaled by `high` at the first consumer, falling linearly to
-            high - (high - low) * time at the last. The official code means time = t / 1000 and has 0.001 (the default);
-            time=None gives what it means (arXiv 2402.15170).
+        skip_tuning: None, (low, high) or (low, high, time): the skips are scaled by `high` at the first consumer, falling linearly
+            to high - (high - low) * time at the last (arXiv 2402.15170). The official code means time = t / 1000 but has 0.001, the
+            default; time None gives what it means.
         freeu: None, or (s1, s2, b1, b2): skip and backbone factors of the first two consumers (arXiv 2309.11497).
 
     Raises:
@@ -78,7 +78,8 @@ class DiM(nn.Module):
         self.num_classes, self.pad, self.pad_layout = num_classes, mamba["d_conv"], pad_layout
         self.patterns = scan_order.block_patterns(depth, scan_directions)
         self.drop_path, self.activation_checkpointing = drop_path, activation_checkpointing
-        self.skip_tuning, self.freeu = skip_tuning and dict(dict(time=0.001), **skip_tuning), freeu and tuple(freeu)
+        self.skip_tuning = (*skip_tuning, 0.001)[:3] if skip_tuning else None
+        self.freeu = tuple(freeu) if freeu else None
         self.num_skips = (depth - 1) // 2
 
         self.native_grid = tuple(side // patch_size for side in self.input_size)
@@ -211,7 +212,7 @@ class DiM(nn.Module):
     def tune(self, x, skip, *, consumer, t, order):
         """Skip tuning and FreeU, both training-free, in this order; (x, skip) unchanged without them."""
         if self.skip_tuning is not None:
-            low, high, time = (self.skip_tuning[key] for key in ("low", "high", "time"))
+            low, high, time = self.skip_tuning
             time = time if time is not None else (t / 1000).view(-1, 1, 1)
             skip = skip * (high - (high - low) * time * consumer / (self.num_skips - 1))
         if self.freeu is not None and consumer < 2:
@@ -243,6 +244,8 @@ def check_options(input_size, patch_size, dim, depth, scan_directions, pad_layou
         raise UserError(f"nnet.pad_layout is {pad_layout!r}, expected one of {', '.join(scan_order.PAD_LAYOUTS)}")
     if not 0 <= drop_path < 1:
         raise UserError(f"nnet.drop_path is {drop_path}, expected a probability in [0, 1)")
+    if skip_tuning and len(skip_tuning) not in (2, 3):
+        raise UserError(f"nnet.skip_tuning is {tuple(skip_tuning)}, expected (low, high) or (low, high, time)")
     if skip_tuning and depth < 5:
         raise UserError(f"nnet.skip_tuning needs two long skips to run between, so nnet.depth of at least 5, not {depth}")
     if freeu and len(freeu) != 4:

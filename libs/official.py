@@ -4,16 +4,14 @@ Only names and shapes of the official repositories appear here. Checkpoints are 
 """
 
 import math
-import pickle
-import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from libs.dim import EXTRA_TOKENS, DiM
 from libs.layers import interpolate_positions
 from libs.uvit import UViT
+from libs.weights import listed, load_strict, read_safetensors, read_torch
 from utils import UserError, read_json
 
 # ------------------------------------------------------------------------------------------------------------------ configurations
@@ -112,10 +110,7 @@ def _check_num_patches(kwargs):
 
 
 def _skip_tuning(kwargs):
-    if not kwargs.get("is_skip_tune", False):
-        return None
-    low, high = _factors(kwargs, "skip_tune_param", 2)
-    return dict(low=low, high=high)
+    return _factors(kwargs, "skip_tune_param", 2) if kwargs.get("is_skip_tune", False) else None
 
 
 def _freeu(kwargs):
@@ -265,10 +260,8 @@ def from_official(model, state_dict):
     names = _names(model)
     unexpected, missing = sorted(set(state_dict) - set(names)), sorted(set(names) - set(state_dict))
     if missing or unexpected:
-        raise UserError(
-            f"official weights do not fit the network: {_some('missing', missing)}{'; ' if missing and unexpected else ''}"
-            f"{_some('unexpected', unexpected)}; check that the configuration is the one they were trained with"
-        )
+        said = [f"{kind}: {listed(found)}" for kind, found in (("missing", missing), ("unexpected", unexpected)) if found]
+        raise UserError(f"official weights do not fit the network; {'; '.join(said)}; use the configuration that they were trained with")
     tensors = {}
     for official, ours in names.items():
         tensor = torch.as_tensor(state_dict[official])
@@ -279,28 +272,9 @@ def from_official(model, state_dict):
     return tensors
 
 
-def _some(what, names):
-    return f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" if names else ""
-
-
 def load_official(model, state_dict):
     """Load official weights into our model, strictly."""
-    load_weights(model, from_official(model, state_dict))
-
-
-def load_weights(model, tensors):
-    """Load our names strictly; UserError names the first tensors that are missing, unexpected or of another shape."""
-    own = model.state_dict()
-    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    wrong = [
-        f"{name} is {tuple(tensors[name].shape)}, expected {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    complaints = [part for part in (_some("missing", missing), _some("unexpected", unexpected), _some("", wrong).strip()) if part]
-    if complaints:
-        raise UserError(f"the weights do not fit the network: {'; '.join(complaints)}; use the configuration they were trained with")
-    model.load_state_dict(tensors)
+    load_strict(model, from_official(model, state_dict), "the official state dict")
 
 
 # ------------------------------------------------------------------------------------------------------------------ checkpoints
@@ -327,27 +301,12 @@ def load_checkpoint(path):
         raise UserError(f"checkpoint {path} does not exist; give a <step>.ckpt directory, a .safetensors file or an official .pth")
     if path.suffix == ".safetensors":
         config = path.with_name("config.json")
-        return (dict(read_json(config)["nnet"]) if config.is_file() else None), _read_safetensors(path)
+        return (dict(read_json(config)["nnet"]) if config.is_file() else None), read_safetensors(path)
     return None, _read_pth(path)
 
 
-def _read_safetensors(path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"checkpoint {path} is damaged or no safetensors file ({error}); use another checkpoint") from error
-
-
 def _read_pth(path):
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:global|GLOBAL) (\S+)", str(error))
-        what = f"code ({refused.group(1)})" if refused else "something else than tensors"
-        raise UserError(f"checkpoint {path} holds {what}, which was not run; only plain tensors are read") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {path} is damaged or no torch file ({str(error).splitlines()[0]}); use another checkpoint") from error
+    state = read_torch(path)
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} is no plain dict of tensors; export the network's state_dict() and save that")
     return state

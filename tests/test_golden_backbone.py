@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from golden_cases import assert_close, det_weights, params
 
 from libs import layers, scan_order
-from libs.official import is_official, load_weights, model_from_official, resize_state, to_official, uvit_from_official
+from libs.official import is_official, model_from_official, resize_state, to_official, uvit_from_official
+from libs.weights import load_strict
 
 # Tolerances of the golden README, relative to the largest value: room for another summation order, well below known mistakes.
 OUTPUT, GRADIENT, UVIT, SUMMARY = 3e-5, 2e-4, 1e-5, 1e-3
@@ -182,7 +183,7 @@ def test_weights_of_another_resolution(case, arrays):
     source = official_state(case, "src_state_dict")
     assert is_official(source)
     tensors, changes = resize_state(source, model)
-    load_weights(model, tensors)
+    load_strict(model, tensors, "the source")
     assert len(changes) == len(case["changed"])
     after = to_official(model)
     assert [[name, list(tensor.shape)] for name, tensor in after.items()] == case["dst_state_dict"]

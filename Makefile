@@ -1,0 +1,36 @@
+# make demo: install, train on handwritten digits, draw and measure.   make test: install, then the tests.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := workdir/digits_T_DiM/default
+NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
+
+.PHONY: demo test test-slow lint clean-demo
+
+demo: .venv/installed assets/digits_classifier.safetensors
+	$(BIN)/python train.py --config=configs/digits_T_DiM.py
+	$(BIN)/python sample.py --nnet_path=$(NEWEST) --n=10 --out=$(RUN)/digits.png
+	$(BIN)/python eval.py --config=configs/digits_T_DiM.py --nnet_path=$(NEWEST)
+	@echo "the picture, a row for each digit, is $(RUN)/digits.png"
+
+test: .venv/installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -q -m "not slow" --durations=10
+
+test-slow: .venv/installed-tests
+	$(BIN)/python -m pytest -q -m slow
+
+assets/digits_classifier.safetensors: scripts/train_digits_classifier.py libs/metrics.py | .venv/installed
+	$(BIN)/python scripts/train_digits_classifier.py
+
+# Stamps: pip runs again only if the list of packages changed.
+.venv/installed: pyproject.toml setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e .
+	touch $@
+
+.venv/installed-tests: .venv/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[test]"
+	touch $@
+
+clean-demo:
+	rm -rf $(RUN)

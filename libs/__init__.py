@@ -1,0 +1,1 @@
+"""DiM: the backbone, its operators, samplers and training, as plain modules."""

@@ -1,0 +1,374 @@
+"""The training loop: one flat function, and the pieces it is made of.
+
+Every draw is keyed by (seed, global batch, position in it), so a run does not depend on the number of processes, on the accumulation, or
+on where it was interrupted.
+"""
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import utils
+from datasets import GlobalBatchSampler
+from libs import checkpoint, evaluation, metrics, run
+from libs.ema import EMA
+from libs.launch import Precision, make_accelerator
+from libs.lr import warmup_factor
+from libs.ops import describe_backends
+from libs.weights import load_strict
+from sde import denoising_loss
+from utils import UserError
+
+log = logging.getLogger("dim")
+
+STOPPED = 143  # exit status after SIGTERM or Ctrl-C, which save first: 128 + 15, as shells count
+GRID_IMAGES, GRID_COLUMNS = 100, 10
+
+
+@dataclass
+class Progress:
+    """Counters of a run, all of them in the checkpoint.
+
+    step: optimizer steps made. batch: global batches taken from the data, skipped ones included. bad_in_a_row: non-finite steps since the
+    last good one.
+    """
+
+    step: int = 0
+    batch: int = 0
+    bad_in_a_row: int = 0
+
+
+class Draws:
+    """The random numbers of one global batch, the same on every rank; a rank takes its rows by position."""
+
+    def __init__(self, *, seed, batch, size, shape, depth, device):
+        generator = torch.Generator(device).manual_seed(utils.derive_seed("training", seed, batch))
+        uniform = torch.rand(size, 2 + depth, generator=generator, device=device)
+        self.time, self.label, self.drop_path = uniform[:, 0], uniform[:, 1], uniform[:, 2:]
+        self.eps = torch.randn(size, *shape, generator=generator, device=device)
+
+
+def make_optimizer(config, model):
+    """AdamW over all parameters in one group: every parameter is decayed, as in the official runs (golden item 27)."""
+    settings = config.optimizer
+    if settings.name != "adamw":
+        raise UserError(f"optimizer.name is {settings.name!r}, expected 'adamw'")
+    return torch.optim.AdamW(
+        model.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def micro_batches(config, dataset, accelerator, start_batch):
+    """Endless iterator over this rank's micro-batches (x, y) from global batch `start_batch` on.
+
+    Our sampler shards and resumes, so the loader is not given to accelerate.
+    """
+    sampler = GlobalBatchSampler(
+        len(dataset),
+        config.train.batch_size,
+        num_processes=accelerator.num_processes,
+        rank=accelerator.process_index,
+        accumulation=config.gradient_accumulation_steps,
+        seed=config.seed,
+        start_batch=start_batch,
+    )
+    workers = config.train.num_workers
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=run.ignore_stop_signals if workers else None,
+    )
+    return iter(loader)
+
+
+def rows_of(config, accelerator, micro_batch):
+    """The rows of the global batch in micro-batch `micro_batch` of this rank, as GlobalBatchSampler deals them: a slice."""
+    size = config.train.batch_size // (accelerator.num_processes * config.gradient_accumulation_steps)
+    start = (micro_batch * accelerator.num_processes + accelerator.process_index) * size
+    return slice(start, start + size)
+
+
+def training_labels(config, y, draw, null_label):
+    """Labels (B,), dropped to the null class where the draw falls below p_uncond; None in an unconditional run."""
+    if config.train.mode == "uncond":
+        return None
+    return torch.where(draw < config.dataset.p_uncond, null_label, y) if config.dataset.cfg else y
+
+
+def accumulate_gradients(config, accelerator, precision, model, process, codec, batches, draws):
+    """Forward and backward of this rank's micro-batches; gradients are averaged over ranks with the last. Returns the mean loss, 0-dim."""
+    accumulation, null_label = config.gradient_accumulation_steps, accelerator.unwrap_model(model).num_classes
+    total = torch.zeros((), device=accelerator.device)
+    for m in range(accumulation):
+        rows = rows_of(config, accelerator, m)
+        x, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        y = training_labels(config, y, draws.label[rows], null_label)
+        t = process.time_from_uniform(draws.time[rows])
+        drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
+        with accelerator.no_sync(model) if m + 1 < accumulation else contextlib.nullcontext():
+            with precision.autocast():
+                losses = denoising_loss(model, process, codec.encode(x), y, pred=config.pred, t=t, eps=draws.eps[rows], **drop_path)
+            loss = losses.mean() / accumulation
+            precision.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total
+
+
+def update(config, precision, network, optimizer, ema, progress, loss, norm):
+    """One optimizer step if loss and gradient are finite, and what becomes of the counters. Returns 'ok', 'overflow' or 'bad'.
+
+    Under fp16 a gradient that overflows while the loss is finite halves the loss scale, is not counted, and moves nothing but the data,
+    as long as the scale stays at 1 or above; below it, and for any non-finite loss, the step counts as bad.
+    """
+    progress.batch += 1
+    scaler, scale = precision.scaler, precision.scaler.get_scale()
+    if math.isfinite(loss) and math.isfinite(norm):
+        for group in optimizer.param_groups:
+            group["lr"] = config.optimizer.lr * warmup_factor(progress.step, config.lr_scheduler.warmup_steps)
+        scaler.step(optimizer)
+        scaler.update()
+        ema.update(network)
+        progress.step += 1
+        progress.bad_in_a_row = 0
+        return "ok"
+    if scaler.is_enabled():
+        scaler.update(scale if not math.isfinite(loss) else None)  # a broken loss is not the scale's fault
+        if math.isfinite(loss) and scaler.get_scale() >= 1:
+            return "overflow"
+    progress.bad_in_a_row += 1
+    return "bad"
+
+
+def share(accelerator, loss, norm, stop):
+    """(mean loss over the processes, gradient norm, whether any process was asked to stop).
+
+    The one host sync of a step: its outcome decides whether there is a step at all.
+    """
+    summed = accelerator.reduce(torch.stack([loss, torch.full_like(loss, stop)]), "sum")
+    loss, stops, norm = torch.cat([summed, norm.to(summed)[None]]).tolist()
+    return loss / accelerator.num_processes, norm, stops > 0
+
+
+def report_bad_step(settings, outcome, progress, loss, norm, precision):
+    """Log a step that was not made; UserError once too many came in a row, leaving the last good checkpoint as it is."""
+    if outcome == "overflow":
+        log.info("step %d: the gradient overflows float16; loss scale now %g", progress.step, precision.scaler.get_scale())
+        return
+    log.warning("step %d, batch %d skipped: loss %g, gradient norm %g", progress.step, progress.batch - 1, loss, norm)
+    if progress.bad_in_a_row >= settings.max_bad_steps:
+        raise UserError(
+            f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last at step {progress.step} (loss {loss:g}, "
+            f"gradient norm {norm:g}); lower optimizer.lr, or use bf16 or no mixed precision, and go on from the last checkpoint"
+        )
+
+
+class Speed:
+    """Images a second since the last reading, without pauses."""
+
+    def __init__(self, batch_size, batch):
+        self.batch_size, self.batch, self.began = batch_size, batch, time.monotonic()
+
+    def __call__(self, batch):
+        """img/s up to global batch `batch`."""
+        now = time.monotonic()
+        img_s = (batch - self.batch) * self.batch_size / (now - self.began)
+        self.batch, self.began = batch, now
+        return img_s
+
+    @contextlib.contextmanager
+    def paused(self):
+        """A time that does not count."""
+        paused = time.monotonic()
+        yield
+        self.began += time.monotonic() - paused
+
+
+def training_state(optimizer, precision, progress):
+    """Everything that changes in training besides the weights and their average."""
+    return {"optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict(), "progress": asdict(progress)}
+
+
+def resume(found, accelerator, network, ema, optimizer, precision):
+    """Load the checkpoint at `found` (path, step) everywhere. Returns its Progress."""
+    saved = checkpoint.load(found[0])
+    load_strict(network, saved.nnet, found[0])
+    load_strict(ema.model, saved.ema, found[0])
+    state = saved.training_state
+    optimizer.load_state_dict(state["optimizer"])
+    if precision.scaler.is_enabled() and state["scaler"]:
+        precision.scaler.load_state_dict(state["scaler"])
+    return Progress(**state["progress"])
+
+
+def find_checkpoint(directory, accelerator):
+    """(path, step) of the newest good checkpoint, or None; checked on the main process, the same answer on all."""
+    found = [checkpoint.latest(directory, report=log.warning) if accelerator.is_main_process else None]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]
+
+
+class Outputs:
+    """What a run writes besides its log: checkpoints, grids of samples, FID at intervals."""
+
+    def __init__(self, config, directory, accelerator, generator, dataset, state):
+        self.config, self.directory, self.accelerator, self.generator = config, Path(directory), accelerator, generator
+        self.dataset, self.state, self.features = dataset, state, None
+
+    def save(self, step):
+        """A checkpoint of `step`, written by the main process."""
+        if self.accelerator.is_main_process:
+            network, ema, training = self.state()
+            path = checkpoint.save(
+                self.directory / "ckpts",
+                step,
+                nnet=network,
+                ema=ema,
+                training_state=training,
+                config=self.config.to_dict(),
+                keep_last=self.config.train.keep_last,
+            )
+            log.info("saved %s", path)
+        self.accelerator.wait_for_everyone()
+
+    def grid(self, step, stop):
+        """samples/<step>.png, from the averaged weights."""
+        images = evaluation.make_grid_images(self.generator, self.accelerator, GRID_IMAGES, stop)
+        if images is not None and self.accelerator.is_main_process:
+            (self.directory / "samples").mkdir(exist_ok=True)
+            utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
+
+    def at_intervals(self, step, last, metrics_log, stop):
+        """The grid every eval_interval steps, FID every save_interval (where train.fid_samples is not 0), and both at the end."""
+        if last or step % self.config.train.eval_interval == 0:
+            self.grid(step, stop)
+        if self.config.train.fid_samples and (last or step % self.config.train.save_interval == 0):
+            result = self.fid(stop)
+            if result and self.accelerator.is_main_process:
+                metrics_log.write(step, {key: result[key] for key in ("frechet_distance", "class_agreement") if result[key] is not None})
+                log.info("step %d: %s", step, "; ".join(evaluation.describe(result)))
+
+    def fid(self, stop):
+        """The evaluation of train.fid_samples images, or None with a note in the log where it cannot be made."""
+        try:
+            if self.features is None:
+                settings = self.config.sample
+                self.features = metrics.make_features(settings.features, settings.fid_weights_path, self.accelerator.device)
+            n = self.config.train.fid_samples
+            return evaluation.evaluate(self.generator, self.features, self.dataset, self.config, self.accelerator, n=n, stop=stop)
+        except UserError as error:
+            log.info("no FID in this run: %s", error)
+            self.config.train.fid_samples = 0
+            return None
+
+
+def announce(config, directory, accelerator, precision, network, dataset, progress, found):
+    """The first lines of a run's log."""
+    environment = run.environment()
+    parameters = sum(p.numel() for p in network.parameters())
+    log.info("run directory %s; commit %s", directory, environment["commit"])
+    log.info("packages %s", ", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
+    log.info(
+        "%d process(es) on %s, %d thread(s) each, precision %s",
+        accelerator.num_processes, ", ".join(environment["devices"]), environment["torch_threads"], precision.name,
+    )  # fmt: skip
+    for line in describe_backends(accelerator.device):
+        log.info("operator %s", line)
+    log.info("%s %s parameters; %s images of shape %s", config.nnet.name, f"{parameters:,}", f"{len(dataset):,}", dataset.shape)
+    log.info("resuming from %s" % found[0] if found else "starting from scratch")
+
+
+def train(config, directory, *, model, process, codec, dataset):
+    """Train `model` to config.train.n_steps, resuming from the newest good checkpoint in `directory`/ckpts.
+
+    Args:
+        config: a whole config; see configs/common.py.
+        directory: the run directory, made and locked here.
+        model, process, codec, dataset: of libs.models, sde, libs.codec and datasets.
+
+    Raises:
+        UserError: another run holds the directory, the disk is full, or too many steps in a row were not finite.
+        SystemExit: with status 143 after a signal, the state being saved.
+    """
+    accelerator = make_accelerator()
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = utils.RunLock(directory) if accelerator.is_main_process else contextlib.nullcontext()
+    with lock, run.StopRequest() as stop:
+        run.get_logger(directory, accelerator.process_index)
+        loop(config, directory, accelerator, stop, model, process, codec, dataset)
+
+
+def loop(config, directory, accelerator, stop, model, process, codec, dataset):
+    """The body of `train`, flat."""
+    precision = Precision(config.train.mixed_precision, accelerator.device)
+    network = model.to(accelerator.device).train()
+    ema = EMA(network, config.train.ema_rate)
+    optimizer = make_optimizer(config, network)
+    progress, found = Progress(), find_checkpoint(directory / "ckpts", accelerator)
+    if found:
+        progress = resume(found, accelerator, network, ema, optimizer, precision)
+    model = accelerator.prepare_model(network)
+    batches = micro_batches(config, dataset, accelerator, progress.batch)
+    generator = evaluation.ImageGenerator(
+        ema.model, process, codec, config, image_shape=dataset.shape, precision=precision, seed=config.seed
+    )
+
+    def state():
+        return network.state_dict(), ema.state_dict(), training_state(optimizer, precision, progress)
+
+    outputs = Outputs(config, directory, accelerator, generator, dataset, state)
+    metrics_log = None
+    if accelerator.is_main_process:
+        for line in utils.write_run_files(directory, config, run.environment()):
+            log.warning("changed since this run began: %s", line)
+        metrics_log = run.MetricsLog(directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb)
+        metrics_log.truncate_after(progress.step)
+        announce(config, directory, accelerator, precision, network, dataset, progress, found)
+
+    depth = network.depth if getattr(network, "drop_path", 0) else 0
+    z_shape, settings = codec.latent_shape(dataset.shape), config.train
+    speed, stops = Speed(settings.batch_size, progress.batch), False
+    bar = tqdm(total=settings.n_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    while progress.step < settings.n_steps and not stops:
+        draws = Draws(
+            seed=config.seed, batch=progress.batch, size=settings.batch_size, shape=z_shape, depth=depth, device=accelerator.device
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss = accumulate_gradients(config, accelerator, precision, model, process, codec, batches, draws)
+        precision.scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm or math.inf)
+        loss, norm, stops = share(accelerator, loss, norm, stop.requested)
+        outcome = update(config, precision, network, optimizer, ema, progress, loss, norm)
+        step, last = progress.step, progress.step == settings.n_steps
+        if accelerator.is_main_process and (outcome != "ok" or step % settings.log_interval == 0 or last):
+            line = dict(loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], img_s=speed(progress.batch), outcome=outcome)
+            metrics_log.write(step, line)
+            bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{line['img_s']:.0f}")
+        if outcome == "ok":
+            bar.update()
+        else:
+            report_bad_step(settings, outcome, progress, loss, norm, precision)
+        if stops or (outcome == "ok" and (last or step % settings.save_interval == 0)):
+            outputs.save(step)
+        if outcome == "ok" and not stops:
+            with speed.paused():
+                outputs.at_intervals(step, last, metrics_log, lambda: stop.requested)
+    bar.close()
+    if accelerator.is_main_process:
+        metrics_log.close()
+    if progress.step < settings.n_steps:
+        log.info("stopped at step %d as asked; the same command goes on from here", progress.step)
+        sys.exit(STOPPED)
+    log.info("finished %d steps; weights in %s", progress.step, directory / "ckpts" / f"{progress.step}.ckpt")

@@ -1,0 +1,95 @@
+"""Write the statistics of a data set that FID compares with.
+
+    python scripts/compute_fid_stats.py --dataset=cifar10 --path=assets/datasets/cifar10 \
+        --resolution=32 --features=inception --out=assets/fid_stats/cifar10.npz
+
+--dataset=folder takes a directory of images (any depth), --dataset=digits needs no path. The file
+holds mu and sigma, as pytorch-fid reads them, and the extractor, resolution, count and
+preprocessing, which an evaluation checks.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import utils
+from datasets import DATASETS, get_dataset
+from libs.metrics import FEATURES, Moments, make_features, save_statistics
+
+FLAGS = {
+    "dataset": (str, utils.REQUIRED, f"one of {', '.join(DATASETS)}"),
+    "path": (str, None, "the data set's directory"),
+    "resolution": (int, utils.REQUIRED, "side of the images in pixels"),
+    "features": (str, "inception", f"one of {', '.join(FEATURES)}"),
+    "weights": (str, None, "the feature network's file; where it usually is if not given"),
+    "out": (str, utils.REQUIRED, "the .npz file to write"),
+    "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
+    "batch_size": (int, 50, "images a batch"),
+    "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
+    "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where the network runs"),
+}
+
+
+def check_flags(args):
+    """Raise UserError for numbers out of range and for a GPU that is not there."""
+    lowest = {"resolution": 1, "max_images": 2, "batch_size": 1, "num_workers": 0}
+    for name, minimum in lowest.items():
+        value = getattr(args, name)
+        if value is not None and value < minimum:
+            raise utils.UserError(f"--{name} is {value}, it must be {minimum} or more")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise utils.UserError(f"--device is {args.device}, but torch finds no GPU: use cpu")
+
+
+def choose_indices(length, max_images):
+    """Evenly spaced indices, so that a part of a folder sorted by class has every class."""
+    count = min(length, max_images or length)
+    return [int(i) for i in np.arange(count) * length // count]
+
+
+def compute_moments(dataset, indices, features, *, batch_size, num_workers):
+    moments = Moments(features.dim)
+    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    keys = [[(0, index) for index in batch] for batch in batches]
+    loader = DataLoader(dataset, batch_sampler=keys, num_workers=num_workers)
+    for images, _ in tqdm(loader, desc="features", unit="batch"):
+        # The values that pytorch-fid has from an 8-bit file, free of the rounding of [-1, 1].
+        moments.update(features(((images + 1) * 127.5).round() / 255).cpu())
+    return moments
+
+
+def main(args):
+    """args: the flags of FLAGS."""
+    check_flags(args)
+    dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
+    features = make_features(args.features, args.weights, args.device)
+    indices = choose_indices(len(dataset), args.max_images)
+    moments = compute_moments(
+        dataset, indices, features, batch_size=args.batch_size, num_workers=args.num_workers
+    )
+    mu, sigma = moments.mean_and_covariance()
+    preprocessing = (
+        f"{args.dataset}, {len(indices)} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
+    )
+    save_statistics(
+        args.out,
+        mu=mu,
+        sigma=sigma,
+        count=len(indices),
+        extractor=features.name,
+        resolution=args.resolution,
+        preprocessing=preprocessing,
+    )
+    print(
+        f"wrote {args.out}: {features.name}, {args.resolution}x{args.resolution}, {preprocessing}"
+    )
+
+
+if __name__ == "__main__":
+    utils.run_main(main, FLAGS)

@@ -1,0 +1,124 @@
+"""Golden fixtures: reference numbers of the official code, found by what their json says, never by
+file name.
+
+The folder is `DIM_GOLDEN` (default `../shared/golden` beside the checkout). A test over it is
+written
+
+    @pytest.mark.parametrize("case, arrays", golden_cases.params("selective_scan"))
+    def test_scan(case, arrays): ...
+
+and becomes one skipped test, with the reason, where the folder or the kind is absent.
+"""
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(os.environ.get("DIM_GOLDEN") or ROOT / ".." / "shared" / "golden").resolve()
+
+
+class Arrays(Mapping):
+    """The arrays of one `.npz`, read when asked for; nothing stays open between reads."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    @functools.cached_property
+    def _names(self):
+        if not self.path.exists():  # a case whose json says it all, such as a list of shapes
+            return []
+        with np.load(self.path, allow_pickle=False) as npz:
+            return list(npz.files)
+
+    def __getitem__(self, name):
+        if name not in self._names:
+            raise KeyError(f"{self.path.name} has no array {name!r}; it has {self._names}")
+        with np.load(self.path, allow_pickle=False) as npz:
+            return npz[name]
+
+    def __contains__(self, name):
+        return name in self._names
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
+
+
+@functools.cache
+def _all_cases():
+    cases = []
+    for path in sorted(GOLDEN.glob("*.json")):
+        case = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(case, dict) and "kind" in case:
+            cases.append((path.stem, case, Arrays(path.with_suffix(".npz"))))
+    return cases
+
+
+def cases(*kinds):
+    """Every case of these kinds as (name, json dict, arrays by name); an empty list without the
+    folder.
+    """
+    return [case for case in _all_cases() if case[1]["kind"] in kinds]
+
+
+def params(*kinds):
+    """`cases` as pytest parameters (json dict, arrays), named by case; one skipped parameter if
+    there are none.
+    """
+    found = cases(*kinds)
+    if not found:
+        reason = f"no golden case of kind {' or '.join(kinds)} in {GOLDEN} (set DIM_GOLDEN)"
+        return [pytest.param(None, None, id="absent", marks=pytest.mark.skip(reason=reason))]
+    return [pytest.param(case, arrays, id=name) for name, case, arrays in found]
+
+
+@functools.cache
+def det_weights():
+    """The folder's own `det_weights` module, which makes every weight from its official name; skips
+    without it.
+    """
+    path = GOLDEN / "det_weights.py"
+    if not path.exists():
+        pytest.skip(f"no det_weights.py in {GOLDEN} (set DIM_GOLDEN)")
+    spec = importlib.util.spec_from_file_location("det_weights", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _float64(x):
+    return torch.as_tensor(x).detach().cpu().to(torch.float64)
+
+
+def relative_error(actual, expected):
+    """Largest absolute difference over the largest absolute value of `expected` (over 1 if that is
+    zero).
+    """
+    actual, expected = _float64(actual), _float64(expected)
+    if expected.numel() == 0:
+        return 0.0
+    scale = expected.abs().max().item() or 1.0
+    return ((actual - expected).abs().max() / scale).item()
+
+
+def assert_close(actual, expected, tol, name="result"):
+    """Same shape, and `relative_error` at most `tol`; the message shows the ratio. A NaN fails."""
+    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
+    assert actual.shape == expected.shape, (
+        f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    )
+    error = relative_error(actual, expected)
+    assert error <= tol, (
+        f"{name}: error {error:.3g} of the largest value, {error / tol:.3g} times the tolerance "
+        f"{tol:g}"
+    )

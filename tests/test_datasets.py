@@ -1,0 +1,609 @@
+"""Data sets against files in their true formats, hostile ones included, and the training order."""
+
+import gzip
+import hashlib
+import io
+import itertools
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import urllib.error
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.datasets
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import datasets
+from datasets import GlobalBatchSampler, get_dataset, permutation
+from utils import UserError
+
+TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
+
+# ------------------------------------------------------------ digits
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    digits = get_dataset("digits", resolution=8)
+    assert (len(digits), digits.shape, digits.num_classes) == (1797, (1, 8, 8), 10)
+    images = torch.stack([digits[0, i][0] for i in range(len(digits))])
+    assert images.dtype == torch.float32
+    np.testing.assert_array_equal((images[:, 0] + 1) * 8, load_digits().images)
+    np.testing.assert_array_equal(digits.labels, load_digits().target)
+    assert digits[3, 5][1] == digits.labels[5] and digits[3, 5][1].dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "name, options, says",
+    [
+        ("digits", {"random_flip": True}, "a flipped digit is another sign"),
+        ("digits", {"resolution": 32}, "resolution is not 32"),
+        ("digits", {"path": "somewhere"}, "leave dataset.path empty"),
+        ("digits", {"train": False}, "no test split"),
+        ("cifar10", {"path": "somewhere", "resolution": 64}, "resolution is not 64"),
+        ("cifar10", {}, "needs dataset.path"),
+        ("folder", {"resolution": 8}, "needs dataset.path"),
+        ("folder", {"path": "nowhere", "resolution": 8}, "nowhere does not exist"),
+        ("mnist", {}, "digits, cifar10, folder"),
+    ],
+)
+def test_wrong_requests_are_refused(name, options, says):
+    with pytest.raises(UserError, match=says):
+        get_dataset(name, **options)
+
+
+def test_without_labels_there_are_no_classes():
+    digits = get_dataset("digits", labels=False)
+    assert digits.labels is None and digits.num_classes == 0 and digits[0, 5][1] == 0
+
+
+def test_import_is_cheap():
+    code = (
+        "import datasets, sys; print({'torchvision', 'sklearn', 'accelerate'} & set(sys.modules))"
+    )
+    root = Path(datasets.__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert run.stdout == "set()\n", run.stderr
+
+
+# ------------------------------------------------------------ CIFAR-10
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes str and bytes as Python 2's cPickle wrote the published files (opcode BINSTRING)."""
+
+    def save_string(self, value):
+        raw = value.encode("latin1") if isinstance(value, str) else value
+        self.write(b"T" + struct.pack("<i", len(raw)) + raw)
+        self.memoize(value)
+
+
+Python2Pickler.dispatch = {
+    **pickle._Pickler.dispatch,
+    str: Python2Pickler.save_string,
+    bytes: Python2Pickler.save_string,
+}
+
+
+def python2_pickle(value):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(value)
+    return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def python3_pickle(value):
+    return pickle.dumps(value, protocol=2)
+
+
+def cifar10_batch(number, count=3):
+    rng = np.random.default_rng(number)
+    return {
+        b"batch_label": b"testing batch",
+        b"labels": rng.integers(10, size=count).tolist(),
+        b"data": rng.integers(256, size=(count, 3072), dtype=np.uint8),
+        b"filenames": [b"x.png"] * count,
+    }
+
+
+def write_cifar10(parent, dump=python2_pickle):
+    folder = parent / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for number, name in enumerate([*TRAIN_FILES, "test_batch"], start=1):
+        (folder / name).write_bytes(dump(cifar10_batch(number)))
+    return folder
+
+
+def write_archive(parent, folder):
+    with tarfile.open(parent / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(folder, "cifar-10-batches-py")
+    return parent / "cifar-10-python.tar.gz"
+
+
+@pytest.fixture
+def cifar10_folder(tmp_path):
+    return write_cifar10(tmp_path)
+
+
+def expect_cifar10(dataset, numbers):
+    batches = [cifar10_batch(number) for number in numbers]
+    data = np.concatenate([batch[b"data"] for batch in batches]).reshape(-1, 3, 32, 32)
+    assert len(dataset) == len(data) and dataset.shape == (3, 32, 32)
+    for i, image in enumerate(data):
+        x, y = dataset[0, i]
+        np.testing.assert_array_equal(((x + 1) * 127.5).round(), image)
+        assert x.dtype == torch.float32 and y == dataset.labels[i]
+    assert dataset.labels.tolist() == [y for batch in batches for y in batch[b"labels"]]
+
+
+@pytest.mark.filterwarnings("ignore:.*not CIFAR-10's published files")
+@pytest.mark.parametrize("dump", [python2_pickle, python3_pickle, pickle.dumps])
+def test_cifar10_reads_every_dialect_of_its_pickles(tmp_path, dump):
+    folder = write_cifar10(tmp_path, dump)
+    expect_cifar10(get_dataset("cifar10", path=tmp_path), range(1, 6))
+    expect_cifar10(get_dataset("cifar10", path=folder, train=False), [6])
+
+
+@pytest.mark.filterwarnings("ignore:.*not CIFAR-10's published files")
+def test_cifar10_reads_the_archive_in_place(tmp_path):
+    folder = write_cifar10(tmp_path / "made")
+    (tmp_path / "read").mkdir()
+    archive = write_archive(tmp_path / "read", folder)
+    with tarfile.open(tmp_path / "plain.tar", "w") as tar:  # a hostile member before the rest
+        tar.addfile(tarfile.TarInfo("../escaped"), io.BytesIO())
+        tar.add(folder, "cifar-10-batches-py")
+    archive.write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
+    expect_cifar10(get_dataset("cifar10", path=tmp_path / "read"), range(1, 6))
+    assert os.listdir(tmp_path / "read") == ["cifar-10-python.tar.gz"]
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_cifar10_warns_of_repacked_files_only(cifar10_folder, monkeypatch):
+    with pytest.warns(UserWarning, match="data_batch_1, .*data_batch_5.* are not .* published"):
+        get_dataset("cifar10", path=cifar10_folder)
+    md5 = {f: hashlib.md5((cifar10_folder / f).read_bytes()) for f in TRAIN_FILES}
+    published = [[name, digest.hexdigest()] for name, digest in md5.items()]
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "train_list", published)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_dataset("cifar10", path=cifar10_folder)
+
+
+class Call:
+    """Pickles as a call of `function`, which an ordinary unpickler makes."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def object_array_of_bytes():
+    """An array said to be of type object with raw bytes for elements, read as pointers if built."""
+    whole = pickle.dumps(cifar10_batch(2), 2)
+    forged = whole.replace(b"X\x02\x00\x00\x00u1", b"X\x02\x00\x00\x00O8")
+    assert forged != whole
+    return forged
+
+
+@pytest.mark.filterwarnings("ignore:.*not CIFAR-10's published files")
+@pytest.mark.parametrize("place", ["top", "data", "label"])
+def test_code_in_a_cifar10_file_is_not_run(cifar10_folder, tmp_path, place):
+    victim = tmp_path / "executed"
+    attack, batch = Call(os.mkdir, str(victim)), cifar10_batch(2)
+    if place == "data":
+        batch[b"data"] = attack
+    elif place == "label":
+        batch[b"labels"][0] = attack
+    hostile = pickle.dumps(attack if place == "top" else batch, 2)
+    (cifar10_folder / "data_batch_2").write_bytes(hostile)
+    with pytest.raises(UserError, match="data_batch_2 in .* is not a CIFAR-10 batch.*mkdir"):
+        get_dataset("cifar10", path=cifar10_folder)
+    assert not victim.exists()
+    pickle.loads(hostile)  # the attack is a real one
+    assert victim.exists()
+
+
+def broken_batches():
+    good = cifar10_batch(2)
+    whole = python2_pickle(good)
+    return {
+        "truncated": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"not a pickle at all",
+        "list": python2_pickle([1, 2]),
+        "no labels": python2_pickle({b"data": good[b"data"]}),
+        "shape": python2_pickle({**good, b"data": good[b"data"][:, :3000]}),
+        "float": python2_pickle({**good, b"data": good[b"data"].astype(np.float32)}),
+        "object array": object_array_of_bytes(),
+        "label range": python2_pickle({**good, b"labels": [0, 1, 10]}),
+        "label count": python2_pickle({**good, b"labels": [0, 1]}),
+        "code as label": python2_pickle({**good, b"labels": ["0", "1", "2"]}),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:.*not CIFAR-10's published files")
+@pytest.mark.parametrize("kind", broken_batches())
+def test_broken_cifar10_batches_are_named(cifar10_folder, kind):
+    (cifar10_folder / "data_batch_2").write_bytes(broken_batches()[kind])
+    with pytest.raises(UserError, match="data_batch_2 in .* is not a CIFAR-10 batch file: ."):
+        get_dataset("cifar10", path=cifar10_folder)
+
+
+def test_a_missing_cifar10_batch_is_named(cifar10_folder):
+    (cifar10_folder / "data_batch_1").unlink()
+    with pytest.raises(UserError, match="lacks data_batch_1: put"):
+        get_dataset("cifar10", path=cifar10_folder)
+
+
+def test_broken_cifar10_archives_are_named(tmp_path, cifar10_folder):
+    (cifar10_folder / "data_batch_4").unlink()
+    archive = write_archive(tmp_path, cifar10_folder)
+    cifar10_folder.rename(tmp_path / "aside")
+    with pytest.raises(UserError, match="archive .* lacks data_batch_4"):
+        get_dataset("cifar10", path=tmp_path)
+    whole = archive.read_bytes()
+    for broken in (whole[: len(whole) // 2], b"no archive", whole[:200] + b"x" * 500 + whole[700:]):
+        archive.write_bytes(broken)
+        with pytest.raises(UserError, match="cifar-10-python.tar.gz is not a whole .tar.gz"):
+            get_dataset("cifar10", path=tmp_path)
+
+
+def test_links_in_a_cifar10_archive_are_not_followed(tmp_path, cifar10_folder):
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE):
+        with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+            link = tarfile.TarInfo("cifar-10-batches-py/data_batch_1")
+            link.type, link.linkname = kind, str(tmp_path / "secret")
+            tar.addfile(link)
+            for name in TRAIN_FILES[1:]:
+                tar.add(cifar10_folder / name, f"cifar-10-batches-py/{name}")
+        with pytest.raises(UserError, match="archive .* lacks data_batch_1"):
+            datasets._batches_from_archive(tmp_path / "cifar-10-python.tar.gz", TRAIN_FILES)
+
+
+def test_a_failed_download_says_where_to_put_the_files(tmp_path, monkeypatch):
+    def fail(url, root, filename, md5):
+        os.makedirs(root)
+        Path(root, filename).write_bytes(b"half of it")
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", fail)
+    with pytest.raises(UserError, match="no network.*put cifar-10-python.tar.gz, or the folder"):
+        get_dataset("cifar10", path=tmp_path / "new")
+    assert os.listdir(tmp_path / "new") == []
+
+
+@pytest.mark.filterwarnings("ignore:.*not CIFAR-10's published files")
+def test_a_download_is_kept_and_read(tmp_path, monkeypatch):
+    archive = write_archive(tmp_path, write_cifar10(tmp_path / "made")).read_bytes()
+    (tmp_path / "new").mkdir()
+    monkeypatch.setattr(
+        torchvision.datasets.utils,
+        "download_url",
+        lambda url, root, filename, md5: Path(root, filename).write_bytes(archive),
+    )
+    expect_cifar10(get_dataset("cifar10", path=tmp_path / "new"), range(1, 6))
+    assert os.listdir(tmp_path / "new") == ["cifar-10-python.tar.gz"]
+
+
+# ------------------------------------------------------------ image folders
+
+
+def noise_image(seed, size=(8, 8)):
+    pixels = np.random.default_rng(seed).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def write_folder(root, count=6):
+    """Classes 'ant' and 'bee' with `count` 8x8 PNG images in all; returns their pixels in order."""
+    images = []
+    for i in range(count):
+        path = root / ("ant" if i < count // 2 else "bee") / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = noise_image(i)
+        image.save(path)
+        images.append(np.asarray(image).transpose(2, 0, 1))
+    return images
+
+
+def pixels_of(x):
+    return ((x + 1) * 127.5).round().numpy().astype(np.uint8)
+
+
+def test_folder_classes_are_the_first_level_subdirectories(tmp_path):
+    images = write_folder(tmp_path)
+    (tmp_path / "bee" / "deeper").mkdir()
+    (tmp_path / "bee" / "05.png").rename(tmp_path / "bee" / "deeper" / "05.PNG")
+    (tmp_path / "ant" / "notes.txt").write_text("no image")
+    (tmp_path / "ant" / "._00.png").write_text("a hidden file of macOS")
+    (tmp_path / ".cache").mkdir()
+    folder = get_dataset("folder", path=tmp_path, resolution=8)
+    assert (len(folder), folder.shape, folder.num_classes) == (6, (3, 8, 8), 2)
+    assert folder.labels.tolist() == [0, 0, 0, 1, 1, 1] and folder.labels.dtype == np.int64
+    for i, image in enumerate(images):
+        x, y = folder[0, i]
+        np.testing.assert_array_equal(pixels_of(x), image)
+        assert y == folder.labels[i] and x.dtype == torch.float32
+    unlabelled = get_dataset("folder", path=tmp_path, resolution=8, labels=False)
+    assert len(unlabelled) == 6 and unlabelled.labels is None and unlabelled.num_classes == 0
+
+
+def test_folder_mistakes_are_named(tmp_path):
+    (tmp_path / "ant").mkdir()
+    with pytest.raises(UserError, match="no images .*.png.* in "):
+        get_dataset("folder", path=tmp_path, resolution=8)
+    noise_image(0).save(tmp_path / "loose.png")
+    with pytest.raises(UserError, match="loose.png in .* is in no class directory"):
+        get_dataset("folder", path=tmp_path, resolution=8)
+    assert len(get_dataset("folder", path=tmp_path, resolution=8, labels=False)) == 1
+    (tmp_path / "bee").mkdir()
+    (tmp_path / "loose.png").rename(tmp_path / "bee" / "0.png")
+    with pytest.raises(UserError, match="class directory .*ant has no images"):
+        get_dataset("folder", path=tmp_path, resolution=8)
+    with pytest.raises(UserError, match="needs a resolution"):
+        get_dataset("folder", path=tmp_path)
+    with pytest.raises(UserError, match="one split"):
+        get_dataset("folder", path=tmp_path, resolution=8, train=False)
+
+
+GREY16 = Image.fromarray(np.full((9, 9), 200 * 257, np.uint16))
+GREY16_DARK = Image.fromarray(np.full((9, 9), 157, np.uint16))  # 157 / 257 is nearest to 1
+TRANSPARENT = Image.new("RGBA", (9, 9), (250, 100, 30, 128))
+PALETTE = Image.new("RGB", (9, 9), (250, 100, 30)).quantize(4)
+
+
+@pytest.mark.parametrize(
+    "image, name, expected, tolerance",
+    [
+        (Image.new("L", (9, 9), 200), "x.png", (200, 200, 200), 0),
+        (Image.new("LA", (9, 9), (200, 9)), "x.png", (200, 200, 200), 0),
+        (Image.new("1", (9, 9), 1), "x.png", (255, 255, 255), 0),
+        (GREY16, "x.png", (200, 200, 200), 0),
+        (GREY16, "x.tif", (200, 200, 200), 0),
+        (GREY16_DARK, "x.png", (1, 1, 1), 0),
+        (TRANSPARENT, "x.png", (250, 100, 30), 0),
+        (PALETTE, "x.png", (250, 100, 30), 0),
+        (Image.new("L", (9, 9), 200), "x.jpg", (200, 200, 200), 1),  # JPEG rounds
+        (Image.new("CMYK", (9, 9), (5, 155, 225, 0)), "x.jpg", (250, 100, 30), 3),
+    ],
+)
+def test_folder_converts_every_mode_to_rgb(tmp_path, image, name, expected, tolerance):
+    image.save(tmp_path / name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x, _ = get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 0]
+    difference = pixels_of(x).astype(int) - np.reshape(expected, (3, 1, 1))
+    assert np.abs(difference).max() <= tolerance
+
+
+def test_palette_with_transparency_reads_without_a_warning(tmp_path):
+    PALETTE.save(tmp_path / "x.png", transparency=bytes([100, 128, 255]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x, _ = get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 0]
+    assert pixels_of(x)[:, 0, 0].tolist() == [250, 100, 30]
+
+
+def adm_center_crop(image, size):
+    """As in guided_diffusion/image_datasets.py, by arrays."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(x // 2 for x in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(x * scale) for x in image.size), resample=Image.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 50), (10, 7), (16, 16), (67, 131), (33, 32)])
+def test_center_crop_is_adms(size):
+    image = noise_image(0, size)
+    expected = adm_center_crop(image, 16)
+    assert expected.shape == (16, 16, 3)
+    np.testing.assert_array_equal(np.asarray(datasets.center_crop(image, 16)), expected)
+
+
+def png_bomb():
+    def chunk(kind, data):
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
+
+
+def encoded(image, kind="png"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def unreadable_files():
+    jpeg = encoded(noise_image(0, (64, 64)), "jpeg")
+    return {
+        "truncated png": encoded(noise_image(0))[:100],
+        "truncated jpeg": jpeg[: len(jpeg) // 2],
+        "text": b"hello",
+        "empty": b"",
+        "bomb": png_bomb(),
+        "strip": encoded(Image.new("L", (1, 60000))),
+    }
+
+
+@pytest.mark.parametrize("kind", unreadable_files())
+def test_an_unreadable_image_is_replaced_by_the_next(tmp_path, kind):
+    resolution = 64 if kind == "strip" else 8
+    write_folder(tmp_path)
+    whole = get_dataset("folder", path=tmp_path, resolution=resolution)
+    expected = [whole[0, i] for i in range(6)]
+    for name in ("ant/02.png", "bee/05.png"):  # the first of the next class; round to the start
+        (tmp_path / name).write_bytes(unreadable_files()[kind])
+    broken = get_dataset("folder", path=tmp_path, resolution=resolution)
+    with pytest.warns(UserWarning, match="unreadable image") as warned:
+        read = [(i, *broken[0, i]) for i in (5, 2, 0, 1, 2, 3, 4, 5)]
+    for i, x, y in read:
+        torch.testing.assert_close(x, expected[{2: 3, 5: 0}.get(i, i)][0], rtol=0, atol=0)
+        assert y == {2: 1, 5: 0}.get(i, expected[i][1])
+    named = [str(warning.message) for warning in warned]
+    assert len(named) == 2 and "05.png" in named[0] and "02.png" in named[1] and len(broken) == 6
+
+
+def test_too_many_unreadable_images_end_the_run(tmp_path):
+    write_folder(tmp_path, count=20)
+    for i in range(11):
+        name = f"{'ant' if i < 10 else 'bee'}/{i:02}.png"
+        (tmp_path / name).write_bytes(b"broken")
+    folder = get_dataset("folder", path=tmp_path, resolution=8)
+    with pytest.warns(UserWarning), pytest.raises(UserError) as error:
+        folder[0, 0]
+    folder.unreadable.clear()
+    assert "more than 10 of 20 images" in str(error.value)
+    assert all(f"{i:02}.png" in str(error.value) for i in range(11))
+    loader = DataLoader(folder, batch_sampler=[[(0, 0)]], num_workers=1)
+    with pytest.raises(UserError) as from_worker:
+        next(iter(loader))
+    assert str(from_worker.value) == str(error.value)
+    (tmp_path / "bee" / "10.png").write_bytes(encoded(noise_image(10)))  # ten: the limit itself
+    folder = get_dataset("folder", path=tmp_path, resolution=8)
+    with pytest.warns(UserWarning):
+        np.testing.assert_array_equal(
+            pixels_of(folder[0, 0][0]), np.asarray(noise_image(10)).transpose(2, 0, 1)
+        )
+
+
+def test_a_folder_without_any_readable_image_ends_the_run(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="more than 2 of 3 images"):
+        get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 1]
+
+
+# ------------------------------------------------------------ augmentation
+
+
+def flips_of(folder, epoch):
+    plain = [folder._load(i) for i in range(len(folder))]
+    flips = []
+    for i, image in enumerate(plain):
+        x, _ = folder[epoch, i]
+        assert torch.equal(x, image) or torch.equal(x, image.flip(-1))
+        flips.append(not torch.equal(x, image))
+    return flips
+
+
+def test_flips_are_keyed_by_seed_epoch_and_index(tmp_path):
+    write_folder(tmp_path, count=100)
+    options = {"path": tmp_path, "resolution": 8, "random_flip": True}
+    folder = get_dataset("folder", seed=1, **options)
+    flips = flips_of(folder, 0)
+    assert 30 < sum(flips) < 70  # 4 standard deviations about 50
+    assert flips_of(folder, 0) == flips
+    others = [flips_of(folder, 1), flips_of(get_dataset("folder", seed=2, **options), 0)]
+    for other in others:
+        assert 30 < sum(a != b for a, b in zip(flips, other, strict=True)) < 70
+    assert sum(flips_of(get_dataset("folder", path=tmp_path, resolution=8), 0)) == 0
+    loader = DataLoader(folder, batch_sampler=[[(0, 4), (0, 9)], [(0, 2)]], num_workers=2)
+    images, labels = zip(*loader, strict=True)
+    expected = torch.stack([folder[0, i][0] for i in (4, 9, 2)])
+    torch.testing.assert_close(torch.cat(images), expected, rtol=0, atol=0)
+    assert labels[0].dtype == torch.int64
+
+
+# ------------------------------------------------------------ order
+
+
+def stream(length, seed, stop):
+    """The definition, position by position."""
+    epochs = {}
+    for position in range(stop):
+        epoch, offset = divmod(position, length)
+        if epoch not in epochs:
+            epochs[epoch] = permutation(length, seed=seed, epoch=epoch)
+        yield epoch, int(epochs[epoch][offset])
+
+
+def global_batches(length, batch_size, processes, accumulation, batches, start_batch=0):
+    """For each global batch, its keys in stream order, gathered from all ranks."""
+    ranks = [
+        GlobalBatchSampler(
+            length,
+            batch_size,
+            num_processes=processes,
+            rank=rank,
+            accumulation=accumulation,
+            seed=3,
+            start_batch=start_batch,
+        )
+        for rank in range(processes)
+    ]
+    parts = [list(itertools.islice(rank, batches * accumulation)) for rank in ranks]
+    assert {len(micro) for rank in parts for micro in rank} == {
+        batch_size // (processes * accumulation)
+    }
+    micro_batches = [key for micro in zip(*parts, strict=True) for rank in micro for key in rank]
+    return [micro_batches[i : i + batch_size] for i in range(0, len(micro_batches), batch_size)]
+
+
+@pytest.mark.parametrize("length", [1, 7, 12, 13, 24, 100])  # shorter than, equal to, coprime...
+@pytest.mark.parametrize("processes, accumulation", [(1, 1), (1, 3), (4, 1), (2, 3), (12, 1)])
+def test_every_rank_layout_reads_the_same_stream(length, processes, accumulation):
+    keys = list(stream(length, 3, 12 * 9))
+    expected = [keys[i : i + 12] for i in range(0, len(keys), 12)]
+    assert global_batches(length, 12, processes, accumulation, 9) == expected
+    assert global_batches(length, 12, processes, accumulation, 4, start_batch=5) == expected[5:]
+
+
+def test_an_epoch_reads_every_image_once_across_batch_borders():
+    keys = list(itertools.chain(*global_batches(13, 6, 2, 1, 13)))  # 78 keys, 6 epochs
+    for epoch in range(6):
+        assert sorted(index for e, index in keys if e == epoch) == list(range(13))
+    orders = {tuple(index for e, index in keys if e == epoch) for epoch in range(6)}
+    assert len(orders) == 6
+
+
+def test_the_permutation_is_a_fixed_function():
+    """Numbers written down once: a checkpoint resumes with any later version and machine."""
+    assert permutation(10, seed=0, epoch=0).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
+    assert permutation(10, seed=0, epoch=1).tolist() == [3, 5, 2, 7, 4, 6, 8, 9, 1, 0]
+    assert permutation(10, seed=1, epoch=0).tolist() != [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]
+
+
+def test_resuming_far_into_training_is_immediate():
+    options = {"num_processes": 8, "rank": 3, "accumulation": 2, "seed": 0}
+    sampler = GlobalBatchSampler(1000, 1024, start_batch=10**9, **options)
+    assert len(next(iter(sampler))) == 64
+    assert next(iter(sampler))[0][0] == (10**9 * 1024 + 3 * 64) // 1000
+
+
+@pytest.mark.parametrize(
+    "batch_size, says",
+    [
+        (100, "batch_size 100 .* 4 processes x 3 accumulation steps = 12: .* 96 and 108"),
+        (5, "nearest that work: 12$"),
+        (0, "nearest that work: 12$"),
+    ],
+)
+def test_an_indivisible_batch_is_refused_with_the_nearest_sizes(batch_size, says):
+    with pytest.raises(UserError, match=says):
+        GlobalBatchSampler(50, batch_size, num_processes=4, rank=0, accumulation=3, seed=0)
+
+
+def test_the_sampler_drives_a_data_loader():
+    digits = get_dataset("digits")
+    sampler = GlobalBatchSampler(1797, 8, num_processes=2, rank=1, accumulation=2, seed=0)
+    batches = list(itertools.islice(DataLoader(digits, batch_sampler=sampler), 4))
+    keys = list(itertools.islice(sampler, 4))
+    for (x, y), batch in zip(batches, keys, strict=True):
+        assert x.shape == (2, 1, 8, 8) and y.tolist() == [digits.labels[i] for _, i in batch]

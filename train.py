@@ -1,0 +1,41 @@
+"""Train a diffusion model on pixels.
+
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./train.py --config=configs/cifar10_S_DiM.py
+    python train.py --config=configs/digits_T_DiM.py --config.train.batch_size=32
+
+The same command resumes an interrupted run.
+"""
+
+import torch
+
+import utils
+from datasets import get_dataset
+from libs.codec import PixelCodec
+from libs.models import build_model
+from libs.training import train
+from sde import VPSDE
+
+FLAGS = {
+    "config": (utils.config_file, utils.REQUIRED, "config file; --config.<key>=<value> changes one value"),
+    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
+}
+
+
+def main(flags):
+    config = flags.config
+    directory = utils.run_directory(flags.config_path, flags.overrides, flags.workdir)
+    dataset = get_dataset(
+        config.dataset.name,
+        path=config.dataset.path,
+        resolution=config.dataset.resolution,
+        random_flip=config.dataset.random_flip,
+        labels=config.train.mode == "cond",
+        seed=config.seed,
+    )
+    torch.manual_seed(config.seed)  # of the initial weights
+    model = build_model(config.nnet)
+    train(config, directory, model=model, process=VPSDE(), codec=PixelCodec(), dataset=dataset)
+
+
+if __name__ == "__main__":
+    utils.run_main(main, FLAGS)
