@@ -87,9 +87,10 @@ def micro_batches(config, dataset, accelerator, start_batch):
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=run.ignore_stop_signals if workers else None,
+        worker_init_fn=run.detach_worker,
     )
-    return iter(loader)
+    with run.starting_workers():
+        return iter(loader)
 
 
 def rows_of(config, accelerator, micro_batch):

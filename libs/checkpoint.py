@@ -1,0 +1,329 @@
+"""Checkpoints: <directory>/<step>.ckpt/, whole or absent however a save ends.
+
+A save writes a hidden directory beside its target, syncs it to disk and renames it; the manifest
+(size and SHA-256 of each file) is written last. What a dead save left behind never has the name
+of a checkpoint and is removed by the next save.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import logging
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from utils import UserError, read_json, write_json
+
+FORMAT = 1
+_FILES = ("nnet.safetensors", "nnet_ema.safetensors", "training.pt", "config.json")
+_CHUNK_BYTES = 1 << 22
+_LOGGER = logging.getLogger("dim")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What `load` reads: CPU tensors by name, and plain values."""
+
+    step: int
+    nnet: dict[str, torch.Tensor]
+    ema: dict[str, torch.Tensor]
+    training_state: dict
+    config: dict
+
+
+# ---------------------------------------------------------------------------------------------
+# What is written
+
+def _plain(value, where: str):
+    """A copy of a state with tensors on the CPU; TypeError for what weights_only cannot read.
+
+    Better refused at the first save than at the first resume.
+    """
+    if isinstance(value, torch.Tensor):
+        # clone: torch.save writes the whole storage of a view
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {_plain(key, f"a key of {where}"): _plain(item, f"{where}[{key!r}]")
+                for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if value is None or type(value) in (int, float, bool, str, bytes):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, dicts, "
+                    "lists, tuples, numbers and strings only")
+
+
+def _weights(tensors: dict) -> dict:
+    """The tensors on the CPU, contiguous, each in memory of its own, as safetensors wants them."""
+    seen, result = set(), {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        result[name] = value.clone() if storage in seen else value
+        seen.add(storage)
+    return result
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to the disk; a rename is durable once its directory is."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open directories
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or path.is_file():  # some network file systems cannot
+            raise                                          # sync a directory
+    finally:
+        os.close(descriptor)
+
+
+def _save_training_state(state: dict, path: Path) -> None:
+    """torch.save; a failed write is an OSError (torch's zip writer makes it a RuntimeError)."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            cause = error.__context__
+            raise (cause if isinstance(cause, OSError) else OSError(str(error))) from None
+
+
+def _write_files(folder: Path, step, nnet, ema, training_state, config) -> None:
+    save_file(_weights(nnet), folder / "nnet.safetensors")
+    save_file(_weights(ema), folder / "nnet_ema.safetensors")
+    _save_training_state(training_state, folder / "training.pt")
+    write_json(folder / "config.json", config)
+    for name in _FILES:
+        _sync(folder / name)
+    entries = {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+               for name in _FILES}
+    write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": entries})
+    _sync(folder / "manifest.json")
+    _sync(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Directories. `.saving-5-<pid>` is being written, `.removing-5` being deleted, and `.replaced-5`
+# is the old checkpoint of step 5 for the instant in which a new one takes its place.
+
+def _steps(directory: Path) -> dict[int, Path]:
+    """step -> path of everything with a checkpoint's name, or replaced and not yet succeeded."""
+    found = {}
+    for pattern in (r"\.replaced-(\d+)", r"(\d+)\.ckpt"):  # the later one wins
+        found.update({int(match[1]): path for path in directory.iterdir()
+                      if (match := re.fullmatch(pattern, path.name))})
+    return found
+
+
+def _discard(path: Path, step: int) -> None:
+    """Delete a checkpoint; a kill half-way leaves nothing with a checkpoint's name."""
+    doomed = path.with_name(f".removing-{step}")
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _clean(directory: Path) -> None:
+    """Finish or undo what a save that died left behind."""
+    for path in directory.iterdir():
+        if re.match(r"\.(saving|removing)-\d+", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+        elif match := re.fullmatch(r"\.replaced-(\d+)", path.name):
+            target = directory / f"{match[1]}.ckpt"
+            if target.exists():
+                shutil.rmtree(path)
+            else:
+                path.rename(target)
+
+
+def _put_in_place(temporary: Path, target: Path, step: int) -> None:
+    replaced = target.with_name(f".replaced-{step}")
+    if target.exists():
+        target.rename(replaced)
+    temporary.rename(target)
+    _sync(target.parent)
+    if replaced.exists():
+        _discard(replaced, step)
+
+
+def _keep(directory: Path, step: int, keep_last: int) -> None:
+    """Of the checkpoints before `step`, keep the keep_last - 1 newest."""
+    older = sorted((old, path) for old, path in _steps(directory).items() if old < step)
+    for old, path in older[:max(0, len(older) - keep_last + 1)]:
+        try:
+            _discard(path, old)
+        except OSError as error:  # the new one is safe: no reason to stop
+            _LOGGER.warning("could not delete the old checkpoint %s: %s", path, error)
+
+
+# ---------------------------------------------------------------------------------------------
+# Saving
+
+def save(directory, step: int, *, nnet: dict, ema: dict, training_state: dict, config: dict,
+         keep_last: int | None) -> Path:
+    """Save a checkpoint and return its path, directory/<step>.ckpt.
+
+    nnet, ema: name -> tensor, any device, layout and dtype. training_state: nested dicts and
+    lists of tensors and plain values (TypeError otherwise). config: a dict for JSON.
+    keep_last: how many checkpoints to keep, this one included, or None for all of them; older
+    ones are deleted once this one is in place.
+
+    Raises UserError if the disk is full or cannot be written: nothing of the failed save remains
+    and earlier checkpoints are as they were. One process at a time saves into a directory.
+    """
+    directory = Path(directory)
+    target, temporary = directory / f"{step}.ckpt", directory / f".saving-{step}-{os.getpid()}"
+    training_state = _plain(training_state, "training_state")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _clean(directory)
+        temporary.mkdir()
+        _write_files(temporary, step, nnet, ema, training_state, config)
+        _put_in_place(temporary, target, step)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"could not save checkpoint {target}: {reason}; "
+                        f"{_still_good(directory)}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    if keep_last is not None:
+        _keep(directory, step, keep_last)
+    return target
+
+
+def _still_good(directory: Path) -> str:
+    with contextlib.suppress(OSError):
+        if found := latest(directory, report=lambda line: None):
+            return f"the last good checkpoint is {found[0]}"
+    return "there is no earlier checkpoint"
+
+
+# ---------------------------------------------------------------------------------------------
+# Checking
+
+def _check_file(path: Path, entry: dict) -> None:
+    if not path.is_file():
+        raise UserError(f"{path} is missing")
+    if path.stat().st_size != entry["size"]:
+        raise UserError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
+    if _sha256(path) != entry["sha256"]:
+        raise UserError(f"{path} is damaged: its SHA-256 is not the one in manifest.json")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except SafetensorError as error:
+            raise UserError(f"{path} is not a safetensors file: {error}") from error
+
+
+def verify(path) -> int:
+    """Check the checkpoint directory `path` against its manifest and return its step.
+
+    Reads every byte. Raises UserError naming the file and what is wrong with it.
+    """
+    path = Path(path)
+    manifest = path / "manifest.json"
+    if not path.is_dir():
+        raise UserError(f"{path} is not a checkpoint directory")
+    if not manifest.is_file():
+        raise UserError(f"{path} has no manifest.json: it was not saved to the end")
+    entries = read_json(manifest)
+    try:
+        version, step, files = entries["format"], int(entries["step"]), entries["files"]
+        checks = [(path / name, {"size": files[name]["size"], "sha256": files[name]["sha256"]})
+                  for name in _FILES]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{manifest} is damaged: {error!r}") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has checkpoint format {version}; this version of DiM reads "
+                        f"format {FORMAT}")
+    for file, entry in checks:
+        _check_file(file, entry)
+    return step
+
+
+def latest(directory, report: Callable[[str], None] = _LOGGER.warning):
+    """(path, step) of the newest checkpoint in `directory` that verifies, or None.
+
+    Each one that does not, and each unfinished save, is named to `report` with the reason.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        return None
+    for unfinished in sorted(directory.glob(".saving-*")):
+        report(f"ignoring {unfinished}: a save that did not finish")
+    for step, path in sorted(_steps(directory).items(), reverse=True):
+        try:
+            verify(path)
+            return path, step
+        except (UserError, OSError) as error:
+            report(f"skipping checkpoint {path}: {error}")
+    return None
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+
+def _load_training_state(path: Path) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} contains pickled code or objects, which are never executed: it "
+                        "was not written by DiM; use a checkpoint from a source you trust"
+                        ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def load(path) -> Checkpoint:
+    """Verify and read a checkpoint directory; tensors on the CPU, in the dtypes they were saved in.
+
+    Pickled code is never executed. Raises UserError if the checkpoint is missing or damaged.
+    """
+    path = Path(path)
+    step = verify(path)
+    return Checkpoint(step=step, nnet=load_file(path / "nnet.safetensors"),
+                      ema=load_file(path / "nnet_ema.safetensors"),
+                      training_state=_load_training_state(path / "training.pt"),
+                      config=read_json(path / "config.json"))
+
+
+def _listed(names) -> str:
+    names = list(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def load_strict(module: torch.nn.Module, tensors: dict, source) -> None:
+    """Load `tensors` into `module`; every name and shape must match.
+
+    Raises UserError naming `source` and the first few missing, unexpected or misshapen tensors;
+    the module is unchanged then.
+    """
+    own = module.state_dict()
+    shapes = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
+              for name in own if name in tensors and tensors[name].shape != own[name].shape]
+    problems = {"missing": [name for name in own if name not in tensors],
+                "unexpected": [name for name in tensors if name not in own],
+                "of the wrong shape": shapes}
+    said = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if said:
+        raise UserError(f"the weights in {source} do not fit this model; {'; '.join(said)}; is "
+                        "the config the one it was trained with?")
+    module.load_state_dict(tensors)

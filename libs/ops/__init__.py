@@ -1,0 +1,26 @@
+"""Operators of the backbone: `selective_scan` and `causal_conv1d`, each with several backends.
+
+`python -m libs.ops` prints which backend each would use here, and why. The environment variable
+DIM_BACKEND names one for every call that does not name its own; DIM_CHECK=1 also checks that orders
+are permutations.
+"""
+
+import torch
+
+from libs.ops import backends
+from libs.ops.causal_conv1d import BACKENDS as _CONV_BACKENDS
+from libs.ops.causal_conv1d import causal_conv1d
+from libs.ops.selective_scan import BACKENDS as _SCAN_BACKENDS
+from libs.ops.selective_scan import selective_scan
+
+__all__ = ["causal_conv1d", "describe_backends", "selective_scan"]
+
+
+def describe_backends(device="cpu"):
+    """One line an operator: the backend that float32 tensors on this device would use, and why.
+
+    Raises utils.UserError if DIM_BACKEND asks for one that cannot run there.
+    """
+    device = torch.device(device)
+    tables = {"selective_scan": _SCAN_BACKENDS, "causal_conv1d": _CONV_BACKENDS}
+    return [backends.describe(operator, table, device) for operator, table in tables.items()]

@@ -1,0 +1,38 @@
+"""The causal depthwise convolution operator: checks its arguments, chooses a backend."""
+
+from libs.ops.backends import choose, cpu_backend, reference_backend
+from libs.ops.checks import Arguments
+from libs.ops.reference import causal_conv1d_ref
+
+BACKENDS = {
+    "cpu": cpu_backend("libs.ops.cpu_conv", "causal_conv1d_cpu"),
+    "reference": reference_backend(causal_conv1d_ref),
+}
+
+
+def _check(x, weight, bias, activation, order):
+    check = Arguments("causal_conv1d", getattr(x, "device", None))
+    check.tensor("x", x, "BLD")
+    check.tensor("weight", weight, "DW")
+    check.optional("bias", bias, "D")
+    check.order(order)
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
+
+
+def causal_conv1d(x, weight, bias=None, activation=None, order=None, backend=None):
+    """Depthwise causal convolution along an order; see `causal_conv1d_ref` for the formula.
+
+    x: (B, L, D). weight: (D, W). bias: (D,). activation: None or 'silu'. order: (L,) int64 or int32
+    permutation, or None; step l reads rows order[l - W + 1 .. l] and writes row order[l]. Any
+    strides. Any mixture of float32, bfloat16 and float16 (float64 x: reference only); sums are
+    float32; each gradient comes in its input's dtype. backend: None (the environment variable
+    DIM_BACKEND, else the fastest that can run), 'cpu' or 'reference'.
+
+    Returns (B, L, D) in x's dtype.
+    Raises TypeError (dtype), ValueError (shape, device, activation), utils.UserError (a requested
+    backend that cannot run).
+    """
+    _check(x, weight, bias, activation, order)
+    name, _ = choose("causal_conv1d", BACKENDS, backend, x.device, x.dtype)
+    return BACKENDS[name].run(x, weight, bias, activation, order)

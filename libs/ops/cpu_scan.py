@@ -1,0 +1,106 @@
+"""Selective scan on the CPU: buffers and autograd around the kernels of `cpu.py`."""
+
+import torch
+
+from libs.ops import cpu
+from libs.ops.cpu_threads import run_tasks
+
+
+def as_kernel_input(x):
+    """Contiguous float32; the same memory where x is that already."""
+    return x.detach().to(torch.float32).contiguous()
+
+
+def as_kernel_order(order, length):
+    """Contiguous int64 (L,), the identity for None."""
+    return torch.arange(length) if order is None else order.to(torch.int64).contiguous()
+
+
+def refuse_double_backward(operator):
+    """Raises where backward is itself recorded: its result would silently carry no gradient."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: backend 'cpu' has no second derivative; use backend='reference'"
+        )
+
+
+def total(parts):
+    """Sum over the first axis, in its order."""
+    if parts.shape[0] == 1:
+        return parts[0]
+    result = torch.empty(parts.shape[1:])
+    cpu.sum_parts(parts.flatten(1).numpy(), result.view(-1).numpy())
+    return result
+
+
+def _pack(tensors, order, delta_softplus):
+    return cpu.ScanInputs(*(x.numpy() for x in tensors), order.numpy(), delta_softplus)
+
+
+class _SelectiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, keep_states):
+        batch, length, channels = u.shape
+        states = A.shape[1]
+        D = u.new_zeros(channels) if D is None else D
+        delta_bias = u.new_zeros(channels) if delta_bias is None else delta_bias
+        gate = u.new_empty(0, 0, 0) if z is None else z
+        tensors = [as_kernel_input(x) for x in (u, delta, A.t(), B, C, D, gate, delta_bias)]
+        order = as_kernel_order(order, length)
+
+        y = torch.empty(batch, length, channels)
+        last_state = torch.empty(batch, channels, states)
+        tiles = cpu.count_tiles(length)
+        checkpoints = torch.empty((batch, tiles, states, channels) if keep_states else (0, 0, 0, 0))
+        run_tasks(
+            cpu.scan_fwd, batch * cpu.count_blocks(channels), _pack(tensors, order, delta_softplus),
+            y.numpy(), checkpoints.numpy(), last_state.numpy(),
+        )
+        ctx.save_for_backward(*tensors, order, checkpoints)
+        ctx.delta_softplus = delta_softplus
+        ctx.set_materialize_grads(False)
+        return y.to(u.dtype), last_state
+
+    @staticmethod
+    def backward(ctx, g_y, g_last_state):
+        refuse_double_backward("selective_scan")
+        *tensors, order, checkpoints = ctx.saved_tensors
+        u, _, A_ND, _, _, _, gate, _ = tensors
+        batch, length, channels = u.shape
+        states, blocks = A_ND.shape[0], cpu.count_blocks(channels)
+        g_y = torch.zeros_like(u) if g_y is None else as_kernel_input(g_y)
+        if g_last_state is None:
+            g_last_state = torch.zeros(batch, channels, states)
+
+        g_u, g_delta, g_z = torch.empty_like(u), torch.empty_like(u), torch.empty_like(gate)
+        g_A = torch.empty(batch, states, channels)
+        g_B = torch.empty(blocks, batch, length, states)
+        g_C = torch.empty_like(g_B)
+        g_D = torch.empty(batch, channels)
+        g_bias = torch.empty_like(g_D)
+        grads = [g_u, g_delta, g_A, g_B, g_C, g_D, g_z, g_bias]
+        run_tasks(
+            cpu.scan_bwd, batch * blocks, _pack(tensors, order, ctx.delta_softplus),
+            checkpoints.numpy(), g_y.numpy(), as_kernel_input(g_last_state).numpy(),
+            cpu.ScanGrads(*(g.numpy() for g in grads)),
+        )
+        # autograd casts each gradient to its input's dtype
+        results = [
+            g_u, g_delta, total(g_A).t(), total(g_B), total(g_C), total(g_D), g_z, total(g_bias),
+        ]
+        needed = ctx.needs_input_grad[:8]
+        return *(g if n else None for g, n in zip(results, needed, strict=True)), None, None, None
+
+
+def selective_scan_cpu(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, order=None,
+    return_last_state=False,
+):
+    """`reference.selective_scan_ref` for CPU tensors in float32, bfloat16 or float16."""
+    tensors = (u, delta, A, B, C, D, z, delta_bias)
+    # asked here because autograd is always off inside forward
+    keep_states = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in tensors
+    )
+    y, last_state = _SelectiveScan.apply(*tensors, delta_softplus, order, keep_states)
+    return (y, last_state) if return_last_state else y

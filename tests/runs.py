@@ -1,0 +1,102 @@
+"""Runs of the project's scripts as users start them, on a tiny digits network."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 240
+
+# Every source of randomness is on: label dropout, stochastic depth, accumulation, data loader workers.
+TINY = {
+    "nnet.dim": 16, "nnet.depth": 5, "nnet.drop_path": 0.2, "gradient_accumulation_steps": 2, "train.batch_size": 8, "train.n_steps": 12,
+    "train.num_workers": 2, "train.log_interval": 1, "train.eval_interval": 1000, "train.save_interval": 4, "sample.sample_steps": 2,
+    "sample.mini_batch_size": 50, "lr_scheduler.warmup_steps": 3, "train.keep_last": 5,
+}  # fmt: skip
+
+
+def arguments(workdir, **changes):
+    """The command line of a tiny run in `workdir`; changes: config keys with '__' for '.'."""
+    values = {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}
+    return [f"--workdir={workdir}", "--config=configs/digits_T_DiM.py", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def launcher(num_processes, precision="no"):
+    """The words before the script: plain python, or accelerate as users type it, gloo on a machine without a GPU."""
+    if num_processes == 0:
+        return [sys.executable]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes), "--mixed_precision", precision]
+    return command + (["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else [])
+
+
+def environment(**extra):
+    """Environment without a GPU and with one thread a process, so that every run sums in the same order."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
+
+
+def start(script, *args, num_processes=0, precision="no", **extra):
+    """A started process of `script`; stdout and stderr are one text stream."""
+    command = [*launcher(num_processes, precision), script, *args]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process):
+    """(exit status, output) of a started process."""
+    output, _ = process.communicate(timeout=TIMEOUT_S)
+    return process.returncode, output
+
+
+def run(script, *args, **keywords):
+    """(exit status, output) of a whole run."""
+    return finish(start(script, *args, **keywords))
+
+
+def train(workdir, num_processes=0, precision="no", **changes):
+    """A tiny training run that must succeed; its output."""
+    status, output = run("train.py", *arguments(workdir, **changes), num_processes=num_processes, precision=precision)
+    assert status == 0, output
+    return output
+
+
+def steps_logged(workdir):
+    """Lines of metrics.jsonl as dicts."""
+    path = Path(workdir) / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for_step(process, workdir, step):
+    """Return once metrics.jsonl has `step`."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if any(line["step"] >= step for line in steps_logged(workdir)):
+                return
+        except ValueError:  # a line that is being written
+            pass
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} never came: {finish(process)[1] if process.poll() is not None else 'timeout'}")
+
+
+def kill_group(process):
+    """kill -9 the process and everything it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def weights(workdir, step):
+    """(network, average) of a checkpoint, name -> tensor."""
+    folder = Path(workdir) / "ckpts" / f"{step}.ckpt"
+    return load_file(folder / "nnet.safetensors"), load_file(folder / "nnet_ema.safetensors")
+
+
+def numbers(workdir):
+    """What must repeat exactly: (step, loss, gradient norm, learning rate) of every logged step."""
+    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in steps_logged(workdir) if "loss" in line]

@@ -1,0 +1,24 @@
+"""train.py with a pause in each step, so that tests can interrupt it at a chosen step."""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # noqa: E402
+import utils  # noqa: E402
+from libs import training  # noqa: E402
+
+update = training.update
+
+
+def slow_update(*args):
+    time.sleep(0.3)
+    return update(*args)
+
+
+training.update = slow_update
+
+if __name__ == "__main__":
+    utils.run_main(train.main, train.FLAGS)

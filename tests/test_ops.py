@@ -1,0 +1,482 @@
+"""The operators: the definition against numerical derivatives, the CPU backend against the
+definition in float64.
+"""
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+
+import golden_cases
+import pytest
+import torch
+
+from libs.ops import backends, causal_conv1d, cpu, describe_backends, selective_scan
+from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
+from utils import UserError
+
+TILE, BLOCK = cpu.TILE, cpu.BLOCK
+# Oracle: error(cpu, float64) <= 2 error(reference in float32, float64) + FLOOR, errors relative to
+# the tensor's largest value. The floor is two units in the last place, for tensors in which the
+# reference happens to round well.
+FLOOR = 2.0**-22
+
+scan = functools.partial(selective_scan, delta_softplus=True)
+scan_ref = functools.partial(selective_scan_ref, delta_softplus=True)
+
+
+def scan_inputs(B=2, L=19, D=5, N=16, absent=(), seed=0):
+    """float32 inputs like those of a network: decays between 0 and 1 over a wide range."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {
+        "u": normal(B, L, D),
+        "delta": normal(B, L, D) - 1,
+        "A": -torch.exp(normal(D, N)),
+        "B": normal(B, L, N),
+        "C": normal(B, L, N),
+        "D": normal(D),
+        "z": normal(B, L, D),
+        "delta_bias": 0.3 * normal(D),
+    }
+    return {name: x for name, x in inputs.items() if name not in absent}
+
+
+def conv_inputs(B=2, L=19, D=5, W=3, absent=(), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        "x": torch.randn(B, L, D, generator=generator),
+        "weight": torch.randn(D, W, generator=generator),
+        "bias": torch.randn(D, generator=generator),
+    }
+    return {name: x for name, x in inputs.items() if name not in absent}
+
+
+def make_order(kind, length):
+    if kind == "permuted":
+        return torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(
+            torch.int32
+        )
+    return {"none": None, "reversed": torch.arange(length).flip(0)}[kind]
+
+
+def run(function, inputs, dtype=None, **options):
+    """Outputs and the gradient of every input, for fixed random output gradients."""
+    inputs = {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in inputs.items()}
+    outputs = function(**inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    g = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), g)
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
+
+
+def check_oracle(operator, reference, inputs, **options):
+    exact = run(reference, inputs, torch.float64, **options)
+    plain = run(reference, inputs, torch.float32, **options)
+    actual = run(operator, inputs, backend="cpu", **options)
+    for name in exact:
+        allowed = 2 * golden_cases.relative_error(plain[name], exact[name]) + FLOOR
+        golden_cases.assert_close(actual[name], exact[name], allowed, name)
+
+
+def check_scan(inputs, **options):
+    options = {"delta_softplus": True, "return_last_state": True} | options
+    check_oracle(selective_scan, selective_scan_ref, inputs, **options)
+
+
+def check_conv(inputs, **options):
+    check_oracle(causal_conv1d, causal_conv1d_ref, inputs, **options)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# ---------------------------------------- the definition
+
+
+@pytest.mark.parametrize(
+    "absent, options",
+    [
+        ((), {"delta_softplus": True, "return_last_state": True}),
+        (("D", "z", "delta_bias"), {}),
+    ],
+)
+@pytest.mark.parametrize("order", ["none", "permuted"])
+def test_scan_reference_gradcheck(absent, options, order):
+    inputs = {k: x.double().requires_grad_() for k, x in scan_inputs(2, 4, 2, 3, absent).items()}
+    order = make_order(order, 4)
+    assert torch.autograd.gradcheck(
+        lambda *x: selective_scan_ref(**dict(zip(inputs, x, strict=True)), order=order, **options),
+        tuple(inputs.values()),
+    )
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("order", ["none", "permuted"])
+def test_conv_reference_gradcheck(activation, order):
+    inputs = tuple(x.double().requires_grad_() for x in conv_inputs(2, 5, 2, 3).values())
+    order = make_order(order, 5)
+    assert torch.autograd.gradcheck(lambda *x: causal_conv1d_ref(*x, activation, order), inputs)
+
+
+def test_conv_reference_is_torch_conv1d():
+    inputs = conv_inputs(2, 9, 4, 3)
+    expected = torch.nn.functional.conv1d(
+        inputs["x"].mT, inputs["weight"][:, None], inputs["bias"], padding=2, groups=4
+    )[..., :9].mT
+    golden_cases.assert_close(causal_conv1d_ref(**inputs), expected, 1e-6)
+
+
+def test_order_is_a_walk_over_rows():
+    """A scan along an order is a plain scan of the permuted rows, put back."""
+    order = make_order("permuted", 19).long()
+    inputs = scan_inputs()
+    walked = {k: x[:, order] if x.dim() == 3 else x for k, x in inputs.items()}
+    golden_cases.assert_close(scan_ref(**inputs, order=order)[:, order], scan_ref(**walked), 1e-6)
+
+
+# ---------------------------------------- CPU against it
+
+
+@pytest.mark.parametrize("order", ["none", "reversed", "permuted"])
+@pytest.mark.parametrize("length", [1, 2, TILE - 1, TILE, TILE + 1, 37, 61, 2 * TILE])
+def test_lengths_and_orders(length, order):
+    order = make_order(order, length)
+    check_scan(scan_inputs(L=length), order=order)
+    check_conv(conv_inputs(L=length), order=order, activation="silu")
+
+
+@pytest.mark.parametrize("channels", [1, 5, BLOCK, BLOCK + 1, 128])
+@pytest.mark.parametrize("states", [1, 8, 16, 33])
+def test_channels_and_states(channels, states):
+    check_scan(scan_inputs(L=18, D=channels, N=states))
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 30])
+@pytest.mark.parametrize("channels", [1, 5, BLOCK + 1])
+def test_convolution_widths(channels, width):
+    check_conv(conv_inputs(D=channels, W=width))
+
+
+@pytest.mark.parametrize("length", [366, 1230])
+def test_long(length):
+    check_scan(scan_inputs(1, length, 20, 16), order=make_order("permuted", length))
+
+
+@pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
+@pytest.mark.parametrize("softplus", [False, True])
+def test_optional_scan_inputs(absent, softplus):
+    inputs = scan_inputs(absent=absent)
+    if not softplus:
+        inputs["delta"] = inputs["delta"].abs()
+    check_scan(inputs, delta_softplus=softplus, return_last_state=False)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_optional_convolution_inputs(activation):
+    check_conv(conv_inputs(absent=("bias",)), activation=activation)
+
+
+def test_large_arguments():
+    """Softplus and silu far out, decays down to nothing, and growth (A > 0)."""
+    inputs = scan_inputs()
+    inputs["delta"] = 40 * inputs["delta"]
+    inputs["z"] = 40 * inputs["z"]
+    check_scan(inputs)
+    check_scan(scan_inputs(absent=("delta_bias",)) | {"A": scan_inputs()["A"].abs() / 10})
+
+
+def test_strided_inputs():
+    """Slices and transposes, as the network hands them over."""
+    inputs = scan_inputs(B=3, D=6, N=4)
+    both = torch.cat([inputs["u"], inputs["z"]], -1)
+    strided = inputs | {
+        "u": both[..., :6],
+        "z": both[..., 6:],
+        "A": inputs["A"].t().contiguous().t(),
+        "delta": inputs["delta"].mT.contiguous().mT,
+        "D": inputs["D"].repeat(2).view(2, 6).t()[:, 0],
+    }
+    strided["B"], strided["C"] = torch.cat([inputs["B"], inputs["C"]], -1).split(4, -1)
+    assert not any(strided[k].is_contiguous() for k in "uzABC")
+    expected = run(scan, inputs, backend="cpu")
+    actual = run(scan, strided, backend="cpu")
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+    x = conv_inputs()
+    assert torch.equal(causal_conv1d(**x), causal_conv1d(**x | {"x": x["x"].mT.contiguous().mT}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    """As float32 arithmetic on the rounded inputs, each result rounded once; A and D stay float32,
+    as in a network.
+    """
+    low = {k: x if k in ("A", "D", "delta_bias") else x.to(dtype) for k, x in scan_inputs().items()}
+    actual = run(scan, low, backend="cpu", return_last_state=True)
+    assert actual["output 0"].dtype == dtype and actual["output 1"].dtype == torch.float32
+    expected = run(scan_ref, low, return_last_state=True)
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype
+        # one rounding of `dtype` may go the other way
+        tol = torch.finfo(expected[name].dtype).eps if expected[name].dtype == dtype else 1e-6
+        golden_cases.assert_close(actual[name], expected[name], tol, name)
+
+
+def test_autocast_leaves_precision_alone():
+    inputs = scan_inputs()
+    expected = run(scan, inputs, backend="cpu", return_last_state=True)
+    reference = run(scan, inputs, backend="reference", return_last_state=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for plain, name in ((expected, "cpu"), (reference, "reference")):
+            actual = run(scan, inputs, backend=name, return_last_state=True)
+            assert all(torch.equal(actual[k], plain[k]) for k in plain)
+
+
+@pytest.mark.parametrize("needed", ["u", "A", "z", "delta_bias"])
+def test_gradient_of_some_inputs(needed):
+    inputs = scan_inputs()
+    expected = run(scan, inputs, backend="cpu")[f"gradient of {needed}"]
+    leaf = inputs[needed].clone().requires_grad_()
+    y = scan(**inputs | {needed: leaf}, backend="cpu")
+    generator = torch.Generator().manual_seed(1)
+    y.backward(torch.randn(y.shape, generator=generator))
+    assert torch.equal(leaf.grad, expected)
+
+
+def test_gradient_of_the_last_state_alone():
+    inputs = {k: x.requires_grad_() for k, x in scan_inputs(absent=("z", "D")).items()}
+    wanted = [inputs[k] for k in ("u", "delta", "A", "B")]
+    gradients = [
+        torch.autograd.grad(scan(**inputs, return_last_state=True, backend=name)[1].sum(), wanted)
+        for name in ("cpu", "reference")
+    ]
+    for actual, expected in zip(*gradients, strict=True):
+        golden_cases.assert_close(actual, expected, 1e-6)
+
+
+def test_no_grad_keeps_nothing_and_agrees():
+    inputs = {k: x.requires_grad_() for k, x in scan_inputs().items()}
+    with torch.no_grad():
+        y = scan(**inputs, backend="cpu")
+    assert not y.requires_grad and torch.equal(y, scan(**inputs, backend="cpu"))
+
+
+def test_double_backward_is_refused():
+    inputs = {k: x.requires_grad_() for k, x in scan_inputs().items()}
+    y = scan(**inputs, backend="cpu")
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(y.sum(), inputs["u"], create_graph=True)
+
+
+def test_nan_stays_where_it_belongs():
+    inputs = scan_inputs(B=2, L=20, D=5)
+    inputs["delta"][0, 7, 2] = float("nan")
+    results = run(scan, inputs, backend="cpu")
+    expected = torch.zeros(2, 20, 5, dtype=torch.bool)
+    expected[0, 7:, 2] = True
+    assert torch.equal(results["output 0"].isnan(), expected)
+    # the other image, whose kernel may have run on the same scratch memory, is clean
+    assert not any(results[f"gradient of {k}"][1].isnan().any() for k in ("u", "delta", "B", "C"))
+
+
+# ---------------------------------------- threads
+
+
+def all_results():
+    scans = [run(scan, scan_inputs(B, 40, 150, 8), backend="cpu") for B in (1, 3)]
+    convs = [
+        run(causal_conv1d, conv_inputs(B, 40, 150, 3), backend="cpu", activation="silu")
+        for B in (1, 3)
+    ]
+    return [x for results in scans + convs for x in results.values()]
+
+
+def test_results_do_not_depend_on_threads():
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = all_results()
+        for n in (2, 2, 3, 5):
+            torch.set_num_threads(n)
+            assert all(torch.equal(a, b) for a, b in zip(all_results(), expected, strict=True)), (
+                f"{n} threads"
+            )
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_python_threads_at_once():
+    expected, failures = all_results(), []
+
+    def repeat():
+        for _ in range(5):
+            failures.extend(
+                not torch.equal(a, b) for a, b in zip(all_results(), expected, strict=True)
+            )
+
+    callers = [threading.Thread(target=repeat) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(failures) == 2 * 5 * len(expected) and not any(failures)
+
+
+# ---------------------------------------- validation
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (
+            {"delta": torch.zeros(2, 19, 4)},
+            ValueError,
+            r"delta must have shape \(B, L, D\) = \(2, 19, 5\).*got \(2, 19, 4\)",
+        ),
+        ({"u": torch.zeros(19, 5)}, ValueError, r"u must have shape \(B, L, D\)"),
+        ({"u": torch.zeros(2, 0, 5)}, ValueError, "u .*no axis empty"),
+        (
+            {"C": torch.zeros(2, 19, 7)},
+            ValueError,
+            r"C must have shape \(B, L, N\) = \(2, 19, 16\)",
+        ),
+        ({"D": torch.zeros(5, 1)}, ValueError, "D must have shape"),
+        ({"z": torch.zeros(1, 19, 5)}, ValueError, "z must have shape"),
+        ({"delta_bias": torch.zeros(4)}, ValueError, "delta_bias must have shape"),
+        ({"order": torch.arange(18)}, ValueError, "order must have shape"),
+        (
+            {"order": torch.zeros(19)},
+            TypeError,
+            "order must be one of int64, int32, got torch.float32",
+        ),
+        (
+            {"A": torch.zeros(5, 16, dtype=torch.complex64)},
+            TypeError,
+            "A must be one of float32, .*complex64",
+        ),
+        ({"B": None}, TypeError, "B must be a tensor, got NoneType"),
+        ({"z": torch.zeros(2, 19, 5, device="meta")}, ValueError, "z must be on cpu .* got meta"),
+    ],
+)
+def test_scan_validation(change, error, message):
+    with pytest.raises(error, match="selective_scan: " + message):
+        scan(**scan_inputs() | change)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (
+            {"weight": torch.zeros(4, 3)},
+            ValueError,
+            r"weight must have shape \(D, W\) = \(5, any\)",
+        ),
+        ({"bias": torch.zeros(6)}, ValueError, "bias must have shape"),
+        ({"activation": "relu"}, ValueError, "activation must be None or 'silu', got 'relu'"),
+        ({"x": torch.zeros(2, 19, 5, dtype=torch.int64)}, TypeError, "x must be one of"),
+    ],
+)
+def test_conv_validation(change, error, message):
+    with pytest.raises(error, match="causal_conv1d: " + message):
+        causal_conv1d(**conv_inputs() | change)
+
+
+def test_permutation_is_checked_when_asked(monkeypatch):
+    order = torch.arange(19)
+    order[3] = 4
+    monkeypatch.setenv("DIM_CHECK", "1")
+    with pytest.raises(ValueError, match="order must be a permutation of 0 .. 18"):
+        scan(**scan_inputs(), order=order)
+    scan(**scan_inputs(), order=make_order("permuted", 19))
+
+
+# ---------------------------------------- backends
+
+
+@pytest.fixture
+def no_numba(monkeypatch):
+    monkeypatch.setattr(
+        backends, "_numba_error", lambda: "ModuleNotFoundError: No module named 'numba'"
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_override(monkeypatch):
+    monkeypatch.delenv("DIM_BACKEND", raising=False)
+
+
+def test_automatic_choice():
+    assert [line.split(" (")[0] for line in describe_backends()] == [
+        "selective_scan: cpu",
+        "causal_conv1d: cpu",
+    ]
+    inputs = {k: x.double() for k, x in scan_inputs().items()}
+    assert torch.equal(scan(**inputs), scan_ref(**inputs))
+
+
+def test_without_numba_the_reference_runs(no_numba):
+    line = describe_backends()[0]
+    assert line.startswith("selective_scan: reference") and "pip install -U numba" in line
+    assert torch.equal(scan(**scan_inputs()), scan_ref(**scan_inputs()))
+
+
+def test_environment_names_the_backend(monkeypatch):
+    monkeypatch.setenv("DIM_BACKEND", "reference")
+    assert torch.equal(scan(**scan_inputs()), scan_ref(**scan_inputs()))
+    assert "reference" in describe_backends()[1] and "DIM_BACKEND" in describe_backends()[1]
+
+
+def test_a_requested_backend_that_cannot_run_is_an_error(monkeypatch, no_numba):
+    with pytest.raises(UserError, match="backend 'cpu' .* numba cannot be imported .* pip install"):
+        scan(**scan_inputs(), backend="cpu")
+    with pytest.raises(UserError, match="use backend='reference' for float64"):
+        causal_conv1d(**{k: x.double() for k, x in conv_inputs().items()}, backend="cpu")
+    with pytest.raises(UserError, match="no backend 'gpu' .* choose one of cpu, reference"):
+        scan(**scan_inputs(), backend="gpu")
+    with pytest.raises(UserError, match="takes CPU tensors, not meta"):
+        scan(**{k: x.to("meta") for k, x in scan_inputs().items()}, backend="cpu")
+    monkeypatch.setenv("DIM_BACKEND", "cpu")
+    with pytest.raises(UserError, match="asked for by DIM_BACKEND"):
+        causal_conv1d(**conv_inputs())
+
+
+def test_unwritable_cache_is_no_error(monkeypatch):
+    njit = cpu.numba.njit
+
+    def njit_without_cache(*args, cache=False, **options):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return njit(*args, **options)
+
+    monkeypatch.setattr(cpu.numba, "njit", njit_without_cache)
+    assert cpu._kernel(lambda a: a + 1)(1) == 2
+
+
+def test_command_line_and_lazy_numba():
+    """A fresh process: importing the operators does not import numba, and `python -m libs.ops` says
+    what would run.
+    """
+    code = (
+        "import sys, runpy, libs.ops; assert 'numba' not in sys.modules; "
+        "runpy.run_module('libs.ops', run_name='__main__')"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=golden_cases.ROOT,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "selective_scan: cpu (numba" in result.stdout and "chosen automatically" in result.stdout

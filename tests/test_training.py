@@ -1,0 +1,193 @@
+"""What a step does: accumulation, precision, steps that are not finite, overflow, and what the log says of them."""
+
+import logging
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import runs
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import utils
+from configs import digits_T_DiM
+from datasets import get_dataset
+from libs import training
+from libs.codec import PixelCodec
+from libs.models import build_model
+from sde import VPSDE
+from utils import UserError
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate(monkeypatch):
+    """Each run of these tests is its process's first; the log reaches pytest's caplog."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    logger = logging.getLogger("dim")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = True
+
+
+def config_of(**changes):
+    config = digits_T_DiM.get_config()
+    flat = {**runs.TINY, "train.num_workers": 0, "train.n_steps": 4, **{key.replace("__", "."): value for key, value in changes.items()}}
+    config.update_from_flattened_dict(flat)
+    return config.lock()
+
+
+def train(workdir, config, codec=None, dataset=None):
+    torch.manual_seed(config.seed)
+    model = build_model(config.nnet)
+    dataset = dataset or get_dataset("digits", seed=config.seed)
+    training.train(config, workdir, model=model, process=VPSDE(), codec=codec or PixelCodec(), dataset=dataset)
+    return model
+
+
+class Broken(PixelCodec):
+    """Gives NaN in the calls whose numbers are listed."""
+
+    def __init__(self, calls):
+        self.calls, self.call = calls, -1
+
+    def encode(self, x):
+        self.call += 1
+        return x * float("nan") if self.call in self.calls else x
+
+
+def test_accumulation_changes_only_rounding(tmp_path):
+    one = train(tmp_path / "one", config_of(gradient_accumulation_steps=1))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    four = train(tmp_path / "four", config_of(gradient_accumulation_steps=4))
+    for a, b in zip(one.parameters(), four.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
+    for a, b in zip(runs.numbers(tmp_path / "one"), runs.numbers(tmp_path / "four"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_step_that_is_not_finite_is_skipped_logged_and_survived(tmp_path):
+    changes = dict(gradient_accumulation_steps=1, train__n_steps=6)
+    train(tmp_path, config_of(**changes), codec=Broken({2, 3}))
+    lines = runs.steps_logged(tmp_path)
+    bad = [line for line in lines if line["outcome"] == "bad"]
+    assert [line["step"] for line in bad] == [2, 2] and all(line["loss"] == line["grad_norm"] == "NaN" for line in bad)
+    assert [line["step"] for line in lines if line["outcome"] == "ok"] == [1, 2, 3, 4, 5, 6]  # the count goes on as if nothing had been
+    network, average = runs.weights(tmp_path, 6)
+    assert all(tensor.isfinite().all() for tensor in [*network.values(), *average.values()])
+
+
+def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path):
+    changes = dict(gradient_accumulation_steps=1, train__n_steps=20, train__max_bad_steps=3, train__save_interval=4)
+    with pytest.raises(UserError, match="3 steps in a row .* last at step 5"):
+        train(tmp_path, config_of(**changes), codec=Broken(range(5, 100)))
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
+    network, _ = runs.weights(tmp_path, 4)
+    assert all(tensor.isfinite().all() for tensor in network.values())
+
+
+def test_an_overflow_that_the_scaler_handles_is_logged_and_not_counted(tmp_path, monkeypatch):
+    """The scale starts far too high: several overflows halve it, none of them is a step, none counts as bad."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, init_scale=2.0**30))
+    changes = dict(train__mixed_precision="fp16", train__max_bad_steps=1, train__n_steps=3, gradient_accumulation_steps=1)
+    train(tmp_path, config_of(**changes))
+    lines = runs.steps_logged(tmp_path)
+    overflows = [line for line in lines if line["outcome"] == "overflow"]
+    good = [line for line in lines if line["outcome"] == "ok"]
+    assert len(overflows) >= 3 and {line["step"] for line in overflows} == {0}
+    assert [line["step"] for line in good] == [1, 2, 3] and good[0]["lr"] == 0  # the schedule did not move either
+    log = (tmp_path / "output.log").read_text()
+    assert "loss scale now" in log and "precision fp16" in log
+
+
+def test_an_overflow_below_scale_one_counts(tmp_path, monkeypatch):
+    """A gradient that stays infinite whatever the scale: the scale falls below 1 and the run stops."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, init_scale=4.0))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf")))
+    monkeypatch.setattr(torch.amp.GradScaler, "__call__", None, raising=False)
+    unscale = scaler.unscale_
+
+    def overflowing(self, optimizer):
+        for parameter in optimizer.param_groups[0]["params"][:1]:
+            parameter.grad.fill_(float("inf"))
+        unscale(self, optimizer)
+
+    monkeypatch.setattr(scaler, "unscale_", overflowing)
+    with pytest.raises(UserError, match="2 steps in a row"):
+        train(tmp_path, config_of(train__mixed_precision="fp16", train__max_bad_steps=2, gradient_accumulation_steps=1))
+    outcomes = [line["outcome"] for line in runs.steps_logged(tmp_path)]
+    assert outcomes == ["overflow", "overflow", "bad", "bad"]  # scales 2, 1, 0.5, 0.25
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_float32(tmp_path, precision):
+    changes = dict(gradient_accumulation_steps=1, train__n_steps=4, nnet__drop_path=0.0)
+    train(tmp_path / "fp32", config_of(**changes))
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    train(tmp_path / precision, config_of(**changes, train__mixed_precision=precision))
+    expected = [line["loss"] for line in runs.steps_logged(tmp_path / "fp32")]
+    found = [line["loss"] for line in runs.steps_logged(tmp_path / precision) if line["outcome"] == "ok"]
+    # An overflow takes the next batch, so only the first steps see the same data; bfloat16 has 8 bits.
+    count = 4 if precision == "bf16" else 1
+    assert found[:count] == pytest.approx(expected[:count], rel=0.03)
+    assert runs.weights(tmp_path / precision, 4)[0]["head.weight"].dtype == torch.float32
+
+
+def test_the_disk_is_full(tmp_path, monkeypatch):
+    """The sentence names the file and what is still good; the earlier checkpoint stays."""
+    config = config_of(train__n_steps=8, train__save_interval=4)
+    save, saves = training.checkpoint._write_files, []
+
+    def full(*args):
+        saves.append(args)
+        if len(saves) > 1:
+            raise OSError(28, "No space left on device")
+        return save(*args)
+
+    monkeypatch.setattr(training.checkpoint, "_write_files", full)
+    with pytest.raises(UserError, match="8.ckpt.*No space left.*4.ckpt"):
+        train(tmp_path, config)
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
+
+
+def test_run_directory_holds_config_commit_versions_and_devices(tmp_path):
+    config = config_of()
+    train(tmp_path, config)
+    saved = utils.read_json(tmp_path / "config.json")
+    assert utils.config_differences(saved, config.to_dict()) == []
+    environment = utils.read_json(tmp_path / "environment.json")
+    assert environment["packages"]["torch"] == torch.__version__ and environment["devices"] and environment["commit"]
+
+
+def write_cifar10(folder, count=20):
+    """Generated images in CIFAR-10's own file format: five training batches and a test batch, pickled as Python 2 did."""
+    batches = folder / "cifar-10-batches-py"
+    batches.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
+        batch = {b"data": random.integers(0, 256, (count, 3072), dtype=np.uint8), b"labels": random.integers(0, 10, count).tolist()}
+        (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
+    return folder
+
+
+def test_cifar10_config_trains_two_steps_on_files_in_its_format(tmp_path):
+    """The published configuration, 50.6M parameters, from a packed archive; only the batch is smaller and the sampling short."""
+    folder = write_cifar10(tmp_path / "files")
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
+    overrides = {
+        "dataset.path": tmp_path, "train.batch_size": 2, "train.n_steps": 2, "train.log_interval": 1, "train.num_workers": 0,
+        "train.fid_samples": 0, "sample.algorithm": "euler_maruyama_ode", "sample.sample_steps": 1,
+    }  # fmt: skip
+    words = [f"--config.{key}={value}" for key, value in overrides.items()]
+    status, output = runs.run("train.py", "--config=configs/cifar10_S_DiM.py", f"--workdir={tmp_path / 'run'}", *words)
+    assert status == 0, output
+    assert "50,568,716 parameters" in output and "100 images of shape (3, 32, 32)" in output
+    assert [line["step"] for line in runs.steps_logged(tmp_path / "run")] == [1, 2]
