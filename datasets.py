@@ -295,16 +295,6 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".
 MAX_UNREADABLE = 10
 
 
-class TooManyUnreadable(UserError):
-    """Keeps its one sentence on the way out of a DataLoader's worker.
-
-    There torch makes a new exception of this type, from the text of the worker's traceback.
-    """
-
-    def __init__(self, message):
-        super().__init__(message.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
-
-
 def _to_rgb(image):
     """Any PIL mode -> RGB. Alpha is dropped, not composited, as ADM and pytorch-fid do."""
     if image.mode == "F":
@@ -373,7 +363,7 @@ class ImageFolder(ImageDataset):
 
     The class is the first-level subdirectory. An unreadable image is named in a warning and the
     next readable one stands in for it, label included, so that no other image changes its place;
-    more than MAX_UNREADABLE of them (in one process) raise TooManyUnreadable, a UserError.
+    more than MAX_UNREADABLE of them (in one process) raise UserError.
     """
 
     def __init__(self, *, path, resolution, labels, train, **augmentation):
@@ -403,7 +393,7 @@ class ImageFolder(ImageDataset):
         named = [f"{self.root / self.files[i]} ({why})" for i, why in self.unreadable.items()]
         limit = min(MAX_UNREADABLE, self.length - 1)
         if len(named) > limit:
-            raise TooManyUnreadable(
+            raise UserError(
                 f"more than {limit} of {self.length} images cannot be read, repair or remove "
                 f"them: {'; '.join(named)}"
             ) from error

@@ -1,14 +1,16 @@
-"""Evaluate a pixel model: images from its averaged weights, and their Frechet distance (FID) to the real ones.
+"""Evaluate a pixel model: images from its averaged weights, and their Frechet distance (FID) to the
+real ones.
 
-    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./eval.py --config=configs/cifar10_S_DiM.py --nnet_path=CKPT
-    python eval.py --config=configs/digits_T_DiM.py --nnet_path=workdir/digits_T_DiM/default/ckpts/3000.ckpt
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./eval.py
+    --config=configs/cifar10_S_DiM.py --nnet_path=CKPT python eval.py
+    --config=configs/digits_T_DiM.py --nnet_path=workdir/digits_T_DiM/default/ckpts/3000.ckpt
 """
 
 from pathlib import Path
 
 import utils
 from datasets import get_dataset
-from libs import evaluation, metrics
+from libs import evaluation, flags, metrics
 from libs.codec import PixelCodec
 from libs.launch import Precision, make_accelerator
 from libs.models import build_model, load_into
@@ -16,17 +18,29 @@ from libs.run import environment
 from sde import VPSDE
 
 FLAGS = {
-    "config": (utils.config_file, utils.REQUIRED, "config file; --config.<key>=<value> changes one value"),
-    "nnet_path": (str, utils.REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth"),
-    "output_path": (str, None, "json file of the result; otherwise evaluation.json in the run directory"),
+    "config": (
+        flags.config_file,
+        flags.REQUIRED,
+        "config file; --config.<key>=<value> changes one value",
+    ),
+    "nnet_path": (
+        str,
+        flags.REQUIRED,
+        "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
+    ),
+    "output_path": (
+        str,
+        None,
+        "json file of the result; otherwise evaluation.json in the run directory",
+    ),
     "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
 }
 
 
-def main(flags):
-    config = flags.config
-    run_directory = utils.run_directory(flags.config_path, flags.overrides, flags.workdir)
-    output_path = Path(flags.output_path or run_directory / "evaluation.json")
+def main(args):
+    config = args.config
+    run_directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
+    output_path = Path(args.output_path or run_directory / "evaluation.json")
     folder = Path(config.sample.path) if config.sample.path else None
     accelerator = make_accelerator()
     dataset = get_dataset(
@@ -36,23 +50,32 @@ def main(flags):
         labels=config.train.mode == "cond",
         seed=config.seed,
     )
-    features = metrics.make_features(config.sample.features, config.sample.fid_weights_path, accelerator.device)
+    features = metrics.make_features(
+        config.sample.features, config.sample.fid_weights_path, accelerator.device
+    )
     model = build_model(config.nnet)
-    load_into(model, flags.nnet_path)
+    load_into(model, args.nnet_path)
     generator = evaluation.ImageGenerator(
         model.to(accelerator.device).eval(), VPSDE(), PixelCodec(), config,
-        image_shape=dataset.shape, precision=Precision(config.train.mixed_precision, accelerator.device), seed=config.seed,
+        image_shape=dataset.shape,
+        precision=Precision(config.train.mixed_precision, accelerator.device), seed=config.seed,
     )  # fmt: skip
     for path in (output_path.parent, folder):
         if path and accelerator.is_main_process:
             utils.make_directory(path)
     accelerator.wait_for_everyone()
-    result = evaluation.evaluate(generator, features, dataset, config, accelerator, n=config.sample.n_samples, folder=folder)
+    result = evaluation.evaluate(
+        generator, features, dataset, config, accelerator, n=config.sample.n_samples, folder=folder
+    )
     if accelerator.is_main_process:
-        recipe = {"nnet_path": flags.nnet_path, "config": config.to_dict(), "environment": environment()}
+        recipe = {
+            "nnet_path": args.nnet_path,
+            "config": config.to_dict(),
+            "environment": environment(),
+        }
         utils.write_json(output_path, {**result, **recipe})
         print("\n".join([*evaluation.describe(result), f"the whole recipe is in {output_path}"]))
 
 
 if __name__ == "__main__":
-    utils.run_main(main, FLAGS)
+    flags.run_main(main, FLAGS)

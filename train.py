@@ -1,7 +1,8 @@
 """Train a diffusion model on pixels.
 
-    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./train.py --config=configs/cifar10_S_DiM.py
-    python train.py --config=configs/digits_T_DiM.py --config.train.batch_size=32
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./train.py
+    --config=configs/cifar10_S_DiM.py python train.py --config=configs/digits_T_DiM.py
+    --config.train.batch_size=32
 
 The same command resumes an interrupted run.
 """
@@ -10,20 +11,25 @@ import torch
 
 import utils
 from datasets import get_dataset
+from libs import flags
 from libs.codec import PixelCodec
 from libs.models import build_model
 from libs.training import train
 from sde import VPSDE
 
 FLAGS = {
-    "config": (utils.config_file, utils.REQUIRED, "config file; --config.<key>=<value> changes one value"),
+    "config": (
+        flags.config_file,
+        flags.REQUIRED,
+        "config file; --config.<key>=<value> changes one value",
+    ),
     "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
 }
 
 
-def main(flags):
-    config = flags.config
-    directory = utils.run_directory(flags.config_path, flags.overrides, flags.workdir)
+def main(args):
+    config = args.config
+    directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     dataset = get_dataset(
         config.dataset.name,
         path=config.dataset.path,
@@ -38,4 +44,4 @@ def main(flags):
 
 
 if __name__ == "__main__":
-    utils.run_main(main, FLAGS)
+    flags.run_main(main, FLAGS)

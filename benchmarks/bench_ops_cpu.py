@@ -164,8 +164,9 @@ def main():
     cache.rmdir()
     header = (
         f"`bench_ops_cpu.py`: {rows[0]['cpu']}, {rows[0]['threads']} threads, "
-        f"torch {rows[0]['torch']}, numba {rows[0]['numba']}; load average "
-        f"at the start {load:.1f}. First scan, forward and backward, in a fresh process: {cold} s with compilation, {warm} s from the cache."
+        f"torch {rows[0]['torch']}, numba {rows[0]['numba']}; load average at the start "
+        f"{load:.1f}. First scan, forward and backward, in a fresh process: {cold} s with "
+        f"compilation, {warm} s from the cache."
     )
     (args.out / "ops_cpu.json").write_text(json.dumps(rows, indent=1) + "\n")
     (args.out / "ops_cpu.md").write_text(table(rows, header))

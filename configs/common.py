@@ -1,7 +1,8 @@
 """Every key of a config, with its default; a config file states only its differences.
 
-Sections and keys have the names of the official repository; `nnet` holds the keywords of the network's constructor. A key without a
-value is a typed placeholder, so that `--config.<key>=<value>` can set it.
+Sections and keys have the names of the official repository; `nnet` holds the keywords of the
+network's constructor. A key without a value is a typed placeholder, so that
+`--config.<key>=<value>` can set it.
 """
 
 import ml_collections
@@ -13,7 +14,9 @@ def d(**kwargs):
 
 
 def dim_nnet(**differences):
-    """The nnet section of a DiM; see libs.dim.DiM for the keywords and libs.dim.PRESETS for the published sizes."""
+    """The nnet section of a DiM; see libs.dim.DiM for the keywords and libs.dim.PRESETS for the
+    published sizes.
+    """
     nnet = d(
         name="dim",
         pretrained_path=config_dict.placeholder(str),  # weights to start from
@@ -84,7 +87,9 @@ def get_config():
         mode="uncond",  # or cond: with labels
         n_steps=500_000,
         batch_size=128,  # global, over all processes and accumulation steps
-        mixed_precision=config_dict.placeholder(str),  # no, fp16 or bf16; without it, what accelerate launch says
+        mixed_precision=config_dict.placeholder(
+            str
+        ),  # no, fp16 or bf16; without it, what accelerate launch says
         ema_rate=0.9999,
         num_workers=8,
         max_bad_steps=10,  # non-finite steps in a row that end the run
@@ -108,6 +113,8 @@ def get_config():
         labels="random",  # or balanced
         path=config_dict.placeholder(str),  # folder that keeps the PNG files
         features="inception",  # or digits_classifier
-        fid_weights_path=config_dict.placeholder(str),  # pytorch-fid's weights file; without it, its download
+        fid_weights_path=config_dict.placeholder(
+            str
+        ),  # pytorch-fid's weights file; without it, its download
     )
     return config

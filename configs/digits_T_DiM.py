@@ -1,10 +1,11 @@
-"""DiM-T, class-conditional, on scikit-learn's 1,797 handwritten digits, 8x8: the whole road in minutes on two CPU cores.
+"""DiM-T, class-conditional, on scikit-learn's 1,797 handwritten digits, 8x8: the whole road in
+minutes on two CPU cores.
 
     make demo
     accelerate launch ./train.py --config=configs/digits_T_DiM.py
 
-Expected, on two cores: 3 minutes; class agreement of at least 97% and a Frechet distance (features of a small digits classifier) at most
-twice that of two halves of the real images.
+Expected, on two cores: 3 minutes; class agreement of at least 97% and a Frechet distance (features
+of a small digits classifier) at most twice that of two halves of the real images.
 """
 
 from configs import common

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import logging
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Callable
@@ -19,8 +18,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from libs.weights import read_safetensors, read_torch
 from utils import UserError, read_json, write_json
 
 FORMAT = 1
@@ -280,17 +280,6 @@ def latest(directory, report: Callable[[str], None] = _LOGGER.warning):
 # ---------------------------------------------------------------------------------------------
 # Loading
 
-def _load_training_state(path: Path) -> dict:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} contains pickled code or objects, which are never executed: it "
-                        "was not written by DiM; use a checkpoint from a source you trust"
-                        ) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
-
-
 def load(path) -> Checkpoint:
     """Verify and read a checkpoint directory; tensors on the CPU, in the dtypes they were saved in.
 
@@ -298,32 +287,7 @@ def load(path) -> Checkpoint:
     """
     path = Path(path)
     step = verify(path)
-    return Checkpoint(step=step, nnet=load_file(path / "nnet.safetensors"),
-                      ema=load_file(path / "nnet_ema.safetensors"),
-                      training_state=_load_training_state(path / "training.pt"),
+    return Checkpoint(step=step, nnet=read_safetensors(path / "nnet.safetensors"),
+                      ema=read_safetensors(path / "nnet_ema.safetensors"),
+                      training_state=read_torch(path / "training.pt"),
                       config=read_json(path / "config.json"))
-
-
-def _listed(names) -> str:
-    names = list(names)
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more
-
-
-def load_strict(module: torch.nn.Module, tensors: dict, source) -> None:
-    """Load `tensors` into `module`; every name and shape must match.
-
-    Raises UserError naming `source` and the first few missing, unexpected or misshapen tensors;
-    the module is unchanged then.
-    """
-    own = module.state_dict()
-    shapes = [f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-              for name in own if name in tensors and tensors[name].shape != own[name].shape]
-    problems = {"missing": [name for name in own if name not in tensors],
-                "unexpected": [name for name in tensors if name not in own],
-                "of the wrong shape": shapes}
-    said = [f"{kind}: {_listed(names)}" for kind, names in problems.items() if names]
-    if said:
-        raise UserError(f"the weights in {source} do not fit this model; {'; '.join(said)}; is "
-                        "the config the one it was trained with?")
-    module.load_state_dict(tensors)

@@ -1,7 +1,8 @@
-"""DiM, the Mamba backbone for image diffusion (arXiv 2405.14224, section 3), readable top to bottom.
+"""DiM, the Mamba backbone for image diffusion (arXiv 2405.14224, section 3), readable top to
+bottom.
 
-Tokens stay in raster order for the whole network; a scan direction is an index order given to the mixer. The numbers equal those of the
-official network, its oddities included.
+Tokens stay in raster order for the whole network; a scan direction is an index order given to the
+mixer. The numbers equal those of the official network, its oddities included.
 """
 
 import math
@@ -16,15 +17,21 @@ from libs import layers, scan_order
 from libs.mamba import Mamba
 from utils import UserError
 
-# Width and depth of the paper's models (table 1). Parameters: S 50,568,716 at 32x32x3 with 10 classes; L 386,063,376 and H 862,407,184 at
-# 32x32x4 with 1,000 classes.
-PRESETS = {"S": dict(dim=512, depth=25), "L": dict(dim=1024, depth=49), "H": dict(dim=1536, depth=49)}
+# Width and depth of the paper's models (table 1). Parameters: S 50,568,716 at 32x32x3 with 10
+# classes; L 386,063,376 and H 862,407,184 at 32x32x4 with 1,000 classes.
+PRESETS = {
+    "S": dict(dim=512, depth=25),
+    "L": dict(dim=1024, depth=49),
+    "H": dict(dim=1536, depth=49),
+}
 
 EXTRA_TOKENS = 2  # time, label
 
 
 class Block(nn.Module):
-    """x + (1 + gate) * Mamba(RMSNorm(x) * (1 + scale) + shift), after merging a long skip if it has one. There is no MLP."""
+    """x + (1 + gate) * Mamba(RMSNorm(x) * (1 + scale) + shift), after merging a long skip if it has
+    one. There is no MLP.
+    """
 
     def __init__(self, dim, *, mamba, has_skip):
         super().__init__()
@@ -34,10 +41,14 @@ class Block(nn.Module):
         self.mixer = Mamba(dim, **mamba)
 
     def forward(self, x, modulation, order, skip=None, keep=None):
-        """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) | None, keep (draw (B,), probability) | None -> (B, L, dim)."""
+        """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) | None, keep (draw (B,),
+        probability) | None -> (B, L, dim).
+        """
         if self.skip is not None:
             x = self.skip(x, skip)
-        shift, scale, gate = (self.scale_shift_table + modulation)[:, :, None].unbind(1)    # (B, 1, dim) each
+        shift, scale, gate = (self.scale_shift_table + modulation)[:, :, None].unbind(
+            1
+        )  # (B, 1, dim) each
         branch = (1 + gate) * self.mixer(self.norm(x) * (1 + scale) + shift, order)
         return x + (branch if keep is None else layers.drop_path(branch, keep[1], keep[0]))
 
@@ -46,35 +57,58 @@ class DiM(nn.Module):
     """Predicts noise (or x0) from a noisy image or latent, its time and its class.
 
     Args:
-        input_size: side of the square input (or its (height, width)) for which the position table is made; other sizes interpolate it.
+        input_size: side of the square input (or its (height, width)) for which the position table
+            is made; other sizes interpolate it.
         in_channels: channels of the input and of the prediction.
         dim, depth: width and (odd) number of blocks; see PRESETS.
         num_classes: classes; label `num_classes` is the null class of classifier-free guidance.
         patch_size: side of a patch.
-        mamba: keywords of the mixer: d_state, d_conv, expand. d_conv is also the number of padding columns, rows and split tokens.
+        mamba: keywords of the mixer: d_state, d_conv, expand. d_conv is also the number of padding
+            columns, rows and split tokens.
         pad_layout: 'lateral' (256 px) or 'rho_pad' (512 px and above), see libs/scan_order.py.
         scan_directions: directions besides row-major, 1 to 3.
         mlp_time_embed: an MLP on the time token.
         drop_path: stochastic depth of the last block; grows linearly from 0.
-        activation_checkpointing: recompute each block in the backward pass; memory for about a third more time.
-        skip_tuning: None, (low, high) or (low, high, time): the skips are scaled by `high` at the first consumer, falling linearly
-            to high - (high - low) * time at the last (arXiv 2402.15170). The official code means time = t / 1000 but has 0.001, the
-            default; time None gives what it means.
-        freeu: None, or (s1, s2, b1, b2): skip and backbone factors of the first two consumers (arXiv 2309.11497).
+        activation_checkpointing: recompute each block in the backward pass; memory for about a
+            third more time.
+        skip_tuning: None, (low, high) or (low, high, time): the skips are scaled by `high` at the
+            first consumer, falling linearly to high - (high - low) * time at the last (arXiv
+            2402.15170). The official code means time = t / 1000 but has 0.001, the default; time
+            None gives what it means.
+        freeu: None, or (s1, s2, b1, b2): skip and backbone factors of the first two consumers
+            (arXiv 2309.11497).
 
     Raises:
         UserError: an impossible value, named.
     """
 
     def __init__(
-        self, *, input_size, in_channels, dim, depth, num_classes, patch_size=2, mamba=None, pad_layout="lateral", scan_directions=3,
-        mlp_time_embed=False, drop_path=0.0, activation_checkpointing=False, skip_tuning=None, freeu=None,
+        self, *, input_size, in_channels, dim, depth, num_classes, patch_size=2, mamba=None,
+        pad_layout="lateral", scan_directions=3, mlp_time_embed=False, drop_path=0.0,
+        activation_checkpointing=False, skip_tuning=None, freeu=None,
     ):  # fmt: skip
         super().__init__()
         mamba = dict(dict(d_state=16, d_conv=3, expand=2), **(mamba or {}))
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        check_options(self.input_size, patch_size, dim, depth, scan_directions, pad_layout, drop_path, skip_tuning, freeu)
-        self.patch_size, self.in_channels, self.dim, self.depth = patch_size, in_channels, dim, depth
+        self.input_size = (
+            (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        )
+        check_options(
+            self.input_size,
+            patch_size,
+            dim,
+            depth,
+            scan_directions,
+            pad_layout,
+            drop_path,
+            skip_tuning,
+            freeu,
+        )
+        self.patch_size, self.in_channels, self.dim, self.depth = (
+            patch_size,
+            in_channels,
+            dim,
+            depth,
+        )
         self.num_classes, self.pad, self.pad_layout = num_classes, mamba["d_conv"], pad_layout
         self.patterns = scan_order.block_patterns(depth, scan_directions)
         self.drop_path, self.activation_checkpointing = drop_path, activation_checkpointing
@@ -83,7 +117,9 @@ class DiM(nn.Module):
         self.num_skips = (depth - 1) // 2
 
         self.native_grid = tuple(side // patch_size for side in self.input_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, EXTRA_TOKENS + math.prod(self.native_grid), dim))
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, EXTRA_TOKENS + math.prod(self.native_grid), dim)
+        )
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.time_embed = layers.TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim)
@@ -91,7 +127,9 @@ class DiM(nn.Module):
         self.split_tokens = nn.Parameter(torch.empty(self.pad, dim))
         self.pad_tokens = nn.Parameter(torch.empty(self.pad, dim))
         self.first_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.blocks = nn.ModuleList(Block(dim, mamba=mamba, has_skip=k > self.num_skips) for k in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, mamba=mamba, has_skip=k > self.num_skips) for k in range(depth)
+        )
         self.last_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm_out = layers.RMSNorm(dim)
         self.head_modulation = nn.Linear(dim, 2 * dim)
@@ -100,7 +138,9 @@ class DiM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """The official initialisation (golden item 14): zero biases, embeddings and pads normal 0.02, out_proj scaled by depth."""
+        """The official initialisation (golden item 14): zero biases, embeddings and pads normal
+        0.02, out_proj scaled by depth.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -121,8 +161,10 @@ class DiM(nn.Module):
         Args:
             x: (B, C, H, W), H and W divisible by the patch size, square or not.
             t: (B,) network time, 0..1000, may be fractional.
-            y: (B,) int64 labels in 0..num_classes, the last being the null class; None means the null class.
-            drop_path_draw: (B, depth) uniform in [0, 1), the draws of stochastic depth in training; None draws here.
+            y: (B,) int64 labels in 0..num_classes, the last being the null class; None means the
+                null class.
+            drop_path_draw: (B, depth) uniform in [0, 1), the draws of stochastic depth in training;
+                None draws here.
 
         Returns:
             (B, C, H, W) prediction; float32, or x's dtype outside autocast.
@@ -132,32 +174,53 @@ class DiM(nn.Module):
         """
         grid = self.grid_of(x)
         y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
-        time = layers.sinusoidal_embedding(t, self.dim).to(self.pos_embed.dtype)            # (B, dim)
-        label = self.label_embed(y)                                                         # (B, dim)
-        tokens = self.embed(x, time, label, grid)                                           # (B, L, dim)
-        tokens = self.run_blocks(tokens, t, self.modulation(t, y), grid, drop_path_draw)    # (B, L, dim)
-        image = self.smooth(self.last_smoother, self.remove_padding(tokens, grid), grid)    # (B, h*w, dim)
-        shift, scale = self.head_modulation(F.silu(time + label))[:, None].chunk(2, dim=-1)  # (B, 1, dim) each
-        patches = self.head(self.norm_out(image) * (1 + scale) + shift)                     # (B, h*w, p*p*C)
+        time = layers.sinusoidal_embedding(t, self.dim).to(self.pos_embed.dtype)  # (B, dim)
+        label = self.label_embed(y)  # (B, dim)
+        tokens = self.embed(x, time, label, grid)  # (B, L, dim)
+        tokens = self.run_blocks(
+            tokens, t, self.modulation(t, y), grid, drop_path_draw
+        )  # (B, L, dim)
+        image = self.smooth(
+            self.last_smoother, self.remove_padding(tokens, grid), grid
+        )  # (B, h*w, dim)
+        shift, scale = self.head_modulation(F.silu(time + label))[:, None].chunk(
+            2, dim=-1
+        )  # (B, 1, dim) each
+        patches = self.head(self.norm_out(image) * (1 + scale) + shift)  # (B, h*w, p*p*C)
         return rearrange(
-            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=self.patch_size, q=self.patch_size
+            patches,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=grid[0],
+            w=grid[1],
+            p=self.patch_size,
+            q=self.patch_size,
         )
 
     def grid_of(self, x):
         """(h, w) patches of x (B, C, H, W); UserError where x does not fit the network."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+        if (
+            x.dim() != 4
+            or x.shape[1] != self.in_channels
+            or x.shape[2] % self.patch_size
+            or x.shape[3] % self.patch_size
+        ):
             raise UserError(
-                f"the network was given an input of shape {tuple(x.shape)}; expected (batch, {self.in_channels}, height, width) with "
+                f"the network was given an input of shape {tuple(x.shape)}; expected (batch, "
+                f"{self.in_channels}, height, width) with "
                 f"height and width divisible by the patch size {self.patch_size}"
             )
         return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
 
     def embed(self, x, time, label, grid):
-        """The sequence [time, label, split tokens, padded grid]: (B, EXTRA_TOKENS + pad + (h+pad)*(w+pad), dim)."""
-        image = self.patch_embed(x).flatten(2).transpose(1, 2)                              # (B, h*w, dim)
+        """The sequence [time, label, split tokens, padded grid]: (B, EXTRA_TOKENS + pad +
+        (h+pad)*(w+pad), dim).
+        """
+        image = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, h*w, dim)
         time = time if self.time_embed is None else self.time_embed(time)
         tokens = torch.cat([time[:, None], label[:, None], image], dim=1)
-        tokens = tokens + layers.interpolate_positions(self.pos_embed, self.native_grid, grid, EXTRA_TOKENS)
+        tokens = tokens + layers.interpolate_positions(
+            self.pos_embed, self.native_grid, grid, EXTRA_TOKENS
+        )
         extra, image = tokens[:, :EXTRA_TOKENS], tokens[:, EXTRA_TOKENS:]
         return self.add_padding(extra, self.smooth(self.first_smoother, image, grid), grid)
 
@@ -166,10 +229,12 @@ class DiM(nn.Module):
         return smoother(image.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
 
     def add_padding(self, extra, image, grid):
-        """[extra, split tokens, image with pad tokens at the ends of rows and columns]: (B, L, dim)."""
+        """[extra, split tokens, image with pad tokens at the ends of rows and columns]: (B, L,
+        dim).
+        """
         batch, (h, w) = image.shape[0], grid
         index = scan_order.pad_index(self.pad_layout, h, w, self.pad, image.device)
-        pads = self.pad_tokens[index.clamp(min=0)].to(image.dtype)                          # (h+pad, w+pad, dim)
+        pads = self.pad_tokens[index.clamp(min=0)].to(image.dtype)  # (h+pad, w+pad, dim)
         right = pads[:h, w:].expand(batch, -1, -1, -1)
         bottom = pads[h:].expand(batch, -1, -1, -1).flatten(1, 2)
         rows = torch.cat([image.unflatten(1, grid), right], dim=2).flatten(1, 2)
@@ -183,15 +248,22 @@ class DiM(nn.Module):
         return padded[:, :h, :w].flatten(1, 2)
 
     def run_blocks(self, x, t, modulation, grid, drop_path_draw):
-        """All blocks with their long skips; blocks 1..K save their output, the K last ones take it back, the latest first."""
+        """All blocks with their long skips; blocks 1..K save their output, the K last ones take it
+        back, the latest first.
+        """
         front = EXTRA_TOKENS + self.pad
-        orders = [scan_order.sequence_order(pattern, *grid, self.pad, front, x.device) for pattern in self.patterns]
+        orders = [
+            scan_order.sequence_order(pattern, *grid, self.pad, front, x.device)
+            for pattern in self.patterns
+        ]
         keeps = self.keep_probabilities(x, drop_path_draw)
         skips = []
         for k, block in enumerate(self.blocks):
             skip = None
             if block.skip is not None:
-                x, skip = self.tune(x, skips.pop(), consumer=k - self.num_skips - 1, t=t, order=orders[k - 1])
+                x, skip = self.tune(
+                    x, skips.pop(), consumer=k - self.num_skips - 1, t=t, order=orders[k - 1]
+                )
             arguments = (x, modulation, orders[k], skip, keeps[k])
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -202,51 +274,87 @@ class DiM(nn.Module):
         return x
 
     def keep_probabilities(self, x, draw):
-        """Per block None, or (draw (B,), probability of keeping the branch); only in training with stochastic depth."""
+        """Per block None, or (draw (B,), probability of keeping the branch); only in training with
+        stochastic depth.
+        """
         if not (self.training and self.drop_path):
             return [None] * self.depth
         draw = torch.rand(x.shape[0], self.depth, device=x.device) if draw is None else draw
         last = max(self.depth - 1, 1)
-        return [(draw[:, k], 1 - self.drop_path * k / last) if k else None for k in range(self.depth)]
+        return [
+            (draw[:, k], 1 - self.drop_path * k / last) if k else None for k in range(self.depth)
+        ]
 
     def tune(self, x, skip, *, consumer, t, order):
-        """Skip tuning and FreeU, both training-free, in this order; (x, skip) unchanged without them."""
+        """Skip tuning and FreeU, both training-free, in this order; (x, skip) unchanged without
+        them.
+        """
         if self.skip_tuning is not None:
             low, high, time = self.skip_tuning
             time = time if time is not None else (t / 1000).view(-1, 1, 1)
             skip = skip * (high - (high - low) * time * consumer / (self.num_skips - 1))
         if self.freeu is not None and consumer < 2:
-            x, skip = self.apply_freeu(x, skip, self.freeu[consumer], self.freeu[2 + consumer], order)
+            x, skip = self.apply_freeu(
+                x, skip, self.freeu[consumer], self.freeu[2 + consumer], order
+            )
         return x, skip
 
     def apply_freeu(self, x, skip, s, b, order):
-        """FreeU on all tokens but time and label, along the order in which the previous block left the official sequence."""
+        """FreeU on all tokens but time and label, along the order in which the previous block left
+        the official sequence.
+        """
         along = slice(None) if order is None else order
         filtered = torch.empty_like(skip)
         filtered[:, along] = torch.cat(
-            [skip[:, along][:, :EXTRA_TOKENS], layers.freeu_skip(skip[:, along][:, EXTRA_TOKENS:], s)], dim=1
+            [
+                skip[:, along][:, :EXTRA_TOKENS],
+                layers.freeu_skip(skip[:, along][:, EXTRA_TOKENS:], s),
+            ],
+            dim=1,
         )
         boosted = layers.freeu_backbone(x[:, EXTRA_TOKENS:], b)
         return torch.cat([x[:, :EXTRA_TOKENS], boosted], dim=1), filtered
 
 
-def check_options(input_size, patch_size, dim, depth, scan_directions, pad_layout, drop_path, skip_tuning, freeu):
+def check_options(
+    input_size, patch_size, dim, depth, scan_directions, pad_layout, drop_path, skip_tuning, freeu
+):
     """One sentence for each impossible constructor argument of DiM."""
     if any(side <= 0 or side % patch_size for side in input_size):
-        raise UserError(f"nnet.input_size {input_size} is not divisible by nnet.patch_size {patch_size}; choose a multiple of it")
+        raise UserError(
+            f"nnet.input_size {input_size} is not divisible by nnet.patch_size {patch_size}; "
+            "choose a multiple of it"
+        )
     if depth < 1 or depth % 2 == 0:
-        raise UserError(f"nnet.depth is {depth}; the long skips pair blocks around a centre, so choose an odd number")
+        raise UserError(
+            f"nnet.depth is {depth}; the long skips pair blocks around a centre, so choose an odd "
+            "number"
+        )
     if dim < 2 or dim % 2:
-        raise UserError(f"nnet.dim is {dim}; the time embedding is half cosines, half sines, so choose an even number")
+        raise UserError(
+            f"nnet.dim is {dim}; the time embedding is half cosines, half sines, so choose an even "
+            "number"
+        )
     if scan_directions not in (1, 2, 3):
-        raise UserError(f"nnet.scan_directions is {scan_directions}, expected 1, 2 or 3 directions besides row-major")
+        raise UserError(
+            f"nnet.scan_directions is {scan_directions}, expected 1, 2 or 3 directions besides "
+            "row-major"
+        )
     if pad_layout not in scan_order.PAD_LAYOUTS:
-        raise UserError(f"nnet.pad_layout is {pad_layout!r}, expected one of {', '.join(scan_order.PAD_LAYOUTS)}")
+        raise UserError(
+            f"nnet.pad_layout is {pad_layout!r}, expected one of "
+            f"{', '.join(scan_order.PAD_LAYOUTS)}"
+        )
     if not 0 <= drop_path < 1:
         raise UserError(f"nnet.drop_path is {drop_path}, expected a probability in [0, 1)")
     if skip_tuning and len(skip_tuning) not in (2, 3):
-        raise UserError(f"nnet.skip_tuning is {tuple(skip_tuning)}, expected (low, high) or (low, high, time)")
+        raise UserError(
+            f"nnet.skip_tuning is {tuple(skip_tuning)}, expected (low, high) or (low, high, time)"
+        )
     if skip_tuning and depth < 5:
-        raise UserError(f"nnet.skip_tuning needs two long skips to run between, so nnet.depth of at least 5, not {depth}")
+        raise UserError(
+            "nnet.skip_tuning needs two long skips to run between, so nnet.depth of at least 5, "
+            f"not {depth}"
+        )
     if freeu and len(freeu) != 4:
         raise UserError(f"nnet.freeu is {tuple(freeu)}, expected the four factors (s1, s2, b1, b2)")

@@ -1,4 +1,6 @@
-"""Images from a trained network, streamed to PNG files and into statistics on every process; nothing is gathered to one."""
+"""Images from a trained network, streamed to PNG files and into statistics on every process;
+nothing is gathered to one.
+"""
 
 import torch
 from tqdm import tqdm
@@ -13,7 +15,8 @@ MEASURE_UP_TO = 10_000
 
 
 class ImageGenerator:
-    """Image by index: the same index gives the same picture, whatever the batch and the number of processes.
+    """Image by index: the same index gives the same picture, whatever the batch and the number of
+    processes.
 
     Args:
         model: the network, in eval mode.
@@ -25,13 +28,21 @@ class ImageGenerator:
     """
 
     def __init__(self, model, process, codec, config, *, image_shape, precision, seed):
-        self.model, self.process, self.codec, self.precision, self.seed = model, process, codec, precision, seed
+        self.model, self.process, self.codec, self.precision, self.seed = (
+            model,
+            process,
+            codec,
+            precision,
+            seed,
+        )
         self.settings, self.pred = config.sample, config.pred
         self.conditional = config.train.mode == "cond"
         self.z_shape = codec.latent_shape(image_shape)
         self.device = next(model.parameters()).device
         if self.settings.labels not in ("random", "balanced"):
-            raise UserError(f"sample.labels is {self.settings.labels!r}, expected 'random' or 'balanced'")
+            raise UserError(
+                f"sample.labels is {self.settings.labels!r}, expected 'random' or 'balanced'"
+            )
 
     def labels_of(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
@@ -40,7 +51,9 @@ class ImageGenerator:
         classes = self.model.num_classes
         if self.settings.labels == "balanced":
             return torch.tensor([index % classes for index in indices])
-        return torch.tensor([utils.derive_seed("label", self.seed, index) % classes for index in indices])
+        return torch.tensor(
+            [utils.derive_seed("label", self.seed, index) % classes for index in indices]
+        )
 
     def recipe(self):
         """What it takes to make these images again: dict for the log and the result file."""
@@ -49,7 +62,8 @@ class ImageGenerator:
             "algorithm": self.settings.algorithm,
             "steps": self.settings.sample_steps,
             "guidance_scale": scale,
-            "guidance_scale_standard": 1 + scale,  # where it is written uncond + w * (cond - uncond)
+            "guidance_scale_standard": 1
+            + scale,  # where it is written uncond + w * (cond - uncond)
             "guidance_interval": self.settings.guidance_interval,
             "labels": self.settings.labels if self.conditional else None,
             "seed": self.seed,
@@ -59,13 +73,17 @@ class ImageGenerator:
 
     @torch.no_grad()
     def __call__(self, indices, labels=None, on_step=None):
-        """Images (B, C, H, W) float32 in [0, 1] of `indices`; labels (B,) int64 override `labels_of`."""
+        """Images (B, C, H, W) float32 in [0, 1] of `indices`; labels (B,) int64 override
+        `labels_of`.
+        """
         labels = self.labels_of(indices) if labels is None else labels
         y = None if labels is None else labels.to(self.device)
         noise = samplers.ImageNoise(self.seed, indices, self.z_shape)
         predict = eps_from_model(self.model, self.process, self.pred)
         scale = self.recipe()["guidance_scale"]
-        eps_fn = guidance.classifier_free(predict, y, scale, self.model.num_classes, self.settings.guidance_interval)
+        eps_fn = guidance.classifier_free(
+            predict, y, scale, self.model.num_classes, self.settings.guidance_interval
+        )
         with self.precision.autocast():
             z = samplers.sample(
                 eps_fn,
@@ -80,7 +98,9 @@ class ImageGenerator:
 
 
 def batches_of_rank(n, mini_batch_size, accelerator):
-    """Lists of image indices of this process: every num_processes-th index below n, `mini_batch_size` at a time."""
+    """Lists of image indices of this process: every num_processes-th index below n,
+    `mini_batch_size` at a time.
+    """
     indices = range(accelerator.process_index, n, accelerator.num_processes)
     return [list(indices[i : i + mini_batch_size]) for i in range(0, len(indices), mini_batch_size)]
 
@@ -90,16 +110,27 @@ def as_saved(images):
     return (images * 255).round() / 255
 
 
-def measure(generator, features, accelerator, *, n, folder=None, title="sampling", stop=lambda: False):
+def measure(
+    generator, features, accelerator, *, n, folder=None, title="sampling", stop=lambda: False
+):
     """Make images 0..n-1, keep them as folder/<index>.png if asked, and sum up their features.
 
     Returns:
-        (metrics.Moments over all processes, class agreement in [0, 1] or None if it is not defined); None if `stop()` came true.
+        (metrics.Moments over all processes, class agreement in [0, 1] or None if it is not
+        defined); None if `stop()` came true.
     """
-    moments, agreeing = metrics.Moments(features.dim, accelerator.device), torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    moments, agreeing = (
+        metrics.Moments(features.dim, accelerator.device),
+        torch.zeros((), dtype=torch.float64, device=accelerator.device),
+    )
     classify = getattr(features, "classify", None) if generator.conditional else None
     batches = batches_of_rank(n, generator.settings.mini_batch_size, accelerator)
-    bar = tqdm(total=sum(map(len, batches)), desc=title, unit="img", disable=not accelerator.is_main_process)
+    bar = tqdm(
+        total=sum(map(len, batches)),
+        desc=title,
+        unit="img",
+        disable=not accelerator.is_main_process,
+    )
     stopped = torch.zeros((), device=accelerator.device)
     with bar:
         for indices in batches:
@@ -121,8 +152,15 @@ def measure(generator, features, accelerator, *, n, folder=None, title="sampling
 
 
 def make_grid_images(generator, accelerator, n, stop=lambda: False):
-    """Images 0..n-1 on every process, (n, C, H, W), each made on one of them; None if `stop()` came true. For small n."""
-    images = torch.zeros(n, *generator.codec.decode(torch.zeros(1, *generator.z_shape, device=generator.device)).shape[1:])
+    """Images 0..n-1 on every process, (n, C, H, W), each made on one of them; None if `stop()` came
+    true. For small n.
+    """
+    images = torch.zeros(
+        n,
+        *generator.codec.decode(torch.zeros(1, *generator.z_shape, device=generator.device)).shape[
+            1:
+        ],
+    )
     images, stopped = images.to(accelerator.device), torch.zeros((), device=accelerator.device)
     for indices in batches_of_rank(n, generator.settings.mini_batch_size, accelerator):
         if stop():
@@ -135,32 +173,50 @@ def make_grid_images(generator, accelerator, n, stop=lambda: False):
 
 
 def dataset_moments(features, dataset, accelerator, indices=None):
-    """Moments of real images (all, or of `indices`), as 8-bit files hold them; and the share that `features` classifies right, or None."""
+    """Moments of real images (all, or of `indices`), as 8-bit files hold them; and the share that
+    `features` classifies right, or None.
+    """
     moments, right = metrics.Moments(features.dim, accelerator.device), 0
     indices = list(range(len(dataset)) if indices is None else indices)
     for start in range(0, len(indices), 500):
         rows = [dataset[(0, index)] for index in indices[start : start + 500]]
-        images = as_saved(torch.stack([x for x, _ in rows]).mul(0.5).add(0.5)).to(accelerator.device)
+        images = as_saved(torch.stack([x for x, _ in rows]).mul(0.5).add(0.5)).to(
+            accelerator.device
+        )
         moments.update(features(images))
         if hasattr(features, "classify"):
-            right += (features.classify(images).cpu() == torch.tensor([int(y) for _, y in rows])).sum().item()
+            right += (
+                (features.classify(images).cpu() == torch.tensor([int(y) for _, y in rows]))
+                .sum()
+                .item()
+            )
     return moments, right / len(indices) if hasattr(features, "classify") else None
 
 
 def real_statistics(config, features, dataset, accelerator):
-    """(mu, sigma, description) of the real images: from dataset.fid_stats, or measured if the data set is small.
+    """(mu, sigma, description) of the real images: from dataset.fid_stats, or measured if the data
+    set is small.
 
     Raises:
-        UserError: there is no file and too many images, or the file was made by another extractor or at another resolution.
+        UserError: there is no file and too many images, or the file was made by another extractor
+            or at another resolution.
     """
     path = config.dataset.fid_stats
     if path:
-        statistics = metrics.load_statistics(path, extractor=features.name, resolution=dataset.shape[-1], dim=features.dim)
-        note = {"file": path, "sha256": statistics.sha256, "count": statistics.count, "known": statistics.known}
+        statistics = metrics.load_statistics(
+            path, extractor=features.name, resolution=dataset.shape[-1], dim=features.dim
+        )
+        note = {
+            "file": path,
+            "sha256": statistics.sha256,
+            "count": statistics.count,
+            "known": statistics.known,
+        }
         return statistics.mu, statistics.sigma, note
     if len(dataset) > MEASURE_UP_TO:
         raise UserError(
-            "dataset.fid_stats names no statistics file: make one with scripts/compute_fid_stats.py (see the README) and pass "
+            "dataset.fid_stats names no statistics file: make one with "
+            "scripts/compute_fid_stats.py (see the README) and pass "
             "--config.dataset.fid_stats=FILE"
         )
     mu, sigma = dataset_moments(features, dataset, accelerator)[0].mean_and_covariance()
@@ -168,19 +224,31 @@ def real_statistics(config, features, dataset, accelerator):
 
 
 def halves_baseline(features, dataset, accelerator, seed):
-    """How two random halves of the real images compare: {'frechet_distance', 'class_agreement'}, the floor for generated ones."""
+    """How two random halves of the real images compare: {'frechet_distance', 'class_agreement'},
+    the floor for generated ones.
+    """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     half = len(order) // 2
-    (a, right_a), (b, right_b) = (dataset_moments(features, dataset, accelerator, part) for part in (order[:half], order[half:]))
-    agreement = None if right_a is None else (right_a * half + right_b * (len(order) - half)) / len(order)
+    (a, right_a), (b, right_b) = (
+        dataset_moments(features, dataset, accelerator, part)
+        for part in (order[:half], order[half:])
+    )
+    agreement = (
+        None if right_a is None else (right_a * half + right_b * (len(order) - half)) / len(order)
+    )
     return {
-        "frechet_distance": metrics.frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance()),
+        "frechet_distance": metrics.frechet_distance(
+            *a.mean_and_covariance(), *b.mean_and_covariance()
+        ),
         "class_agreement": agreement,
     }
 
 
-def evaluate(generator, features, dataset, config, accelerator, *, n, folder=None, stop=lambda: False):
-    """Frechet distance (FID with Inception features) of n generated images to the real ones, and the whole recipe.
+def evaluate(
+    generator, features, dataset, config, accelerator, *, n, folder=None, stop=lambda: False
+):
+    """Frechet distance (FID with Inception features) of n generated images to the real ones, and
+    the whole recipe.
 
     Returns:
         dict for the log and for json; None if `stop()` came true.
@@ -205,28 +273,47 @@ def evaluate(generator, features, dataset, config, accelerator, *, n, folder=Non
 
 def describe(result):
     """An evaluation as lines for people, the figures first."""
-    lines = [f"Frechet distance {result['frechet_distance']:.4g} over {result['n']} images ({result['features']})"]
+    lines = [
+        f"Frechet distance {result['frechet_distance']:.4g} over {result['n']} images "
+        f"({result['features']})"
+    ]
     if result["class_agreement"] is not None:
         lines.append(f"class agreement {result['class_agreement']:.2%}")
     if halves := result.get("real_halves"):
-        agreement = "" if halves["class_agreement"] is None else f", class agreement {halves['class_agreement']:.2%}"
-        lines.append(f"two halves of the real images: Frechet distance {halves['frechet_distance']:.4g}{agreement}")
+        agreement = (
+            ""
+            if halves["class_agreement"] is None
+            else f", class agreement {halves['class_agreement']:.2%}"
+        )
+        lines.append(
+            "two halves of the real images: Frechet distance "
+            f"{halves['frechet_distance']:.4g}{agreement}"
+        )
     lines.append(
-        f"guidance {result['guidance_scale']:g} (cond + s (cond - uncond); elsewhere written w = {result['guidance_scale_standard']:g}), "
-        f"{result['algorithm']}, {result['steps']} steps, seed {result['seed']}, precision {result['precision']}"
+        f"guidance {result['guidance_scale']:g} (cond + s (cond - uncond); elsewhere written w = "
+        f"{result['guidance_scale_standard']:g}), "
+        f"{result['algorithm']}, {result['steps']} steps, seed {result['seed']}, precision "
+        f"{result['precision']}"
     )
     if not result["statistics"]["known"]:
-        lines.append(f"{result['statistics']['file']} has only mu and sigma: extractor, resolution and count of the real images unknown")
+        lines.append(
+            f"{result['statistics']['file']} has only mu and sigma: extractor, resolution and "
+            "count of the real images unknown"
+        )
     return lines
 
 
 def choose_classes(classes, num_classes, *, conditional):
-    """The classes to draw: those asked for, or all; None for an unconditional model. UserError for one that does not exist."""
+    """The classes to draw: those asked for, or all; None for an unconditional model. UserError for
+    one that does not exist.
+    """
     if not conditional:
         if classes:
             raise UserError("this model was trained without classes: leave --classes out")
         return None
     wrong = [c for c in classes or () if not 0 <= c < num_classes]
     if wrong:
-        raise UserError(f"class {wrong[0]} does not exist: this model has classes 0 to {num_classes - 1}")
+        raise UserError(
+            f"class {wrong[0]} does not exist: this model has classes 0 to {num_classes - 1}"
+        )
     return list(classes or range(num_classes))

@@ -16,7 +16,8 @@ PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def make_accelerator():
     """The Accelerator of this process: gloo on the CPU where no GPU is visible.
 
-    Precision is ours (see Precision), so that fp16 also runs on the CPU and an overflow is told from a broken step.
+    Precision is ours (see Precision), so that fp16 also runs on the CPU and an overflow is told
+    from a broken step.
 
     Raises:
         UserError: accelerate sees another number of processes than the launcher started.
@@ -26,7 +27,9 @@ def make_accelerator():
         mixed_precision="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),  # a rank may save or sample while others wait
+            InitProcessGroupKwargs(
+                timeout=datetime.timedelta(minutes=30)
+            ),  # a rank may save or sample while others wait
         ],
     )
     utils.check_world_size(accelerator.num_processes)
@@ -36,16 +39,21 @@ def make_accelerator():
 class Precision:
     """Autocast and loss scaling of one number format.
 
-    name: 'no' (float32), 'fp16' or 'bf16'; None takes what `accelerate launch --mixed_precision` says.
+    name: 'no' (float32), 'fp16' or 'bf16'; None takes what `accelerate launch --mixed_precision`
+        says.
     """
 
     def __init__(self, name, device):
         self.name = name or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if self.name not in PRECISIONS:
-            raise UserError(f"mixed precision is {self.name!r}, expected one of {', '.join(PRECISIONS)}")
+            raise UserError(
+                f"mixed precision is {self.name!r}, expected one of {', '.join(PRECISIONS)}"
+            )
         self.device, self.dtype = device, PRECISIONS[self.name]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self):
         """The context of a forward pass."""
-        return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+        return (
+            torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+        )

@@ -1,4 +1,6 @@
-"""Layers around the mixer: time embedding, position interpolation, RMSNorm, modulation, skip projection, and FreeU's two filters."""
+"""Layers around the mixer: time embedding, position interpolation, RMSNorm, modulation, skip
+projection, and FreeU's two filters.
+"""
 
 import math
 
@@ -8,7 +10,8 @@ from torch import nn
 
 
 def sinusoidal_embedding(t, dim):
-    """Sinusoidal features of time, cosines first, frequencies 10000^(-i / (dim/2)) (Vaswani et al. 2017).
+    """Sinusoidal features of time, cosines first, frequencies 10000^(-i / (dim/2)) (Vaswani et al.
+    2017).
 
     Args:
         t: (B,) network time, any real dtype; may be fractional.
@@ -18,16 +21,20 @@ def sinusoidal_embedding(t, dim):
         (B, dim) float32, whatever the autocast state.
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) * (-math.log(10000.0) / half)
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) * (
+        -math.log(10000.0) / half
+    )
     angle = t.float()[:, None] * exponent.exp()[None]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def interpolate_positions(pos_embed, native, grid, extra=2):
-    """Resize a learned position table to another grid: bilinear, corners not aligned, no antialiasing.
+    """Resize a learned position table to another grid: bilinear, corners not aligned, no
+    antialiasing.
 
     Args:
-        pos_embed: (1, extra + h*w, dim); the first `extra` rows belong to tokens that are not on the grid and stay as they are.
+        pos_embed: (1, extra + h*w, dim); the first `extra` rows belong to tokens that are not on
+            the grid and stay as they are.
         native, grid: (h, w) of the table and of the result.
 
     Returns:
@@ -42,7 +49,9 @@ def interpolate_positions(pos_embed, native, grid, extra=2):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang & Sennrich 2019); eps 1e-5 as Mamba has it."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang & Sennrich 2019);
+    eps 1e-5 as Mamba has it.
+    """
 
     def __init__(self, dim, eps=1e-5):
         super().__init__()
@@ -62,7 +71,9 @@ class TimeMLP(nn.Sequential):
 
 
 class SharedModulation(nn.Module):
-    """adaLN-single (PixArt-alpha, arXiv 2310.00426, section 2.3): one shift, scale and gate from time and label for all blocks."""
+    """adaLN-single (PixArt-alpha, arXiv 2310.00426, section 2.3): one shift, scale and gate from
+    time and label for all blocks.
+    """
 
     FREQUENCIES = 256
 
@@ -81,9 +92,11 @@ class SharedModulation(nn.Module):
 
 
 class SkipProjection(nn.Module):
-    """Merges a long skip into the stream: Linear(2 dim, dim) of their concatenation, computed without concatenating.
+    """Merges a long skip into the stream: Linear(2 dim, dim) of their concatenation, computed
+    without concatenating.
 
-    Up to dim 512 the official network has one Linear, above it two with a bias each; `fused` keeps that difference in the parameters.
+    Up to dim 512 the official network has one Linear, above it two with a bias each; `fused` keeps
+    that difference in the parameters.
     """
 
     FUSED_UP_TO = 512
@@ -105,16 +118,20 @@ class SkipProjection(nn.Module):
 
 
 def drop_path(branch, keep_probability, draw):
-    """Stochastic depth (Huang et al. 2016): drops a sample's branch where `draw` (B,) uniform in [0, 1) reaches `keep_probability`."""
+    """Stochastic depth (Huang et al. 2016): drops a sample's branch where `draw` (B,) uniform in
+    [0, 1) reaches `keep_probability`.
+    """
     keep = (draw < keep_probability).to(branch.dtype) / keep_probability
     return branch * keep.view(-1, *[1] * (branch.dim() - 1))
 
 
 def freeu_skip(skip, scale):
-    """FreeU's filter of a skip (arXiv 2309.11497, eq. 3-4) over the token axis, (B, L, dim) -> the same, in float32.
+    """FreeU's filter of a skip (arXiv 2309.11497, eq. 3-4) over the token axis, (B, L, dim) -> the
+    same, in float32.
 
-    Scales two bins of the shifted spectrum, frequencies -1 and 0. The paper's mask is symmetric; the official DiM code's is not and drops
-    the imaginary part that this leaves, and so do we (golden item 10).
+    Scales two bins of the shifted spectrum, frequencies -1 and 0. The paper's mask is symmetric;
+    the official DiM code's is not and drops the imaginary part that this leaves, and so do we
+    (golden item 10).
     """
     length = skip.shape[1]
     spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
@@ -125,7 +142,9 @@ def freeu_skip(skip, scale):
 
 
 def freeu_backbone(x, scale):
-    """FreeU's backbone factor (arXiv 2309.11497, eq. 1-2): (B, L, dim) grows with the mean feature map; all channels here, not half."""
+    """FreeU's backbone factor (arXiv 2309.11497, eq. 1-2): (B, L, dim) grows with the mean feature
+    map; all channels here, not half.
+    """
     mean = x.mean(dim=-1, keepdim=True)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
     return x * (1 + (scale - 1) * (mean - low) / (high - low))

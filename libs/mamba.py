@@ -1,4 +1,6 @@
-"""The Mamba mixer (Gu & Dao, arXiv 2312.00752, figure 3) along any scan order; tokens stay in raster order throughout."""
+"""The Mamba mixer (Gu & Dao, arXiv 2312.00752, figure 3) along any scan order; tokens stay in
+raster order throughout.
+"""
 
 import math
 
@@ -36,24 +38,39 @@ class Mamba(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Mamba's initialisation: A = -(1..N), D = 1, and step sizes log-uniform in [0.001, 0.1] (arXiv 2312.00752, section 3.6)."""
+        """Mamba's initialisation: A = -(1..N), D = 1, and step sizes log-uniform in [0.001, 0.1]
+        (arXiv 2312.00752, section 3.6).
+        """
         bound = 1 / math.sqrt(self.conv_weight.shape[1])
         self.conv_weight.uniform_(-bound, bound)
         self.conv_bias.uniform_(-bound, bound)
         self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log))
+        self.A_log.copy_(
+            torch.arange(1, self.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log)
+        )
         self.D.fill_(1.0)
 
     def forward(self, x, order=None):
-        """x (B, L, dim), order (L,) int64 or None: the row visited at each step -> (B, L, dim) in the order of x's rows."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)                                             # (B, L, channels) each
+        """x (B, L, dim), order (L,) int64 or None: the row visited at each step -> (B, L, dim) in
+        the order of x's rows.
+        """
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, channels) each
         u = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", order=order)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        delta = F.linear(dt, self.dt_proj.weight)                                           # (B, L, channels), bias in the scan
+        delta = F.linear(dt, self.dt_proj.weight)  # (B, L, channels), bias in the scan
         A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
         y = selective_scan(
-            u, delta, A, B, C, D=self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True, order=order
+            u,
+            delta,
+            A,
+            B,
+            C,
+            D=self.D,
+            z=z,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            order=order,
         )
         return self.out_proj(y)

@@ -24,7 +24,9 @@ def build_model(nnet):
         raise UserError(f"nnet.name is {name!r}, expected one of {', '.join(NETWORKS)}")
     parameters = inspect.signature(NETWORKS[name]).parameters
     unknown = sorted(set(keywords) - set(parameters))
-    missing = sorted(key for key, p in parameters.items() if p.default is p.empty and keywords.get(key) is None)
+    missing = sorted(
+        key for key, p in parameters.items() if p.default is p.empty and keywords.get(key) is None
+    )
     if unknown or missing:
         what = f"unknown keys {', '.join(unknown)}" if unknown else f"no {', '.join(missing)}"
         raise UserError(f"the nnet section has {what}; {name} takes {', '.join(parameters)}")
@@ -32,6 +34,8 @@ def build_model(nnet):
 
 
 def load_into(model, path):
-    """Load weights for evaluation into `model`, strictly: a `<step>.ckpt` directory or a file in it, or an official `.pth`."""
+    """Load weights for evaluation into `model`, strictly: a `<step>.ckpt` directory or a file in
+    it, or an official `.pth`.
+    """
     _, tensors = load_checkpoint(path)
     load_strict(model, from_official(model, tensors) if is_official(tensors) else tensors, path)

@@ -1,6 +1,7 @@
 """Official configurations and checkpoints <-> ours, exactly, both ways, for DiM and U-ViT.
 
-Only names and shapes of the official repositories appear here. Checkpoints are read without running code from them.
+Only names and shapes of the official repositories appear here. Checkpoints are read without running
+code from them.
 """
 
 import math
@@ -14,33 +15,38 @@ from libs.uvit import UViT
 from libs.weights import listed, load_strict, read_safetensors, read_torch
 from utils import UserError, read_json
 
-# ------------------------------------------------------------------------------------------------------------------ configurations
+# ----------------------------------------------------------------------------------- configurations
 
 # Keys whose value selects a network: only this value is that of the published models.
 _DIM_FIXED = {
-    "encoder_start_blk_id": 1, "is_absorb": False, "is_align_exchange_q_kv": False, "is_extra_tokens": True, "is_uconnect": True,
-    "mamba_type": "enc", "no_ff": True, "norm_type": "ada_norm_single", "pos_encoding_type": "learnable", "rms": True,
-    "sub_sequence_schedule": ("reverse_single", "layerwise_cross"), "use_a4m_adapter": True, "use_adapter_modules": True,
-    "use_bidirectional_rnn": False, "use_conv1d": True, "use_pad_token": True, "is_random_patterns": False, "pattern_type": "base",
+    "encoder_start_blk_id": 1, "is_absorb": False, "is_align_exchange_q_kv": False,
+    "is_extra_tokens": True, "is_uconnect": True, "mamba_type": "enc", "no_ff": True,
+    "norm_type": "ada_norm_single", "pos_encoding_type": "learnable", "rms": True,
+    "sub_sequence_schedule": ("reverse_single", "layerwise_cross"), "use_a4m_adapter": True,
+    "use_adapter_modules": True, "use_bidirectional_rnn": False, "use_conv1d": True,
+    "use_pad_token": True, "is_random_patterns": False, "pattern_type": "base",
 }  # fmt: skip
-# Keys that do not reach the network at all (golden item 15; multi_times by item 7): any value of the type.
+# Keys that do not reach the network at all (golden item 15; multi_times by item 7): any value of
+# the type.
 _DIM_WITHOUT_EFFECT = {
-    "activation_fn": str, "attention_bias": bool, "kv_as_one_token_idx": int, "nested_order": int, "norm_elementwise_affine": bool,
-    "num_2d_enc_dec_layers": int, "sequence_schedule": str, "multi_times": int, "name": str, "pretrained_path": (str, type(None)),
+    "activation_fn": str, "attention_bias": bool, "kv_as_one_token_idx": int, "nested_order": int,
+    "norm_elementwise_affine": bool, "num_2d_enc_dec_layers": int, "sequence_schedule": str,
+    "multi_times": int, "name": str, "pretrained_path": (str, type(None)),
 }  # fmt: skip
 _DIM_READ = (
-    "attention_head_dim", "drop_path_rate", "in_channels", "mamba_d_conv", "mamba_d_state", "mamba_expand", "num_attention_heads",
-    "num_embeds_ada_norm", "num_layers", "out_channels", "pad_token_schedules", "patch_size", "sample_size", "scan_pattern_len",
+    "attention_head_dim", "drop_path_rate", "in_channels", "mamba_d_conv", "mamba_d_state",
+    "mamba_expand", "num_attention_heads", "num_embeds_ada_norm", "num_layers", "out_channels",
+    "pad_token_schedules", "patch_size", "sample_size", "scan_pattern_len",
 )  # fmt: skip
 _DIM_OPTIONAL = {
-    "is_random_patterns", "pattern_type", "multi_times", "name", "pretrained_path", "num_patches", "is_freeu", "freeu_param",
-    "is_skip_tune", "skip_tune_param", "mlp_time_embed",
+    "is_random_patterns", "pattern_type", "multi_times", "name", "pretrained_path", "num_patches",
+    "is_freeu", "freeu_param", "is_skip_tune", "skip_tune_param", "mlp_time_embed",
 }  # fmt: skip
 
 _UVIT_READ = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
 _UVIT_OPTIONAL = {
-    "in_chans": 3, "mlp_ratio": 4, "qkv_bias": False, "mlp_time_embed": False, "conv": True, "use_checkpoint": False, "name": "uvit",
-    "skip": True, "qk_scale": None,
+    "in_chans": 3, "mlp_ratio": 4, "qkv_bias": False, "mlp_time_embed": False, "conv": True,
+    "use_checkpoint": False, "name": "uvit", "skip": True, "qk_scale": None,
 }  # fmt: skip
 
 
@@ -48,9 +54,15 @@ def _check_keys(kwargs, known, optional, network):
     unknown = sorted(set(kwargs) - set(known))
     missing = sorted(set(known) - set(optional) - set(kwargs))
     if unknown:
-        raise UserError(f"official {network} configuration has unknown keys: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise UserError(
+            f"official {network} configuration has unknown keys: {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(known))}"
+        )
     if missing:
-        raise UserError(f"official {network} configuration lacks keys: {', '.join(missing)}; add them to its nnet section")
+        raise UserError(
+            f"official {network} configuration lacks keys: {', '.join(missing)}; add them to its "
+            "nnet section"
+        )
 
 
 def _tuple(value):
@@ -65,24 +77,39 @@ def _positive(kwargs, *keys):
 
 
 def _dim_keywords(kwargs):
-    """Keywords of DiM from the `nnet` section of an official configuration; UserError names what cannot be."""
+    """Keywords of DiM from the `nnet` section of an official configuration; UserError names what
+    cannot be.
+    """
     known = {*_DIM_FIXED, *_DIM_WITHOUT_EFFECT, *_DIM_READ, *_DIM_OPTIONAL}
     _check_keys(kwargs, known, _DIM_OPTIONAL, "DiM")
     for key, only in _DIM_FIXED.items():
         if _tuple(kwargs.get(key, only)) != only:
-            raise UserError(f"official key {key} is {kwargs[key]!r}; this project has the network for {only!r} only")
+            raise UserError(
+                f"official key {key} is {kwargs[key]!r}; this project has the network for {only!r} "
+                "only"
+            )
     for key, kind in _DIM_WITHOUT_EFFECT.items():
         if key in kwargs and not isinstance(kwargs[key], kind):
-            raise UserError(f"official key {key} is {kwargs[key]!r}, expected {getattr(kind, '__name__', 'a path or None')}")
+            raise UserError(
+                f"official key {key} is {kwargs[key]!r}, expected "
+                f"{getattr(kind, '__name__', 'a path or None')}"
+            )
     _positive(
-        kwargs, "attention_head_dim", "num_attention_heads", "num_layers", "in_channels", "sample_size", "patch_size", "mamba_d_state",
-        "mamba_d_conv", "mamba_expand", "num_embeds_ada_norm", "scan_pattern_len",
+        kwargs, "attention_head_dim", "num_attention_heads", "num_layers", "in_channels",
+        "sample_size", "patch_size", "mamba_d_state", "mamba_d_conv", "mamba_expand",
+        "num_embeds_ada_norm", "scan_pattern_len",
     )  # fmt: skip
     if kwargs["out_channels"] != kwargs["in_channels"]:
-        raise UserError(f"official key out_channels is {kwargs['out_channels']!r}, expected in_channels, {kwargs['in_channels']}")
+        raise UserError(
+            f"official key out_channels is {kwargs['out_channels']!r}, expected in_channels, "
+            f"{kwargs['in_channels']}"
+        )
     schedules = _tuple(kwargs["pad_token_schedules"])
     if not isinstance(schedules, tuple) or len(schedules) != 2 or schedules[0] != "dec_split":
-        raise UserError(f"official key pad_token_schedules is {schedules!r}, expected ('dec_split', 'lateral' or 'rho_pad')")
+        raise UserError(
+            f"official key pad_token_schedules is {schedules!r}, expected ('dec_split', 'lateral' "
+            "or 'rho_pad')"
+        )
     _check_num_patches(kwargs)
     return dict(
         input_size=kwargs["sample_size"],
@@ -91,7 +118,11 @@ def _dim_keywords(kwargs):
         depth=kwargs["num_layers"],
         num_classes=kwargs["num_embeds_ada_norm"],
         patch_size=kwargs["patch_size"],
-        mamba=dict(d_state=kwargs["mamba_d_state"], d_conv=kwargs["mamba_d_conv"], expand=kwargs["mamba_expand"]),
+        mamba=dict(
+            d_state=kwargs["mamba_d_state"],
+            d_conv=kwargs["mamba_d_conv"],
+            expand=kwargs["mamba_expand"],
+        ),
         pad_layout=schedules[1],
         scan_directions=kwargs["scan_pattern_len"],
         mlp_time_embed=kwargs.get("mlp_time_embed", False),
@@ -102,11 +133,18 @@ def _dim_keywords(kwargs):
 
 
 def _check_num_patches(kwargs):
-    """num_patches lists token counts of square grids, the native one first; any grid works here, so it is only checked."""
+    """num_patches lists token counts of square grids, the native one first; any grid works here, so
+    it is only checked.
+    """
     counts = _tuple(kwargs.get("num_patches"))
     native = (kwargs["sample_size"] // kwargs["patch_size"]) ** 2
-    if counts is not None and (not counts or counts[0] != native or any(math.isqrt(n) ** 2 != n for n in counts)):
-        raise UserError(f"official key num_patches is {counts!r}, expected square numbers beginning with {native}")
+    if counts is not None and (
+        not counts or counts[0] != native or any(math.isqrt(n) ** 2 != n for n in counts)
+    ):
+        raise UserError(
+            f"official key num_patches is {counts!r}, expected square numbers beginning with "
+            f"{native}"
+        )
 
 
 def _skip_tuning(kwargs):
@@ -129,10 +167,12 @@ def model_from_official(nnet_kwargs, state_dict=None):
 
     Args:
         nnet_kwargs: dict, every key of the section.
-        state_dict: official name -> tensor or array, loaded strictly; None leaves the initialisation.
+        state_dict: official name -> tensor or array, loaded strictly; None leaves the
+            initialisation.
 
     Raises:
-        UserError: unknown, missing or impossible keys; missing, unexpected or wrong-shaped tensors; each named.
+        UserError: unknown, missing or impossible keys; missing, unexpected or wrong-shaped tensors;
+            each named.
     """
     model = DiM(**_dim_keywords(dict(nnet_kwargs)))
     if state_dict is not None:
@@ -141,17 +181,25 @@ def model_from_official(nnet_kwargs, state_dict=None):
 
 
 def uvit_from_official(kwargs, state_dict=None):
-    """Our UViT from official U-ViT keywords and, if given, official weights; as `model_from_official`."""
+    """Our UViT from official U-ViT keywords and, if given, official weights; as
+    `model_from_official`.
+    """
     kwargs = dict(kwargs)
     _check_keys(kwargs, {*_UVIT_READ, *_UVIT_OPTIONAL}, _UVIT_OPTIONAL, "U-ViT")
     kwargs = {**_UVIT_OPTIONAL, **kwargs}
     _positive(kwargs, "img_size", "patch_size", "embed_dim", "depth", "num_heads", "in_chans")
     for key in ("skip", "qk_scale"):
         if kwargs[key] != _UVIT_OPTIONAL[key]:
-            raise UserError(f"official key {key} is {kwargs[key]!r}; this project has the network for {_UVIT_OPTIONAL[key]!r} only")
+            raise UserError(
+                f"official key {key} is {kwargs[key]!r}; this project has the network for "
+                f"{_UVIT_OPTIONAL[key]!r} only"
+            )
     labels = kwargs["num_classes"]  # rows of the label table, the null class included; -1 for none
     if labels != -1 and labels < 2:
-        raise UserError(f"official key num_classes is {labels!r}, expected -1 or the classes plus one null class")
+        raise UserError(
+            f"official key num_classes is {labels!r}, expected -1 or the classes plus one null "
+            "class"
+        )
     model = UViT(
         input_size=kwargs["img_size"],
         in_channels=kwargs["in_chans"],
@@ -171,43 +219,77 @@ def uvit_from_official(kwargs, state_dict=None):
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------------ names of tensors
+# ------------------------------------------------------------------------------------------ tensors
 
 _DIM_BLOCK = {
-    "scale_shift_table": "scale_shift_table", "norm1.norm.weight": "norm.weight", "attn1.A_log": "mixer.A_log", "attn1.D": "mixer.D",
-    "attn1.in_proj": "mixer.in_proj", "attn1.conv1d.weight": "mixer.conv_weight", "attn1.conv1d.bias": "mixer.conv_bias",
-    "attn1.x_proj": "mixer.x_proj", "attn1.dt_proj": "mixer.dt_proj", "attn1.out_proj": "mixer.out_proj",
-    "skip_linear.0": "skip.stream", "skip_linear.1": "skip.skip", "skip_linear": "skip.linear",
-}  # fmt: skip
-_DIM_BEFORE = {"additional_embed": "pos_embed", "pos_embed.proj": "patch_embed", "time_embed": "time_embed"}
+    "scale_shift_table": "scale_shift_table",
+    "norm1.norm.weight": "norm.weight",
+    "attn1.A_log": "mixer.A_log",
+    "attn1.D": "mixer.D",
+    "attn1.in_proj": "mixer.in_proj",
+    "attn1.conv1d.weight": "mixer.conv_weight",
+    "attn1.conv1d.bias": "mixer.conv_bias",
+    "attn1.x_proj": "mixer.x_proj",
+    "attn1.dt_proj": "mixer.dt_proj",
+    "attn1.out_proj": "mixer.out_proj",
+    "skip_linear.0": "skip.stream",
+    "skip_linear.1": "skip.skip",
+    "skip_linear": "skip.linear",
+}
+_DIM_BEFORE = {
+    "additional_embed": "pos_embed",
+    "pos_embed.proj": "patch_embed",
+    "time_embed": "time_embed",
+}
 _DIM_AFTER = {
-    "norm_out.norm.weight": "norm_out.weight", "adaln_single.emb.timestep_embedder.linear_1": "modulation.time_mlp.0",
+    "norm_out.norm.weight": "norm_out.weight",
+    "adaln_single.emb.timestep_embedder.linear_1": "modulation.time_mlp.0",
     "adaln_single.emb.timestep_embedder.linear_2": "modulation.time_mlp.2",
-    "adaln_single.emb.class_embedder.embedding_table": "modulation.label_embed", "adaln_single.linear": "modulation.linear",
-    "label_emb": "label_embed", "a4m_adapter.pad_token_dec_split": "split_tokens", "a4m_adapter.pad_token": "pad_tokens",
-    "a4m_adapter.first_smoother": "first_smoother", "a4m_adapter.last_smoother": "last_smoother", "proj_out_2": "head",
+    "adaln_single.emb.class_embedder.embedding_table": "modulation.label_embed",
+    "adaln_single.linear": "modulation.linear",
+    "label_emb": "label_embed",
+    "a4m_adapter.pad_token_dec_split": "split_tokens",
+    "a4m_adapter.pad_token": "pad_tokens",
+    "a4m_adapter.first_smoother": "first_smoother",
+    "a4m_adapter.last_smoother": "last_smoother",
+    "proj_out_2": "head",
     "proj_out_1": "head_modulation",
-}  # fmt: skip
+}
 _UVIT_BLOCK = {
-    "norm1": "norm1", "attn.qkv": "attn.qkv", "attn.proj": "attn.proj", "norm2": "norm2", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2",
+    "norm1": "norm1",
+    "attn.qkv": "attn.qkv",
+    "attn.proj": "attn.proj",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.0",
+    "mlp.fc2": "mlp.2",
     "skip_linear": "skip",
-}  # fmt: skip
-_UVIT_BEFORE = {"pos_embed": "pos_embed", "patch_embed.proj": "patch_embed", "time_embed": "time_embed", "label_emb": "label_embed"}
+}
+_UVIT_BEFORE = {
+    "pos_embed": "pos_embed",
+    "patch_embed.proj": "patch_embed",
+    "time_embed": "time_embed",
+    "label_emb": "label_embed",
+}
 _UVIT_AFTER = {"norm": "norm", "decoder_pred": "head", "final_layer": "final_conv"}
 
 # Tensors that the two sides hold in another shape: official name's end -> (to ours, to official).
 _RESHAPED = {
-    "attn1.conv1d.weight": (lambda w: w[:, 0], lambda w: w[:, None]),               # (channels, 1, width) <-> (channels, width)
-    "a4m_adapter.pad_token_dec_split": (lambda w: w[0], lambda w: w[None]),         # (1, pad, dim) <-> (pad, dim)
-    "a4m_adapter.pad_token": (lambda w: w[0].T, lambda w: w.T[None]),               # (1, dim, pad) <-> (pad, dim)
-}  # fmt: skip
+    # (channels, 1, width) <-> (channels, width)
+    "attn1.conv1d.weight": (lambda w: w[:, 0], lambda w: w[:, None]),
+    # (1, pad, dim) <-> (pad, dim)
+    "a4m_adapter.pad_token_dec_split": (lambda w: w[0], lambda w: w[None]),
+    # (1, dim, pad) <-> (pad, dim)
+    "a4m_adapter.pad_token": (lambda w: w[0].T, lambda w: w.T[None]),
+}
 
 
 def _modules(model):
     """(official, ours) names of modules and parameters in the official order."""
     if isinstance(model, UViT):
         groups = [(f"in_blocks.{k}", f"in_blocks.{k}") for k in range(len(model.in_blocks))]
-        groups += [("mid_block", "mid_block")] + [(f"out_blocks.{k}", f"out_blocks.{k}") for k in range(len(model.out_blocks))]
+        groups += [("mid_block", "mid_block")] + [
+            (f"out_blocks.{k}", f"out_blocks.{k}") for k in range(len(model.out_blocks))
+        ]
         before, block, after = _UVIT_BEFORE, _UVIT_BLOCK, _UVIT_AFTER
     else:
         groups = [(f"transformer_blocks.{k}", f"blocks.{k}") for k in range(model.depth)]
@@ -245,9 +327,14 @@ def _reshape(official_name, tensor, direction):
 
 
 def to_official(model):
-    """The weights of a DiM or UViT under the official names, shapes and order: dict of name -> tensor (contiguous copies where reshaped)."""
+    """The weights of a DiM or UViT under the official names, shapes and order: dict of name ->
+    tensor (contiguous copies where reshaped).
+    """
     state = model.state_dict()
-    return {official: _reshape(official, state[ours], 1).contiguous() for official, ours in _names(model).items()}
+    return {
+        official: _reshape(official, state[ours], 1).contiguous()
+        for official, ours in _names(model).items()
+    }
 
 
 def is_official(state_dict):
@@ -256,18 +343,30 @@ def is_official(state_dict):
 
 
 def from_official(model, state_dict):
-    """Official names and shapes -> ours: dict of name -> tensor. UserError names what is missing or unexpected."""
+    """Official names and shapes -> ours: dict of name -> tensor. UserError names what is missing or
+    unexpected.
+    """
     names = _names(model)
     unexpected, missing = sorted(set(state_dict) - set(names)), sorted(set(names) - set(state_dict))
     if missing or unexpected:
-        said = [f"{kind}: {listed(found)}" for kind, found in (("missing", missing), ("unexpected", unexpected)) if found]
-        raise UserError(f"official weights do not fit the network; {'; '.join(said)}; use the configuration that they were trained with")
+        said = [
+            f"{kind}: {listed(found)}"
+            for kind, found in (("missing", missing), ("unexpected", unexpected))
+            if found
+        ]
+        raise UserError(
+            f"official weights do not fit the network; {'; '.join(said)}; use the configuration "
+            "that they were trained with"
+        )
     tensors = {}
     for official, ours in names.items():
         tensor = torch.as_tensor(state_dict[official])
         expected = 3 if any(official.endswith(end) for end in _RESHAPED) else tensor.dim()
         if tensor.dim() != expected:
-            raise UserError(f"official tensor {official} has shape {tuple(tensor.shape)}, expected {expected} axes")
+            raise UserError(
+                f"official tensor {official} has shape {tuple(tensor.shape)}, expected {expected} "
+                "axes"
+            )
         tensors[ours] = _reshape(official, tensor, 0)
     return tensors
 
@@ -277,19 +376,21 @@ def load_official(model, state_dict):
     load_strict(model, from_official(model, state_dict), "the official state dict")
 
 
-# ------------------------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def load_checkpoint(path):
     """Read weights without running any code from the file.
 
     Args:
-        path: an official `.pth` (a plain state dict), one of our `.safetensors`, or one of our `<step>.ckpt` directories, of which the
-            averaged weights, nnet_ema.safetensors, are read.
+        path: an official `.pth` (a plain state dict), one of our `.safetensors`, or one of our
+            `<step>.ckpt` directories, of which the averaged weights, nnet_ema.safetensors, are
+            read.
 
     Returns:
-        (nnet, tensors): for ours the `nnet` section of the config.json beside the file, None for an official file, whose keywords are not
-        in it; and name -> CPU tensor, official or our names as the file has them.
+        (nnet, tensors): for ours the `nnet` section of the config.json beside the file, None for an
+        official file, whose keywords are not in it; and name -> CPU tensor, official or our names
+        as the file has them.
 
     Raises:
         UserError: missing, truncated, or not a file of plain tensors.
@@ -298,25 +399,37 @@ def load_checkpoint(path):
     if path.is_dir():
         path = path / "nnet_ema.safetensors"
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist; give a <step>.ckpt directory, a .safetensors file or an official .pth")
+        raise UserError(
+            f"checkpoint {path} does not exist; give a <step>.ckpt directory, a .safetensors file "
+            "or an official .pth"
+        )
     if path.suffix == ".safetensors":
         config = path.with_name("config.json")
-        return (dict(read_json(config)["nnet"]) if config.is_file() else None), read_safetensors(path)
+        return (dict(read_json(config)["nnet"]) if config.is_file() else None), read_safetensors(
+            path
+        )
     return None, _read_pth(path)
 
 
 def _read_pth(path):
     state = read_torch(path)
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"checkpoint {path} is no plain dict of tensors; export the network's state_dict() and save that")
+    if not isinstance(state, dict) or not all(
+        isinstance(value, torch.Tensor) for value in state.values()
+    ):
+        raise UserError(
+            f"checkpoint {path} is no plain dict of tensors; export the network's state_dict() and "
+            "save that"
+        )
     return state
 
 
 def resize_state(state_dict, model):
-    """Fit DiM weights of another resolution or patch size to `model`, as the official fine-tuning does.
+    """Fit DiM weights of another resolution or patch size to `model`, as the official fine-tuning
+    does.
 
-    The position table is interpolated (its grid is taken to be square); for another patch size the [0, 0] tap of the patch embedding and of
-    the output head are repeated over the new patch (golden item 12b). Everything else must fit.
+    The position table is interpolated (its grid is taken to be square); for another patch size the
+    [0, 0] tap of the patch embedding and of the output head are repeated over the new patch (golden
+    item 12b). Everything else must fit.
 
     Args:
         state_dict: official or our names -> tensor.
@@ -332,13 +445,26 @@ def resize_state(state_dict, model):
         old, new = weight.shape[-1], model.patch_size
         tensors["patch_embed.weight"] = weight[:, :, :1, :1].repeat(1, 1, new, new)
         for name in ("head.weight", "head.bias"):
-            tensors[name] = tensors[name].unflatten(0, (old * old, -1))[:1].repeat(new * new, *[1] * tensors[name].dim()).flatten(0, 1)
+            tensors[name] = (
+                tensors[name]
+                .unflatten(0, (old * old, -1))[:1]
+                .repeat(new * new, *[1] * tensors[name].dim())
+                .flatten(0, 1)
+            )
         changes.append(f"patch size {old} -> {new}: patch_embed and head repeat their [0, 0] tap")
     table = tensors.get("pos_embed")
     if table is not None and table.shape[1] != model.pos_embed.shape[1]:
         side = math.isqrt(table.shape[1] - EXTRA_TOKENS)
         if side**2 + EXTRA_TOKENS != table.shape[1]:
-            raise UserError(f"the position table has {table.shape[1] - EXTRA_TOKENS} rows, no square grid, so it cannot be interpolated")
-        tensors["pos_embed"] = interpolate_positions(table, (side, side), model.native_grid, EXTRA_TOKENS)
-        changes.append(f"pos_embed: {side}x{side} grid interpolated to {model.native_grid[0]}x{model.native_grid[1]}")
+            raise UserError(
+                f"the position table has {table.shape[1] - EXTRA_TOKENS} rows, no square grid, so "
+                "it cannot be interpolated"
+            )
+        tensors["pos_embed"] = interpolate_positions(
+            table, (side, side), model.native_grid, EXTRA_TOKENS
+        )
+        changes.append(
+            f"pos_embed: {side}x{side} grid interpolated to "
+            f"{model.native_grid[0]}x{model.native_grid[1]}"
+        )
     return tensors, changes

@@ -1,7 +1,7 @@
 """The training loop: one flat function, and the pieces it is made of.
 
-Every draw is keyed by (seed, global batch, position in it), so a run does not depend on the number of processes, on the accumulation, or
-on where it was interrupted.
+Every draw is keyed by (seed, global batch, position in it), so a run does not depend on the number
+of processes, on the accumulation, or on where it was interrupted.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ GRID_IMAGES, GRID_COLUMNS = 100, 10
 class Progress:
     """Counters of a run, all of them in the checkpoint.
 
-    step: optimizer steps made. batch: global batches taken from the data, skipped ones included. bad_in_a_row: non-finite steps since the
-    last good one.
+    step: optimizer steps made. batch: global batches taken from the data, skipped ones included.
+    bad_in_a_row: non-finite steps since the last good one.
     """
 
     step: int = 0
@@ -47,7 +47,9 @@ class Progress:
 
 
 class Draws:
-    """The random numbers of one global batch, the same on every rank; a rank takes its rows by position."""
+    """The random numbers of one global batch, the same on every rank; a rank takes its rows by
+    position.
+    """
 
     def __init__(self, *, seed, batch, size, shape, depth, device):
         generator = torch.Generator(device).manual_seed(utils.derive_seed("training", seed, batch))
@@ -57,12 +59,19 @@ class Draws:
 
 
 def make_optimizer(config, model):
-    """AdamW over all parameters in one group: every parameter is decayed, as in the official runs (golden item 27)."""
+    """AdamW over all parameters in one group: every parameter is decayed, as in the official runs
+    (golden item 27).
+    """
     settings = config.optimizer
     if settings.name != "adamw":
         raise UserError(f"optimizer.name is {settings.name!r}, expected 'adamw'")
     return torch.optim.AdamW(
-        model.parameters(), lr=settings.lr, betas=settings.betas, eps=settings.eps, weight_decay=settings.weight_decay, fused=True
+        model.parameters(),
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=True,
     )
 
 
@@ -94,22 +103,33 @@ def micro_batches(config, dataset, accelerator, start_batch):
 
 
 def rows_of(config, accelerator, micro_batch):
-    """The rows of the global batch in micro-batch `micro_batch` of this rank, as GlobalBatchSampler deals them: a slice."""
-    size = config.train.batch_size // (accelerator.num_processes * config.gradient_accumulation_steps)
+    """The rows of the global batch in micro-batch `micro_batch` of this rank, as GlobalBatchSampler
+    deals them: a slice.
+    """
+    size = config.train.batch_size // (
+        accelerator.num_processes * config.gradient_accumulation_steps
+    )
     start = (micro_batch * accelerator.num_processes + accelerator.process_index) * size
     return slice(start, start + size)
 
 
 def training_labels(config, y, draw, null_label):
-    """Labels (B,), dropped to the null class where the draw falls below p_uncond; None in an unconditional run."""
+    """Labels (B,), dropped to the null class where the draw falls below p_uncond; None in an
+    unconditional run.
+    """
     if config.train.mode == "uncond":
         return None
     return torch.where(draw < config.dataset.p_uncond, null_label, y) if config.dataset.cfg else y
 
 
 def accumulate_gradients(config, accelerator, precision, model, process, codec, batches, draws):
-    """Forward and backward of this rank's micro-batches; gradients are averaged over ranks with the last. Returns the mean loss, 0-dim."""
-    accumulation, null_label = config.gradient_accumulation_steps, accelerator.unwrap_model(model).num_classes
+    """Forward and backward of this rank's micro-batches; gradients are averaged over ranks with the
+    last. Returns the mean loss, 0-dim.
+    """
+    accumulation, null_label = (
+        config.gradient_accumulation_steps,
+        accelerator.unwrap_model(model).num_classes,
+    )
     total = torch.zeros((), device=accelerator.device)
     for m in range(accumulation):
         rows = rows_of(config, accelerator, m)
@@ -119,7 +139,16 @@ def accumulate_gradients(config, accelerator, precision, model, process, codec, 
         drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
         with accelerator.no_sync(model) if m + 1 < accumulation else contextlib.nullcontext():
             with precision.autocast():
-                losses = denoising_loss(model, process, codec.encode(x), y, pred=config.pred, t=t, eps=draws.eps[rows], **drop_path)
+                losses = denoising_loss(
+                    model,
+                    process,
+                    codec.encode(x),
+                    y,
+                    pred=config.pred,
+                    t=t,
+                    eps=draws.eps[rows],
+                    **drop_path,
+                )
             loss = losses.mean() / accumulation
             precision.scaler.scale(loss).backward()
         total += loss.detach()
@@ -127,16 +156,20 @@ def accumulate_gradients(config, accelerator, precision, model, process, codec, 
 
 
 def update(config, precision, network, optimizer, ema, progress, loss, norm):
-    """One optimizer step if loss and gradient are finite, and what becomes of the counters. Returns 'ok', 'overflow' or 'bad'.
+    """One optimizer step if loss and gradient are finite, and what becomes of the counters. Returns
+    'ok', 'overflow' or 'bad'.
 
-    Under fp16 a gradient that overflows while the loss is finite halves the loss scale, is not counted, and moves nothing but the data,
-    as long as the scale stays at 1 or above; below it, and for any non-finite loss, the step counts as bad.
+    Under fp16 a gradient that overflows while the loss is finite halves the loss scale, is not
+    counted, and moves nothing but the data, as long as the scale stays at 1 or above; below it, and
+    for any non-finite loss, the step counts as bad.
     """
     progress.batch += 1
     scaler, scale = precision.scaler, precision.scaler.get_scale()
     if math.isfinite(loss) and math.isfinite(norm):
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * warmup_factor(progress.step, config.lr_scheduler.warmup_steps)
+            group["lr"] = config.optimizer.lr * warmup_factor(
+                progress.step, config.lr_scheduler.warmup_steps
+            )
         scaler.step(optimizer)
         scaler.update()
         ema.update(network)
@@ -144,7 +177,9 @@ def update(config, precision, network, optimizer, ema, progress, loss, norm):
         progress.bad_in_a_row = 0
         return "ok"
     if scaler.is_enabled():
-        scaler.update(scale if not math.isfinite(loss) else None)  # a broken loss is not the scale's fault
+        scaler.update(
+            scale if not math.isfinite(loss) else None
+        )  # a broken loss is not the scale's fault
         if math.isfinite(loss) and scaler.get_scale() >= 1:
             return "overflow"
     progress.bad_in_a_row += 1
@@ -162,15 +197,29 @@ def share(accelerator, loss, norm, stop):
 
 
 def report_bad_step(settings, outcome, progress, loss, norm, precision):
-    """Log a step that was not made; UserError once too many came in a row, leaving the last good checkpoint as it is."""
+    """Log a step that was not made; UserError once too many came in a row, leaving the last good
+    checkpoint as it is.
+    """
     if outcome == "overflow":
-        log.info("step %d: the gradient overflows float16; loss scale now %g", progress.step, precision.scaler.get_scale())
+        log.info(
+            "step %d: the gradient overflows float16; loss scale now %g",
+            progress.step,
+            precision.scaler.get_scale(),
+        )
         return
-    log.warning("step %d, batch %d skipped: loss %g, gradient norm %g", progress.step, progress.batch - 1, loss, norm)
+    log.warning(
+        "step %d, batch %d skipped: loss %g, gradient norm %g",
+        progress.step,
+        progress.batch - 1,
+        loss,
+        norm,
+    )
     if progress.bad_in_a_row >= settings.max_bad_steps:
         raise UserError(
-            f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last at step {progress.step} (loss {loss:g}, "
-            f"gradient norm {norm:g}); lower optimizer.lr, or use bf16 or no mixed precision, and go on from the last checkpoint"
+            f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last "
+            f"at step {progress.step} (loss {loss:g}, "
+            f"gradient norm {norm:g}); lower optimizer.lr, or use bf16 or no mixed precision, and "
+            "go on from the last checkpoint"
         )
 
 
@@ -197,7 +246,11 @@ class Speed:
 
 def training_state(optimizer, precision, progress):
     """Everything that changes in training besides the weights and their average."""
-    return {"optimizer": optimizer.state_dict(), "scaler": precision.scaler.state_dict(), "progress": asdict(progress)}
+    return {
+        "optimizer": optimizer.state_dict(),
+        "scaler": precision.scaler.state_dict(),
+        "progress": asdict(progress),
+    }
 
 
 def resume(found, accelerator, network, ema, optimizer, precision):
@@ -213,8 +266,12 @@ def resume(found, accelerator, network, ema, optimizer, precision):
 
 
 def find_checkpoint(directory, accelerator):
-    """(path, step) of the newest good checkpoint, or None; checked on the main process, the same answer on all."""
-    found = [checkpoint.latest(directory, report=log.warning) if accelerator.is_main_process else None]
+    """(path, step) of the newest good checkpoint, or None; checked on the main process, the same
+    answer on all.
+    """
+    found = [
+        checkpoint.latest(directory, report=log.warning) if accelerator.is_main_process else None
+    ]
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(found)
     return found[0]
@@ -224,7 +281,12 @@ class Outputs:
     """What a run writes besides its log: checkpoints, grids of samples, FID at intervals."""
 
     def __init__(self, config, directory, accelerator, generator, dataset, state):
-        self.config, self.directory, self.accelerator, self.generator = config, Path(directory), accelerator, generator
+        self.config, self.directory, self.accelerator, self.generator = (
+            config,
+            Path(directory),
+            accelerator,
+            generator,
+        )
         self.dataset, self.state, self.features = dataset, state, None
 
     def save(self, step):
@@ -251,23 +313,44 @@ class Outputs:
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
 
     def at_intervals(self, step, last, metrics_log, stop):
-        """The grid every eval_interval steps, FID every save_interval (where train.fid_samples is not 0), and both at the end."""
+        """The grid every eval_interval steps, FID every save_interval (where train.fid_samples is
+        not 0), and both at the end.
+        """
         if last or step % self.config.train.eval_interval == 0:
             self.grid(step, stop)
         if self.config.train.fid_samples and (last or step % self.config.train.save_interval == 0):
             result = self.fid(stop)
             if result and self.accelerator.is_main_process:
-                metrics_log.write(step, {key: result[key] for key in ("frechet_distance", "class_agreement") if result[key] is not None})
+                metrics_log.write(
+                    step,
+                    {
+                        key: result[key]
+                        for key in ("frechet_distance", "class_agreement")
+                        if result[key] is not None
+                    },
+                )
                 log.info("step %d: %s", step, "; ".join(evaluation.describe(result)))
 
     def fid(self, stop):
-        """The evaluation of train.fid_samples images, or None with a note in the log where it cannot be made."""
+        """The evaluation of train.fid_samples images, or None with a note in the log where it
+        cannot be made.
+        """
         try:
             if self.features is None:
                 settings = self.config.sample
-                self.features = metrics.make_features(settings.features, settings.fid_weights_path, self.accelerator.device)
+                self.features = metrics.make_features(
+                    settings.features, settings.fid_weights_path, self.accelerator.device
+                )
             n = self.config.train.fid_samples
-            return evaluation.evaluate(self.generator, self.features, self.dataset, self.config, self.accelerator, n=n, stop=stop)
+            return evaluation.evaluate(
+                self.generator,
+                self.features,
+                self.dataset,
+                self.config,
+                self.accelerator,
+                n=n,
+                stop=stop,
+            )
         except UserError as error:
             log.info("no FID in this run: %s", error)
             self.config.train.fid_samples = 0
@@ -279,19 +362,30 @@ def announce(config, directory, accelerator, precision, network, dataset, progre
     environment = run.environment()
     parameters = sum(p.numel() for p in network.parameters())
     log.info("run directory %s; commit %s", directory, environment["commit"])
-    log.info("packages %s", ", ".join(f"{name} {version}" for name, version in environment["packages"].items()))
+    log.info(
+        "packages %s",
+        ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
+    )
     log.info(
         "%d process(es) on %s, %d thread(s) each, precision %s",
-        accelerator.num_processes, ", ".join(environment["devices"]), environment["torch_threads"], precision.name,
+        accelerator.num_processes, ", ".join(environment["devices"]), environment["torch_threads"],
+        precision.name,
     )  # fmt: skip
     for line in describe_backends(accelerator.device):
         log.info("operator %s", line)
-    log.info("%s %s parameters; %s images of shape %s", config.nnet.name, f"{parameters:,}", f"{len(dataset):,}", dataset.shape)
-    log.info("resuming from %s" % found[0] if found else "starting from scratch")
+    log.info(
+        "%s %s parameters; %s images of shape %s",
+        config.nnet.name,
+        f"{parameters:,}",
+        f"{len(dataset):,}",
+        dataset.shape,
+    )
+    log.info("resuming from %s", found[0]) if found else log.info("starting from scratch")
 
 
 def train(config, directory, *, model, process, codec, dataset):
-    """Train `model` to config.train.n_steps, resuming from the newest good checkpoint in `directory`/ckpts.
+    """Train `model` to config.train.n_steps, resuming from the newest good checkpoint in
+    `directory`/ckpts.
 
     Args:
         config: a whole config; see configs/common.py.
@@ -299,7 +393,8 @@ def train(config, directory, *, model, process, codec, dataset):
         model, process, codec, dataset: of libs.models, sde, libs.codec and datasets.
 
     Raises:
-        UserError: another run holds the directory, the disk is full, or too many steps in a row were not finite.
+        UserError: another run holds the directory, the disk is full, or too many steps in a row
+            were not finite.
         SystemExit: with status 143 after a signal, the state being saved.
     """
     accelerator = make_accelerator()
@@ -323,38 +418,73 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
     model = accelerator.prepare_model(network)
     batches = micro_batches(config, dataset, accelerator, progress.batch)
     generator = evaluation.ImageGenerator(
-        ema.model, process, codec, config, image_shape=dataset.shape, precision=precision, seed=config.seed
+        ema.model,
+        process,
+        codec,
+        config,
+        image_shape=dataset.shape,
+        precision=precision,
+        seed=config.seed,
     )
 
     def state():
-        return network.state_dict(), ema.state_dict(), training_state(optimizer, precision, progress)
+        return (
+            network.state_dict(),
+            ema.state_dict(),
+            training_state(optimizer, precision, progress),
+        )
 
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
     metrics_log = None
     if accelerator.is_main_process:
         for line in utils.write_run_files(directory, config, run.environment()):
             log.warning("changed since this run began: %s", line)
-        metrics_log = run.MetricsLog(directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb)
+        metrics_log = run.MetricsLog(
+            directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
+        )
         metrics_log.truncate_after(progress.step)
         announce(config, directory, accelerator, precision, network, dataset, progress, found)
 
     depth = network.depth if getattr(network, "drop_path", 0) else 0
     z_shape, settings = codec.latent_shape(dataset.shape), config.train
     speed, stops = Speed(settings.batch_size, progress.batch), False
-    bar = tqdm(total=settings.n_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process, dynamic_ncols=True)
+    bar = tqdm(
+        total=settings.n_steps,
+        initial=progress.step,
+        unit="step",
+        disable=not accelerator.is_main_process,
+        dynamic_ncols=True,
+    )
     while progress.step < settings.n_steps and not stops:
         draws = Draws(
-            seed=config.seed, batch=progress.batch, size=settings.batch_size, shape=z_shape, depth=depth, device=accelerator.device
+            seed=config.seed,
+            batch=progress.batch,
+            size=settings.batch_size,
+            shape=z_shape,
+            depth=depth,
+            device=accelerator.device,
         )
         optimizer.zero_grad(set_to_none=True)
-        loss = accumulate_gradients(config, accelerator, precision, model, process, codec, batches, draws)
+        loss = accumulate_gradients(
+            config, accelerator, precision, model, process, codec, batches, draws
+        )
         precision.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), config.max_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(
+            network.parameters(), config.max_grad_norm or math.inf
+        )
         loss, norm, stops = share(accelerator, loss, norm, stop.requested)
         outcome = update(config, precision, network, optimizer, ema, progress, loss, norm)
         step, last = progress.step, progress.step == settings.n_steps
-        if accelerator.is_main_process and (outcome != "ok" or step % settings.log_interval == 0 or last):
-            line = dict(loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], img_s=speed(progress.batch), outcome=outcome)
+        if accelerator.is_main_process and (
+            outcome != "ok" or step % settings.log_interval == 0 or last
+        ):
+            line = dict(
+                loss=loss,
+                grad_norm=norm,
+                lr=optimizer.param_groups[0]["lr"],
+                img_s=speed(progress.batch),
+                outcome=outcome,
+            )
             metrics_log.write(step, line)
             bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{line['img_s']:.0f}")
         if outcome == "ok":
@@ -372,4 +502,8 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
     if progress.step < settings.n_steps:
         log.info("stopped at step %d as asked; the same command goes on from here", progress.step)
         sys.exit(STOPPED)
-    log.info("finished %d steps; weights in %s", progress.step, directory / "ckpts" / f"{progress.step}.ckpt")
+    log.info(
+        "finished %d steps; weights in %s",
+        progress.step,
+        directory / "ckpts" / f"{progress.step}.ckpt",
+    )

@@ -1,4 +1,6 @@
-"""U-ViT, the transformer baseline (Bao et al., arXiv 2209.12152): all inputs are tokens, long skips join shallow and deep blocks."""
+"""U-ViT, the transformer baseline (Bao et al., arXiv 2209.12152): all inputs are tokens, long skips
+join shallow and deep blocks.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +34,10 @@ class Block(nn.Module):
         self.skip = nn.Linear(2 * dim, dim) if has_skip else None
         self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads, qkv_bias)
         hidden = int(dim * mlp_ratio)
-        self.norm2, self.mlp = nn.LayerNorm(dim), nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
+        self.norm2, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)),
+        )
 
     def forward(self, x, skip=None):
         """x, skip (B, L, dim) -> (B, L, dim)."""
@@ -46,9 +51,11 @@ class UViT(nn.Module):
     """The network of U-ViT, with DiM's interface.
 
     Args:
-        input_size: side of the square input (or its (height, width)) of the position table; other sizes interpolate it.
+        input_size: side of the square input (or its (height, width)) of the position table; other
+            sizes interpolate it.
         in_channels: channels of the input and of the prediction.
-        dim, depth, heads: width, blocks (half of them before, half after the middle block), attention heads.
+        dim, depth, heads: width, blocks (half of them before, half after the middle block),
+            attention heads.
         num_classes: 0 for no labels; otherwise label `num_classes` is the null class.
         final_conv: a 3x3 convolution on the output image.
         activation_checkpointing: recompute each block in the backward pass.
@@ -58,20 +65,34 @@ class UViT(nn.Module):
     """
 
     def __init__(
-        self, *, input_size, in_channels, dim, depth, heads, num_classes, patch_size=2, mlp_ratio=4, qkv_bias=False,
-        mlp_time_embed=False, final_conv=True, activation_checkpointing=False,
+        self, *, input_size, in_channels, dim, depth, heads, num_classes, patch_size=2, mlp_ratio=4,
+        qkv_bias=False, mlp_time_embed=False, final_conv=True, activation_checkpointing=False,
     ):  # fmt: skip
         super().__init__()
-        self.input_size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        self.input_size = (
+            (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        )
         if any(side <= 0 or side % patch_size for side in self.input_size):
-            raise UserError(f"nnet.input_size {self.input_size} is not divisible by nnet.patch_size {patch_size}; choose a multiple of it")
+            raise UserError(
+                f"nnet.input_size {self.input_size} is not divisible by nnet.patch_size "
+                f"{patch_size}; choose a multiple of it"
+            )
         if dim % heads or dim % 2:
-            raise UserError(f"nnet.dim is {dim}; expected an even number divisible by nnet.heads, {heads}")
-        self.patch_size, self.in_channels, self.dim, self.num_classes = patch_size, in_channels, dim, num_classes
+            raise UserError(
+                f"nnet.dim is {dim}; expected an even number divisible by nnet.heads, {heads}"
+            )
+        self.patch_size, self.in_channels, self.dim, self.num_classes = (
+            patch_size,
+            in_channels,
+            dim,
+            num_classes,
+        )
         self.activation_checkpointing = activation_checkpointing
         self.extra_tokens = 2 if num_classes else 1
         self.native_grid = tuple(side // patch_size for side in self.input_size)
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.extra_tokens + self.native_grid[0] * self.native_grid[1], dim))
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.extra_tokens + self.native_grid[0] * self.native_grid[1], dim)
+        )
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.time_embed = TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
@@ -89,7 +110,9 @@ class UViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Linear weights and positions truncated normal 0.02, Linear biases zero, the rest torch's defaults."""
+        """Linear weights and positions truncated normal 0.02, Linear biases zero, the rest torch's
+        defaults.
+        """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -98,14 +121,22 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x, t, y=None):
-        """x (B, C, H, W), t (B,) network time, y (B,) int64 labels or None (the null class) -> (B, C, H, W)."""
-        if x.dim() != 4 or x.shape[1] != self.in_channels or x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+        """x (B, C, H, W), t (B,) network time, y (B,) int64 labels or None (the null class) -> (B,
+        C, H, W).
+        """
+        if (
+            x.dim() != 4
+            or x.shape[1] != self.in_channels
+            or x.shape[2] % self.patch_size
+            or x.shape[3] % self.patch_size
+        ):
             raise UserError(
-                f"the network was given an input of shape {tuple(x.shape)}; expected (batch, {self.in_channels}, height, width) with "
+                f"the network was given an input of shape {tuple(x.shape)}; expected (batch, "
+                f"{self.in_channels}, height, width) with "
                 f"height and width divisible by the patch size {self.patch_size}"
             )
         grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
-        tokens = self.embed(x, t, y, grid)                                                  # (B, extra + h*w, dim)
+        tokens = self.embed(x, t, y, grid)  # (B, extra + h*w, dim)
         skips = []
         for block in self.in_blocks:
             tokens = self.run(block, tokens)
@@ -113,9 +144,14 @@ class UViT(nn.Module):
         tokens = self.run(self.mid_block, tokens)
         for block in self.out_blocks:
             tokens = self.run(block, tokens, skips.pop())
-        patches = self.head(self.norm(tokens))[:, self.extra_tokens :]                      # (B, h*w, p*p*C)
+        patches = self.head(self.norm(tokens))[:, self.extra_tokens :]  # (B, h*w, p*p*C)
         image = rearrange(
-            patches, "b (h w) (p q c) -> b c (h p) (w q)", h=grid[0], w=grid[1], p=self.patch_size, q=self.patch_size
+            patches,
+            "b (h w) (p q c) -> b c (h p) (w q)",
+            h=grid[0],
+            w=grid[1],
+            p=self.patch_size,
+            q=self.patch_size,
         )
         return image if self.final_conv is None else self.final_conv(image)
 
@@ -128,7 +164,9 @@ class UViT(nn.Module):
             y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
             tokens.insert(0, self.label_embed(y))
         tokens = torch.cat([torch.stack(tokens, dim=1).to(image.dtype), image], dim=1)
-        return tokens + interpolate_positions(self.pos_embed, self.native_grid, grid, self.extra_tokens)
+        return tokens + interpolate_positions(
+            self.pos_embed, self.native_grid, grid, self.extra_tokens
+        )
 
     def run(self, block, *tokens):
         """One block, recomputed in the backward pass where asked."""

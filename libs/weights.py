@@ -14,21 +14,36 @@ def read_safetensors(path):
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error}); use another checkpoint") from error
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({error}); use another checkpoint"
+        ) from error
 
 
 def read_torch(path):
-    """What torch.save wrote, tensors on the CPU; UserError if it is damaged, or holds pickled code, which is never run."""
+    """What torch.save wrote, tensors on the CPU; UserError if it is damaged, or holds pickled code,
+    which is never run.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} contains pickled code or objects, which are never executed; only plain tensors and values are read, so use a "
+            f"{path} contains pickled code or objects, which are never executed; only plain "
+            "tensors and values are read, so use a "
             "checkpoint from a source you trust"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged or no torch file ({reason}); use another checkpoint") from error
+        raise UserError(
+            f"{path} is damaged or no torch file ({reason}); use another checkpoint"
+        ) from error
 
 
 def listed(names):
@@ -40,7 +55,8 @@ def listed(names):
 def load_strict(module, tensors, source):
     """Load `tensors` into `module`; every name and shape must match.
 
-    Raises UserError naming `source` and the first few missing, unexpected or misshapen tensors; the module is unchanged then.
+    Raises UserError naming `source` and the first few missing, unexpected or misshapen tensors; the
+    module is unchanged then.
     """
     own = module.state_dict()
     shapes = [
@@ -56,6 +72,7 @@ def load_strict(module, tensors, source):
     said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if said:
         raise UserError(
-            f"the weights in {source} do not fit this network; {'; '.join(said)}; use the configuration that they were trained with"
+            f"the weights in {source} do not fit this network; {'; '.join(said)}; use the "
+            "configuration that they were trained with"
         )
     module.load_state_dict(tensors)

@@ -20,15 +20,16 @@ from tqdm import tqdm
 
 import utils
 from datasets import DATASETS, get_dataset
+from libs import flags
 from libs.metrics import FEATURES, Moments, make_features, save_statistics
 
 FLAGS = {
-    "dataset": (str, utils.REQUIRED, f"one of {', '.join(DATASETS)}"),
+    "dataset": (str, flags.REQUIRED, f"one of {', '.join(DATASETS)}"),
     "path": (str, None, "the data set's directory"),
-    "resolution": (int, utils.REQUIRED, "side of the images in pixels"),
+    "resolution": (int, flags.REQUIRED, "side of the images in pixels"),
     "features": (str, "inception", f"one of {', '.join(FEATURES)}"),
     "weights": (str, None, "the feature network's file; where it usually is if not given"),
-    "out": (str, utils.REQUIRED, "the .npz file to write"),
+    "out": (str, flags.REQUIRED, "the .npz file to write"),
     "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
     "batch_size": (int, 50, "images a batch"),
     "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
@@ -92,4 +93,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run_main(main, FLAGS)
+    flags.run_main(main, FLAGS)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import utils
 from datasets import get_dataset
+from libs import flags
 from libs.metrics import DIGITS_CLASSIFIER_PATH, DigitsClassifier
 
 EPOCHS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 25, 64, 3e-3, 0.05
@@ -95,4 +96,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    utils.run_main(main, FLAGS)
+    flags.run_main(main, FLAGS)

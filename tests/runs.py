@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 240
 
-# Every source of randomness is on: label dropout, stochastic depth, accumulation, data loader workers.
+# Every source of randomness is on: label dropout, stochastic depth, accumulation, data loader
+# workers.
 TINY = {
-    "nnet.dim": 16, "nnet.depth": 5, "nnet.drop_path": 0.2, "gradient_accumulation_steps": 2, "train.batch_size": 8, "train.n_steps": 12,
-    "train.num_workers": 2, "train.log_interval": 1, "train.eval_interval": 1000, "train.save_interval": 4, "sample.sample_steps": 2,
+    "nnet.dim": 16, "nnet.depth": 5, "nnet.drop_path": 0.2, "gradient_accumulation_steps": 2,
+    "train.batch_size": 8, "train.n_steps": 12, "train.num_workers": 2, "train.log_interval": 1,
+    "train.eval_interval": 1000, "train.save_interval": 4, "sample.sample_steps": 2,
     "sample.mini_batch_size": 50, "lr_scheduler.warmup_steps": 3, "train.keep_last": 5,
 }  # fmt: skip
 
@@ -24,27 +26,55 @@ TINY = {
 def arguments(workdir, **changes):
     """The command line of a tiny run in `workdir`; changes: config keys with '__' for '.'."""
     values = {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}
-    return [f"--workdir={workdir}", "--config=configs/digits_T_DiM.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    return [
+        f"--workdir={workdir}",
+        "--config=configs/digits_T_DiM.py",
+        *(f"--config.{key}={value}" for key, value in values.items()),
+    ]
 
 
 def launcher(num_processes, precision="no"):
-    """The words before the script: plain python, or accelerate as users type it, gloo on a machine without a GPU."""
+    """The words before the script: plain python, or accelerate as users type it, gloo on a machine
+    without a GPU.
+    """
     if num_processes == 0:
         return [sys.executable]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(num_processes), "--mixed_precision", precision]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes",
+        str(num_processes),
+        "--mixed_precision",
+        precision,
+    ]
     return command + (["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else [])
 
 
 def environment(**extra):
-    """Environment without a GPU and with one thread a process, so that every run sums in the same order."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **extra}
+    """Environment without a GPU and with one thread a process, so that every run sums in the same
+    order.
+    """
+    return {
+        **os.environ,
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        **extra,
+    }
 
 
 def start(script, *args, num_processes=0, precision="no", **extra):
     """A started process of `script`; stdout and stderr are one text stream."""
     command = [*launcher(num_processes, precision), script, *args]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment(**extra), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=environment(**extra),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -61,7 +91,9 @@ def run(script, *args, **keywords):
 
 def train(workdir, num_processes=0, precision="no", **changes):
     """A tiny training run that must succeed; its output."""
-    status, output = run("train.py", *arguments(workdir, **changes), num_processes=num_processes, precision=precision)
+    status, output = run(
+        "train.py", *arguments(workdir, **changes), num_processes=num_processes, precision=precision
+    )
     assert status == 0, output
     return output
 
@@ -82,7 +114,9 @@ def wait_for_step(process, workdir, step):
         except ValueError:  # a line that is being written
             pass
         time.sleep(0.01)
-    raise AssertionError(f"step {step} never came: {finish(process)[1] if process.poll() is not None else 'timeout'}")
+    raise AssertionError(
+        f"step {step} never came: {finish(process)[1] if process.poll() is not None else 'timeout'}"
+    )
 
 
 def kill_group(process):
@@ -99,4 +133,8 @@ def weights(workdir, step):
 
 def numbers(workdir):
     """What must repeat exactly: (step, loss, gradient norm, learning rate) of every logged step."""
-    return [(line["step"], line["loss"], line["grad_norm"], line["lr"]) for line in steps_logged(workdir) if "loss" in line]
+    return [
+        (line["step"], line["loss"], line["grad_norm"], line["lr"])
+        for line in steps_logged(workdir)
+        if "loss" in line
+    ]

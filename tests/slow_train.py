@@ -7,8 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
-import utils  # noqa: E402
-from libs import training  # noqa: E402
+from libs import flags, training  # noqa: E402
 
 update = training.update
 
@@ -21,4 +20,4 @@ def slow_update(*args):
 training.update = slow_update
 
 if __name__ == "__main__":
-    utils.run_main(train.main, train.FLAGS)
+    flags.run_main(train.main, train.FLAGS)

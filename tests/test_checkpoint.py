@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from libs import checkpoint
+from libs.weights import load_strict
 from utils import UserError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -114,7 +115,7 @@ def test_adamw_goes_on_as_if_never_stopped(tmp_path):
                      training_state={"optimizer": optimizers[0].state_dict()})
     adamw_step(models[0], optimizers[0])
     loaded = checkpoint.load(path)
-    checkpoint.load_strict(models[1], loaded.nnet, path)
+    load_strict(models[1], loaded.nnet, path)
     optimizers[1].load_state_dict(loaded.training_state["optimizer"])
     adamw_step(models[1], optimizers[1])
     assert torch.equal(models[0].weight, models[1].weight)
@@ -386,11 +387,11 @@ def test_load_strict_names_what_does_not_fit():
     wrong = {"0.weight": torch.ones(3, 5), "0.bias": torch.ones(3),
              **{f"extra.{i}": torch.ones(1) for i in range(5)}}
     with pytest.raises(UserError) as caught:
-        checkpoint.load_strict(module, wrong, "some.ckpt")
+        load_strict(module, wrong, "some.ckpt")
     said = str(caught.value)
     for part in ("some.ckpt", "missing: 1.weight, 1.bias", "extra.0, extra.1, extra.2 and 2 more",
                  "0.weight (3, 5) instead of (3, 2)"):
         assert part in said
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    checkpoint.load_strict(module, weights, "some.ckpt")
+    load_strict(module, weights, "some.ckpt")
     assert all(torch.equal(value, torch.ones_like(value)) for value in module.parameters())

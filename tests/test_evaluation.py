@@ -1,4 +1,6 @@
-"""Sampling and measuring: the same pictures for any batch size and number of processes, and figures that mean what they say."""
+"""Sampling and measuring: the same pictures for any batch size and number of processes, and figures
+that mean what they say.
+"""
 
 import json
 
@@ -31,29 +33,50 @@ def classifier(tmp_path_factory):
 
 def evaluate(trained, folder, *, num_processes, mini_batch_size, algorithm="euler_maruyama_sde"):
     changes = dict(
-        sample__mini_batch_size=mini_batch_size, sample__n_samples=30, sample__sample_steps=8, sample__algorithm=algorithm,
-        sample__path=folder / "png",
+        sample__mini_batch_size=mini_batch_size, sample__n_samples=30, sample__sample_steps=8,
+        sample__algorithm=algorithm, sample__path=folder / "png",
     )  # fmt: skip
     words = runs.arguments(folder, **changes)
     status, output = runs.run(
-        "eval.py", *words, f"--nnet_path={trained}", f"--output_path={folder / 'result.json'}", num_processes=num_processes
+        "eval.py",
+        *words,
+        f"--nnet_path={trained}",
+        f"--output_path={folder / 'result.json'}",
+        num_processes=num_processes,
     )
     assert status == 0, output
-    images = np.stack([np.asarray(Image.open(folder / "png" / f"{index}.png")) for index in range(30)])
+    images = np.stack(
+        [np.asarray(Image.open(folder / "png" / f"{index}.png")) for index in range(30)]
+    )
     return images.astype(int), json.loads((folder / "result.json").read_text()), output
 
 
 def test_pictures_do_not_depend_on_batch_or_processes(trained, classifier, tmp_path):
-    """Within one grey level for 99.9% of the values, and the same figures: the statistics come from the same pictures."""
-    one, result_one, output = evaluate(trained, tmp_path / "one", num_processes=0, mini_batch_size=7)
+    """Within one grey level for 99.9% of the values, and the same figures: the statistics come from
+    the same pictures.
+    """
+    one, result_one, output = evaluate(
+        trained, tmp_path / "one", num_processes=0, mini_batch_size=7
+    )
     two, result_two, _ = evaluate(trained, tmp_path / "two", num_processes=2, mini_batch_size=4)
     assert one.shape == (30, 8, 8) and one.std() > 10
     assert (np.abs(one - two) <= 1).mean() >= 0.999
     assert result_two["n"] == 30
     assert result_two["frechet_distance"] == pytest.approx(result_one["frechet_distance"], rel=1e-2)
-    for figure in ("Frechet distance", "class agreement", "two halves of the real images", "elsewhere written w = 1.4", "8 steps", "seed"):
+    for figure in (
+        "Frechet distance",
+        "class agreement",
+        "two halves of the real images",
+        "elsewhere written w = 1.4",
+        "8 steps",
+        "seed",
+    ):
         assert figure in output
-    assert result_one["config"]["nnet"]["dim"] == 16 and result_one["environment"]["commit"] and result_one["guidance_scale"] == 0.4
+    assert (
+        result_one["config"]["nnet"]["dim"] == 16
+        and result_one["environment"]["commit"]
+        and result_one["guidance_scale"] == 0.4
+    )
 
 
 def test_noise_is_the_same_bit_for_bit():
@@ -62,7 +85,9 @@ def test_noise_is_the_same_bit_for_bit():
     first, second = whole.initial(), whole.draw()
     for index in range(6):
         alone = samplers.ImageNoise(5, [index], (1, 4, 4))
-        assert torch.equal(alone.initial()[0], first[index]) and torch.equal(alone.draw()[0], second[index])
+        assert torch.equal(alone.initial()[0], first[index]) and torch.equal(
+            alone.draw()[0], second[index]
+        )
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
 
 
@@ -72,12 +97,25 @@ def test_sample_draws_a_grid_from_nothing_but_the_checkpoint(trained, tmp_path):
     status, output = runs.run("sample.py", *words)
     assert status == 0, output
     picture = np.asarray(Image.open(out))
-    assert picture.shape[1] > 600 and picture.shape[1] > 1.8 * picture.shape[0]  # 4 columns, 2 rows, enlarged
+    assert (
+        picture.shape[1] > 600 and picture.shape[1] > 1.8 * picture.shape[0]
+    )  # 4 columns, 2 rows, enlarged
     again = tmp_path / "again.png"
     assert runs.run("sample.py", *words[:-1], f"--out={again}")[0] == 0
     assert out.read_bytes() == again.read_bytes()
     other = tmp_path / "other.png"
-    assert runs.run("sample.py", *words[:2], "--seed=1", *words[3:4], f"--out={other}", "--algorithm=DDIMScheduler", "--steps=3")[0] == 0
+    assert (
+        runs.run(
+            "sample.py",
+            *words[:2],
+            "--seed=1",
+            *words[3:4],
+            f"--out={other}",
+            "--algorithm=DDIMScheduler",
+            "--steps=3",
+        )[0]
+        == 0
+    )
     assert out.read_bytes() != other.read_bytes()
 
 
@@ -93,6 +131,12 @@ def test_sample_takes_official_weights(trained, tmp_path):
     ours, official = tmp_path / "ours.png", tmp_path / "official.png"
     words = runs.arguments("")[1:]
     assert runs.run("sample.py", f"--nnet_path={trained}", "--classes=1", f"--out={ours}")[0] == 0
-    status, output = runs.run("sample.py", f"--nnet_path={tmp_path / 'nnet_ema.pth'}", *words, "--classes=1", f"--out={official}")
+    status, output = runs.run(
+        "sample.py",
+        f"--nnet_path={tmp_path / 'nnet_ema.pth'}",
+        *words,
+        "--classes=1",
+        f"--out={official}",
+    )
     assert status == 0, output
     assert ours.read_bytes() == official.read_bytes()

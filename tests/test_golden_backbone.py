@@ -1,4 +1,8 @@
-"""The backbone, U-ViT, scan orders, positions and checkpoint loading against the numbers of the official code."""
+"""The backbone, U-ViT, scan orders, positions and checkpoint loading against the numbers of the
+official code.
+"""
+
+import itertools
 
 import numpy as np
 import pytest
@@ -7,10 +11,17 @@ import torch.nn.functional as F
 from golden_cases import assert_close, det_weights, params
 
 from libs import layers, scan_order
-from libs.official import is_official, model_from_official, resize_state, to_official, uvit_from_official
+from libs.official import (
+    is_official,
+    model_from_official,
+    resize_state,
+    to_official,
+    uvit_from_official,
+)
 from libs.weights import load_strict
 
-# Tolerances of the golden README, relative to the largest value: room for another summation order, well below known mistakes.
+# Tolerances of the golden README, relative to the largest value: room for another summation order,
+# well below known mistakes.
 OUTPUT, GRADIENT, UVIT, SUMMARY = 3e-5, 2e-4, 1e-5, 1e-3
 
 
@@ -40,12 +51,16 @@ def test_gradients(case, arrays, checkpointing):
     if "gradients" not in case:
         pytest.skip("this case has no gradients")
     model = model_from_official(case["nnet_kwargs"], official_state(case))
-    model.activation_checkpointing = checkpointing  # train mode without stochastic depth computes the same as eval mode
+    model.activation_checkpointing = (
+        checkpointing  # train mode without stochastic depth computes the same as eval mode
+    )
     grads = case["gradients"]
     x, out = run_call(model, case["calls"][grads["call"]], arrays)
     g = torch.from_numpy(det_weights().det_input("g", tuple(out.shape), case["weight_seed"]))
     loss = (out * g).sum()
-    assert loss.item() == pytest.approx(grads["loss_value"], rel=GRADIENT, abs=GRADIENT * out.detach().norm().item())
+    assert loss.item() == pytest.approx(
+        grads["loss_value"], rel=GRADIENT, abs=GRADIENT * out.detach().norm().item()
+    )
     loss.backward()
     for parameter in model.parameters():
         parameter.data = parameter.grad  # so that the gradients get the official names and shapes
@@ -55,12 +70,16 @@ def test_gradients(case, arrays, checkpointing):
         assert list(grad.shape) == summary["shape"], name
         assert grad.norm().item() == pytest.approx(summary["l2"], rel=SUMMARY), name
         assert grad.abs().max().item() == pytest.approx(summary["max_abs"], rel=SUMMARY), name
-        assert grad.sum().item() == pytest.approx(summary["sum"], abs=SUMMARY * summary["l2"] * grad.numel() ** 0.5), name
+        assert grad.sum().item() == pytest.approx(
+            summary["sum"], abs=SUMMARY * summary["l2"] * grad.numel() ** 0.5
+        ), name
         stored = torch.from_numpy(arrays["grad/" + name])
         if grad.shape == stored.shape:
             assert_close(grad, stored, GRADIENT, "gradient of " + name)
         else:  # a slice, from the start of every axis
-            assert_close(grad[tuple(slice(n) for n in stored.shape)], stored, GRADIENT, "gradient of " + name)
+            assert_close(
+                grad[tuple(slice(n) for n in stored.shape)], stored, GRADIENT, "gradient of " + name
+            )
 
 
 @pytest.mark.parametrize("case, arrays", params("dim_backbone"))
@@ -71,7 +90,9 @@ def test_intermediates(case, arrays):
     seen = {}
 
     def record(name, module):
-        module.register_forward_hook(lambda _, inputs, output: seen.update({name + "/in": inputs, name + "/out": output}))
+        module.register_forward_hook(
+            lambda _, inputs, output: seen.update({name + "/in": inputs, name + "/out": output})
+        )
 
     for name in ("patch_embed", "modulation", "first_smoother", "norm_out", "head_modulation"):
         record(name, getattr(model, name))
@@ -94,21 +115,30 @@ def test_intermediates(case, arrays):
     expect(tokens(seen["patch_embed/out"]), "patch_embed")
     expect(seen["modulation/out"].flatten(1), "adaln_modulation")
     assert_close(
-        seen["modulation_linear/in"][0], F.silu(torch.from_numpy(arrays["inter/adaln_embedding"])), OUTPUT, "adaln_embedding"
+        seen["modulation_linear/in"][0],
+        F.silu(torch.from_numpy(arrays["inter/adaln_embedding"])),
+        OUTPUT,
+        "adaln_embedding",
     )
     before = torch.from_numpy(arrays["inter/tokens_before_prepare"])
-    assert_close(tokens(seen["first_smoother/in"][0]), before[:, 2:], OUTPUT, "image tokens before padding")
+    assert_close(
+        tokens(seen["first_smoother/in"][0]), before[:, 2:], OUTPUT, "image tokens before padding"
+    )
     assert_close(seen["block0/in"][0][:, :2], before[:, :2], OUTPUT, "extra tokens before padding")
     expect(seen["block0/in"][0], "tokens_after_prepare")
     front = 2 + model.pad
     for k in case["intermediates"]["blocks"]:
-        order = scan_order.sequence_order(model.patterns[k], *grid, model.pad, front, torch.device("cpu"))
+        order = scan_order.sequence_order(
+            model.patterns[k], *grid, model.pad, front, torch.device("cpu")
+        )
         along = slice(None) if order is None else order
         residual = torch.from_numpy(arrays[f"inter/block{k}_residual"])
         stream = torch.from_numpy(arrays[f"inter/block{k}_branch"]) + residual
         assert_close(seen[f"block{k}/out"][:, along], stream, OUTPUT, f"stream after block {k}")
         if f"skip{k}/out" in seen:
-            assert_close(seen[f"skip{k}/out"][:, along], residual, OUTPUT, f"skip projection of block {k}")
+            assert_close(
+                seen[f"skip{k}/out"][:, along], residual, OUTPUT, f"skip projection of block {k}"
+            )
     expect(seen["norm_out/in"][0], "tokens_after_finalize")
     expect(seen["head_modulation/out"], "final_shift_scale")
     expect(seen["norm_out/out"], "norm_out")
@@ -125,13 +155,17 @@ def test_round_trip(case, arrays):
 
 @pytest.mark.parametrize("case, arrays", params("state_dict_shapes"))
 def test_full_size_names_and_shapes(case, arrays):
-    """The published models at full size, on the meta device: names, shapes, order, parameter count."""
+    """The published models at full size, on the meta device: names, shapes, order, parameter
+    count.
+    """
     if "nnet_kwargs" not in case:
         pytest.skip("not a backbone")
     build = uvit_from_official if case["nnet_kwargs"].get("name") == "uvit" else model_from_official
     with torch.device("meta"):
         model = build(case["nnet_kwargs"])
-    assert [[name, list(tensor.shape)] for name, tensor in to_official(model).items()] == case["state_dict"]
+    assert [[name, list(tensor.shape)] for name, tensor in to_official(model).items()] == case[
+        "state_dict"
+    ]
     assert sum(parameter.numel() for parameter in model.parameters()) == case["n_params"]
 
 
@@ -139,7 +173,9 @@ def test_full_size_names_and_shapes(case, arrays):
 def test_uvit(case, arrays):
     state = official_state(case)
     model = uvit_from_official(case["kwargs"], state).eval()
-    assert [[name, list(tensor.shape)] for name, tensor in to_official(model).items()] == case["state_dict"]
+    assert [[name, list(tensor.shape)] for name, tensor in to_official(model).items()] == case[
+        "state_dict"
+    ]
     for call in case["calls"]:
         with torch.no_grad():
             _, out = run_call(model, call, arrays)
@@ -150,19 +186,23 @@ def test_uvit(case, arrays):
 def test_scan_patterns(case, arrays):
     depth, directions = case["num_layers"], case["scan_pattern_len"]
     patterns = scan_order.block_patterns(depth, directions)
-    assert [list(pair) for pair in zip((0, *patterns), patterns)] == case["scan_pattern_chain"]
+    assert [list(pair) for pair in itertools.pairwise((0, *patterns))] == case["scan_pattern_chain"]
     pad, height, width = case["pad_token_len"], case["H"], case["W"]
-    orders = np.stack([scan_order.grid_order(p, height + pad, width + pad).numpy() for p in patterns])
+    orders = np.stack(
+        [scan_order.grid_order(p, height + pad, width + pad).numpy() for p in patterns]
+    )
     np.testing.assert_array_equal(orders, arrays["absolute_patterns"])
     np.testing.assert_array_equal(orders, arrays["runtime_order"])
     for layout in scan_order.PAD_LAYOUTS:
         index = scan_order.pad_index(layout, height, width, pad, "cpu").flatten()
-        np.testing.assert_array_equal((index < 0).nonzero()[:, 0], arrays["x_seq_position_with_img_arrange"])
+        np.testing.assert_array_equal(
+            (index < 0).nonzero()[:, 0], arrays["x_seq_position_with_img_arrange"]
+        )
         np.testing.assert_array_equal((index >= 0).nonzero()[:, 0], arrays["pad_indices"])
     for name, chain in case["other_chains"].items():
         layers_, length = name.removeprefix("layers").split("_scan_pattern_len")
         patterns = scan_order.block_patterns(int(layers_), int(length))
-        assert [list(pair) for pair in zip((0, *patterns), patterns)] == chain, name
+        assert [list(pair) for pair in itertools.pairwise((0, *patterns))] == chain, name
 
 
 @pytest.mark.parametrize("case, arrays", params("pos_embed_interpolation"))
@@ -171,14 +211,20 @@ def test_position_interpolation(case, arrays):
     for name in arrays:
         if name.startswith("out_"):
             source, target = name.removeprefix("out_").split("_to_")
-            native, grid = (tuple(int(side) for side in size.split("x")) for size in (source, target))
-            resized = layers.interpolate_positions(torch.from_numpy(arrays["in_" + source]), native, grid, extra)
+            native, grid = (
+                tuple(int(side) for side in size.split("x")) for size in (source, target)
+            )
+            resized = layers.interpolate_positions(
+                torch.from_numpy(arrays["in_" + source]), native, grid, extra
+            )
             assert_close(resized, arrays[name], 1e-6, name)
 
 
 @pytest.mark.parametrize("case, arrays", params("load_pretrained_model"))
 def test_weights_of_another_resolution(case, arrays):
-    """Official weights of one resolution in the network of another: only what the official loader changes, changes."""
+    """Official weights of one resolution in the network of another: only what the official loader
+    changes, changes.
+    """
     model = model_from_official(case["dst_nnet_kwargs"]).eval()
     source = official_state(case, "src_state_dict")
     assert is_official(source)
@@ -202,5 +248,7 @@ def test_weights_of_another_resolution(case, arrays):
 def test_the_fixtures_weights_are_what_they_were(case, arrays):
     """If this fails, numpy draws other numbers here and no other golden test means anything."""
     for row in case["rows"]:
-        drawn = getattr(det_weights(), row["fn"])(row["name"], tuple(row["shape"]), seed=row["seed"])
+        drawn = getattr(det_weights(), row["fn"])(
+            row["name"], tuple(row["shape"]), seed=row["seed"]
+        )
         assert det_weights().fingerprint(drawn) == row["sha256"], row["name"]

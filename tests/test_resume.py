@@ -21,13 +21,17 @@ def undisturbed(tmp_path_factory):
 
 def assert_same_run(workdir, undisturbed):
     assert runs.numbers(workdir) == runs.numbers(undisturbed)
-    for found, expected in zip(runs.weights(workdir, STEPS), runs.weights(undisturbed, STEPS), strict=True):
+    for found, expected in zip(
+        runs.weights(workdir, STEPS), runs.weights(undisturbed, STEPS), strict=True
+    ):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def slow(workdir, **keywords):
-    """A run that takes its time (it waits a little in each step), so that a signal hits the step that it is meant for."""
+    """A run that takes its time (it waits a little in each step), so that a signal hits the step
+    that it is meant for.
+    """
     return runs.start("tests/slow_train.py", *runs.arguments(workdir), **keywords)
 
 
@@ -35,7 +39,9 @@ def test_the_run_trains(undisturbed):
     network, average = runs.weights(undisturbed, STEPS)
     lines = runs.numbers(undisturbed)
     assert [line[0] for line in lines] == list(range(1, STEPS + 1))
-    assert lines[0][3] == 0 and lines[3][3] == pytest.approx(0.001)  # warm-up over 3 steps, the first update at 0
+    assert lines[0][3] == 0 and lines[3][3] == pytest.approx(
+        0.001
+    )  # warm-up over 3 steps, the first update at 0
     assert any(not torch.equal(network[name], average[name]) for name in network)
     assert (undisturbed / "samples" / f"{STEPS}.png").stat().st_size > 1000
 
@@ -52,7 +58,9 @@ def test_kill_9(tmp_path, undisturbed, step):
 
 @pytest.mark.parametrize("num_processes", [0, 1])
 def test_sigterm_saves_and_exits(tmp_path, undisturbed, num_processes):
-    """To the trainer itself, and to the launcher of one process, which dies of it without a word to its child."""
+    """To the trainer itself, and to the launcher of one process, which dies of it without a word to
+    its child.
+    """
     process = slow(tmp_path, num_processes=num_processes)
     runs.wait_for_step(process, tmp_path, 5)
     os.kill(process.pid, signal.SIGTERM)
@@ -75,7 +83,9 @@ def wait_for_stop(workdir):
 
 
 def test_two_processes_stop_and_go_on(tmp_path, undisturbed):
-    """Two ranks under a launcher that gets SIGTERM; the gradients are summed in another order, so rounding differs from one process."""
+    """Two ranks under a launcher that gets SIGTERM; the gradients are summed in another order, so
+    rounding differs from one process.
+    """
     process = slow(tmp_path, num_processes=2)
     runs.wait_for_step(process, tmp_path, 5)
     os.kill(process.pid, signal.SIGTERM)
@@ -89,7 +99,9 @@ def test_two_processes_stop_and_go_on(tmp_path, undisturbed):
     for found, line in zip(runs.numbers(tmp_path), expected, strict=True):
         assert found[1:] == pytest.approx(line[1:], rel=1e-4)
     for name, tensor in runs.weights(undisturbed, STEPS)[0].items():
-        torch.testing.assert_close(runs.weights(tmp_path, STEPS)[0][name], tensor, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            runs.weights(tmp_path, STEPS)[0][name], tensor, rtol=1e-3, atol=1e-5
+        )
 
 
 def test_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, undisturbed):

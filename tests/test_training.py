@@ -1,4 +1,6 @@
-"""What a step does: accumulation, precision, steps that are not finite, overflow, and what the log says of them."""
+"""What a step does: accumulation, precision, steps that are not finite, overflow, and what the log
+says of them.
+"""
 
 import logging
 import pickle
@@ -35,7 +37,12 @@ def fresh_accelerate(monkeypatch):
 
 def config_of(**changes):
     config = digits_T_DiM.get_config()
-    flat = {**runs.TINY, "train.num_workers": 0, "train.n_steps": 4, **{key.replace("__", "."): value for key, value in changes.items()}}
+    flat = {
+        **runs.TINY,
+        "train.num_workers": 0,
+        "train.n_steps": 4,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
     config.update_from_flattened_dict(flat)
     return config.lock()
 
@@ -44,7 +51,9 @@ def train(workdir, config, codec=None, dataset=None):
     torch.manual_seed(config.seed)
     model = build_model(config.nnet)
     dataset = dataset or get_dataset("digits", seed=config.seed)
-    training.train(config, workdir, model=model, process=VPSDE(), codec=codec or PixelCodec(), dataset=dataset)
+    training.train(
+        config, workdir, model=model, process=VPSDE(), codec=codec or PixelCodec(), dataset=dataset
+    )
     return model
 
 
@@ -75,14 +84,28 @@ def test_a_step_that_is_not_finite_is_skipped_logged_and_survived(tmp_path):
     train(tmp_path, config_of(**changes), codec=Broken({2, 3}))
     lines = runs.steps_logged(tmp_path)
     bad = [line for line in lines if line["outcome"] == "bad"]
-    assert [line["step"] for line in bad] == [2, 2] and all(line["loss"] == line["grad_norm"] == "NaN" for line in bad)
-    assert [line["step"] for line in lines if line["outcome"] == "ok"] == [1, 2, 3, 4, 5, 6]  # the count goes on as if nothing had been
+    assert [line["step"] for line in bad] == [2, 2] and all(
+        line["loss"] == line["grad_norm"] == "NaN" for line in bad
+    )
+    assert [line["step"] for line in lines if line["outcome"] == "ok"] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]  # the count goes on as if nothing had been
     network, average = runs.weights(tmp_path, 6)
     assert all(tensor.isfinite().all() for tensor in [*network.values(), *average.values()])
 
 
 def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path):
-    changes = dict(gradient_accumulation_steps=1, train__n_steps=20, train__max_bad_steps=3, train__save_interval=4)
+    changes = dict(
+        gradient_accumulation_steps=1,
+        train__n_steps=20,
+        train__max_bad_steps=3,
+        train__save_interval=4,
+    )
     with pytest.raises(UserError, match="3 steps in a row .* last at step 5"):
         train(tmp_path, config_of(**changes), codec=Broken(range(5, 100)))
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
@@ -91,25 +114,46 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_p
 
 
 def test_an_overflow_that_the_scaler_handles_is_logged_and_not_counted(tmp_path, monkeypatch):
-    """The scale starts far too high: several overflows halve it, none of them is a step, none counts as bad."""
+    """The scale starts far too high: several overflows halve it, none of them is a step, none
+    counts as bad.
+    """
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, init_scale=2.0**30))
-    changes = dict(train__mixed_precision="fp16", train__max_bad_steps=1, train__n_steps=3, gradient_accumulation_steps=1)
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled: scaler(device, enabled=enabled, init_scale=2.0**30),
+    )
+    changes = dict(
+        train__mixed_precision="fp16",
+        train__max_bad_steps=1,
+        train__n_steps=3,
+        gradient_accumulation_steps=1,
+    )
     train(tmp_path, config_of(**changes))
     lines = runs.steps_logged(tmp_path)
     overflows = [line for line in lines if line["outcome"] == "overflow"]
     good = [line for line in lines if line["outcome"] == "ok"]
     assert len(overflows) >= 3 and {line["step"] for line in overflows} == {0}
-    assert [line["step"] for line in good] == [1, 2, 3] and good[0]["lr"] == 0  # the schedule did not move either
+    assert [line["step"] for line in good] == [1, 2, 3] and good[0][
+        "lr"
+    ] == 0  # the schedule did not move either
     log = (tmp_path / "output.log").read_text()
     assert "loss scale now" in log and "precision fp16" in log
 
 
 def test_an_overflow_below_scale_one_counts(tmp_path, monkeypatch):
-    """A gradient that stays infinite whatever the scale: the scale falls below 1 and the run stops."""
+    """A gradient that stays infinite whatever the scale: the scale falls below 1 and the run
+    stops.
+    """
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, enabled=enabled, init_scale=4.0))
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf")))
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled: scaler(device, enabled=enabled, init_scale=4.0),
+    )
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf"))
+    )
     monkeypatch.setattr(torch.amp.GradScaler, "__call__", None, raising=False)
     unscale = scaler.unscale_
 
@@ -120,7 +164,12 @@ def test_an_overflow_below_scale_one_counts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scaler, "unscale_", overflowing)
     with pytest.raises(UserError, match="2 steps in a row"):
-        train(tmp_path, config_of(train__mixed_precision="fp16", train__max_bad_steps=2, gradient_accumulation_steps=1))
+        train(
+            tmp_path,
+            config_of(
+                train__mixed_precision="fp16", train__max_bad_steps=2, gradient_accumulation_steps=1
+            ),
+        )
     outcomes = [line["outcome"] for line in runs.steps_logged(tmp_path)]
     assert outcomes == ["overflow", "overflow", "bad", "bad"]  # scales 2, 1, 0.5, 0.25
 
@@ -133,8 +182,11 @@ def test_mixed_precision_follows_float32(tmp_path, precision):
         state._reset_state()
     train(tmp_path / precision, config_of(**changes, train__mixed_precision=precision))
     expected = [line["loss"] for line in runs.steps_logged(tmp_path / "fp32")]
-    found = [line["loss"] for line in runs.steps_logged(tmp_path / precision) if line["outcome"] == "ok"]
-    # An overflow takes the next batch, so only the first steps see the same data; bfloat16 has 8 bits.
+    found = [
+        line["loss"] for line in runs.steps_logged(tmp_path / precision) if line["outcome"] == "ok"
+    ]
+    # An overflow takes the next batch, so only the first steps see the same data; bfloat16 has 8
+    # bits.
     count = 4 if precision == "bf16" else 1
     assert found[:count] == pytest.approx(expected[:count], rel=0.03)
     assert runs.weights(tmp_path / precision, 4)[0]["head.weight"].dtype == torch.float32
@@ -163,31 +215,45 @@ def test_run_directory_holds_config_commit_versions_and_devices(tmp_path):
     saved = utils.read_json(tmp_path / "config.json")
     assert utils.config_differences(saved, config.to_dict()) == []
     environment = utils.read_json(tmp_path / "environment.json")
-    assert environment["packages"]["torch"] == torch.__version__ and environment["devices"] and environment["commit"]
+    assert (
+        environment["packages"]["torch"] == torch.__version__
+        and environment["devices"]
+        and environment["commit"]
+    )
 
 
 def write_cifar10(folder, count=20):
-    """Generated images in CIFAR-10's own file format: five training batches and a test batch, pickled as Python 2 did."""
+    """Generated images in CIFAR-10's own file format: five training batches and a test batch,
+    pickled as Python 2 did.
+    """
     batches = folder / "cifar-10-batches-py"
     batches.mkdir(parents=True)
     random = np.random.default_rng(0)
     for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-        batch = {b"data": random.integers(0, 256, (count, 3072), dtype=np.uint8), b"labels": random.integers(0, 10, count).tolist()}
+        batch = {
+            b"data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
+            b"labels": random.integers(0, 10, count).tolist(),
+        }
         (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
     return folder
 
 
 def test_cifar10_config_trains_two_steps_on_files_in_its_format(tmp_path):
-    """The published configuration, 50.6M parameters, from a packed archive; only the batch is smaller and the sampling short."""
+    """The published configuration, 50.6M parameters, from a packed archive; only the batch is
+    smaller and the sampling short.
+    """
     folder = write_cifar10(tmp_path / "files")
     with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
         archive.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
     overrides = {
-        "dataset.path": tmp_path, "train.batch_size": 2, "train.n_steps": 2, "train.log_interval": 1, "train.num_workers": 0,
-        "train.fid_samples": 0, "sample.algorithm": "euler_maruyama_ode", "sample.sample_steps": 1,
+        "dataset.path": tmp_path, "train.batch_size": 2, "train.n_steps": 2,
+        "train.log_interval": 1, "train.num_workers": 0, "train.fid_samples": 0,
+        "sample.algorithm": "euler_maruyama_ode", "sample.sample_steps": 1,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in overrides.items()]
-    status, output = runs.run("train.py", "--config=configs/cifar10_S_DiM.py", f"--workdir={tmp_path / 'run'}", *words)
+    status, output = runs.run(
+        "train.py", "--config=configs/cifar10_S_DiM.py", f"--workdir={tmp_path / 'run'}", *words
+    )
     assert status == 0, output
     assert "50,568,716 parameters" in output and "100 images of shape (3, 32, 32)" in output
     assert [line["step"] for line in runs.steps_logged(tmp_path / "run")] == [1, 2]

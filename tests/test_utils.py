@@ -19,13 +19,13 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import utils
-from libs import run
+from libs import flags, run
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
-SPEC = {"config": (utils.config_file, utils.REQUIRED, "config file"),
+SPEC = {"config": (flags.config_file, flags.REQUIRED, "config file"),
         "workdir": (str, None, "run directory"), "n": (int, 4, "images a class"),
-        "classes": (utils.int_list, None, "classes"), "use_ema": (bool, True, "use the EMA")}
+        "classes": (flags.int_list, None, "classes"), "use_ema": (bool, True, "use the EMA")}
 CONFIG = '''
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -47,7 +47,7 @@ def config(tmp_path):
 
 
 def parse(*arguments, spec=SPEC):
-    return utils.parse_flags(["x.py", *arguments], spec)
+    return flags.parse_flags(["x.py", *arguments], spec)
 
 
 def child_environment(**changes):
@@ -83,8 +83,8 @@ def test_overrides_are_typed_applied_and_listed(config):
 
 
 def test_a_config_may_be_optional():
-    flags = parse("--n=1", spec={**SPEC, "config": (utils.config_file, None, "config")})
-    assert (flags.config, flags.config_path, flags.overrides, flags.n) == (None, None, {}, 1)
+    parsed = parse("--n=1", spec={**SPEC, "config": (flags.config_file, None, "config")})
+    assert (parsed.config, parsed.config_path, parsed.overrides, parsed.n) == (None, None, {}, 1)
 
 
 @pytest.mark.parametrize("argument, sentence", [
@@ -108,7 +108,7 @@ def test_a_config_may_be_optional():
     ("x.py", "unexpected argument 'x.py'"),
 ])
 def test_each_wrong_flag_is_one_sentence(config, argument, sentence):
-    with pytest.raises(utils.FlagError, match=sentence):
+    with pytest.raises(flags.FlagError, match=sentence):
         parse(f"--config={config}", argument)
 
 
@@ -117,14 +117,14 @@ def test_missing_configs(config, monkeypatch, tmp_path):
     for name in "digits_T_DiM.py", "cifar10_S_DiM.py", "common.py":
         (tmp_path / "configs" / name).touch()
     monkeypatch.setattr(utils, "CHECKOUT", tmp_path)
-    with pytest.raises(utils.FlagError, match=r"configs/digit_T_DiM.py does not exist; did you "
+    with pytest.raises(flags.FlagError, match=r"configs/digit_T_DiM.py does not exist; did you "
                        r"mean configs/digits_T_DiM.py\? \(configs/ has: cifar10_S_DiM.py, digits"):
         parse("--config=configs/digit_T_DiM.py")
-    with pytest.raises(utils.FlagError, match="--config is required"):
+    with pytest.raises(flags.FlagError, match="--config is required"):
         parse("--n=3")
-    with pytest.raises(utils.FlagError, match="--config needs a value"):
+    with pytest.raises(flags.FlagError, match="--config needs a value"):
         parse("--config")
-    with pytest.raises(utils.FlagError, match="--config.seed=3 overrides a config, but no --conf"):
+    with pytest.raises(flags.FlagError, match="--config.seed=3 overrides a config, but no --conf"):
         parse("--config.seed=3")
 
 
@@ -139,7 +139,7 @@ def test_missing_configs(config, monkeypatch, tmp_path):
 ])
 def test_broken_configs_name_file_line_and_error(tmp_path, content, sentence):
     (tmp_path / "broken.py").write_text(content)
-    with pytest.raises(utils.FlagError, match=sentence):
+    with pytest.raises(flags.FlagError, match=sentence):
         parse(f"--config={tmp_path / 'broken.py'}")
 
 
@@ -150,8 +150,8 @@ def main(flags):
     if flags.n == 0:
         raise utils.UserError("n is zero;\\nuse\\n  another")
     print(1 / (flags.n - 1))
-utils.run_main(main, {"n": (int, 4, "images a class"),
-                      "config": (utils.config_file, None, "config file")})
+flags.run_main(main, {"n": (int, 4, "images a class"),
+                      "config": (flags.config_file, None, "config file")})
 print("torch" in sys.modules)
 '''
 
@@ -201,7 +201,7 @@ def test_run_directory_names():
 
 
 def test_run_files_record_the_run_and_a_resume_tells_differences(tmp_path, config):
-    loaded = utils.load_config(config)
+    loaded = flags.load_config(config)
     loaded.optimizer.lr = 0.1 + 0.2
     environment = run.environment()
     assert utils.write_run_files(tmp_path, loaded, environment) == []
@@ -556,7 +556,7 @@ def main(flags):
             next(batches)  # the workers are still there
     Path(flags.out, f"{rank}.json").write_text(json.dumps(
         [accelerator.num_processes, rank, accelerator.device.type, total.item()]))
-utils.run_main(main, {"out": (str, utils.REQUIRED, "folder")})
+flags.run_main(main, {"out": (str, flags.REQUIRED, "folder")})
 '''
 
 

@@ -313,7 +313,7 @@ def _fold(total, part):
 @_kernel
 def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
     """Tasks first_task .. last_task - 1. x: ScanInputs; checkpoints of `scan_fwd`; g_y (B, L, D);
-    g_last_state (B, D, N); grads: ScanGrads."""
+    g_last_state (B, D, N), or (0, 0, 0) for zero; grads: ScanGrads."""
     length, channels = x.u.shape[1:]
     states = x.A.shape[0]
     blocks = (channels + BLOCK - 1) // BLOCK
@@ -339,8 +339,9 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
         )
         for n in range(states):
             _copy(A[n], x.A[n, d0:d1])
-            for d in range(width):
-                g_h[n, d] = g_last_state[b, d0 + d, n]
+            if g_last_state.size > 0:
+                for d in range(width):
+                    g_h[n, d] = g_last_state[b, d0 + d, n]
         _copy(bias, x.delta_bias[d0:d1])
         _copy(D, x.D[d0:d1])
         for tile in range(tiles - 1, -1, -1):

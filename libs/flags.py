@@ -1,0 +1,290 @@
+"""Command lines and configs: `--config=FILE --config.<key>=<value>`, and every mistake in them as
+one sentence.
+
+torch is imported by nothing here, so that a wrong flag is reported in a fraction of a second.
+"""
+
+import difflib
+import importlib.util
+import operator
+import os
+import re
+import sys
+import time
+import traceback
+import types
+from pathlib import Path
+
+from absl import flags as absl_flags
+from ml_collections import config_dict, config_flags
+from ml_collections.config_flags import tuple_parser
+
+from utils import UserError, flatten
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+class FlagError(UserError):
+    """A wrong flag, config file, key or value; exit code 2, as for any command-line error."""
+
+    exit_code = 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Configs
+
+
+def _config_files() -> list[str]:
+    return sorted(path.name for path in CONFIGS.glob("*_*.py") if not path.name.startswith("_"))
+
+
+def _no_such_config(path: str) -> FlagError:
+    names = _config_files()
+    near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean configs/{near[0]}?" if near else ""
+    return FlagError(f"config file {path} does not exist{hint} (configs/ has: {', '.join(names)})")
+
+
+def _import_error(path: str, error: Exception) -> FlagError:
+    if isinstance(error, SyntaxError) and error.filename:
+        name, line = error.filename, error.lineno
+    else:
+        # The innermost frame in the config's own folder: a line of a library says nothing.
+        folder = os.path.dirname(os.path.abspath(path))
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if os.path.dirname(os.path.abspath(frame.filename)) == folder
+        ]
+        name, line = (frames[-1].filename, frames[-1].lineno) if frames else (path, "?")
+    reason = str(error.msg if isinstance(error, SyntaxError) else error)
+    return FlagError(
+        f"config file {os.path.relpath(name)}, line {line}: {type(error).__name__}: {reason}"
+    )
+
+
+def load_config(path: str) -> config_dict.ConfigDict:
+    """The ConfigDict that get_config() of the Python file `path` returns.
+
+    Raises FlagError if the file is missing, fails to import, or returns something else.
+    """
+    if not os.path.isfile(path):
+        raise _no_such_config(path)
+    loader = importlib.machinery.SourceFileLoader("_dim_config", path)
+    module = types.ModuleType(loader.name)
+    module.__file__ = path
+    try:
+        loader.exec_module(module)
+        config = module.get_config() if hasattr(module, "get_config") else None
+    except Exception as error:  # a config is a program: it may raise anything
+        raise _import_error(path, error) from error
+    if not isinstance(config, config_dict.ConfigDict):
+        raise FlagError(
+            f"config file {path} has no function get_config() that returns an "
+            "ml_collections.ConfigDict"
+        )
+    return config
+
+
+# ---------------------------------------------------------------------------------------------
+# Flags
+
+REQUIRED = object()
+
+
+def config_file(text: str):
+    """Kind of the flag --config: its value is a file, and --config.key=value overrides keys."""
+    raise NotImplementedError("parse_flags handles --config itself")
+
+
+def int_list(text: str) -> tuple[int, ...]:
+    """Kind of flags such as --classes=3,7."""
+    return tuple(int(item) for item in text.split(","))
+
+
+_KIND_NAMES = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "a tuple such as '(1, 2)'",
+    list: "a list such as '[1, 2]'",
+    int_list: "integers separated by commas",
+}
+
+config_flags.register_flag_parser_for_type(list, tuple_parser.TupleParser())
+
+
+class _Parser(absl_flags.ArgumentParser):
+    def __init__(self, kind):
+        self.parse = kind
+
+
+def _define(values, name, kind, default, text):
+    default = None if default is REQUIRED else default
+    if kind is bool:
+        absl_flags.DEFINE_boolean(name, default, text, flag_values=values)
+    else:
+        flag = absl_flags.Flag(_Parser(kind), absl_flags.ArgumentSerializer(), name, None, text)
+        flag.value = default
+        absl_flags.DEFINE_flag(flag, flag_values=values)
+
+
+def _split_config(arguments):
+    """(path given by --config or None, the other arguments)."""
+    path, rest, iterator = None, [], iter(arguments)
+    for argument in iterator:
+        if re.fullmatch("--?config", argument):
+            path = next(iterator, None)
+            if path is None or path.startswith("--"):
+                raise FlagError("--config needs a value: the path of a config file")
+        elif re.match("--?config=", argument):
+            path = argument.split("=", 1)[1]
+        else:
+            rest.append(argument)
+    return path, rest
+
+
+def _nearest_key(key: str, keys) -> str:
+    same_name = [name for name in keys if name.split(".")[-1] == key.split(".")[-1]]
+    near = difflib.get_close_matches(key, same_name or keys, n=1, cutoff=0.0 if same_name else 0.5)
+    return near[0] if near else ""
+
+
+def _check_key(key: str, config) -> None:
+    keys = flatten(config)
+    section = [name for name in keys if name.startswith(key + ".")]
+    if section:
+        raise FlagError(
+            f"--config.{key} is a section, not a value; set one of its keys, "
+            f"for example --config.{section[0]}={keys[section[0]]}"
+        )
+    if key not in keys:
+        near = _nearest_key(key, keys)
+        hint = f"did you mean --config.{near}?" if near else "--help lists its keys"
+        raise FlagError(f"the config has no key --config.{key}; {hint}")
+
+
+def _check_overrides(arguments, config) -> None:
+    for argument in arguments:
+        match = re.match(r"--?(no)?config\.([^=]+)", argument)
+        if match and config is None:
+            raise FlagError(f"{argument} overrides a config, but no --config was given")
+        if match:
+            _check_key(match[2], config)
+
+
+def _check_elements(overrides: dict, defaults: dict) -> None:
+    """The entries of a tuple or list must have a type that an entry of the default has."""
+    for key, value in overrides.items():
+        allowed = {type(item) for item in defaults[key]} if isinstance(value, tuple) else set()
+        allowed |= {int} if float in allowed else set()
+        wrong = [item for item in value if type(item) not in allowed] if allowed else []
+        if wrong:
+            raise FlagError(
+                f"--config.{key} has the entry {wrong[0]!r}; its entries must be like "
+                f"those of the default, {defaults[key]!r}"
+            )
+
+
+def _absl_error(error, kinds: dict) -> FlagError:
+    """absl's complaint as one sentence. kinds: the type of each flag and config key."""
+    if isinstance(error, absl_flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(error.flagname, kinds, n=1, cutoff=0.5)
+        hint = f"did you mean --{near[0]}?" if near else "--help lists the flags"
+        return FlagError(f"unknown flag --{error.flagname}; {hint}")
+    match = re.match(r"flag --(?P<name>[^=\s]+?)=(?P<value>.*?): ", str(error), re.DOTALL)
+    if match and match["name"] in kinds:
+        expected = _KIND_NAMES.get(kinds[match["name"]], "valid")
+        return FlagError(f"--{match['name']} must be {expected}, got {match['value']!r}")
+    return FlagError(str(error))
+
+
+def _kinds(spec: dict, config) -> dict:
+    kinds = {name: kind for name, (kind, _, _) in spec.items()}
+    for key in flatten(config) if config is not None else ():
+        *sections, name = key.split(".")
+        kinds[f"config.{key}"] = (
+            operator.attrgetter(".".join(sections))(config).get_type(name)
+            if sections
+            else config.get_type(name)
+        )
+    return kinds
+
+
+def _show_help(spec: dict, config) -> None:
+    print((sys.modules["__main__"].__doc__ or "").strip() + "\n\nFlags:")
+    for name, (kind, default, text) in spec.items():
+        ending = "required" if default is REQUIRED else f"default: {default}"
+        print(
+            f"  --{name}={_KIND_NAMES.get(kind, 'path of a config file')}\n      {text} ({ending})"
+        )
+    if config is None:
+        print("\nGive --config as well to see the keys that --config.<key>=<value> can set.")
+    else:
+        print("\nConfig keys and their values, set by --config.<key>=<value>:")
+        print("\n".join(f"  {key} = {value!r}" for key, value in flatten(config).items()))
+    sys.exit(0)
+
+
+def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
+    """Parse a command line; `spec` is {name: (kind, default, help)}.
+
+    A kind is str, int, float, bool, `int_list` or `config_file`; the default REQUIRED makes the
+    flag compulsory. The result has one attribute a flag; if 'config' is among them, `config` is
+    the locked ConfigDict with the overrides applied (None without --config), `config_path` its
+    file and `overrides` the dict {'train.batch_size': 64} of what the command line changed.
+
+    Raises FlagError, a sentence that names the wrong flag, key or value and the nearest right one.
+    """
+    path, arguments = _split_config(argv[1:]) if "config" in spec else (None, argv[1:])
+    config = load_config(path) if path is not None else None
+    if {"--help", "-help", "-h", "--helpfull"} & set(arguments):
+        _show_help(spec, config)
+    _check_overrides(arguments, config)
+    values = absl_flags.FlagValues()
+    for name, (kind, default, text) in spec.items():
+        if kind is not config_file:
+            _define(values, name, kind, default, text)
+    kinds, defaults = _kinds(spec, config), flatten(config) if config is not None else {}
+    try:
+        if config is not None:
+            config_flags.DEFINE_config_dict(
+                "config", config, flag_values=values, sys_argv=[argv[0], *arguments]
+            )
+        extra = values([argv[0], *arguments])[1:]
+    except absl_flags.Error as error:
+        raise _absl_error(error, kinds) from error
+    if extra:
+        raise FlagError(f"unexpected argument {extra[0]!r}; flags are written --name=value")
+    parsed = {name: values[name].value for name in spec if name != "config"}
+    if "config" in spec:
+        overrides = config_flags.get_override_values(values["config"]) if path else {}
+        _check_elements(overrides, defaults)
+        parsed.update(config=config, config_path=path, overrides=overrides)
+    for name, (_, default, text) in spec.items():
+        if default is REQUIRED and parsed[name] is None:
+            raise FlagError(f"--{name} is required: {text}")
+    return types.SimpleNamespace(**parsed)
+
+
+def _report(error: UserError) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        # Most errors are every rank's, and rank 0 says them: its exit makes the launcher end us
+        # during this sleep. One that is ours alone (our share of the data) is said after it.
+        time.sleep(3)
+    where = f" (rank {rank})" if rank > 0 else ""
+    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+
+
+def run_main(main, spec: dict) -> None:
+    """Call main(flags) with the parsed command line; a UserError becomes one line on stderr.
+
+    Exit code 1 for a UserError, 2 for a FlagError; other exceptions keep their traceback.
+    """
+    try:
+        main(parse_flags(sys.argv, spec))
+    except UserError as error:
+        _report(error)
+        sys.exit(error.exit_code)
