@@ -1,5 +1,4 @@
-"""DiM, the Mamba backbone for image diffusion (arXiv 2405.14224, section 3), readable top to
-bottom.
+"""DiM, the Mamba backbone for image diffusion (arXiv 2405.14224, section 3).
 
 Tokens stay in raster order for the whole network; a scan direction is an index order given to the
 mixer. The numbers equal those of the official network, its oddities included.
@@ -9,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,8 +27,8 @@ EXTRA_TOKENS = 2  # time, label
 
 
 class Block(nn.Module):
-    """x + (1 + gate) * Mamba(RMSNorm(x) * (1 + scale) + shift), after merging a long skip if it has
-    one. There is no MLP.
+    """x + (1 + gate) * Mamba(RMSNorm(x) * (1 + scale) + shift), of x merged with a long skip if it
+    has one. There is no MLP.
     """
 
     def __init__(self, dim, *, mamba, has_skip):
@@ -41,16 +39,17 @@ class Block(nn.Module):
         self.mixer = Mamba(dim, **mamba)
 
     def forward(self, x, modulation, order, skip=None, keep=None):
-        """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) | None, keep (draw (B,),
-        probability) | None -> (B, L, dim).
+        """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) or None -> (B, L, dim).
+
+        keep: None, or for stochastic depth (draws (B,), probability of keeping the branch).
         """
         if self.skip is not None:
             x = self.skip(x, skip)
-        shift, scale, gate = (self.scale_shift_table + modulation)[:, :, None].unbind(
-            1
-        )  # (B, 1, dim) each
-        branch = (1 + gate) * self.mixer(self.norm(x) * (1 + scale) + shift, order)
-        return x + (branch if keep is None else layers.drop_path(branch, keep[1], keep[0]))
+        modulation = (self.scale_shift_table + modulation)[:, :, None]
+        shift, scale, gate = modulation.unbind(1)                               # (B, 1, dim) each
+        branch = self.mixer(self.norm(x) * (1 + scale) + shift, order)          # (B, L, dim)
+        branch = (1 + gate) * branch
+        return x + (branch if keep is None else layers.drop_path(branch, *keep))
 
 
 class DiM(nn.Module):
@@ -88,27 +87,12 @@ class DiM(nn.Module):
         activation_checkpointing=False, skip_tuning=None, freeu=None,
     ):  # fmt: skip
         super().__init__()
-        mamba = dict(dict(d_state=16, d_conv=3, expand=2), **(mamba or {}))
-        self.input_size = (
-            (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        )
-        check_options(
-            self.input_size,
-            patch_size,
-            dim,
-            depth,
-            scan_directions,
-            pad_layout,
-            drop_path,
-            skip_tuning,
-            freeu,
-        )
-        self.patch_size, self.in_channels, self.dim, self.depth = (
-            patch_size,
-            in_channels,
-            dim,
-            depth,
-        )
+        sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        check_sizes(sides, patch_size, dim, depth)
+        check_options(depth, scan_directions, pad_layout, drop_path, skip_tuning, freeu)
+        mamba = {"d_state": 16, "d_conv": 3, "expand": 2, **(mamba or {})}
+        self.input_size, self.patch_size, self.in_channels = sides, patch_size, in_channels
+        self.dim, self.depth = dim, depth
         self.num_classes, self.pad, self.pad_layout = num_classes, mamba["d_conv"], pad_layout
         self.patterns = scan_order.block_patterns(depth, scan_directions)
         self.drop_path, self.activation_checkpointing = drop_path, activation_checkpointing
@@ -138,9 +122,7 @@ class DiM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """The official initialisation (golden item 14): zero biases, embeddings and pads normal
-        0.02, out_proj scaled by depth.
-        """
+        """The official one: zero biases, embeddings normal 0.02, out_proj over sqrt(depth)."""
         for module in self.modules():
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -172,49 +154,22 @@ class DiM(nn.Module):
         Raises:
             UserError: the shape of x does not fit.
         """
-        grid = self.grid_of(x)
+        grid = layers.grid_of(x, self.in_channels, self.patch_size)
         y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
         time = layers.sinusoidal_embedding(t, self.dim).to(self.pos_embed.dtype)  # (B, dim)
-        label = self.label_embed(y)  # (B, dim)
-        tokens = self.embed(x, time, label, grid)  # (B, L, dim)
-        tokens = self.run_blocks(
-            tokens, t, self.modulation(t, y), grid, drop_path_draw
-        )  # (B, L, dim)
-        image = self.smooth(
-            self.last_smoother, self.remove_padding(tokens, grid), grid
-        )  # (B, h*w, dim)
-        shift, scale = self.head_modulation(F.silu(time + label))[:, None].chunk(
-            2, dim=-1
-        )  # (B, 1, dim) each
-        patches = self.head(self.norm_out(image) * (1 + scale) + shift)  # (B, h*w, p*p*C)
-        return rearrange(
-            patches,
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=grid[0],
-            w=grid[1],
-            p=self.patch_size,
-            q=self.patch_size,
-        )
-
-    def grid_of(self, x):
-        """(h, w) patches of x (B, C, H, W); UserError where x does not fit the network."""
-        if (
-            x.dim() != 4
-            or x.shape[1] != self.in_channels
-            or x.shape[2] % self.patch_size
-            or x.shape[3] % self.patch_size
-        ):
-            raise UserError(
-                f"the network was given an input of shape {tuple(x.shape)}; expected (batch, "
-                f"{self.in_channels}, height, width) with "
-                f"height and width divisible by the patch size {self.patch_size}"
-            )
-        return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        label = self.label_embed(y)                                               # (B, dim)
+        modulation = self.modulation(t, y)                                        # (B, 3, dim)
+        tokens = self.embed(x, time, label, grid)                                 # (B, L, dim)
+        tokens = self.run_blocks(tokens, t, modulation, grid, drop_path_draw)     # (B, L, dim)
+        image = self.remove_padding(tokens, grid)                                 # (B, h*w, dim)
+        image = self.smooth(self.last_smoother, image, grid)                      # (B, h*w, dim)
+        head_modulation = self.head_modulation(F.silu(time + label))[:, None]
+        shift, scale = head_modulation.chunk(2, dim=-1)                           # (B, 1, dim)
+        patches = self.head(self.norm_out(image) * (1 + scale) + shift)           # (B, h*w, p*p*C)
+        return layers.unpatchify(patches, grid, self.patch_size)                  # (B, C, H, W)
 
     def embed(self, x, time, label, grid):
-        """The sequence [time, label, split tokens, padded grid]: (B, EXTRA_TOKENS + pad +
-        (h+pad)*(w+pad), dim).
-        """
+        """[time, label, split tokens, padded grid]: (B, 2 + pad + (h+pad)*(w+pad), dim)."""
         image = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, h*w, dim)
         time = time if self.time_embed is None else self.time_embed(time)
         tokens = torch.cat([time[:, None], label[:, None], image], dim=1)
@@ -229,9 +184,7 @@ class DiM(nn.Module):
         return smoother(image.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
 
     def add_padding(self, extra, image, grid):
-        """[extra, split tokens, image with pad tokens at the ends of rows and columns]: (B, L,
-        dim).
-        """
+        """[extra, split tokens, image with pads at the ends of rows and columns]: (B, L, dim)."""
         batch, (h, w) = image.shape[0], grid
         index = scan_order.pad_index(self.pad_layout, h, w, self.pad, image.device)
         pads = self.pad_tokens[index.clamp(min=0)].to(image.dtype)  # (h+pad, w+pad, dim)
@@ -248,9 +201,7 @@ class DiM(nn.Module):
         return padded[:, :h, :w].flatten(1, 2)
 
     def run_blocks(self, x, t, modulation, grid, drop_path_draw):
-        """All blocks with their long skips; blocks 1..K save their output, the K last ones take it
-        back, the latest first.
-        """
+        """All blocks; 1..K save their output, the last K take it back, the latest first."""
         front = EXTRA_TOKENS + self.pad
         orders = [
             scan_order.sequence_order(pattern, *grid, self.pad, front, x.device)
@@ -261,9 +212,7 @@ class DiM(nn.Module):
         for k, block in enumerate(self.blocks):
             skip = None
             if block.skip is not None:
-                x, skip = self.tune(
-                    x, skips.pop(), consumer=k - self.num_skips - 1, t=t, order=orders[k - 1]
-                )
+                x, skip = self.tune(x, skips.pop(), k - self.num_skips - 1, t, orders[k - 1])
             arguments = (x, modulation, orders[k], skip, keeps[k])
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -274,9 +223,7 @@ class DiM(nn.Module):
         return x
 
     def keep_probabilities(self, x, draw):
-        """Per block None, or (draw (B,), probability of keeping the branch); only in training with
-        stochastic depth.
-        """
+        """Per block None, or with stochastic depth (draw (B,), probability to keep the branch)."""
         if not (self.training and self.drop_path):
             return [None] * self.depth
         draw = torch.rand(x.shape[0], self.depth, device=x.device) if draw is None else draw
@@ -285,45 +232,34 @@ class DiM(nn.Module):
             (draw[:, k], 1 - self.drop_path * k / last) if k else None for k in range(self.depth)
         ]
 
-    def tune(self, x, skip, *, consumer, t, order):
-        """Skip tuning and FreeU, both training-free, in this order; (x, skip) unchanged without
-        them.
-        """
+    def tune(self, x, skip, consumer, t, order):
+        """(x, skip) of the consumer-th long skip after skip tuning and FreeU, if there are any."""
         if self.skip_tuning is not None:
             low, high, time = self.skip_tuning
             time = time if time is not None else (t / 1000).view(-1, 1, 1)
             skip = skip * (high - (high - low) * time * consumer / (self.num_skips - 1))
         if self.freeu is not None and consumer < 2:
-            x, skip = self.apply_freeu(
-                x, skip, self.freeu[consumer], self.freeu[2 + consumer], order
-            )
+            x, skip = apply_freeu(x, skip, self.freeu[consumer], self.freeu[2 + consumer], order)
         return x, skip
 
-    def apply_freeu(self, x, skip, s, b, order):
-        """FreeU on all tokens but time and label, along the order in which the previous block left
-        the official sequence.
-        """
-        along = slice(None) if order is None else order
-        filtered = torch.empty_like(skip)
-        filtered[:, along] = torch.cat(
-            [
-                skip[:, along][:, :EXTRA_TOKENS],
-                layers.freeu_skip(skip[:, along][:, EXTRA_TOKENS:], s),
-            ],
-            dim=1,
-        )
-        boosted = layers.freeu_backbone(x[:, EXTRA_TOKENS:], b)
-        return torch.cat([x[:, :EXTRA_TOKENS], boosted], dim=1), filtered
+
+def apply_freeu(x, skip, skip_scale, backbone_scale, order):
+    """FreeU on all tokens but time and label, along the order that the previous block scanned."""
+    along = slice(None) if order is None else order
+    visited = skip[:, along]
+    filtered = layers.freeu_skip(visited[:, EXTRA_TOKENS:], skip_scale)
+    skip = torch.empty_like(skip)
+    skip[:, along] = torch.cat([visited[:, :EXTRA_TOKENS], filtered], dim=1)
+    boosted = layers.freeu_backbone(x[:, EXTRA_TOKENS:], backbone_scale)
+    return torch.cat([x[:, :EXTRA_TOKENS], boosted], dim=1), skip
 
 
-def check_options(
-    input_size, patch_size, dim, depth, scan_directions, pad_layout, drop_path, skip_tuning, freeu
-):
-    """One sentence for each impossible constructor argument of DiM."""
-    if any(side <= 0 or side % patch_size for side in input_size):
+def check_sizes(sides, patch_size, dim, depth):
+    """One sentence for each impossible size of a DiM."""
+    if any(side <= 0 or side % patch_size for side in sides):
         raise UserError(
-            f"nnet.input_size {input_size} is not divisible by nnet.patch_size {patch_size}; "
-            "choose a multiple of it"
+            f"nnet.input_size {sides} is not divisible by nnet.patch_size {patch_size}; choose a "
+            "multiple of it"
         )
     if depth < 1 or depth % 2 == 0:
         raise UserError(
@@ -335,16 +271,18 @@ def check_options(
             f"nnet.dim is {dim}; the time embedding is half cosines, half sines, so choose an even "
             "number"
         )
+
+
+def check_options(depth, scan_directions, pad_layout, drop_path, skip_tuning, freeu):
+    """One sentence for each impossible option of a DiM."""
     if scan_directions not in (1, 2, 3):
         raise UserError(
             f"nnet.scan_directions is {scan_directions}, expected 1, 2 or 3 directions besides "
             "row-major"
         )
     if pad_layout not in scan_order.PAD_LAYOUTS:
-        raise UserError(
-            f"nnet.pad_layout is {pad_layout!r}, expected one of "
-            f"{', '.join(scan_order.PAD_LAYOUTS)}"
-        )
+        known = ", ".join(scan_order.PAD_LAYOUTS)
+        raise UserError(f"nnet.pad_layout is {pad_layout!r}, expected one of {known}")
     if not 0 <= drop_path < 1:
         raise UserError(f"nnet.drop_path is {drop_path}, expected a probability in [0, 1)")
     if skip_tuning and len(skip_tuning) not in (2, 3):
@@ -353,8 +291,8 @@ def check_options(
         )
     if skip_tuning and depth < 5:
         raise UserError(
-            "nnet.skip_tuning needs two long skips to run between, so nnet.depth of at least 5, "
-            f"not {depth}"
+            "nnet.skip_tuning runs between two long skips or more, so nnet.depth must be at least "
+            f"5, not {depth}"
         )
     if freeu and len(freeu) != 4:
-        raise UserError(f"nnet.freeu is {tuple(freeu)}, expected the four factors (s1, s2, b1, b2)")
+        raise UserError(f"nnet.freeu is {tuple(freeu)}, expected four factors (s1, s2, b1, b2)")

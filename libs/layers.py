@@ -6,7 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
+
+from utils import UserError
 
 
 def sinusoidal_embedding(t, dim):
@@ -46,6 +49,24 @@ def interpolate_positions(pos_embed, native, grid, extra=2):
     image = table.transpose(1, 2).unflatten(2, tuple(native)).float()
     resized = F.interpolate(image, size=tuple(grid), mode="bilinear", align_corners=False)
     return torch.cat([front, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def grid_of(x, in_channels, patch_size):
+    """(h, w) patches of a network's input x (B, C, H, W); UserError where it does not fit."""
+    fits = x.dim() == 4 and x.shape[1] == in_channels
+    if not fits or x.shape[2] % patch_size or x.shape[3] % patch_size:
+        raise UserError(
+            f"the network was given an input of shape {tuple(x.shape)}; expected (batch, "
+            f"{in_channels}, height, width) with height and width divisible by the patch size "
+            f"{patch_size}"
+        )
+    return x.shape[2] // patch_size, x.shape[3] // patch_size
+
+
+def unpatchify(patches, grid, patch_size):
+    """Patches (B, h*w, p*p*C), channels innermost, of a grid (h, w) -> image (B, C, h*p, w*p)."""
+    (h, w), p = grid, patch_size
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
 class RMSNorm(nn.Module):
@@ -117,9 +138,9 @@ class SkipProjection(nn.Module):
         return self.stream(x) + self.skip(skip)
 
 
-def drop_path(branch, keep_probability, draw):
-    """Stochastic depth (Huang et al. 2016): drops a sample's branch where `draw` (B,) uniform in
-    [0, 1) reaches `keep_probability`.
+def drop_path(branch, draw, keep_probability):
+    """Stochastic depth (Huang et al. 2016) of branch (B, ...): a sample keeps its branch where
+    `draw` (B,), uniform in [0, 1), is below `keep_probability`.
     """
     keep = (draw < keep_probability).to(branch.dtype) / keep_probability
     return branch * keep.view(-1, *[1] * (branch.dim() - 1))

@@ -53,24 +53,14 @@ class Mamba(nn.Module):
         self.D.fill_(1.0)
 
     def forward(self, x, order=None):
-        """x (B, L, dim), order (L,) int64 or None: the row visited at each step -> (B, L, dim) in
-        the order of x's rows.
-        """
+        """x (B, L, dim), order (L,) int64 (the row visited at each step) or None -> (B, L, dim)."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, channels) each
         u = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", order=order)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, L, channels), bias in the scan
-        A = -torch.exp(self.A_log.float() if self.A_log.dtype != torch.float64 else self.A_log)
+        A = -torch.exp(self.A_log)
         y = selective_scan(
-            u,
-            delta,
-            A,
-            B,
-            C,
-            D=self.D,
-            z=z,
-            delta_bias=self.dt_proj.bias,
-            delta_softplus=True,
+            u, delta, A, B, C, D=self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True,
             order=order,
-        )
+        )  # fmt: skip
         return self.out_proj(y)

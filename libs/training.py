@@ -123,13 +123,12 @@ def training_labels(config, y, draw, null_label):
 
 
 def accumulate_gradients(config, accelerator, precision, model, process, codec, batches, draws):
-    """Forward and backward of this rank's micro-batches; gradients are averaged over ranks with the
-    last. Returns the mean loss, 0-dim.
+    """Forward and backward of this rank's micro-batches; returns their mean loss, 0-dim.
+
+    Gradients are averaged over ranks once, with the last micro-batch.
     """
-    accumulation, null_label = (
-        config.gradient_accumulation_steps,
-        accelerator.unwrap_model(model).num_classes,
-    )
+    accumulation = config.gradient_accumulation_steps
+    null_label = accelerator.unwrap_model(model).num_classes
     total = torch.zeros((), device=accelerator.device)
     for m in range(accumulation):
         rows = rows_of(config, accelerator, m)
@@ -139,15 +138,9 @@ def accumulate_gradients(config, accelerator, precision, model, process, codec, 
         drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
         with accelerator.no_sync(model) if m + 1 < accumulation else contextlib.nullcontext():
             with precision.autocast():
+                z, eps = codec.encode(x), draws.eps[rows]
                 losses = denoising_loss(
-                    model,
-                    process,
-                    codec.encode(x),
-                    y,
-                    pred=config.pred,
-                    t=t,
-                    eps=draws.eps[rows],
-                    **drop_path,
+                    model, process, z, y, pred=config.pred, t=t, eps=eps, **drop_path
                 )
             loss = losses.mean() / accumulation
             precision.scaler.scale(loss).backward()
@@ -156,8 +149,7 @@ def accumulate_gradients(config, accelerator, precision, model, process, codec, 
 
 
 def update(config, precision, network, optimizer, ema, progress, loss, norm):
-    """One optimizer step if loss and gradient are finite, and what becomes of the counters. Returns
-    'ok', 'overflow' or 'bad'.
+    """One optimizer step if loss and gradient are finite; returns 'ok', 'overflow' or 'bad'.
 
     Under fp16 a gradient that overflows while the loss is finite halves the loss scale, is not
     counted, and moves nothing but the data, as long as the scale stays at 1 or above; below it, and
@@ -166,10 +158,9 @@ def update(config, precision, network, optimizer, ema, progress, loss, norm):
     progress.batch += 1
     scaler, scale = precision.scaler, precision.scaler.get_scale()
     if math.isfinite(loss) and math.isfinite(norm):
+        warmup = warmup_factor(progress.step, config.lr_scheduler.warmup_steps)
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * warmup_factor(
-                progress.step, config.lr_scheduler.warmup_steps
-            )
+            group["lr"] = config.optimizer.lr * warmup
         scaler.step(optimizer)
         scaler.update()
         ema.update(network)
@@ -177,10 +168,9 @@ def update(config, precision, network, optimizer, ema, progress, loss, norm):
         progress.bad_in_a_row = 0
         return "ok"
     if scaler.is_enabled():
-        scaler.update(
-            scale if not math.isfinite(loss) else None
-        )  # a broken loss is not the scale's fault
-        if math.isfinite(loss) and scaler.get_scale() >= 1:
+        # A broken loss is not the scale's fault, and leaves it as it is.
+        scaler.update(None if math.isfinite(loss) else scale)
+        if 1 <= scaler.get_scale() < scale:
             return "overflow"
     progress.bad_in_a_row += 1
     return "bad"

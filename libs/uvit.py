@@ -8,7 +8,7 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from libs.layers import TimeMLP, interpolate_positions, sinusoidal_embedding
+from libs import layers
 from utils import UserError
 
 
@@ -69,24 +69,18 @@ class UViT(nn.Module):
         qkv_bias=False, mlp_time_embed=False, final_conv=True, activation_checkpointing=False,
     ):  # fmt: skip
         super().__init__()
-        self.input_size = (
-            (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        )
-        if any(side <= 0 or side % patch_size for side in self.input_size):
+        sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        if any(side <= 0 or side % patch_size for side in sides):
             raise UserError(
-                f"nnet.input_size {self.input_size} is not divisible by nnet.patch_size "
-                f"{patch_size}; choose a multiple of it"
+                f"nnet.input_size {sides} is not divisible by nnet.patch_size {patch_size}; choose "
+                "a multiple of it"
             )
         if dim % heads or dim % 2:
             raise UserError(
                 f"nnet.dim is {dim}; expected an even number divisible by nnet.heads, {heads}"
             )
-        self.patch_size, self.in_channels, self.dim, self.num_classes = (
-            patch_size,
-            in_channels,
-            dim,
-            num_classes,
-        )
+        self.input_size, self.patch_size, self.in_channels = sides, patch_size, in_channels
+        self.dim, self.num_classes = dim, num_classes
         self.activation_checkpointing = activation_checkpointing
         self.extra_tokens = 2 if num_classes else 1
         self.native_grid = tuple(side // patch_size for side in self.input_size)
@@ -94,7 +88,7 @@ class UViT(nn.Module):
             torch.zeros(1, self.extra_tokens + self.native_grid[0] * self.native_grid[1], dim)
         )
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.time_embed = TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
+        self.time_embed = layers.TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
 
         def block(has_skip):
@@ -110,9 +104,7 @@ class UViT(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Linear weights and positions truncated normal 0.02, Linear biases zero, the rest torch's
-        defaults.
-        """
+        """Linear weights and positions truncated normal 0.02, Linear biases zero."""
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -121,22 +113,9 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x, t, y=None):
-        """x (B, C, H, W), t (B,) network time, y (B,) int64 labels or None (the null class) -> (B,
-        C, H, W).
-        """
-        if (
-            x.dim() != 4
-            or x.shape[1] != self.in_channels
-            or x.shape[2] % self.patch_size
-            or x.shape[3] % self.patch_size
-        ):
-            raise UserError(
-                f"the network was given an input of shape {tuple(x.shape)}; expected (batch, "
-                f"{self.in_channels}, height, width) with "
-                f"height and width divisible by the patch size {self.patch_size}"
-            )
-        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
-        tokens = self.embed(x, t, y, grid)  # (B, extra + h*w, dim)
+        """x (B, C, H, W), t (B,) network time, y (B,) int64 or None (null) -> (B, C, H, W)."""
+        grid = layers.grid_of(x, self.in_channels, self.patch_size)
+        tokens = self.embed(x, t, y, grid)                              # (B, extra + h*w, dim)
         skips = []
         for block in self.in_blocks:
             tokens = self.run(block, tokens)
@@ -145,26 +124,19 @@ class UViT(nn.Module):
         for block in self.out_blocks:
             tokens = self.run(block, tokens, skips.pop())
         patches = self.head(self.norm(tokens))[:, self.extra_tokens :]  # (B, h*w, p*p*C)
-        image = rearrange(
-            patches,
-            "b (h w) (p q c) -> b c (h p) (w q)",
-            h=grid[0],
-            w=grid[1],
-            p=self.patch_size,
-            q=self.patch_size,
-        )
+        image = layers.unpatchify(patches, grid, self.patch_size)       # (B, C, H, W)
         return image if self.final_conv is None else self.final_conv(image)
 
     def embed(self, x, t, y, grid):
         """[label, time, image] tokens with positions: (B, extra + h*w, dim)."""
         image = self.patch_embed(x).flatten(2).transpose(1, 2)
-        time = sinusoidal_embedding(t, self.dim).to(image.dtype)
+        time = layers.sinusoidal_embedding(t, self.dim).to(image.dtype)
         tokens = [time if self.time_embed is None else self.time_embed(time)]
         if self.label_embed is not None:
             y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
             tokens.insert(0, self.label_embed(y))
         tokens = torch.cat([torch.stack(tokens, dim=1).to(image.dtype), image], dim=1)
-        return tokens + interpolate_positions(
+        return tokens + layers.interpolate_positions(
             self.pos_embed, self.native_grid, grid, self.extra_tokens
         )
 
