@@ -5,6 +5,7 @@ torch is imported by nothing here, so that a wrong flag is reported in a fractio
 """
 
 import difflib
+import errno
 import importlib.util
 import operator
 import os
@@ -84,6 +85,54 @@ def load_config(path: str) -> config_dict.ConfigDict:
             "ml_collections.ConfigDict"
         )
     return config
+
+
+# ---------------------------------------------------------------------------------------------
+# Values
+
+_LARGEST = 2**63 - 1
+_WHOLE, _NOT_NEGATIVE, _SHARE = (1, _LARGEST), (0, _LARGEST), (0, 1)
+
+# What a run would stumble over only later or never, key -> (lowest, highest), of each entry of a
+# tuple. Every other value is checked where it is used.
+_RANGES = {
+    "seed": (-_LARGEST, _LARGEST), "gradient_accumulation_steps": _WHOLE,
+    "max_grad_norm": _NOT_NEGATIVE, "dataset.resolution": _WHOLE, "dataset.p_uncond": _SHARE,
+    "nnet.input_size": _WHOLE, "nnet.in_channels": _WHOLE, "nnet.patch_size": _WHOLE,
+    "nnet.dim": _WHOLE, "nnet.depth": _WHOLE, "nnet.heads": _WHOLE, "nnet.mlp_ratio": _WHOLE,
+    "nnet.num_classes": _NOT_NEGATIVE, "nnet.mamba.d_state": _WHOLE, "nnet.mamba.d_conv": _WHOLE,
+    "nnet.mamba.expand": _WHOLE, "optimizer.lr": _NOT_NEGATIVE, "optimizer.eps": _NOT_NEGATIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE, "optimizer.betas": (0, 0.999999),
+    "train.n_steps": _WHOLE, "train.ema_rate": _SHARE, "train.num_workers": _NOT_NEGATIVE,
+    "train.max_bad_steps": _WHOLE, "train.log_interval": _WHOLE, "train.eval_interval": _WHOLE,
+    "train.save_interval": _WHOLE, "train.keep_last": _WHOLE, "train.fid_samples": _NOT_NEGATIVE,
+    "sample.sample_steps": _WHOLE, "sample.n_samples": (2, _LARGEST),
+    "sample.mini_batch_size": _WHOLE, "sample.guidance_interval": _SHARE,
+}  # fmt: skip
+_LENGTHS = {"optimizer.betas": 2, "sample.guidance_interval": 2, "z_shape": 3}
+_CHOICES = {
+    "pred": ("noise_pred", "x0_pred"), "train.mode": ("uncond", "cond"),
+    "lr_scheduler.name": ("customized",),
+}  # fmt: skip
+
+
+def _check_values(config) -> None:
+    """FlagError for a value that no run can use; a placeholder without a value is none."""
+    values = {key: value for key, value in flatten(config).items() if value is not None}
+    for key, value in values.items():
+        entries = value if isinstance(value, (tuple, list)) else (value,)
+        low, high = _RANGES.get(key, (None, None))
+        if key in _CHOICES and value not in _CHOICES[key]:
+            expected = " or ".join(map(repr, _CHOICES[key]))
+        elif key in _LENGTHS and len(entries) != _LENGTHS[key]:
+            expected = f"{_LENGTHS[key]} entries"
+        elif key in _RANGES and not all(
+            isinstance(entry, (int, float)) and low <= entry <= high for entry in entries
+        ):
+            expected = f"{low} or more" if high == _LARGEST else f"{low} to {high}"
+        else:
+            continue
+        raise FlagError(f"--config.{key} is {value!r}, expected {expected}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,15 +224,23 @@ def _check_overrides(arguments, config) -> None:
 
 
 def _check_elements(overrides: dict, defaults: dict) -> None:
-    """The entries of a tuple or list must have a type that an entry of the default has."""
+    """The entries of a tuple or list must have a type that an entry of the default has; of a
+    placeholder, which has none, they are numbers.
+    """
     for key, value in overrides.items():
-        allowed = {type(item) for item in defaults[key]} if isinstance(value, tuple) else set()
-        allowed |= {int} if float in allowed else set()
+        if not isinstance(value, (tuple, list)):
+            continue
+        like = (1.0,) if defaults[key] is None else defaults[key]
+        allowed = {type(item) for item in like} | ({int} if float in map(type, like) else set())
         wrong = [item for item in value if type(item) not in allowed] if allowed else []
         if wrong:
+            expected = (
+                "numbers"
+                if defaults[key] is None
+                else f"like those of the default, {defaults[key]!r}"
+            )
             raise FlagError(
-                f"--config.{key} has the entry {wrong[0]!r}; its entries must be like "
-                f"those of the default, {defaults[key]!r}"
+                f"--config.{key} has the entry {wrong[0]!r}; its entries must be {expected}"
             )
 
 
@@ -261,6 +318,8 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
     if "config" in spec:
         overrides = config_flags.get_override_values(values["config"]) if path else {}
         _check_elements(overrides, defaults)
+        if config is not None:
+            _check_values(config)
         parsed.update(config=config, config_path=path, overrides=overrides)
     for name, (_, default, text) in spec.items():
         if default is REQUIRED and parsed[name] is None:
@@ -275,11 +334,19 @@ def _report(error: UserError) -> None:
         # during this sleep. One that is ours alone (our share of the data) is said after it.
         time.sleep(3)
     where = f" (rank {rank})" if rank > 0 else ""
+    if "tqdm" in sys.modules:  # a bar that is drawn would be the start of our line
+        for bar in list(sys.modules["tqdm"].tqdm._instances):
+            bar.close()
     print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
+# Files that cannot be written, wherever it happens.
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+
+
 def run_main(main, spec: dict) -> None:
-    """Call main(flags) with the parsed command line; a UserError becomes one line on stderr.
+    """Call main(flags) with the parsed command line; a UserError becomes one line on stderr, and so
+    does a disk that is full or cannot be written.
 
     Exit code 1 for a UserError, 2 for a FlagError; other exceptions keep their traceback.
     """
@@ -288,3 +355,9 @@ def run_main(main, spec: dict) -> None:
     except UserError as error:
         _report(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        _report(UserError(f"{error.strerror}{where}; make room or choose another directory"))
+        sys.exit(UserError.exit_code)

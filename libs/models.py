@@ -3,6 +3,7 @@
 import inspect
 
 from libs.dim import DiM
+from libs.mamba import Mamba
 from libs.official import from_official, is_official, load_checkpoint
 from libs.uvit import UViT
 from libs.weights import load_strict
@@ -23,7 +24,9 @@ def build_model(nnet):
     if name not in NETWORKS:
         raise UserError(f"nnet.name is {name!r}, expected one of {', '.join(NETWORKS)}")
     parameters = inspect.signature(NETWORKS[name]).parameters
+    of_mixer = inspect.signature(Mamba).parameters
     unknown = sorted(set(keywords) - set(parameters))
+    unknown += [f"mamba.{key}" for key in keywords.get("mamba") or () if key not in of_mixer]
     missing = sorted(
         key for key, p in parameters.items() if p.default is p.empty and keywords.get(key) is None
     )
@@ -38,4 +41,6 @@ def load_into(model, path):
     it, or an official `.pth`.
     """
     _, tensors = load_checkpoint(path)
-    load_strict(model, from_official(model, tensors) if is_official(tensors) else tensors, path)
+    if is_official(tensors):
+        tensors = from_official(model, tensors, path)
+    load_strict(model, tensors, path)

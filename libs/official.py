@@ -42,11 +42,22 @@ _DIM_OPTIONAL = {
     "is_random_patterns", "pattern_type", "multi_times", "name", "pretrained_path", "num_patches",
     "is_freeu", "freeu_param", "is_skip_tune", "skip_tune_param", "mlp_time_embed",
 }  # fmt: skip
+# Our keywords, as the networks' own complaints name them.
+_DIM_OFFICIAL_NAMES = {
+    "nnet.input_size": "sample_size", "nnet.patch_size": "patch_size", "nnet.depth": "num_layers",
+    "nnet.dim": "attention_head_dim * num_attention_heads", "nnet.freeu": "freeu_param",
+    "nnet.scan_directions": "scan_pattern_len", "nnet.pad_layout": "pad_token_schedules",
+    "nnet.drop_path": "drop_path_rate", "nnet.skip_tuning": "skip_tune_param",
+}  # fmt: skip
 
 _UVIT_READ = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "num_classes")
 _UVIT_OPTIONAL = {
     "in_chans": 3, "mlp_ratio": 4, "qkv_bias": False, "mlp_time_embed": False, "conv": True,
     "use_checkpoint": False, "name": "uvit", "skip": True, "qk_scale": None,
+}  # fmt: skip
+_UVIT_OFFICIAL_NAMES = {
+    "nnet.input_size": "img_size", "nnet.patch_size": "patch_size", "nnet.dim": "embed_dim",
+    "nnet.heads": "num_heads",
 }  # fmt: skip
 
 
@@ -76,6 +87,29 @@ def _positive(kwargs, *keys):
             raise UserError(f"official key {key} is {value!r}, expected a positive integer")
 
 
+def _booleans(kwargs, *keys):
+    for key in keys:
+        if not isinstance(kwargs.get(key, False), bool):
+            raise UserError(f"official key {key} is {kwargs[key]!r}, expected True or False")
+
+
+def _numbers(kwargs, *keys):
+    for key in keys:
+        if isinstance(kwargs[key], bool) or not isinstance(kwargs[key], (int, float)):
+            raise UserError(f"official key {key} is {kwargs[key]!r}, expected a number")
+
+
+def _build(network, keywords, official_names):
+    """network(**keywords), whose complaints name the official keys."""
+    try:
+        return network(**keywords)
+    except UserError as error:
+        said = str(error)
+        for ours, official in official_names.items():
+            said = said.replace(ours, official)
+        raise UserError(f"official configuration: {said}") from error
+
+
 def _dim_keywords(kwargs):
     """Keywords of DiM from the `nnet` section of an official configuration; UserError names what
     cannot be.
@@ -99,6 +133,8 @@ def _dim_keywords(kwargs):
         "sample_size", "patch_size", "mamba_d_state", "mamba_d_conv", "mamba_expand",
         "num_embeds_ada_norm", "scan_pattern_len",
     )  # fmt: skip
+    _booleans(kwargs, "mlp_time_embed", "is_skip_tune", "is_freeu")
+    _numbers(kwargs, "drop_path_rate")
     if kwargs["out_channels"] != kwargs["in_channels"]:
         raise UserError(
             f"official key out_channels is {kwargs['out_channels']!r}, expected in_channels, "
@@ -138,12 +174,13 @@ def _check_num_patches(kwargs):
     """
     counts = _tuple(kwargs.get("num_patches"))
     native = (kwargs["sample_size"] // kwargs["patch_size"]) ** 2
-    if counts is not None and (
-        not counts or counts[0] != native or any(math.isqrt(n) ** 2 != n for n in counts)
-    ):
+    squares = isinstance(counts, tuple) and all(
+        type(n) is int and n > 0 and math.isqrt(n) ** 2 == n for n in counts
+    )
+    if counts is not None and not (squares and counts[:1] == (native,)):
         raise UserError(
             f"official key num_patches is {counts!r}, expected square numbers beginning with "
-            f"{native}"
+            f"{native}, which sample_size and patch_size give"
         )
 
 
@@ -157,7 +194,8 @@ def _freeu(kwargs):
 
 def _factors(kwargs, key, count):
     value = _tuple(kwargs.get(key))
-    if not isinstance(value, tuple) or len(value) != count:
+    numbers = isinstance(value, tuple) and all(type(item) in (int, float) for item in value)
+    if not numbers or len(value) != count:
         raise UserError(f"official key {key} is {value!r}, expected {count} numbers")
     return value
 
@@ -174,7 +212,7 @@ def model_from_official(nnet_kwargs, state_dict=None):
         UserError: unknown, missing or impossible keys; missing, unexpected or wrong-shaped tensors;
             each named.
     """
-    model = DiM(**_dim_keywords(dict(nnet_kwargs)))
+    model = _build(DiM, _dim_keywords(dict(nnet_kwargs)), _DIM_OFFICIAL_NAMES)
     if state_dict is not None:
         load_official(model, state_dict)
     return model
@@ -194,13 +232,17 @@ def uvit_from_official(kwargs, state_dict=None):
                 f"official key {key} is {kwargs[key]!r}; this project has the network for "
                 f"{_UVIT_OPTIONAL[key]!r} only"
             )
+    _booleans(kwargs, "qkv_bias", "mlp_time_embed", "conv", "use_checkpoint")
+    _numbers(kwargs, "mlp_ratio")
+    if not kwargs["mlp_ratio"] > 0:
+        raise UserError(f"official key mlp_ratio is {kwargs['mlp_ratio']!r}, expected more than 0")
     labels = kwargs["num_classes"]  # rows of the label table, the null class included; -1 for none
-    if labels != -1 and labels < 2:
+    if type(labels) is not int or (labels != -1 and labels < 2):
         raise UserError(
             f"official key num_classes is {labels!r}, expected -1 or the classes plus one null "
             "class"
         )
-    model = UViT(
+    keywords = dict(
         input_size=kwargs["img_size"],
         in_channels=kwargs["in_chans"],
         dim=kwargs["embed_dim"],
@@ -214,6 +256,7 @@ def uvit_from_official(kwargs, state_dict=None):
         final_conv=kwargs["conv"],
         activation_checkpointing=kwargs["use_checkpoint"],
     )
+    model = _build(UViT, keywords, _UVIT_OFFICIAL_NAMES)
     if state_dict is not None:
         load_official(model, state_dict)
     return model
@@ -342,9 +385,9 @@ def is_official(state_dict):
     return "additional_embed" in state_dict or "decoder_pred.weight" in state_dict
 
 
-def from_official(model, state_dict):
-    """Official names and shapes -> ours: dict of name -> tensor. UserError names what is missing or
-    unexpected.
+def from_official(model, state_dict, source="the official state dict"):
+    """Official names and shapes -> ours: dict of name -> tensor. UserError names `source` and what
+    is missing or unexpected.
     """
     names = _names(model)
     unexpected, missing = sorted(set(state_dict) - set(names)), sorted(set(names) - set(state_dict))
@@ -355,8 +398,8 @@ def from_official(model, state_dict):
             if found
         ]
         raise UserError(
-            f"official weights do not fit the network; {'; '.join(said)}; use the configuration "
-            "that they were trained with"
+            f"the weights in {source} do not fit this network; {'; '.join(said)}; use the "
+            "configuration that they were trained with"
         )
     tensors = {}
     for official, ours in names.items():
@@ -364,8 +407,8 @@ def from_official(model, state_dict):
         expected = 3 if any(official.endswith(end) for end in _RESHAPED) else tensor.dim()
         if tensor.dim() != expected:
             raise UserError(
-                f"official tensor {official} has shape {tuple(tensor.shape)}, expected {expected} "
-                "axes"
+                f"the weights in {source} do not fit this network; {official} has shape "
+                f"{tuple(tensor.shape)}, expected {expected} axes"
             )
         tensors[ours] = _reshape(official, tensor, 0)
     return tensors
@@ -404,17 +447,17 @@ def load_checkpoint(path):
             "or an official .pth"
         )
     if path.suffix == ".safetensors":
-        config = path.with_name("config.json")
-        return (dict(read_json(config)["nnet"]) if config.is_file() else None), read_safetensors(
-            path
-        )
+        beside = path.with_name("config.json")
+        config = read_json(beside) if beside.is_file() else None
+        nnet = config.get("nnet") if isinstance(config, dict) else None
+        return nnet, read_safetensors(path)
     return None, _read_pth(path)
 
 
 def _read_pth(path):
     state = read_torch(path)
     if not isinstance(state, dict) or not all(
-        isinstance(value, torch.Tensor) for value in state.values()
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state.items()
     ):
         raise UserError(
             f"checkpoint {path} is no plain dict of tensors; export the network's state_dict() and "

@@ -40,7 +40,7 @@ def read_torch(path):
         AttributeError,
         TypeError,
     ) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         raise UserError(
             f"{path} is damaged or no torch file ({reason}); use another checkpoint"
         ) from error

@@ -1,0 +1,120 @@
+"""Frozen outputs of our own, for clones without the golden fixtures.
+
+The numbers in data/regression.npz were written by `python tests/test_regression.py` when every
+golden case passed; write them again only when a golden case proves them wrong.
+"""
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from libs.dim import DiM
+from libs.guidance import unguided
+from libs.samplers import ImageNoise, sample
+from libs.uvit import UViT
+from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
+
+DATA = Path(__file__).resolve().parent / "data" / "regression.npz"
+TOLERANCE = 3e-5  # of the largest value, as for the golden outputs
+
+SMALL = dict(input_size=8, in_channels=4, dim=32, depth=5, num_classes=10)
+NETWORKS = {
+    "lateral": (DiM, SMALL, (8, 8)),
+    "rho_pad": (DiM, dict(SMALL, pad_layout="rho_pad"), (8, 8)),
+    "other_grid": (DiM, SMALL, (12, 6)),
+    "two_skip_linears": (DiM, dict(SMALL, dim=520, depth=3), (8, 8)),
+    "options": (
+        DiM,
+        dict(
+            SMALL, depth=7, mlp_time_embed=True, skip_tuning=(0.8, 1.0, None),
+            freeu=(0.2, 0.1, 1.1, 1.2), scan_directions=2,
+        ),
+        (8, 8),
+    ),
+    "mixer": (DiM, dict(SMALL, patch_size=4, mamba=dict(d_state=5, d_conv=2, expand=3)), (8, 8)),
+    "uvit": (UViT, dict(SMALL, depth=4, heads=4), (8, 8)),
+}  # fmt: skip
+
+
+def fill(name, shape, scale=1.0):
+    """Numbers that depend on the name alone, from numpy's stable raw Philox words."""
+    words = np.random.Philox(key=zlib.crc32(name.encode())).random_raw(int(np.prod(shape)))
+    uniform = (words >> np.uint64(40)).astype(np.float64) / 2**24
+    return torch.from_numpy(((2 * uniform - 1) * scale).astype(np.float32).reshape(shape))
+
+
+@torch.no_grad()
+def with_fixed_weights(model):
+    for name, parameter in model.named_parameters():
+        fan_in = max(parameter[0].numel(), 1) if parameter.dim() > 1 else 1
+        offset = {"A_log": 1.0, "D": 1.0, "weight": float(parameter.dim() == 1)}
+        base = offset.get(name.rsplit(".", 1)[-1], 0.0)
+        parameter.copy_(base + fill(name, tuple(parameter.shape), 0.5 if base else fan_in**-0.5))
+    return model
+
+
+def network_outputs(name):
+    """Output and gradients of one network, the latter by three parameters."""
+    kind, keywords, size = NETWORKS[name]
+    model = with_fixed_weights(kind(**keywords))
+    x = fill("x", (2, 4, *size), 2.0).requires_grad_()
+    out = model(x, torch.tensor([17.5, 803.0]), torch.tensor([3, 10]))
+    (out * fill("g", tuple(out.shape))).sum().backward()
+    found = {f"{name}/out": out, f"{name}/grad_x": x.grad, f"{name}/grad_pos": model.pos_embed.grad}
+    if kind is DiM:
+        found[f"{name}/grad_A_log"] = model.blocks[1].mixer.A_log.grad
+        found[f"{name}/grad_pads"] = model.pad_tokens.grad
+    return found
+
+
+def diffusion_outputs():
+    """Losses and whole sampling runs of a small network."""
+    model = with_fixed_weights(DiM(**SMALL)).eval()
+    x0, eps, y = fill("x0", (2, 4, 8, 8)), fill("eps", (2, 4, 8, 8), 1.7), torch.tensor([1, 2])
+    found = {}
+    for process in (VPSDE(), DiscreteSchedule()):
+        t = process.time_from_uniform(torch.tensor([0.3, 0.9]))
+        name = type(process).__name__
+        for pred in ("noise_pred", "x0_pred"):
+            found[f"{name}/{pred}"] = denoising_loss(model, process, x0, y, pred=pred, t=t, eps=eps)
+        eps_fn = unguided(eps_from_model(model, process, "noise_pred"), y)
+        euler = ["euler_maruyama_sde"] if isinstance(process, VPSDE) else []
+        for algorithm in ("dpm_solver", "dpm_solver_pp_2m", *euler):
+            noise = ImageNoise(0, [0, 1], (4, 8, 8))
+            z_T = noise.initial()
+            z = sample(eps_fn, process, z_T, algorithm=algorithm, steps=6, noise=noise)
+            found[f"{name}/{algorithm}"] = z
+    return found
+
+
+def compare(found):
+    with np.load(DATA, allow_pickle=False) as stored:
+        for name, tensor in found.items():
+            expected, actual = stored[name], tensor.detach().numpy()
+            assert actual.shape == expected.shape, name
+            error = np.abs(actual - expected).max() / np.abs(expected).max()
+            assert error <= (TOLERANCE if "grad" not in name else 2e-4), f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    compare(network_outputs(name))
+
+
+def test_losses_and_samplers():
+    with torch.no_grad():
+        compare(diffusion_outputs())
+
+
+if __name__ == "__main__":
+    everything = {}
+    for name in NETWORKS:
+        everything.update(network_outputs(name))
+    with torch.no_grad():
+        everything.update(diffusion_outputs())
+    arrays = {name: tensor.detach().numpy() for name, tensor in everything.items()}
+    np.savez_compressed(DATA, **arrays)
+    print(f"wrote {DATA}, {DATA.stat().st_size / 1e3:.0f} kB")
