@@ -1,6 +1,7 @@
 # make demo: install, train on handwritten digits, draw and measure.   make test: install, then the tests.
 PYTHON ?= python3
 BIN := .venv/bin
+export OMP_WAIT_POLICY ?= PASSIVE
 RUN := workdir/digits_T_DiM/default
 NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
 

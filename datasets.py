@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
 from utils import UserError, replacing
@@ -389,7 +389,8 @@ class ImageFolder(ImageDataset):
         )
 
     def _note_unreadable(self, index, error):
-        self.unreadable[index] = str(error) or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # whose text repeats the path
+        self.unreadable[index] = "no image" if unknown else str(error) or type(error).__name__
         named = [f"{self.root / self.files[i]} ({why})" for i, why in self.unreadable.items()]
         limit = min(MAX_UNREADABLE, self.length - 1)
         if len(named) > limit:

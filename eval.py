@@ -1,9 +1,8 @@
-"""Evaluate a pixel model: images from its averaged weights, and their Frechet distance (FID) to the
-real ones.
+"""Evaluate a pixel model: images from its averaged weights, and their FID to the real ones.
 
-    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./eval.py
-    --config=configs/cifar10_S_DiM.py --nnet_path=CKPT python eval.py
-    --config=configs/digits_T_DiM.py --nnet_path=workdir/digits_T_DiM/default/ckpts/3000.ckpt
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./eval.py \\
+        --config=configs/cifar10_S_DiM.py --nnet_path=CHECKPOINT
+    python eval.py --config=configs/digits_T_DiM.py --nnet_path=CHECKPOINT
 """
 
 from pathlib import Path
@@ -19,28 +18,24 @@ from sde import VPSDE
 
 FLAGS = {
     "config": (
-        flags.config_file,
-        flags.REQUIRED,
-        "config file; --config.<key>=<value> changes one value",
+        flags.config_file, flags.REQUIRED, "config file; --config.<key>=<value> changes one value",
     ),
     "nnet_path": (
-        str,
-        flags.REQUIRED,
-        "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
+        str, flags.REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
     ),
     "output_path": (
-        str,
-        None,
-        "json file of the result; otherwise evaluation.json in the run directory",
+        str, None, "json file of the result; otherwise evaluation.json in the run directory",
     ),
     "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
-}
+}  # fmt: skip
 
 
 def main(args):
     config = args.config
     run_directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     output_path = Path(args.output_path or run_directory / "evaluation.json")
+    if output_path.is_dir():
+        raise utils.UserError(f"{output_path} is a directory: --output_path is the file to write")
     folder = Path(config.sample.path) if config.sample.path else None
     accelerator = make_accelerator()
     dataset = get_dataset(
@@ -50,6 +45,7 @@ def main(args):
         labels=config.train.mode == "cond",
         seed=config.seed,
     )
+    evaluation.require_statistics(config, dataset)
     features = metrics.make_features(
         config.sample.features, config.sample.fid_weights_path, accelerator.device
     )

@@ -1,30 +1,26 @@
 """Train a diffusion model on pixels.
 
-    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./train.py
-    --config=configs/cifar10_S_DiM.py python train.py --config=configs/digits_T_DiM.py
-    --config.train.batch_size=32
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./train.py \\
+        --config=configs/cifar10_S_DiM.py
+    python train.py --config=configs/digits_T_DiM.py --config.train.batch_size=32
 
 The same command resumes an interrupted run.
 """
-
-import torch
 
 import utils
 from datasets import get_dataset
 from libs import flags
 from libs.codec import PixelCodec
-from libs.models import build_model
+from libs.models import build_model, check_labels
 from libs.training import train
 from sde import VPSDE
 
 FLAGS = {
     "config": (
-        flags.config_file,
-        flags.REQUIRED,
-        "config file; --config.<key>=<value> changes one value",
+        flags.config_file, flags.REQUIRED, "config file; --config.<key>=<value> changes one value",
     ),
     "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
-}
+}  # fmt: skip
 
 
 def main(args):
@@ -38,8 +34,9 @@ def main(args):
         labels=config.train.mode == "cond",
         seed=config.seed,
     )
-    torch.manual_seed(config.seed)  # of the initial weights
-    model = build_model(config.nnet)
+    model = build_model(config.nnet, seed=config.seed)
+    check_labels(model, dataset)
+    utils.make_directory(directory)
     train(config, directory, model=model, process=VPSDE(), codec=PixelCodec(), dataset=dataset)
 
 

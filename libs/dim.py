@@ -15,7 +15,7 @@ from libs import layers, scan_order
 from libs.mamba import Mamba
 from utils import UserError
 
-# Width and depth of the paper's models (table 1). Parameters: S 50,568,716 at 32x32x3 with 10
+# Width and depth of the paper's models. Parameters: S 50,568,716 at 32x32x3 with 10
 # classes; L 386,063,376 and H 862,407,184 at 32x32x4 with 1,000 classes.
 PRESETS = {
     "S": dict(dim=512, depth=25),

@@ -43,6 +43,10 @@ class ImageGenerator:
             raise UserError(
                 f"sample.labels is {self.settings.labels!r}, expected 'random' or 'balanced'"
             )
+        if self.conditional and not model.num_classes:
+            raise UserError("train.mode is 'cond', but nnet.num_classes is 0: give the classes")
+        # Whatever the sampler cannot do is said here, not at the first grid of a long training.
+        self._draw(lambda x, t, y: torch.zeros_like(x), [0], self.labels_of([0]))
 
     def labels_of(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
@@ -62,8 +66,7 @@ class ImageGenerator:
             "algorithm": self.settings.algorithm,
             "steps": self.settings.sample_steps,
             "guidance_scale": scale,
-            "guidance_scale_standard": 1
-            + scale,  # where it is written uncond + w * (cond - uncond)
+            "guidance_scale_standard": 1 + scale,  # w of uncond + w * (cond - uncond)
             "guidance_interval": self.settings.guidance_interval,
             "labels": self.settings.labels if self.conditional else None,
             "seed": self.seed,
@@ -77,24 +80,30 @@ class ImageGenerator:
         `labels_of`.
         """
         labels = self.labels_of(indices) if labels is None else labels
+        predict = eps_from_model(self.model, self.process, self.pred)
+        with self.precision.autocast():
+            return self.codec.decode(self._draw(predict, indices, labels, on_step))
+
+    def _draw(self, predict, indices, labels, on_step=None):
+        """z (B, *z_shape) of `indices`, by the noise prediction predict(x, t, y)."""
         y = None if labels is None else labels.to(self.device)
         noise = samplers.ImageNoise(self.seed, indices, self.z_shape)
-        predict = eps_from_model(self.model, self.process, self.pred)
-        scale = self.recipe()["guidance_scale"]
         eps_fn = guidance.classifier_free(
-            predict, y, scale, self.model.num_classes, self.settings.guidance_interval
+            predict,
+            y,
+            self.recipe()["guidance_scale"],
+            self.model.num_classes,
+            self.settings.guidance_interval,
         )
-        with self.precision.autocast():
-            z = samplers.sample(
-                eps_fn,
-                self.process,
-                noise.initial().to(self.device),
-                algorithm=self.settings.algorithm,
-                steps=self.settings.sample_steps,
-                noise=noise,
-                on_step=on_step,
-            )
-            return self.codec.decode(z)
+        return samplers.sample(
+            eps_fn,
+            self.process,
+            noise.initial().to(self.device),
+            algorithm=self.settings.algorithm,
+            steps=self.settings.sample_steps,
+            noise=noise,
+            on_step=on_step,
+        )
 
 
 def batches_of_rank(n, mini_batch_size, accelerator):
@@ -119,18 +128,12 @@ def measure(
         (metrics.Moments over all processes, class agreement in [0, 1] or None if it is not
         defined); None if `stop()` came true.
     """
-    moments, agreeing = (
-        metrics.Moments(features.dim, accelerator.device),
-        torch.zeros((), dtype=torch.float64, device=accelerator.device),
-    )
+    moments = metrics.Moments(features.dim, accelerator.device)
+    agreeing = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     classify = getattr(features, "classify", None) if generator.conditional else None
     batches = batches_of_rank(n, generator.settings.mini_batch_size, accelerator)
-    bar = tqdm(
-        total=sum(map(len, batches)),
-        desc=title,
-        unit="img",
-        disable=not accelerator.is_main_process,
-    )
+    total, quiet = sum(map(len, batches)), not accelerator.is_main_process
+    bar = tqdm(total=total, desc=title, unit="img", disable=quiet)
     stopped = torch.zeros((), device=accelerator.device)
     with bar:
         for indices in batches:
@@ -193,55 +196,48 @@ def dataset_moments(features, dataset, accelerator, indices=None):
     return moments, right / len(indices) if hasattr(features, "classify") else None
 
 
-def real_statistics(config, features, dataset, accelerator):
-    """(mu, sigma, description) of the real images: from dataset.fid_stats, or measured if the data
-    set is small.
-
-    Raises:
-        UserError: there is no file and too many images, or the file was made by another extractor
-            or at another resolution.
-    """
-    path = config.dataset.fid_stats
-    if path:
-        statistics = metrics.load_statistics(
-            path, extractor=features.name, resolution=dataset.shape[-1], dim=features.dim
-        )
-        note = {
-            "file": path,
-            "sha256": statistics.sha256,
-            "count": statistics.count,
-            "known": statistics.known,
-        }
-        return statistics.mu, statistics.sigma, note
-    if len(dataset) > MEASURE_UP_TO:
+def require_statistics(config, dataset):
+    """UserError where FID can have no real side: no statistics file, and many images."""
+    if not config.dataset.fid_stats and len(dataset) > MEASURE_UP_TO:
         raise UserError(
             "dataset.fid_stats names no statistics file: make one with "
             "scripts/compute_fid_stats.py (see the README) and pass "
             "--config.dataset.fid_stats=FILE"
         )
-    mu, sigma = dataset_moments(features, dataset, accelerator)[0].mean_and_covariance()
-    return mu, sigma, {"file": None, "count": len(dataset), "known": True}
+
+
+def real_statistics(config, features, dataset, accelerator):
+    """(mu, sigma, description) of the real images: from dataset.fid_stats, or measured here.
+
+    Raises:
+        UserError: `require_statistics`, or the file was made by another extractor or at another
+            resolution.
+    """
+    require_statistics(config, dataset)
+    path, resolution = config.dataset.fid_stats, dataset.shape[-1]
+    if not path:
+        mu, sigma = dataset_moments(features, dataset, accelerator)[0].mean_and_covariance()
+        return mu, sigma, {"file": None, "count": len(dataset), "known": True}
+    statistics = metrics.load_statistics(
+        path, extractor=features.name, resolution=resolution, dim=features.dim
+    )
+    source = {"file": path, "sha256": statistics.sha256, "count": statistics.count}
+    return statistics.mu, statistics.sigma, {**source, "known": statistics.known}
 
 
 def halves_baseline(features, dataset, accelerator, seed):
-    """How two random halves of the real images compare: {'frechet_distance', 'class_agreement'},
-    the floor for generated ones.
+    """How two random halves of the real images compare, the floor for generated ones.
+
+    Returns:
+        {'frechet_distance': of the halves, 'class_agreement': of their mean, or None}.
     """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
     half = len(order) // 2
-    (a, right_a), (b, right_b) = (
-        dataset_moments(features, dataset, accelerator, part)
-        for part in (order[:half], order[half:])
-    )
-    agreement = (
-        None if right_a is None else (right_a * half + right_b * (len(order) - half)) / len(order)
-    )
-    return {
-        "frechet_distance": metrics.frechet_distance(
-            *a.mean_and_covariance(), *b.mean_and_covariance()
-        ),
-        "class_agreement": agreement,
-    }
+    a, right_a = dataset_moments(features, dataset, accelerator, order[:half])
+    b, right_b = dataset_moments(features, dataset, accelerator, order[half:])
+    distance = metrics.frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
+    agreement = None if right_a is None else (right_a + right_b) / 2
+    return {"frechet_distance": distance, "class_agreement": agreement}
 
 
 def evaluate(
@@ -273,27 +269,19 @@ def evaluate(
 
 def describe(result):
     """An evaluation as lines for people, the figures first."""
-    lines = [
-        f"Frechet distance {result['frechet_distance']:.4g} over {result['n']} images "
-        f"({result['features']})"
-    ]
-    if result["class_agreement"] is not None:
-        lines.append(f"class agreement {result['class_agreement']:.2%}")
+
+    def figures(values):
+        text = f"Frechet distance {values['frechet_distance']:.4g}"
+        agreement = values["class_agreement"]
+        return text if agreement is None else f"{text}, class agreement {agreement:.2%}"
+
+    lines = [f"{figures(result)} over {result['n']} images ({result['features']})"]
     if halves := result.get("real_halves"):
-        agreement = (
-            ""
-            if halves["class_agreement"] is None
-            else f", class agreement {halves['class_agreement']:.2%}"
-        )
-        lines.append(
-            "two halves of the real images: Frechet distance "
-            f"{halves['frechet_distance']:.4g}{agreement}"
-        )
+        lines.append(f"two halves of the real images: {figures(halves)}")
     lines.append(
         f"guidance {result['guidance_scale']:g} (cond + s (cond - uncond); elsewhere written w = "
-        f"{result['guidance_scale_standard']:g}), "
-        f"{result['algorithm']}, {result['steps']} steps, seed {result['seed']}, precision "
-        f"{result['precision']}"
+        f"{result['guidance_scale_standard']:g}), {result['algorithm']}, {result['steps']} steps, "
+        f"seed {result['seed']}, precision {result['precision']}"
     )
     if not result["statistics"]["known"]:
         lines.append(
@@ -303,9 +291,11 @@ def describe(result):
     return lines
 
 
-def choose_classes(classes, num_classes, *, conditional):
-    """The classes to draw: those asked for, or all; None for an unconditional model. UserError for
-    one that does not exist.
+def labels_of_classes(classes, n, num_classes, *, conditional):
+    """Labels (classes x n,) of n images of each class asked for, or of all; None if unconditional.
+
+    Raises:
+        UserError: a class that does not exist.
     """
     if not conditional:
         if classes:
@@ -316,4 +306,20 @@ def choose_classes(classes, num_classes, *, conditional):
         raise UserError(
             f"class {wrong[0]} does not exist: this model has classes 0 to {num_classes - 1}"
         )
-    return list(classes or range(num_classes))
+    return torch.tensor(classes or range(num_classes)).repeat_interleave(n)
+
+
+def draw_in_batches(generator, labels, n):
+    """Images 0..n-1 (n, C, H, W) on the CPU, with `labels` (n,) or None, and a progress bar."""
+    batches = torch.arange(n).split(generator.settings.mini_batch_size)
+    with tqdm(unit="step") as bar:
+
+        def on_step(i, steps):
+            bar.total = steps * len(batches)
+            bar.update()
+
+        images = [
+            generator(rows.tolist(), None if labels is None else labels[rows], on_step).cpu()
+            for rows in batches
+        ]
+    return torch.cat(images)

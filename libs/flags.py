@@ -358,6 +358,6 @@ def run_main(main, spec: dict) -> None:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        _report(UserError(f"{error.strerror}{where}; make room or choose another directory"))
+        where = f" {error.filename}" if error.filename else ""
+        _report(UserError(f"cannot write{where}: {error.strerror}; make room or use another disk"))
         sys.exit(UserError.exit_code)

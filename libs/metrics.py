@@ -283,7 +283,12 @@ def _read_npz(path):
             f"the statistics {path} do not exist: scripts/compute_fid_stats.py makes them"
         ) from error
     except Exception as error:  # broken zip members and array headers raise many kinds
-        raise UserError(f"{path} is not a whole .npz file of plain arrays: {error}") from error
+        # numpy takes what is neither .npz nor .npy for a pickle, and advises to load it unsafely.
+        reason = "it is another kind of file" if "allow_pickle" in str(error) else error
+        raise UserError(
+            f"{path} is not a whole .npz file of plain arrays ({reason}): make it again with "
+            "scripts/compute_fid_stats.py"
+        ) from error
 
 
 def _scalar(path, arrays, name, kind):
@@ -328,7 +333,10 @@ def load_statistics(path, *, extractor, resolution, dim=None):
     for name, expected in (("extractor", extractor), ("resolution", resolution)):
         found = getattr(statistics, name)
         if found not in (None, expected):
-            raise UserError(f"{path} was made with {name} {found}, expected {expected}")
+            raise UserError(
+                f"{path} was made with {name} {found}, expected {expected}: make statistics for "
+                "this evaluation with scripts/compute_fid_stats.py"
+            )
     if not statistics.known:
         missing = ", ".join(name for name in kinds if getattr(statistics, name) is None)
         warnings.warn(f"{path} does not record its {missing}: unknown, not checked", stacklevel=2)

@@ -1,19 +1,25 @@
 """The networks by name, as the `nnet` section of a config gives them."""
 
 import inspect
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
 
 from libs.dim import DiM
 from libs.mamba import Mamba
 from libs.official import from_official, is_official, load_checkpoint
 from libs.uvit import UViT
 from libs.weights import load_strict
-from utils import UserError
+from utils import UserError, read_json
 
 NETWORKS = {"dim": DiM, "uvit": UViT}
 
 
-def build_model(nnet):
+def build_model(nnet, seed=None):
     """The network of an `nnet` section: its name and the keywords of its constructor.
+
+    seed: of torch's global generator before the weights are drawn; None leaves it as it is.
 
     Raises:
         UserError: unknown name, unknown or missing keyword, impossible value; each named.
@@ -26,14 +32,46 @@ def build_model(nnet):
     parameters = inspect.signature(NETWORKS[name]).parameters
     of_mixer = inspect.signature(Mamba).parameters
     unknown = sorted(set(keywords) - set(parameters))
-    unknown += [f"mamba.{key}" for key in keywords.get("mamba") or () if key not in of_mixer]
+    unknown += [
+        f"mamba.{key}"
+        for key in keywords.get("mamba") or ()
+        if key not in of_mixer or key == "dim"
+    ]
     missing = sorted(
         key for key, p in parameters.items() if p.default is p.empty and keywords.get(key) is None
     )
     if unknown or missing:
         what = f"unknown keys {', '.join(unknown)}" if unknown else f"no {', '.join(missing)}"
         raise UserError(f"the nnet section has {what}; {name} takes {', '.join(parameters)}")
+    if seed is not None:
+        torch.manual_seed(seed)
     return NETWORKS[name](**{key: value for key, value in keywords.items() if value is not None})
+
+
+def check_labels(model, dataset):
+    """UserError where `dataset` has more classes than `model` has labels for."""
+    if dataset.num_classes > model.num_classes:
+        raise UserError(
+            f"the data set has {dataset.num_classes} classes, but nnet.num_classes is "
+            f"{model.num_classes}; set --config.nnet.num_classes={dataset.num_classes}"
+        )
+
+
+def config_beside(path):
+    """The ConfigDict of the run that wrote the weights at `path`: config.json in the `<step>.ckpt`
+    directory, or beside the file; UserError if there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"checkpoint {path} does not exist; give a <step>.ckpt directory or a file")
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    needs = "give --config=<config file> of the model"
+    if not beside.is_file():
+        raise UserError(f"there is no {beside}: {needs} that {path} holds")
+    config = read_json(beside)
+    if not isinstance(config, dict) or not {"nnet", "pred", "sample", "train"} <= config.keys():
+        raise UserError(f"{beside} is not the config of a run: {needs} that {path} holds")
+    return ConfigDict(config)
 
 
 def load_into(model, path):

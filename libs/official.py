@@ -279,17 +279,14 @@ _DIM_BLOCK = {
     "skip_linear.1": "skip.skip",
     "skip_linear": "skip.linear",
 }
-_DIM_BEFORE = {
-    "additional_embed": "pos_embed",
-    "pos_embed.proj": "patch_embed",
-    "time_embed": "time_embed",
-}
+_DIM_BEFORE = {"additional_embed": "pos_embed", "pos_embed.proj": "patch_embed"}
 _DIM_AFTER = {
     "norm_out.norm.weight": "norm_out.weight",
     "adaln_single.emb.timestep_embedder.linear_1": "modulation.time_mlp.0",
     "adaln_single.emb.timestep_embedder.linear_2": "modulation.time_mlp.2",
     "adaln_single.emb.class_embedder.embedding_table": "modulation.label_embed",
     "adaln_single.linear": "modulation.linear",
+    "time_embed": "time_embed",
     "label_emb": "label_embed",
     "a4m_adapter.pad_token_dec_split": "split_tokens",
     "a4m_adapter.pad_token": "pad_tokens",

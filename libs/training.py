@@ -271,13 +271,9 @@ class Outputs:
     """What a run writes besides its log: checkpoints, grids of samples, FID at intervals."""
 
     def __init__(self, config, directory, accelerator, generator, dataset, state):
-        self.config, self.directory, self.accelerator, self.generator = (
-            config,
-            Path(directory),
-            accelerator,
-            generator,
-        )
-        self.dataset, self.state, self.features = dataset, state, None
+        self.config, self.directory, self.accelerator = config, directory, accelerator
+        self.generator, self.dataset, self.state = generator, dataset, state
+        self.features, self.fid_samples = None, config.train.fid_samples
 
     def save(self, step):
         """A checkpoint of `step`, written by the main process."""
@@ -303,47 +299,32 @@ class Outputs:
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
 
     def at_intervals(self, step, last, metrics_log, stop):
-        """The grid every eval_interval steps, FID every save_interval (where train.fid_samples is
-        not 0), and both at the end.
-        """
+        """A grid every eval_interval steps, FID every save_interval, and both at the end."""
         if last or step % self.config.train.eval_interval == 0:
             self.grid(step, stop)
-        if self.config.train.fid_samples and (last or step % self.config.train.save_interval == 0):
+        if self.fid_samples and (last or step % self.config.train.save_interval == 0):
             result = self.fid(stop)
             if result and self.accelerator.is_main_process:
-                metrics_log.write(
-                    step,
-                    {
-                        key: result[key]
-                        for key in ("frechet_distance", "class_agreement")
-                        if result[key] is not None
-                    },
-                )
+                figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
+                metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
                 log.info("step %d: %s", step, "; ".join(evaluation.describe(result)))
 
     def fid(self, stop):
-        """The evaluation of train.fid_samples images, or None with a note in the log where it
-        cannot be made.
-        """
+        """The evaluation of train.fid_samples images; None, with a note, where it cannot be."""
+        settings = self.config.sample
         try:
+            evaluation.require_statistics(self.config, self.dataset)
             if self.features is None:
-                settings = self.config.sample
                 self.features = metrics.make_features(
                     settings.features, settings.fid_weights_path, self.accelerator.device
                 )
-            n = self.config.train.fid_samples
             return evaluation.evaluate(
-                self.generator,
-                self.features,
-                self.dataset,
-                self.config,
-                self.accelerator,
-                n=n,
-                stop=stop,
-            )
+                self.generator, self.features, self.dataset, self.config, self.accelerator,
+                n=self.fid_samples, stop=stop,
+            )  # fmt: skip
         except UserError as error:
             log.info("no FID in this run: %s", error)
-            self.config.train.fid_samples = 0
+            self.fid_samples = 0
             return None
 
 

@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 from utils import UserError
 
+USE_ANOTHER = "use another checkpoint"
+
 
 def read_safetensors(path):
     """name -> CPU tensor of a .safetensors file; UserError if it is damaged or none."""
@@ -15,7 +17,7 @@ def read_safetensors(path):
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
-            f"{path} is damaged or no safetensors file ({error}); use another checkpoint"
+            f"{path} is damaged or no safetensors file ({error}); {USE_ANOTHER}"
         ) from error
 
 
@@ -26,6 +28,9 @@ def read_torch(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        with open(path, "rb") as file:
+            if file.read(1) not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
+                raise UserError(f"{path} is damaged or no torch file; {USE_ANOTHER}") from error
         raise UserError(
             f"{path} contains pickled code or objects, which are never executed; only plain "
             "tensors and values are read, so use a "
@@ -41,9 +46,7 @@ def read_torch(path):
         TypeError,
     ) as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-        raise UserError(
-            f"{path} is damaged or no torch file ({reason}); use another checkpoint"
-        ) from error
+        raise UserError(f"{path} is damaged or no torch file ({reason}); {USE_ANOTHER}") from error
 
 
 def listed(names):

@@ -3,6 +3,7 @@
 
 import functools
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,29 +20,34 @@ class Backend(NamedTuple):
     a backend after it runs only when asked for.
     """
 
-    can_run: Callable  # (torch.device, torch.dtype) -> None, or why not and what mends it
+    device_type: str | None  # the tensors it takes: 'cpu', 'cuda' or, None, any
+    # (torch.device, torch.dtype, states or taps or None) -> None, or why not and what mends it
+    can_run: Callable
     run: Callable  # the operator without its `backend` argument
-    describe: Callable  # () -> what it runs on, for people
+    describe: Callable  # torch.device -> what it runs on, for people
 
 
-def choose(operator, table, requested, device, dtype):
+def choose(operator, table, requested, device, dtype, size=None):
     """Name of the backend for tensors of this device and dtype, and where the choice came from.
 
     requested: a name, or None for the environment variable DIM_BACKEND and, without it, the first
-    in the table that can run. Raises utils.UserError if a requested backend is unknown or cannot
-    run: never a silent fallback.
+    in the table that can run. size: the operator's states or taps, which not every backend takes in
+    any number. Raises utils.UserError if a requested backend is unknown or cannot run: never a
+    silent fallback. An automatic choice of the reference is warned of, once.
     """
     source = "asked for by the caller" if requested else "asked for by DIM_BACKEND"
     requested = requested or os.environ.get("DIM_BACKEND")
     if not requested:
-        able = (name for name, backend in table.items() if backend.can_run(device, dtype) is None)
-        return next(able), "chosen automatically"
+        name, reasons = _first_able(table, device, dtype, size)
+        if name == "reference" and reasons and dtype != torch.float64:
+            _warn_once(f"{operator} runs as plain PyTorch, slowly, on {device.type}: {reasons}")
+        return name, "chosen automatically"
     if requested not in table:
         raise UserError(
             f"{operator}: there is no backend {requested!r} ({source}); "
             f"choose one of {', '.join(table)}"
         )
-    reason = table[requested].can_run(device, dtype)
+    reason = _reason(table[requested], device, dtype, size)
     if reason:
         raise UserError(f"{operator}: backend {requested!r} ({source}) cannot run: {reason}")
     return requested, source
@@ -50,11 +56,37 @@ def choose(operator, table, requested, device, dtype):
 def describe(operator, table, device, dtype=torch.float32):
     """One line: the backend that would run here, why, and why those before it would not."""
     name, source = choose(operator, table, None, device, dtype)
-    line = f"{operator}: {name} ({table[name].describe()}), {source}"
-    if source == "chosen automatically":
-        for other in list(table)[: list(table).index(name)]:
-            line += f"; {other}: {table[other].can_run(device, dtype)}"
-    return line
+    line = f"{operator}: {name} ({table[name].describe(device)}), {source}"
+    reasons = _first_able(table, device, dtype, None)[1]
+    return f"{line}; {reasons}" if reasons and source == "chosen automatically" else line
+
+
+def _reason(backend, device, dtype, size):
+    """Why the backend cannot run, or None."""
+    kind = backend.device_type
+    if kind not in (None, device.type):
+        return f"it takes {kind.upper()} tensors, not {device.type}; move them or use another"
+    return backend.can_run(device, dtype, size)
+
+
+def _first_able(table, device, dtype, size):
+    """The first backend that can run, and why those before it, made for this device, cannot."""
+    reasons = []
+    for name, backend in table.items():
+        reason = _reason(backend, device, dtype, size)
+        if reason is None:
+            return name, "; ".join(reasons)
+        if backend.device_type == device.type:
+            reasons.append(f"{name}: {reason}")
+    raise AssertionError("the reference always can run")
+
+
+@functools.cache
+def _warn_once(message):
+    logging.getLogger("dim").warning(message)
+
+
+# ---------------------------------------- the backends
 
 
 @functools.cache
@@ -68,30 +100,76 @@ def _numba_error():
     return None
 
 
-def _cpu_can_run(device, dtype):
-    if device.type != "cpu":
-        return f"it takes CPU tensors, not {device.type}; move them or use another backend"
-    if dtype == torch.float64:
-        return "it computes in float32; use backend='reference' for float64"
+def _cpu_can_run(device, dtype, size):
     if _numba_error():
         return f"numba cannot be imported ({_numba_error()}); run: pip install -U numba"
-    return None
+    return _unfit(dtype, size, (1, float("inf"), "of anything"))
 
 
-def _describe_cpu():
+def _describe_cpu(device):
     import numba
 
     return f"numba {numba.__version__}, {torch.get_num_threads()} threads"
 
 
-def cpu_backend(module, function):
-    """The numba backend; its module, and with it numba, is imported at the first call."""
+def _late(module, function):
+    """The function of a module that is imported at the first call, with all that it needs."""
 
     def run(*args, **kwargs):
         return getattr(importlib.import_module(module), function)(*args, **kwargs)
 
-    return Backend(_cpu_can_run, run, _describe_cpu)
+    return run
+
+
+def cpu_backend(module, function):
+    """The numba backend."""
+    return Backend("cpu", _cpu_can_run, _late(module, function), _describe_cpu)
+
+
+def _unfit(dtype, size, sizes):
+    """Why kernels that compute in float32 and take so many states or taps cannot, or None."""
+    if dtype == torch.float64:
+        return "it computes in float32; use backend='reference' for float64"
+    smallest, largest, unit = sizes
+    if size is not None and not smallest <= size <= largest:
+        return f"it takes {smallest} to {largest} {unit}, not {size}; use backend='reference'"
+    return None
+
+
+def _describe_cuda(device):
+    return importlib.import_module("libs.ops.cuda").describe(device)
+
+
+def cuda_backend(module, function, sizes):
+    """Our kernels, compiled at first use. sizes: (smallest, largest, what is counted)."""
+
+    def can_run(device, dtype, size):
+        unavailable = importlib.import_module("libs.ops.cuda").unavailable
+        return _unfit(dtype, size, sizes) or unavailable(device)
+
+    return Backend("cuda", can_run, _late(module, function), _describe_cuda)
 
 
 def reference_backend(run):
-    return Backend(lambda device, dtype: None, run, lambda: f"PyTorch {torch.__version__}")
+    return Backend(
+        None, lambda device, dtype, size: None, run, lambda device: f"PyTorch {torch.__version__}"
+    )
+
+
+def peer_backend(package, function, sizes):
+    """Another project's kernels where they are installed, for comparison; `sizes` as above."""
+
+    def can_run(device, dtype, size):
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # one built for another torch raises more than ImportError
+            return (
+                f"{package} cannot be imported ({type(error).__name__}); it has to be compiled: "
+                f"pip install {package.replace('_', '-')} --no-build-isolation"
+            )
+        return _unfit(dtype, size, sizes)
+
+    def version(device):
+        return f"{package} {getattr(importlib.import_module(package), '__version__', '?')}"
+
+    return Backend("cuda", can_run, _late("libs.ops.peers", function), version)

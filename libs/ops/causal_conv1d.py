@@ -1,13 +1,23 @@
 """The causal depthwise convolution operator: checks its arguments, chooses a backend."""
 
-from libs.ops.backends import choose, cpu_backend, reference_backend
+import torch
+
+from libs.ops.backends import choose, cpu_backend, cuda_backend, peer_backend, reference_backend
 from libs.ops.checks import Arguments
 from libs.ops.reference import causal_conv1d_ref
 
 BACKENDS = {
+    "cuda": cuda_backend("libs.ops.cuda_conv", "causal_conv1d_cuda", (2, 8, "taps")),
     "cpu": cpu_backend("libs.ops.cpu_conv", "causal_conv1d_cpu"),
     "reference": reference_backend(causal_conv1d_ref),
+    "mamba_ssm": peer_backend("causal_conv1d", "causal_conv1d_peer", (2, 4, "taps")),
 }
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend, device, dtype, taps):
+    """`choose` for this operator; torch.compile asks once, while it traces."""
+    return choose("causal_conv1d", BACKENDS, backend, device, dtype, taps)[0]
 
 
 def _check(x, weight, bias, activation, order):
@@ -27,12 +37,13 @@ def causal_conv1d(x, weight, bias=None, activation=None, order=None, backend=Non
     permutation, or None; step l reads rows order[l - W + 1 .. l] and writes row order[l]. Any
     strides. Any mixture of float32, bfloat16 and float16 (float64 x: reference only); sums are
     float32; each gradient comes in its input's dtype. backend: None (the environment variable
-    DIM_BACKEND, else the fastest that can run), 'cpu' or 'reference'.
+    DIM_BACKEND, else the fastest that can run), 'cuda', 'cpu', 'reference' or, never chosen
+    automatically, 'mamba_ssm' (which then means the package causal_conv1d).
 
     Returns (B, L, D) in x's dtype.
     Raises TypeError (dtype), ValueError (shape, device, activation), utils.UserError (a requested
     backend that cannot run).
     """
     _check(x, weight, bias, activation, order)
-    name, _ = choose("causal_conv1d", BACKENDS, backend, x.device, x.dtype)
+    name = _choose(backend, x.device, x.dtype, int(weight.shape[1]))
     return BACKENDS[name].run(x, weight, bias, activation, order)

@@ -12,13 +12,13 @@ def _compute_dtype(x):
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _visit(x, order):
+def visit(x, order):
     """Rows of x (B, L, ...) in the order in which they are visited."""
     return x if order is None else x.index_select(1, order)
 
 
-def _put_back(y, order):
-    """Undo `_visit`: step l goes to row order[l]."""
+def put_back(y, order):
+    """Undo `visit`: step l goes to row order[l]."""
     return y if order is None else y.index_select(1, torch.argsort(order))
 
 
@@ -39,7 +39,7 @@ def selective_scan_ref(
     N) in the computing dtype.
     """
     dtype = _compute_dtype(u)
-    u_BLD, delta_BLD, B_BLN, C_BLN = (_visit(x.to(dtype), order) for x in (u, delta, B, C))
+    u_BLD, delta_BLD, B_BLN, C_BLN = (visit(x.to(dtype), order) for x in (u, delta, B, C))
     A = A.to(dtype)
     if delta_bias is not None:
         delta_BLD = delta_BLD + delta_bias.to(dtype)
@@ -58,7 +58,7 @@ def selective_scan_ref(
 
     if D is not None:
         y = y + D.to(dtype) * u_BLD
-    y = _put_back(y, order)
+    y = put_back(y, order)
     if z is not None:
         y = y * F.silu(z.to(dtype))
     y = y.to(u.dtype)
@@ -77,10 +77,10 @@ def causal_conv1d_ref(x, weight, bias=None, activation=None, order=None):
     """
     dtype = _compute_dtype(x)
     length, width = x.shape[1], weight.shape[1]
-    padded = F.pad(_visit(x.to(dtype), order), (0, 0, width - 1, 0))         # (B, W - 1 + L, D)
+    padded = F.pad(visit(x.to(dtype), order), (0, 0, width - 1, 0))         # (B, W - 1 + L, D)
     y = sum(weight[:, w].to(dtype) * padded[:, w : w + length] for w in range(width))
     if bias is not None:
         y = y + bias.to(dtype)
     if activation == "silu":
         y = F.silu(y)
-    return _put_back(y, order).to(x.dtype)
+    return put_back(y, order).to(x.dtype)

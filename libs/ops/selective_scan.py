@@ -1,13 +1,23 @@
 """The selective scan operator: checks its arguments, chooses a backend."""
 
-from libs.ops.backends import choose, cpu_backend, reference_backend
+import torch
+
+from libs.ops.backends import choose, cpu_backend, cuda_backend, peer_backend, reference_backend
 from libs.ops.checks import Arguments
 from libs.ops.reference import selective_scan_ref
 
 BACKENDS = {
+    "cuda": cuda_backend("libs.ops.cuda_scan", "selective_scan_cuda", (1, 64, "states")),
     "cpu": cpu_backend("libs.ops.cpu_scan", "selective_scan_cpu"),
     "reference": reference_backend(selective_scan_ref),
+    "mamba_ssm": peer_backend("mamba_ssm", "selective_scan_peer", (1, 256, "states")),
 }
+
+
+@torch.compiler.assume_constant_result
+def _choose(backend, device, dtype, states):
+    """`choose` for this operator; torch.compile asks once, while it traces."""
+    return choose("selective_scan", BACKENDS, backend, device, dtype, states)[0]
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, order):
@@ -34,14 +44,15 @@ def selective_scan(
     int32 permutation, or None; step l reads and writes row order[l], so inputs and output stay in
     row order. Any strides. Any mixture of float32, bfloat16 and float16 (float64 u: reference
     only). State and sums are float32; each gradient comes in its input's dtype. backend: None (the
-    environment variable DIM_BACKEND, else the fastest that can run), 'cpu' or 'reference'.
+    environment variable DIM_BACKEND, else the fastest that can run), 'cuda', 'cpu', 'reference' or,
+    never chosen automatically, 'mamba_ssm'.
 
     Returns y (B, L, D) in u's dtype; with return_last_state also the last state (B, D, N), float32.
     Raises TypeError (dtype), ValueError (shape, device), utils.UserError (a requested backend that
     cannot run).
     """
     _check(u, delta, A, B, C, D, z, delta_bias, order)
-    name, _ = choose("selective_scan", BACKENDS, backend, u.device, u.dtype)
+    name = _choose(backend, u.device, u.dtype, int(A.shape[1]))
     return BACKENDS[name].run(
         u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, return_last_state
     )

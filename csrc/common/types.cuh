@@ -1,0 +1,41 @@
+// Element types, rows of strided tensors, conversions. No torch, no host headers: NVRTC compiles this.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+typedef long long Int64;
+
+// A (B, L, X) tensor with X contiguous, strides in elements; `Rows` of libs/ops/launch_plan.py.
+struct Rows {
+  void* data;
+  Int64 batch_stride;
+  Int64 row_stride;
+};
+static_assert(sizeof(Rows) == 24, "mirrored by libs/ops/launch_plan.py");
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T> __device__ __forceinline__ T from_float(float x);
+template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
+template <> __device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+
+// One column of one batch entry: at(row) is its element in that row. A row stride has 31 bits (the
+// operator checks), so that an offset is one 32 x 32 -> 64 bit multiply-add.
+template <class T> struct Column {
+  T* first;
+  int row_stride;
+
+  __device__ __forceinline__ Column(const Rows& rows, Int64 batch, Int64 column)
+      : first(static_cast<T*>(rows.data) + batch * rows.batch_stride + column),
+        row_stride(static_cast<int>(rows.row_stride)) {}
+  __device__ __forceinline__ T* at(int row) const {
+    return first + static_cast<Int64>(row) * row_stride;
+  }
+};

@@ -1,0 +1,323 @@
+// Selective scan, the walk in one direction: outputs, end states of segments, states kept for the
+// backward, or the backward's carry across segments. Definition: selective_scan_ref.
+//
+// A block owns kChannels neighbouring channels of one batch entry and one segment of the steps. Its
+// kGroups groups of threads share the kStates states of each channel; a thread keeps its states and
+// its row of A in registers and walks the steps in tiles of kTile. Per tile, B and C are staged in
+// shared memory as float32; with several groups, so are the step sizes and inputs, which each group
+// computes for every kGroups-th step, and the partial outputs.
+//
+// -D: kInput (element type), kStates (padded; kGroups * multiple of 4), kGroups, kChannels, kTile,
+// kPass (0 .. 3, below).
+#include "common/math.cuh"
+#include "selective_scan/params.cuh"
+
+constexpr bool kOutputs = kPass == 0;      // y, and the last state
+constexpr bool kEndState = kPass == 1;     // a segment's end state from 0, and its sum of steps
+constexpr bool kCheckpoints = kPass == 2;  // the state before every tile
+constexpr bool kCarry = kPass == 3;        // the backward's: dh = decay (dh + C dy), last to first
+
+constexpr bool kGated = kOutputs || kCarry;  // reads z
+constexpr int kThreads = kChannels * kGroups;
+constexpr int kStatesPerThread = kStates / kGroups;
+constexpr int kOwnSteps = kTile / kGroups;  // steps of a tile whose scalars this thread computes
+constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
+static_assert(kStatesPerThread % 4 == 0 && kTile % kGroups == 0 && kTile <= kThreads, "");
+
+struct Shared {
+  float B[2][kTile][kStates];
+  float C[2][kTile][kStates];
+  int rows[4][kTile];  // four tiles: the one in work, the next, and one for the slowest thread
+  // Only with several groups:
+  float delta[2][kGroups > 1 ? kTile : 1][kChannels];
+  float x[2][kGroups > 1 ? kTile : 1][kChannels];
+  float y[2][kGroups > 1 ? kGroups : 1][kGroups > 1 ? kTile : 1][kChannels];
+};
+
+// Which part of the problem this thread has.
+struct Place {
+  Int64 batch, segment, channel;
+  int column, group;  // in the block
+  int first, count;   // steps of the segment
+  bool valid;         // channel exists
+
+  __device__ __forceinline__ Place(const ScanParams& p) {
+    const int blocks = static_cast<int>((p.channels + kChannels - 1) / kChannels);
+    batch = blockIdx.x / blocks;
+    column = threadIdx.x % kChannels;
+    group = threadIdx.x / kChannels;
+    channel = static_cast<Int64>(blockIdx.x % blocks) * kChannels + column;
+    valid = channel < p.channels;
+    if (!valid) channel = p.channels - 1;
+    segment = blockIdx.y + (kCarry ? 1 : 0);
+    first = static_cast<int>(segment * p.segment_length);
+    count = static_cast<int>(min(p.segment_length, p.length - first));
+  }
+  // The row of a step counted along this walk; steps past the end repeat the last.
+  __device__ __forceinline__ int row(const ScanParams& p, int step) const {
+    const int inside = min(step, count - 1);
+    const int l = kCarry ? first + count - 1 - inside : first + inside;
+    return p.order ? static_cast<int>(p.order[l]) : l;
+  }
+};
+
+// B and C of a tile on their way from global to shared memory.
+struct Staging {
+  kInput B[kStaged], C[kStaged];
+
+  __device__ __forceinline__ void load(const ScanParams& p, const Place& at, const int* rows) {
+#pragma unroll
+    for (int k = 0; k < kStaged; ++k) {
+      const int i = threadIdx.x + k * kThreads, n = i % kStates;
+      B[k] = C[k] = from_float<kInput>(0.0f);
+      if (i >= kTile * kStates || n >= p.states) continue;
+      const int row = rows[i / kStates];
+      if (!kCarry) B[k] = *Column<const kInput>(p.B, at.batch, n).at(row);
+      if (kGated) C[k] = *Column<const kInput>(p.C, at.batch, n).at(row);
+    }
+  }
+  __device__ __forceinline__ void store(Shared& shared, int buffer) const {
+#pragma unroll
+    for (int k = 0; k < kStaged; ++k) {
+      const int i = threadIdx.x + k * kThreads;
+      if (i >= kTile * kStates) continue;
+      if (!kCarry) shared.B[buffer][0][i] = to_float(B[k]);
+      if (kGated) shared.C[buffer][0][i] = to_float(C[k]);
+    }
+  }
+};
+
+// This thread's own steps of a tile, as loaded. u is dy's source, g_y, in the backward's walk.
+struct Inputs {
+  kInput u[kOwnSteps], delta[kOwnSteps], z[kOwnSteps];
+};
+
+struct Columns {
+  Column<const kInput> u, delta, z;
+  bool has_u, has_z;
+
+  __device__ __forceinline__ Columns(const ScanParams& p, const Place& at)
+      : u(kCarry ? p.g_y : p.u, at.batch, at.channel),
+        delta(p.delta, at.batch, at.channel),
+        z(p.z, at.batch, at.channel),
+        has_u(!kCarry || p.g_y.data),
+        has_z(kGated && p.z.data) {}
+
+  __device__ __forceinline__ void load(Inputs& to, const int* rows, int group) const {
+#pragma unroll
+    for (int k = 0; k < kOwnSteps; ++k) {
+      const int row = rows[group + k * kGroups];
+      to.u[k] = has_u ? *u.at(row) : from_float<kInput>(0.0f);
+      to.delta[k] = *delta.at(row);
+      if (has_z) to.z[k] = *z.at(row);
+    }
+  }
+};
+
+__device__ __forceinline__ float gate(const Inputs& in, bool has_z, int k) {
+  return has_z ? silu(to_float(in.z[k])) : 1.0f;
+}
+
+// Step size and input of own step k; steps past the end change no state.
+__device__ __forceinline__ void scalars(const Inputs& in, bool has_z, int k, float bias,
+                                        bool use_softplus, bool inside, float& delta, float& x) {
+  const float raw = to_float(in.delta[k]) + bias;
+  delta = inside ? (use_softplus ? softplus(raw) : raw) : 0.0f;
+  const float u = to_float(in.u[k]);
+  x = kCarry ? (inside ? u * gate(in, has_z, k) : 0.0f) : delta * u;
+}
+
+// The states of one thread.
+struct States {
+  float A[kStatesPerThread];  // times log2 e, 0 in the padding
+  float h[kStatesPerThread];
+
+  __device__ __forceinline__ States(const ScanParams& p, const Place& at) {
+#pragma unroll
+    for (int n = 0; n < kStatesPerThread; ++n) {
+      const int state = at.group * kStatesPerThread + n;
+      A[n] = state < p.states ? p.A[at.channel * p.states + state] * kLog2e : 0.0f;
+      h[n] = 0.0f;
+    }
+  }
+  // The state at the start of this segment, from the segments before it.
+  __device__ __forceinline__ void start(const ScanParams& p, const Place& at) {
+    for (Int64 s = 0; s < at.segment; ++s) {
+      const Int64 row = s * p.batch + at.batch;
+      const float delta = p.segment_delta[row * p.channels + at.channel];
+#pragma unroll
+      for (int n = 0; n < kStatesPerThread; ++n) {
+        const Int64 state = row * kStates + at.group * kStatesPerThread + n;
+        h[n] = fmaf(ex2(delta * A[n]), h[n], p.segment_state[state * p.channels + at.channel]);
+      }
+    }
+  }
+  // The gradient of the last state, where the backward's walk begins.
+  __device__ __forceinline__ void start_carry(const ScanParams& p, const Place& at) {
+    if (at.segment != p.segments - 1 || !p.g_last_state) return;
+#pragma unroll
+    for (int n = 0; n < kStatesPerThread; ++n) {
+      const int state = at.group * kStatesPerThread + n;
+      if (state < p.states)
+        h[n] = p.g_last_state[(at.batch * p.channels + at.channel) * p.states + state];
+    }
+  }
+  // One step; returns this thread's part of C h.
+  __device__ __forceinline__ float step(float delta, float x, const float* B, const float* C) {
+    float y = 0.0f;
+#pragma unroll
+    for (int q = 0; q < kStatesPerThread; q += 4) {
+      float4 b, c;
+      if (!kCarry) b = *reinterpret_cast<const float4*>(B + q);
+      if (kGated) c = *reinterpret_cast<const float4*>(C + q);
+      const float b4[4] = {b.x, b.y, b.z, b.w}, c4[4] = {c.x, c.y, c.z, c.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float decay = ex2(delta * A[q + j]);
+        if (kCarry) {
+          h[q + j] = decay * fmaf(x, c4[j], h[q + j]);
+        } else {
+          h[q + j] = fmaf(decay, h[q + j], x * b4[j]);
+          if (kOutputs) y = fmaf(h[q + j], c4[j], y);
+        }
+      }
+    }
+    return y;
+  }
+  __device__ __forceinline__ void store(float* to, Int64 stride) const {
+#pragma unroll
+    for (int n = 0; n < kStatesPerThread; ++n) to[n * stride] = h[n];
+  }
+};
+
+__device__ __forceinline__ void store_checkpoint(const ScanParams& p, const Place& at,
+                                                 const States& states, int tile) {
+  if (!at.valid) return;
+  const Int64 tiles = (p.length + kTile - 1) / kTile;
+  const Int64 slot = (at.batch * tiles + at.first / kTile + tile) * (kStates / 4);
+  float4* to = reinterpret_cast<float4*>(p.checkpoints);
+#pragma unroll
+  for (int q = 0; q < kStatesPerThread / 4; ++q) {
+    const Int64 quad = slot + at.group * (kStatesPerThread / 4) + q;
+    to[quad * p.channels + at.channel] = make_float4(states.h[4 * q], states.h[4 * q + 1],
+                                                     states.h[4 * q + 2], states.h[4 * q + 3]);
+  }
+}
+
+__device__ __forceinline__ void store_end(const ScanParams& p, const Place& at,
+                                          const States& states, float delta_sum) {
+  if (!at.valid || kCheckpoints) return;
+  if (kOutputs) {
+    if (!p.last_state || at.segment != p.segments - 1) return;
+#pragma unroll
+    for (int n = 0; n < kStatesPerThread; ++n) {
+      const int state = at.group * kStatesPerThread + n;
+      if (state < p.states)
+        p.last_state[(at.batch * p.channels + at.channel) * p.states + state] = states.h[n];
+    }
+    return;
+  }
+  const Int64 row = (at.segment - (kCarry ? 1 : 0)) * p.batch + at.batch;
+  float* state = kCarry ? p.carry_state : p.segment_state;
+  float* delta = kCarry ? p.carry_delta : p.segment_delta;
+  states.store(state + (row * kStates + at.group * kStatesPerThread) * p.channels + at.channel,
+               p.channels);
+  if (at.group == 0) delta[row * p.channels + at.channel] = delta_sum;
+}
+
+// y of own step k of a tile, its states' part being given.
+__device__ __forceinline__ void store_output(const Column<kInput>& y, const int* rows,
+                                             const Inputs& in, bool has_z, float skip, int group,
+                                             int k, float sum) {
+  const float value = fmaf(skip, to_float(in.u[k]), sum) * gate(in, has_z, k);
+  *y.at(rows[group + k * kGroups]) = from_float<kInput>(value);
+}
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    scan_forward(const __grid_constant__ ScanParams p) {
+  __shared__ Shared shared;
+  const Place at(p);
+  const Columns columns(p, at);
+  const Column<kInput> y(p.y, at.batch, at.channel);
+  const float skip = kOutputs && p.D ? p.D[at.channel] : 0.0f;
+  const float bias = p.delta_bias ? p.delta_bias[at.channel] : 0.0f;
+  const bool use_softplus = p.delta_softplus;
+  States states(p, at);
+  if (kOutputs || kCheckpoints) states.start(p, at);
+  if (kCarry) states.start_carry(p, at);
+
+  const int tiles = (at.count + kTile - 1) / kTile;
+  const int thread = threadIdx.x;
+  if (thread < kTile) shared.rows[0][thread] = at.row(p, thread);
+  int next_row = at.row(p, kTile + thread % kTile);
+  __syncthreads();
+  Staging staging;
+  staging.load(p, at, shared.rows[0]);
+  Inputs next, now, before;
+  if (kGroups > 1) columns.load(next, shared.rows[0], at.group);
+
+  // Several groups add up their parts of y; a tile's sum is taken after the next barrier.
+  auto store_sums = [&](int tile, const Inputs& in) {
+#pragma unroll
+    for (int k = 0; k < kOwnSteps; ++k) {
+      const int t = at.group + k * kGroups;
+      if (!at.valid || tile * kTile + t >= at.count) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g)
+        sum += shared.y[tile & 1][kGroups > 1 ? g : 0][kGroups > 1 ? t : 0][at.column];
+      store_output(y, shared.rows[tile & 3], in, columns.has_z, skip, at.group, k, sum);
+    }
+  };
+
+  float delta_sum = 0.0f;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int buffer = tile & 1, left = at.count - tile * kTile;
+    if (kCheckpoints) store_checkpoint(p, at, states, tile);
+    if (kGroups == 1) columns.load(now, shared.rows[tile & 3], 0);
+    if (kGroups > 1) {
+      now = next;
+#pragma unroll
+      for (int k = 0; k < kOwnSteps; ++k) {
+        const int t = at.group + k * kGroups;
+        scalars(now, columns.has_z, k, bias, use_softplus, t < left,
+                shared.delta[buffer][kGroups > 1 ? t : 0][at.column],
+                shared.x[buffer][kGroups > 1 ? t : 0][at.column]);
+      }
+    }
+    staging.store(shared, buffer);
+    if (thread < kTile) shared.rows[(tile + 1) & 3][thread] = next_row;
+    __syncthreads();
+    if (kGroups > 1 && kOutputs && tile > 0) store_sums(tile - 1, before);
+    next_row = at.row(p, (tile + 2) * kTile + thread % kTile);
+    if (tile + 1 < tiles) {
+      staging.load(p, at, shared.rows[(tile + 1) & 3]);
+      if (kGroups > 1) columns.load(next, shared.rows[(tile + 1) & 3], at.group);
+    }
+#pragma unroll
+    for (int t = 0; t < kTile; ++t) {
+      float delta, x;
+      if (kGroups == 1) {
+        scalars(now, columns.has_z, t % kOwnSteps, bias, use_softplus, t < left, delta, x);
+      } else {
+        delta = shared.delta[buffer][t * (kGroups > 1)][at.column];
+        x = shared.x[buffer][t * (kGroups > 1)][at.column];
+      }
+      const int offset = at.group * kStatesPerThread;
+      const float sum = states.step(delta, x, shared.B[buffer][t] + offset,
+                                    shared.C[buffer][t] + offset);
+      if (kEndState || kCarry) delta_sum += delta;
+      if (!kOutputs) continue;
+      if (kGroups > 1)
+        shared.y[buffer][at.group % kGroups][t * (kGroups > 1)][at.column] = sum;
+      else if (at.valid && t < left)
+        store_output(y, shared.rows[tile & 3], now, columns.has_z, skip, 0, t % kOwnSteps, sum);
+    }
+    if (kGroups > 1) before = now;
+  }
+  if (kGroups > 1 && kOutputs) {
+    __syncthreads();
+    store_sums(tiles - 1, before);
+  }
+  store_end(p, at, states, delta_sum);
+}

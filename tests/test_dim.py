@@ -1,0 +1,165 @@
+"""The backbone's options, its sizes, and official weights of another shape."""
+
+import pytest
+import torch
+
+from configs import cifar10_S_DiM, digits_T_DiM
+from libs.dim import PRESETS, DiM
+from libs.layers import drop_path
+from libs.models import build_model
+from libs.official import resize_state, to_official
+from libs.weights import load_strict
+from utils import UserError
+
+TINY = dict(input_size=8, in_channels=4, dim=16, depth=5, num_classes=10)
+
+
+def inputs(batch=3, size=(8, 8)):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(batch, 4, *size, generator=generator)
+    return x, torch.linspace(1, 999, batch), torch.arange(batch)
+
+
+@pytest.mark.parametrize(
+    "name, shape, parameters",
+    [
+        ("S", dict(input_size=32, in_channels=3, num_classes=10), 50_568_716),
+        ("L", dict(input_size=32, in_channels=4, num_classes=1000), 386_063_376),
+        ("H", dict(input_size=32, in_channels=4, num_classes=1000), 862_407_184),
+    ],
+)
+def test_presets_have_the_published_sizes(name, shape, parameters):
+    with torch.device("meta"):
+        model = DiM(**PRESETS[name], **shape)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+def test_configs_build_their_networks():
+    with torch.device("meta"):
+        model = build_model(cifar10_S_DiM.get_config().nnet)
+    assert {key: getattr(model, key) for key in PRESETS["S"]} == PRESETS["S"]
+    digits = build_model(digits_T_DiM.get_config().nnet)
+    assert digits(torch.zeros(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)
+
+
+def test_no_label_is_the_null_label():
+    model, (x, t, _) = DiM(**TINY).eval(), inputs()
+    assert torch.equal(model(x, t), model(x, t, torch.full((3,), 10)))
+    assert not torch.equal(model(x, t), model(x, t, torch.full((3,), 9)))
+
+
+def test_any_grid_square_or_not():
+    model = DiM(**TINY).eval()
+    torch.nn.init.normal_(model.pos_embed)
+    x, t, y = inputs(size=(12, 6))
+    wide = model(x, t, y)
+    assert wide.shape == x.shape
+    assert not torch.allclose(wide.mT, model(x.mT.contiguous(), t, y))  # 6x12 is another grid
+    with pytest.raises(UserError, match="divisible by the patch size 2"):
+        model(torch.zeros(1, 4, 8, 7), t[:1])
+
+
+def test_activation_checkpointing_changes_nothing_but_memory():
+    """Gradients equal bit for bit, stochastic depth included: its draws are handed in."""
+    x, t, y = inputs()
+    draw, grads = torch.rand(3, 5), []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = DiM(**TINY, drop_path=0.5, activation_checkpointing=checkpointing).train()
+        model(x, t, y, drop_path_draw=draw).square().sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_stochastic_depth():
+    """A branch is dropped where the draw reaches the probability of keeping it, by sample."""
+    branch = torch.ones(3, 2, 2)
+    kept = drop_path(branch, torch.tensor([0.1, 0.74, 0.76]), 0.75)
+    assert kept[:, 0, 0].tolist() == pytest.approx([4 / 3, 4 / 3, 0])
+    x, t, y = inputs()
+    torch.manual_seed(0)
+    model = DiM(**TINY, drop_path=0.4)
+    never, always = torch.zeros(3, 5), torch.ones(3, 5)
+    dropped = model.train()(x, t, y, drop_path_draw=always)
+    assert not torch.allclose(model(x, t, y, drop_path_draw=never), dropped)
+    mixed = model(x, t, y, drop_path_draw=torch.stack([never[0], always[0], never[0]]))
+    torch.testing.assert_close(mixed[1], dropped[1])
+    assert torch.equal(model.eval()(x, t, y, drop_path_draw=always), model(x, t, y))
+    first = DiM(**dict(TINY, depth=1), drop_path=0.4).train()  # block 0 is never dropped
+    same = first(x, t, y, drop_path_draw=always[:, :1])
+    torch.testing.assert_close(same, first.eval()(x, t, y))
+
+
+def test_skip_tuning_by_time():
+    """time=None means t / 1000: nothing at t = 0, the factor `low` on the last skip at 1000."""
+    torch.manual_seed(0)
+    model, (x, _, y) = DiM(**TINY).eval(), inputs()
+    plain = model(x, torch.zeros(3), y)
+    model.skip_tuning = (0.5, 1.0, None)
+    assert torch.equal(model(x, torch.zeros(3), y), plain)
+    t = torch.full((3,), 1000.0)
+    by_time = model(x, t, y)
+    model.skip_tuning = (0.5, 1.0, 1.0)
+    torch.testing.assert_close(by_time, model(x, t, y))
+    model.skip_tuning = None
+    assert not torch.allclose(by_time, model(x, t, y))
+
+
+def test_weights_of_another_patch_size():
+    """The [0, 0] tap of the patch embedding and of the head fills the new patch."""
+    torch.manual_seed(0)
+    source, target = DiM(**TINY), DiM(**dict(TINY, patch_size=4))
+    torch.nn.init.normal_(source.pos_embed)
+    tensors, changes = resize_state(to_official(source), target)
+    load_strict(target, tensors, "source")
+    assert len(changes) == 2 and "patch size 2 -> 4" in changes[0] and "4x4" in changes[1]
+    tap = source.patch_embed.weight[:, :, 0, 0]
+    assert (target.patch_embed.weight == tap[:, :, None, None]).all()
+    rows = source.head.weight.unflatten(0, (4, 4))[0]  # channels of pixel [0, 0]
+    assert torch.equal(target.head.weight.unflatten(0, (16, 4)), rows.expand(16, 4, -1))
+    assert torch.equal(target.head.bias, source.head.bias[:4].repeat(16))
+    for name in ("blocks.0.mixer.in_proj.weight", "label_embed.weight"):
+        assert torch.equal(target.state_dict()[name], source.state_dict()[name])
+
+
+def test_patch_and_grid_of_the_same_size_change_nothing():
+    source = DiM(**TINY)
+    tensors, changes = resize_state(source.state_dict(), DiM(**TINY))
+    assert changes == []
+    assert all(torch.equal(tensors[name], value) for name, value in source.state_dict().items())
+
+
+def test_initialisation():
+    """Golden item 14, by numbers: zero positions, biases and the scaled out_proj."""
+    torch.manual_seed(0)
+    model = DiM(**dict(TINY, dim=64, depth=9))
+    assert (model.pos_embed == 0).all() and (model.head.bias == 0).all()
+    assert (model.modulation.linear.bias == 0).all() and (model.modulation.linear.weight != 0).any()
+    step = torch.nn.functional.softplus(model.blocks[3].mixer.dt_proj.bias)
+    assert 0.001 <= step.min() and step.max() <= 0.1
+    bound = (1 / 128) ** 0.5 / 3  # kaiming uniform with a = sqrt(5) of fan-in 128, over sqrt(9)
+    out_proj = model.blocks[3].mixer.out_proj.weight
+    assert out_proj.abs().max() <= bound and out_proj.abs().max() > 0.95 * bound
+    time_mlp = model.modulation.time_mlp[0]
+    for parameter in (model.label_embed.weight, model.pad_tokens, time_mlp.weight):
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.2)
+    assert model.blocks[0].scale_shift_table.std().item() == pytest.approx(1 / 8, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "wrong, sentence",
+    [
+        (dict(input_size=7), "input_size .7, 7. is not divisible by nnet.patch_size 2"),
+        (dict(depth=4), "depth is 4"),
+        (dict(dim=15), "dim is 15"),
+        (dict(scan_directions=4), "scan_directions is 4"),
+        (dict(pad_layout="zigzag"), "pad_layout is 'zigzag', expected one of lateral, rho_pad"),
+        (dict(drop_path=1.0), "drop_path is 1.0"),
+        (dict(skip_tuning=(0.8, 1.0), depth=3), "at least 5, not 3"),
+        (dict(skip_tuning=(0.8,)), "expected .low, high."),
+        (dict(freeu=(1, 2, 3)), "four factors"),
+    ],
+)
+def test_impossible_options_are_named(wrong, sentence):
+    with pytest.raises(UserError, match=sentence):
+        DiM(**{**TINY, **wrong})
