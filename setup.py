@@ -1,5 +1,24 @@
-"""Everything is in pyproject.toml; this file is for tools that look for it."""
+"""Everything is in pyproject.toml. Besides, DIM_PREBUILD_ARCHS="90;100" pip install -e .
+--no-build-isolation compiles the CUDA kernels of the shipped configs ahead of time, for sm_90 and
+sm_100; it needs no GPU. What it did is printed (pip shows it with -v) and kept in
+libs/ops/prebuilt/report.txt, which `python -m libs.ops` repeats.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
 setup()
+
+# setup.py runs several times in an installation; this is the run that installs.
+installing = {"editable_wheel", "bdist_wheel", "develop"} & set(sys.argv)
+if os.environ.get("DIM_PREBUILD_ARCHS") and installing:
+    # In a process of its own: whatever goes wrong there, the installation is complete.
+    subprocess.run(
+        [sys.executable, "-m", "libs.ops.prebuild", os.environ["DIM_PREBUILD_ARCHS"]],
+        cwd=Path(__file__).resolve().parent,
+        check=False,
+    )

@@ -95,6 +95,7 @@ def get_config():
         max_bad_steps=10,  # non-finite steps in a row that end the run
         log_interval=10,
         eval_interval=5000,  # a grid of samples
+        grid_samples=100,  # images in it, ten a row; 0 for no grid
         save_interval=50_000,  # a checkpoint, and FID
         keep_last=config_dict.placeholder(int),  # how many checkpoints to keep; without it, all
         fid_samples=10_000,  # images for FID in training; 0 for none

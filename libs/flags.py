@@ -106,8 +106,9 @@ _RANGES = {
     "train.n_steps": _WHOLE, "train.ema_rate": _SHARE, "train.num_workers": _NOT_NEGATIVE,
     "train.max_bad_steps": _WHOLE, "train.log_interval": _WHOLE, "train.eval_interval": _WHOLE,
     "train.save_interval": _WHOLE, "train.keep_last": _WHOLE, "train.fid_samples": _NOT_NEGATIVE,
-    "sample.sample_steps": _WHOLE, "sample.n_samples": (2, _LARGEST),
-    "sample.mini_batch_size": _WHOLE, "sample.guidance_interval": _SHARE,
+    "train.grid_samples": _NOT_NEGATIVE, "sample.sample_steps": _WHOLE,
+    "sample.n_samples": (2, _LARGEST), "sample.mini_batch_size": _WHOLE,
+    "sample.guidance_interval": _SHARE,
 }  # fmt: skip
 _LENGTHS = {"optimizer.betas": 2, "sample.guidance_interval": 2, "z_shape": 3}
 _CHOICES = {

@@ -30,7 +30,7 @@ from utils import UserError
 log = logging.getLogger("dim")
 
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C, which save first: 128 + 15, as shells count
-GRID_IMAGES, GRID_COLUMNS = 100, 10
+GRID_COLUMNS = 10
 
 
 @dataclass
@@ -243,7 +243,7 @@ def training_state(optimizer, precision, progress):
     }
 
 
-def resume(found, accelerator, network, ema, optimizer, precision):
+def resume(found, network, ema, optimizer, precision):
     """Load the checkpoint at `found` (path, step) everywhere. Returns its Progress."""
     saved = checkpoint.load(found[0])
     load_strict(network, saved.nnet, found[0])
@@ -280,29 +280,26 @@ class Outputs:
         if self.accelerator.is_main_process:
             network, ema, training = self.state()
             path = checkpoint.save(
-                self.directory / "ckpts",
-                step,
-                nnet=network,
-                ema=ema,
-                training_state=training,
-                config=self.config.to_dict(),
-                keep_last=self.config.train.keep_last,
-            )
+                self.directory / "ckpts", step, nnet=network, ema=ema, training_state=training,
+                config=self.config.to_dict(), keep_last=self.config.train.keep_last,
+            )  # fmt: skip
             log.info("saved %s", path)
         self.accelerator.wait_for_everyone()
 
     def grid(self, step, stop):
         """samples/<step>.png, from the averaged weights."""
-        images = evaluation.make_grid_images(self.generator, self.accelerator, GRID_IMAGES, stop)
+        n = self.config.train.grid_samples
+        images = evaluation.make_grid_images(self.generator, self.accelerator, n, stop)
         if images is not None and self.accelerator.is_main_process:
             (self.directory / "samples").mkdir(exist_ok=True)
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
 
     def at_intervals(self, step, last, metrics_log, stop):
         """A grid every eval_interval steps, FID every save_interval, and both at the end."""
-        if last or step % self.config.train.eval_interval == 0:
+        settings = self.config.train
+        if settings.grid_samples and (last or step % settings.eval_interval == 0):
             self.grid(step, stop)
-        if self.fid_samples and (last or step % self.config.train.save_interval == 0):
+        if self.fid_samples and (last or step % settings.save_interval == 0):
             result = self.fid(stop)
             if result and self.accelerator.is_main_process:
                 figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
@@ -331,12 +328,9 @@ class Outputs:
 def announce(config, directory, accelerator, precision, network, dataset, progress, found):
     """The first lines of a run's log."""
     environment = run.environment()
-    parameters = sum(p.numel() for p in network.parameters())
+    packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     log.info("run directory %s; commit %s", directory, environment["commit"])
-    log.info(
-        "packages %s",
-        ", ".join(f"{name} {version}" for name, version in environment["packages"].items()),
-    )
+    log.info("packages %s", packages)
     log.info(
         "%d process(es) on %s, %d thread(s) each, precision %s",
         accelerator.num_processes, ", ".join(environment["devices"]), environment["torch_threads"],
@@ -344,19 +338,14 @@ def announce(config, directory, accelerator, precision, network, dataset, progre
     )  # fmt: skip
     for line in describe_backends(accelerator.device):
         log.info("operator %s", line)
-    log.info(
-        "%s %s parameters; %s images of shape %s",
-        config.nnet.name,
-        f"{parameters:,}",
-        f"{len(dataset):,}",
-        dataset.shape,
-    )
+    parameters = f"{sum(p.numel() for p in network.parameters()):,}"
+    log.info("network %s, %s parameters", config.nnet.name, parameters)
+    log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
     log.info("resuming from %s", found[0]) if found else log.info("starting from scratch")
 
 
 def train(config, directory, *, model, process, codec, dataset):
-    """Train `model` to config.train.n_steps, resuming from the newest good checkpoint in
-    `directory`/ckpts.
+    """Train `model` to config.train.n_steps, resuming from the newest good checkpoint.
 
     Args:
         config: a whole config; see configs/common.py.
@@ -385,25 +374,17 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
     optimizer = make_optimizer(config, network)
     progress, found = Progress(), find_checkpoint(directory / "ckpts", accelerator)
     if found:
-        progress = resume(found, accelerator, network, ema, optimizer, precision)
+        progress = resume(found, network, ema, optimizer, precision)
     model = accelerator.prepare_model(network)
     batches = micro_batches(config, dataset, accelerator, progress.batch)
     generator = evaluation.ImageGenerator(
-        ema.model,
-        process,
-        codec,
-        config,
-        image_shape=dataset.shape,
-        precision=precision,
-        seed=config.seed,
-    )
+        ema.model, process, codec, config,
+        image_shape=dataset.shape, precision=precision, seed=config.seed,
+    )  # fmt: skip
 
     def state():
-        return (
-            network.state_dict(),
-            ema.state_dict(),
-            training_state(optimizer, precision, progress),
-        )
+        training = training_state(optimizer, precision, progress)
+        return network.state_dict(), ema.state_dict(), training
 
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
     metrics_log = None
@@ -419,45 +400,28 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
     depth = network.depth if getattr(network, "drop_path", 0) else 0
     z_shape, settings = codec.latent_shape(dataset.shape), config.train
     speed, stops = Speed(settings.batch_size, progress.batch), False
-    bar = tqdm(
-        total=settings.n_steps,
-        initial=progress.step,
-        unit="step",
-        disable=not accelerator.is_main_process,
-        dynamic_ncols=True,
-    )
+    main, device = accelerator.is_main_process, accelerator.device
+    bar = tqdm(total=settings.n_steps, initial=progress.step, unit="step", disable=not main)
     while progress.step < settings.n_steps and not stops:
         draws = Draws(
-            seed=config.seed,
-            batch=progress.batch,
-            size=settings.batch_size,
-            shape=z_shape,
-            depth=depth,
-            device=accelerator.device,
-        )
+            seed=config.seed, batch=progress.batch, size=settings.batch_size, shape=z_shape,
+            depth=depth, device=device,
+        )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         loss = accumulate_gradients(
             config, accelerator, precision, model, process, codec, batches, draws
         )
         precision.scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(
-            network.parameters(), config.max_grad_norm or math.inf
-        )
+        max_norm = config.max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
         loss, norm, stops = share(accelerator, loss, norm, stop.requested)
         outcome = update(config, precision, network, optimizer, ema, progress, loss, norm)
         step, last = progress.step, progress.step == settings.n_steps
-        if accelerator.is_main_process and (
-            outcome != "ok" or step % settings.log_interval == 0 or last
-        ):
-            line = dict(
-                loss=loss,
-                grad_norm=norm,
-                lr=optimizer.param_groups[0]["lr"],
-                img_s=speed(progress.batch),
-                outcome=outcome,
-            )
+        if main and (outcome != "ok" or step % settings.log_interval == 0 or last):
+            lr, img_s = optimizer.param_groups[0]["lr"], speed(progress.batch)
+            line = dict(loss=loss, grad_norm=norm, lr=lr, img_s=img_s, outcome=outcome)
             metrics_log.write(step, line)
-            bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{line['img_s']:.0f}")
+            bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{img_s:.0f}")
         if outcome == "ok":
             bar.update()
         else:
@@ -468,7 +432,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
             with speed.paused():
                 outputs.at_intervals(step, last, metrics_log, lambda: stop.requested)
     bar.close()
-    if accelerator.is_main_process:
+    if main:
         metrics_log.close()
     if progress.step < settings.n_steps:
         log.info("stopped at step %d as asked; the same command goes on from here", progress.step)

@@ -222,6 +222,31 @@ def test_run_directory_holds_config_commit_versions_and_devices(tmp_path):
     )
 
 
+def test_fid_at_intervals(tmp_path):
+    """Its figures go to the metrics, from the classifier's features and the data set itself."""
+    classifier = runs.ROOT / "assets" / "digits_classifier.safetensors"
+    if not classifier.is_file():
+        assert runs.run("scripts/train_digits_classifier.py")[0] == 0
+    changes = dict(train__n_steps=4, train__save_interval=2, train__fid_samples=60)
+    train(tmp_path, config_of(**changes))
+    figures = [line for line in runs.steps_logged(tmp_path) if "frechet_distance" in line]
+    assert [line["step"] for line in figures] == [2, 4]
+    assert all(line["frechet_distance"] > 0 for line in figures)
+    assert all(0 <= line["class_agreement"] <= 1 for line in figures)
+    assert "two halves of the real images" in (tmp_path / "output.log").read_text()
+
+
+def test_fid_that_cannot_be_made_is_noted_once_and_does_not_stop_the_run(tmp_path):
+    changes = dict(
+        train__n_steps=4, train__save_interval=2, train__fid_samples=60,
+        sample__features="inception", sample__fid_weights_path=str(tmp_path / "absent.pth"),
+    )  # fmt: skip
+    train(tmp_path, config_of(**changes))
+    log = (tmp_path / "output.log").read_text()
+    assert log.count("no FID in this run") == 1 and "absent.pth" in log
+    assert "finished 4 steps" in log
+
+
 def write_cifar10(folder, count=20):
     """Generated images in CIFAR-10's own file format: five training batches and a test batch,
     pickled as Python 2 did.
@@ -248,7 +273,7 @@ def test_cifar10_config_trains_two_steps_on_files_in_its_format(tmp_path):
     overrides = {
         "dataset.path": tmp_path, "train.batch_size": 2, "train.n_steps": 2,
         "train.log_interval": 1, "train.num_workers": 0, "train.fid_samples": 0,
-        "sample.algorithm": "euler_maruyama_ode", "sample.sample_steps": 1,
+        "train.grid_samples": 1, "sample.algorithm": "euler_maruyama_ode", "sample.sample_steps": 1,
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in overrides.items()]
     status, output = runs.run(

@@ -8,7 +8,7 @@
 // computes for every kGroups-th step, and the partial outputs.
 //
 // -D: kInput (element type), kStates (padded; kGroups * multiple of 4), kGroups, kChannels, kTile,
-// kPass (0 .. 3, below).
+// kPass (0 .. 3, below), kMinBlocks (blocks a multiprocessor that registers must allow).
 #include "common/math.cuh"
 #include "selective_scan/params.cuh"
 
@@ -233,7 +233,7 @@ __device__ __forceinline__ void store_output(const Column<kInput>& y, const int*
   *y.at(rows[group + k * kGroups]) = from_float<kInput>(value);
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     scan_forward(const __grid_constant__ ScanParams p) {
   __shared__ Shared shared;
   const Place at(p);

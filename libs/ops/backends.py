@@ -100,10 +100,21 @@ def _numba_error():
     return None
 
 
+def _unfit(dtype, size=None, sizes=None):
+    """Why kernels that compute in float32, for (smallest, largest, what is counted), do not fit."""
+    if dtype == torch.float64:
+        return "it computes in float32; use backend='reference' for float64"
+    if size is not None and not sizes[0] <= size <= sizes[1]:
+        return (
+            f"it takes {sizes[0]} to {sizes[1]} {sizes[2]}, not {size}; use backend='reference'"
+        )
+    return None
+
+
 def _cpu_can_run(device, dtype, size):
-    if _numba_error():
+    if _numba_error() and dtype != torch.float64:
         return f"numba cannot be imported ({_numba_error()}); run: pip install -U numba"
-    return _unfit(dtype, size, (1, float("inf"), "of anything"))
+    return _unfit(dtype)
 
 
 def _describe_cpu(device):
@@ -124,16 +135,6 @@ def _late(module, function):
 def cpu_backend(module, function):
     """The numba backend."""
     return Backend("cpu", _cpu_can_run, _late(module, function), _describe_cpu)
-
-
-def _unfit(dtype, size, sizes):
-    """Why kernels that compute in float32 and take so many states or taps cannot, or None."""
-    if dtype == torch.float64:
-        return "it computes in float32; use backend='reference' for float64"
-    smallest, largest, unit = sizes
-    if size is not None and not smallest <= size <= largest:
-        return f"it takes {smallest} to {largest} {unit}, not {size}; use backend='reference'"
-    return None
 
 
 def _describe_cuda(device):

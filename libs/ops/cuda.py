@@ -68,7 +68,8 @@ class Gpu:
         self.name = properties.name
         self.arch = 10 * properties.major + properties.minor
         self.multiprocessors = properties.multi_processor_count
-        self.checked = set()
+        self.prepared = {}  # arguments of `prepared` -> Prepared
+        self.checked = set()  # kernels that agreed with the reference
         self._loaded = {}
         self._lock = threading.RLock()
 
@@ -85,8 +86,7 @@ class Gpu:
             return self._loaded[kernel, shared_bytes]
 
     def _load(self, kernel, shared_bytes):
-        from cuda.bindings import driver
-
+        driver = _driver()
         if torch.cuda.is_current_stream_capturing():
             raise UserError(
                 f"the CUDA kernel {kernel.name} was not used before this graph capture; run the "
@@ -128,10 +128,9 @@ _thread = threading.local()
 
 def _make_context_current(index):
     """A thread that autograd made may come here before torch has given it a context."""
-    from cuda.bindings import driver
-
     if getattr(_thread, "has_context", False):
         return
+    driver = _driver()
     error, context = driver.cuCtxGetCurrent()
     _raise(error, "cuCtxGetCurrent")
     if int(context) == 0:
@@ -172,13 +171,32 @@ class Prepared(NamedTuple):
     """A plan on a device, with everything that does not change from call to call worked out."""
 
     launches: tuple  # of (function, grid x, y, z, block x, y, z, shared bytes, name)
-    sums: tuple  # of (a launch as above, offset of the parts, count, size, shape, dtype)
+    sums: tuple  # of (a launch as above, offset of the parts, count, size, name of the result)
     values: tuple  # the struct's 8-byte values, with the plan's integers
     scratch: tuple  # of (slot, offset)
     scratch_bytes: int
     slots: dict
     array: type
     index: int
+
+
+def prepared(index, plan_name, struct, *arguments):
+    """launch_plan's plan of this name for a device, ready to `run`.
+
+    arguments: the shape and the name of the dtype. The first call with them compiles, loads and
+    checks what the plan launches.
+    """
+    gpu = Gpu.of(index)
+    key = (plan_name, *arguments)
+    if key not in gpu.prepared:
+        plan = getattr(launch_plan, plan_name)(*arguments, gpu.multiprocessors)
+        gpu.prepared[key] = prepare(plan, struct, index)
+    return gpu.prepared[key]
+
+
+def forget():
+    """Drop every loaded kernel, as if this process had used none; for tests."""
+    Gpu.of.cache_clear()
 
 
 def prepare(plan, struct, index):
@@ -188,34 +206,31 @@ def prepare(plan, struct, index):
     values = [0] * array._length_
     for name, value in plan.integers.items():
         values[slots[name]] = value
-    offsets, offset = {}, 0
-    for scratch in plan.scratch:
-        offsets[scratch.name] = offset
-        size = math.prod(scratch.shape) * getattr(torch, scratch.dtype).itemsize
-        offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+    offsets, counts, end = {}, {}, 0
+    for name, shape, dtype in plan.scratch:
+        offsets[name], counts[name] = end, shape[0]
+        size = math.prod(shape) * getattr(torch, dtype).itemsize
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     def loaded(launch):
         function = gpu.function(launch.kernel, launch.shared_bytes)
         return function, *launch.grid, *launch.block, launch.shared_bytes, launch.kernel.name
 
-    count = {scratch.name: scratch.shape[0] for scratch in plan.scratch}
+    launches = tuple(loaded(launch) for launch in plan.launches)
     sums = tuple(
-        (loaded(s.launch), offsets[s.parts], count[s.parts], math.prod(s.shape), s.shape,
-         getattr(torch, s.dtype))
+        (loaded(s.launch), offsets[s.parts], counts[s.parts], math.prod(s.shape), s.out)
         for s in plan.sums
-    )  # fmt: skip
-    return Prepared(
-        tuple(loaded(launch) for launch in plan.launches), sums, tuple(values),
-        tuple((slots[name], offset) for name, offset in offsets.items()), offset,
-        slots, array, index,
-    )  # fmt: skip
+    )
+    scratch = tuple((slots[name], offset) for name, offset in offsets.items())
+    return Prepared(launches, sums, tuple(values), scratch, end, slots, array, index)
 
 
-def run(prepared, device, rows, scalars):
-    """Launch a prepared plan on torch's current stream of the device; returns the plan's sums.
+def run(prepared, device, rows, scalars, outputs=None):
+    """Launch a prepared plan on torch's current stream of the device.
 
-    rows: field -> tensor (B, L, X), X contiguous, or None. scalars: field -> integer, address, or
-    tensor whose address is meant, or None.
+    rows: field -> tensor (B, L, X), X contiguous, or None. scalars: field -> integer, or tensor
+    whose address is meant, or None. outputs: name -> tensor, for the plan's sums; an empty one is
+    not wanted.
     """
     values, slots = list(prepared.values), prepared.slots
     for name, x in rows.items():
@@ -226,29 +241,26 @@ def run(prepared, device, rows, scalars):
         if x is not None:
             values[slots[name]] = x.data_ptr() if isinstance(x, torch.Tensor) else x
     if prepared.index == torch.cuda.current_device():
-        return _run(prepared, device, values)
+        return _run(prepared, device, values, outputs)
     with torch.cuda.device(prepared.index):
-        return _run(prepared, device, values)
+        return _run(prepared, device, values, outputs)
 
 
-def _run(prepared, device, values):
+def _run(prepared, device, values, outputs):
     _make_context_current(prepared.index)
     stream = torch.cuda.current_stream(prepared.index).cuda_stream
-    base = 0
-    if prepared.scratch_bytes:
-        scratch = torch.empty(prepared.scratch_bytes, dtype=torch.uint8, device=device)
-        base = scratch.data_ptr()
-        for slot, offset in prepared.scratch:
-            values[slot] = base + offset
+    # Freed on return, as torch's own operators do: later work on this stream comes after ours.
+    scratch = torch.empty(prepared.scratch_bytes, dtype=torch.uint8, device=device)
+    base = scratch.data_ptr()
+    for slot, offset in prepared.scratch:
+        values[slot] = base + offset
     params = prepared.array(*values)
     for launch in prepared.launches:
         _launch(launch, stream, params)
-    results = []
-    for launch, offset, count, size, shape, dtype in prepared.sums:
-        out = torch.empty(shape, dtype=dtype, device=device)
-        _launch(launch, stream, _SUM_ARRAY(base + offset, out.data_ptr(), count, size))
-        results.append(out)
-    return results
+    for launch, offset, count, size, name in prepared.sums:
+        out = outputs[name]
+        if out.numel():
+            _launch(launch, stream, _SUM_ARRAY(base + offset, out.data_ptr(), count, size))
 
 
 _SUM_ARRAY = _slots(launch_plan.SumParams)[1]
@@ -256,9 +268,53 @@ _SUM_ARRAY = _slots(launch_plan.SumParams)[1]
 
 def _launch(launch, stream, params):
     """One kernel with one struct by value; the driver copies it before it returns."""
-    from cuda.bindings import driver
-
     *config, name = launch
     pointer = ctypes.c_void_p(ctypes.addressof(params))
-    (error,) = driver.cuLaunchKernel(*config, stream, ctypes.addressof(pointer), 0)
+    (error,) = _driver().cuLaunchKernel(*config, stream, ctypes.addressof(pointer), 0)
     _raise(error, f"launching {name}")
+
+
+@functools.cache
+def _driver():
+    from cuda.bindings import driver
+
+    return driver
+
+
+# ---------------------------------------- tensors as the kernels want them
+
+
+def as_rows(x):
+    """x (B, L, X) with X contiguous: itself, or a copy; None for None."""
+    if x is None:
+        return None
+    # A kernel multiplies row strides in 31 bits; those of a (B, L, X) view can be longer.
+    fits = x.stride(-1) == 1 and x.stride(1) < 2**31
+    return x if fits else x.contiguous()
+
+
+def as_parameter(x):
+    return None if x is None else x.to(torch.float32).contiguous()
+
+
+def as_order(order):
+    return None if order is None else order.to(torch.int64).contiguous()
+
+
+def one_dtype(*tensors):
+    """The tensors in the dtype they share, in float32 if they share none; None stays None."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def refuse_double_backward(operator):
+    """Raises where backward is itself recorded: its result would silently carry no gradient."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: backend 'cuda' has no second derivative; use backend='reference'"
+        )

@@ -203,7 +203,7 @@ def _read(path, key_):
 
 
 @functools.cache
-def _warn_once(message):
+def warn_once(message):
     _log.warning(message)
 
 
@@ -237,7 +237,7 @@ def load_or_compile(program, arch, announce=lambda: None):
     try:
         write_entry(cache, program, arch, compiled)
     except OSError as error:
-        _warn_once(
+        warn_once(
             f"cannot keep compiled CUDA kernels in {cache} ({error.strerror}); every process will "
             "compile them again; set DIM_CACHE_DIR to a directory that can be written"
         )
@@ -265,7 +265,8 @@ def compile_program(program, arch):
     except Exception as error:
         raise UserError(
             f"csrc/{program.source} does not compile for sm_{arch} with NVRTC {nvrtc_version()}; "
-            f"DIM_BACKEND=reference runs without it, slowly. The compiler says: {error}"
+            f"DIM_BACKEND=reference runs without it, slowly. The compiler says: "
+            + str(error).strip("\0\n ")
         ) from error
     return Compiled(bytes(code.code), parse_resources(log.getvalue()))
 

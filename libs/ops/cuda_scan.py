@@ -2,58 +2,142 @@
 which torch.compile and CUDA graphs take as they are, and autograd around them.
 
 The operators want what `selective_scan_cuda` makes of any input: sequences (u, delta, z, B, C) of
-one dtype, parameters (A, D, delta_bias) in float32, an int64 order.
+one dtype, parameters (A, D, delta_bias) in float32, an int64 order. The backward keeps nothing but
+these inputs.
 """
-
-import functools
 
 import torch
 
 from libs.ops import cuda, launch_plan
-from libs.ops.reference import selective_scan_ref
 
 _library = torch.library.Library("dim", "FRAGMENT")
 _INPUTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
     "Tensor? delta_bias, Tensor? order, bool delta_softplus"
 )
+# -> y, the last state (empty unless asked for)
 _library.define(f"selective_scan_fwd({_INPUTS}, bool return_last_state) -> (Tensor, Tensor)")
+# -> gradients of u, delta, A, B and C in one (2, B, L, N), D, z, delta_bias; empty ones of absent
 _library.define(
     f"selective_scan_bwd(Tensor? g_y, Tensor? g_last_state, {_INPUTS}) "
-    # of u, delta, A, B and C together (2, B, L, N), D, z, delta_bias; absent ones are empty
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-# ---------------------------------------- the operators
+# ---------------------------------------- forward
 
 
 def _empty_outputs(u, A, return_last_state):
-    shape = (*u.shape[::2], A.shape[1]) if return_last_state else (0,)
-    return u.new_empty(u.shape), u.new_empty(shape, dtype=torch.float32)
+    state = (u.shape[0], u.shape[2], A.shape[1]) if return_last_state else (0,)
+    return u.new_empty(u.shape), u.new_empty(state, dtype=torch.float32)
 
 
 def _forward(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, return_last_state):
     y, last_state = _empty_outputs(u, A, return_last_state)
-    prepared = _prepare(
-        "forward", u.device.index, u.dtype, *u.shape, A.shape[1], z is not None
-    )
-    rows = dict(u=u, delta=delta, z=z, B=B, C=C)
+    prepared = _prepared("scan_forward", u, A)
+    rows = {"u": u, "delta": delta, "z": z, "B": B, "C": C}
     rows = {name: cuda.as_rows(x) for name, x in rows.items()} | {"y": y}
     scalars = _scalars(u, A, D, delta_bias, order, delta_softplus)
-    if return_last_state:
-        scalars["last_state"] = last_state
+    scalars["last_state"] = last_state if return_last_state else None
     cuda.run(prepared, u.device, rows, scalars)
     return y, last_state
 
 
 def _scalars(u, A, D, delta_bias, order, delta_softplus):
     batch, length, channels = u.shape
-    return dict(
-        batch=batch, length=length, channels=channels, states=A.shape[1],
-        delta_softplus=delta_softplus, A=A, D=D, delta_bias=delta_bias, order=order,
+    return {
+        "batch": batch, "length": length, "channels": channels, "states": A.shape[1],
+        "delta_softplus": delta_softplus, "A": A, "D": D, "delta_bias": delta_bias, "order": order,
+    }  # fmt: skip
+
+
+def _prepared(plan_name, u, A):
+    """What to launch for tensors of these shapes."""
+    return cuda.prepared(
+        u.device.index, plan_name, launch_plan.ScanParams, *u.shape, A.shape[1],
+        cuda.name_of(u.dtype),
+    )
+
+
+# ---------------------------------------- backward
+
+
+def _backward(g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus):
+    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = _empty_gradients(
+        g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus
+    )
+    prepared = _prepared("scan_backward", u, A)
+    rows = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "g_y": g_y}
+    rows = {name: cuda.as_rows(x) for name, x in rows.items()}
+    rows |= {"g_u": g_u, "g_delta": g_delta, "g_z": None if z is None else g_z}
+    scalars = _scalars(u, A, D, delta_bias, order, delta_softplus)
+    scalars["g_last_state"] = None if g_last_state is None else g_last_state.float().contiguous()
+    outputs = {"g_A": g_A, "g_BC": g_BC, "g_D": g_D, "g_delta_bias": g_bias}
+    cuda.run(prepared, u.device, rows, scalars, outputs)
+    return g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias
+
+
+def _empty_gradients(
+    g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus
+):
+    return (
+        u.new_empty(u.shape), u.new_empty(u.shape), A.new_empty(A.shape),
+        B.new_empty((2, *B.shape)), A.new_empty(0 if D is None else A.shape[0]),
+        u.new_empty(0 if z is None else u.shape),
+        A.new_empty(0 if delta_bias is None else A.shape[0]),
     )  # fmt: skip
 
 
-def _fake_forward(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, return_last_state):
-    return _empty_outputs(u, A, return_last_state)
+_library.impl("selective_scan_fwd", _forward, "CUDA")
+_library.impl("selective_scan_bwd", _backward, "CUDA")
+torch.library.register_fake(
+    "dim::selective_scan_fwd",
+    lambda u, delta, A, *rest: _empty_outputs(u, A, rest[-1]),
+    lib=_library,
+)
+torch.library.register_fake("dim::selective_scan_bwd", _empty_gradients, lib=_library)
+
+
+# ---------------------------------------- autograd
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.delta_softplus, ctx.has_last_state = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, g_y, g_last_state):
+    cuda.refuse_double_backward("selective_scan")
+    *_, D, z, delta_bias, _ = ctx.saved_tensors
+    if not ctx.has_last_state:
+        g_last_state = None  # torch.compile makes one for the empty output
+    if g_y is None and g_last_state is None:
+        return (None,) * 11
+    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = torch.ops.dim.selective_scan_bwd(
+        g_y, g_last_state, *ctx.saved_tensors, ctx.delta_softplus
+    )
+    g_B, g_C = g_BC.unbind(0)
+    optional = (g if x is not None else None for g, x in ((g_D, D), (g_z, z), (g_bias, delta_bias)))
+    return g_u, g_delta, g_A, g_B, g_C, *optional, None, None, None
+
+
+torch.library.register_autograd(
+    "dim::selective_scan_fwd", _gradients, setup_context=_save, lib=_library
+)
+
+
+def selective_scan_cuda(
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, order=None,
+    return_last_state=False,
+):
+    """`reference.selective_scan_ref` for CUDA tensors in float32, bfloat16 or float16."""
+    sequences = cuda.one_dtype(u, delta, B, C, z)
+    u_BLD, delta_BLD, B_BLN, C_BLN, z_BLD = (cuda.as_rows(x) for x in sequences)
+    A, D, delta_bias = (cuda.as_parameter(x) for x in (A, D, delta_bias))
+    y, last_state = torch.ops.dim.selective_scan_fwd(
+        u_BLD, delta_BLD, A, B_BLN, C_BLN, D, z_BLD, delta_bias, cuda.as_order(order),
+        delta_softplus, return_last_state,
+    )
+    y = y.to(u.dtype)
+    return (y, last_state) if return_last_state else y

@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 CTYPE_OF_DTYPE = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 MAX_STATES = 64
-MIN_CONV_WIDTH, MAX_CONV_WIDTH = 2, 8
+MAX_CONV_WIDTH = 8
 
 # Steps between two states that the scan's backward keeps, and steps a tile of its reverse walk.
 BACKWARD_TILE = 8
+# Steps unrolled in its loops.
+BACKWARD_UNROLL = 1
 # Values of kPass in csrc/selective_scan/forward.cu.
 PASS_OUTPUT, PASS_END_STATE, PASS_CHECKPOINTS, PASS_CARRY = 0, 1, 2, 3
 
@@ -67,7 +69,9 @@ class ConvParams(ctypes.Structure):
             "chunks", "chunk_length",  # plan.integers
         )),
         *((name, Rows) for name in ("x", "y", "g_y", "g_x")),
-        *((name, ctypes.c_void_p) for name in ("weight", "bias", "order", "parts_weight")),
+        *((name, ctypes.c_void_p) for name in (
+            "weight", "bias", "order", "parts_weight", "parts_bias"
+        )),
     ]  # fmt: skip
 
 
@@ -123,3 +127,242 @@ class Plan(NamedTuple):
     scratch: tuple  # of Scratch, uninitialised
     integers: dict  # further fields of the struct
     sums: tuple = ()  # of Sum, after the launches
+
+
+def _kernel(source, name, dtype, **defines):
+    defines = {"kInput": CTYPE_OF_DTYPE[dtype]} | {k: str(v) for k, v in defines.items()}
+    return Kernel(source, name, tuple(sorted(defines.items())))
+
+
+def _blocks(channels, channels_a_block):
+    return -(-channels // channels_a_block)
+
+
+def _round_up(n, multiple):
+    return -(-n // multiple) * multiple
+
+
+def _sum(parts, out, shape, dtype="float32"):
+    kernel = Kernel("common/sum_parts.cu", "sum_parts", (("kOutput", CTYPE_OF_DTYPE[dtype]),))
+    threads = 256
+    launch = Launch(kernel, (_blocks(math.prod(shape), threads), 1, 1), (threads, 1, 1), 0)
+    return Sum(launch, parts, out, shape, dtype)
+
+
+# ---------------------------------------- selective scan
+
+
+class Variant(NamedTuple):
+    """How a scan is divided: the states of a channel over `groups` of threads, the channels over
+    blocks of `channels`, the steps over `segments`, each walked in tiles of `tile` steps.
+
+    min_blocks: blocks a multiprocessor must be able to hold, which bounds the registers a thread.
+    """
+
+    groups: int
+    channels: int
+    tile: int
+    segments: int
+    min_blocks: int
+
+
+# Segments begin at a multiple of this, which all tiles divide.
+SEGMENT_GRAIN = 16
+
+
+def padded_states(states, groups):
+    """States rounded up so that each of the groups has a multiple of 4."""
+    return _round_up(states, 4 * groups)
+
+
+def _groups_needed(states):
+    """A thread holds at most 16 states in registers."""
+    return 1 if states <= 16 else 2 if states <= 32 else 4
+
+
+def forward_variant(batch, length, channels, states, multiprocessors):
+    """One thread a channel where there are channels enough to hide latencies, else states split
+    over groups of threads and, for the fewest, steps cut into segments."""
+    threads_a_multiprocessor = batch * channels / multiprocessors
+    if threads_a_multiprocessor >= 400 and states <= 16:
+        return Variant(1, 64, 8, 1, 8)
+    return Variant(4, 32, 16, _segments(length, 1), 1)
+
+
+def backward_variant(batch, length, channels, states, multiprocessors):
+    """Steps are cut into as many segments as fill the GPU; each costs a second walk both ways."""
+    groups = _groups_needed(states)
+    channels_a_block = 64 if groups == 1 else 32
+    blocks = batch * _blocks(channels, channels_a_block)
+    segments = _segments(length, 6 * multiprocessors // blocks)
+    return Variant(groups, channels_a_block, BACKWARD_TILE, segments, 4 if groups == 1 else 1)
+
+
+def _segments(length, wanted):
+    """At most `wanted` segments, none shorter than 4 grains."""
+    return max(1, min(wanted, length // (4 * SEGMENT_GRAIN)))
+
+
+def _segment_integers(length, segments):
+    segment_length = _round_up(-(-length // segments), SEGMENT_GRAIN)
+    return {"segments": -(-length // segment_length), "segment_length": segment_length}
+
+
+def _walk(scan_pass, variant, shape, dtype, segments):
+    """A launch of csrc/selective_scan/forward.cu."""
+    batch, _, channels, states = shape
+    kernel = _kernel(
+        "selective_scan/forward.cu", "scan_forward", dtype, kPass=scan_pass,
+        kStates=padded_states(states, variant.groups), kGroups=variant.groups,
+        kChannels=variant.channels, kTile=variant.tile, kMinBlocks=variant.min_blocks,
+    )  # fmt: skip
+    grid = (batch * _blocks(channels, variant.channels), segments, 1)
+    return Launch(kernel, grid, (variant.channels * variant.groups, 1, 1), 0)
+
+
+def _segment_scratch(prefix, batch, channels, states, segments):
+    """End states of all segments but one, and their sums of step sizes."""
+    return (
+        Scratch(f"{prefix}_state", (segments - 1, batch, states, channels), "float32"),
+        Scratch(f"{prefix}_delta", (segments - 1, batch, channels), "float32"),
+    )
+
+
+def scan_forward(batch, length, channels, states, dtype, multiprocessors, variant=None):
+    """Plan of the forward. dtype: name of the dtype of u, delta, B, C, z. variant: to measure
+    others than the one chosen here."""
+    shape = (batch, length, channels, states)
+    variant = variant or forward_variant(*shape, multiprocessors)
+    integers = _segment_integers(length, variant.segments)
+    segments = integers["segments"]
+    launches = [_walk(PASS_OUTPUT, variant, shape, dtype, segments)]
+    scratch = ()
+    if segments > 1:
+        launches.insert(0, _walk(PASS_END_STATE, variant, shape, dtype, segments - 1))
+        padded = padded_states(states, variant.groups)
+        scratch = _segment_scratch("segment", batch, channels, padded, segments)
+    return Plan(tuple(launches), scratch, integers)
+
+
+def _backward_shared_bytes(variant, states, dtype):
+    """sizeof(Shared) of csrc/selective_scan/backward.cu."""
+    groups, channels, tile = variant.groups, variant.channels, variant.tile
+    threads, a_thread = groups * channels, states // groups
+    history = (tile - 1) * a_thread * threads * 4
+    inputs = tile * threads * 4 * (4 if dtype == "float32" else 2)
+    staged = 2 * tile * states * 4
+    sums = threads // 32 * tile * 2 * a_thread * 4
+    rows = 4 * tile * 4
+    parts = 3 * groups * tile * channels * 4 if groups > 1 else 4
+    return _round_up(history + inputs + staged + sums + rows + parts, 16)
+
+
+def scan_backward(batch, length, channels, states, dtype, multiprocessors, variant=None):
+    """Plan of the backward: states kept every tile, then the walk back, then sums of parts. All
+    gradients are deterministic. Scratch: 8 bytes a token and channel for the states (N = 16)."""
+    shape = (batch, length, channels, states)
+    variant = variant or backward_variant(*shape, multiprocessors)
+    groups, tile = variant.groups, variant.tile
+    integers = _segment_integers(length, variant.segments)
+    segments = integers["segments"]
+    padded = padded_states(states, groups)
+    shared_bytes = _backward_shared_bytes(variant, padded, dtype)
+    kernel = _kernel(
+        "selective_scan/backward.cu", "scan_backward", dtype, kStates=padded, kGroups=groups,
+        kChannels=variant.channels, kTile=tile, kMinBlocks=variant.min_blocks,
+        kUnroll=BACKWARD_UNROLL, kSharedBytes=shared_bytes,
+    )  # fmt: skip
+    blocks = _blocks(channels, variant.channels)
+    main = Launch(
+        kernel, (batch * blocks, segments, 1), (groups * variant.channels, 1, 1), shared_bytes
+    )
+    walk = variant._replace(min_blocks=10 if groups == 1 else 1)
+    launches = [_walk(PASS_CHECKPOINTS, walk, shape, dtype, segments), main]
+    parts = batch * segments
+    scratch = (
+        Scratch("checkpoints", (batch, -(-length // tile), padded // 4, channels, 4), "float32"),
+        Scratch("parts_BC", (blocks, 2, batch, length, states), "float32"),
+        Scratch("parts_A", (parts, channels, states), "float32"),
+        Scratch("parts_D", (parts * groups, channels), "float32"),
+        Scratch("parts_bias", (parts * groups, channels), "float32"),
+    )
+    if segments > 1:
+        launches[:0] = [
+            _walk(scan_pass, walk, shape, dtype, segments - 1)
+            for scan_pass in (PASS_END_STATE, PASS_CARRY)
+        ]
+        scratch += _segment_scratch("segment", batch, channels, padded, segments)
+        scratch += _segment_scratch("carry", batch, channels, padded, segments)
+    sums = (
+        _sum("parts_BC", "g_BC", (2, batch, length, states), dtype),
+        _sum("parts_A", "g_A", (channels, states)),
+        _sum("parts_D", "g_D", (channels,)),
+        _sum("parts_bias", "g_delta_bias", (channels,)),
+    )
+    return Plan(tuple(launches), scratch, integers, sums)
+
+
+# ---------------------------------------- causal convolution
+
+_CONV_THREADS, _CONV_VECTOR = 128, 4
+
+
+def _conv_launch(name, batch, length, channels, width, dtype, multiprocessors):
+    kernel = _kernel(
+        f"causal_conv1d/{name}.cu", f"conv_{name}", dtype, kWidth=width, kVector=_CONV_VECTOR,
+        kThreads=_CONV_THREADS,
+    )  # fmt: skip
+    columns = batch * _blocks(channels, _CONV_THREADS * _CONV_VECTOR)
+    # Enough chunks for 8 blocks a multiprocessor, none shorter than 16 steps: each rereads
+    # width - 1 rows.
+    wanted = max(1, min(-(-8 * multiprocessors // columns), length // 16))
+    chunk_length = -(-length // wanted)
+    chunks = -(-length // chunk_length)
+    launch = Launch(kernel, (columns, chunks, 1), (_CONV_THREADS, 1, 1), 0)
+    return launch, {"chunks": chunks, "chunk_length": chunk_length}
+
+
+def conv_forward(batch, length, channels, width, dtype, multiprocessors):
+    """Plan of the convolution's forward."""
+    launch, integers = _conv_launch(
+        "forward", batch, length, channels, width, dtype, multiprocessors
+    )
+    return Plan((launch,), (), integers)
+
+
+def conv_backward(batch, length, channels, width, dtype, multiprocessors):
+    """Plan of the convolution's backward; deterministic."""
+    launch, integers = _conv_launch(
+        "backward", batch, length, channels, width, dtype, multiprocessors
+    )
+    parts = batch * integers["chunks"]
+    scratch = (
+        Scratch("parts_weight", (parts, channels, width), "float32"),
+        Scratch("parts_bias", (parts, channels), "float32"),
+    )
+    sums = (
+        _sum("parts_weight", "g_weight", (channels, width)),
+        _sum("parts_bias", "g_bias", (channels,)),
+    )
+    return Plan((launch,), scratch, integers, sums)
+
+
+# ---------------------------------------- what the shipped configs use
+
+
+def _kernels_of_configs():
+    """Every kernel of the shipped configs: N = 16, width 3, training and sampling, any batch."""
+    kernels = set()
+    for dtype in CTYPE_OF_DTYPE:
+        for batch, length, channels in ((1, 78, 256), (2, 1230, 3072), (96, 366, 3072)):
+            scan, conv = (batch, length, channels, 16), (batch, length, channels, 3)
+            for plan in (
+                scan_forward(*scan, dtype, 132), scan_backward(*scan, dtype, 132),
+                conv_forward(*conv, dtype, 132), conv_backward(*conv, dtype, 132),
+            ):  # fmt: skip
+                launches = [*plan.launches, *(s.launch for s in plan.sums)]
+                kernels |= {launch.kernel for launch in launches}
+    return sorted(kernels)
+
+
+INSTANTIATIONS_OF_CONFIGS = _kernels_of_configs()

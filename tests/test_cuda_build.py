@@ -1,0 +1,238 @@
+"""The CUDA kernels without a GPU: NVRTC compiles them for every architecture, the cache keeps what
+it compiled whatever happens to its files, and what is missing is said.
+"""
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+
+import golden_cases
+import pytest
+
+from libs.ops import cuda_compile
+from libs.ops.cuda_compile import Program, load_or_compile
+from utils import UserError
+
+torch = pytest.importorskip("torch")
+MISSING = cuda_compile.missing(torch.version.cuda)
+needs_nvrtc = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+# ---------------------------------------- keys and cache, on a small kernel of our own
+
+PROGRAM = Program("small/add.cu", (("kType", "float"),))
+SOURCE = """
+#include "small/shift.cuh"
+extern "C" __global__ void add(kType* x) { x[threadIdx.x] += kShift; }
+"""
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A csrc/ of our own and an empty cache; returns the cache's directory."""
+    (tmp_path / "csrc" / "small").mkdir(parents=True)
+    (tmp_path / "csrc" / "small" / "add.cu").write_text(SOURCE)
+    (tmp_path / "csrc" / "small" / "shift.cuh").write_text("constexpr int kShift = 1;\n")
+    monkeypatch.setattr(cuda_compile, "CSRC", tmp_path / "csrc")
+    monkeypatch.setattr(cuda_compile, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setenv("DIM_CACHE_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """A list that grows by one at each compilation."""
+    done, compile_program = [], cuda_compile.compile_program
+
+    def counted(program, arch):
+        done.append((program, arch))
+        return compile_program(program, arch)
+
+    monkeypatch.setattr(cuda_compile, "compile_program", counted)
+    return done
+
+
+def entry(cache):
+    (path,) = cache.iterdir()
+    return path
+
+
+@needs_nvrtc
+def test_second_use_compiles_nothing(small, compilations):
+    announced = []
+    first = load_or_compile(PROGRAM, 80, lambda: announced.append(1))
+    second = load_or_compile(PROGRAM, 80, lambda: announced.append(2))
+    assert len(compilations) == 1 and announced == [1]
+    assert first == second and first.cubin[:4] == b"\x7fELF"
+    assert first.resources["add"].registers > 0 and first.resources["add"].spill_stores == 0
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-1],
+        lambda data: data[: len(data) // 2],
+        lambda data: b"",
+        lambda data: data[:-100] + b"x" + data[-99:],
+        lambda data: b"DiM kernels 0" + data[13:],
+        lambda data: b"\x7fELF" + data,
+        lambda data: data.replace(b'"key"', b'"kez"'),
+    ],
+    ids=["last byte", "half", "empty", "one byte changed", "old", "no entry", "header"],
+)
+def test_a_corrupt_entry_is_rebuilt(small, compilations, damage):
+    expected = load_or_compile(PROGRAM, 80)
+    whole = entry(small).read_bytes()
+    assert damage(whole) != whole
+    entry(small).write_bytes(damage(whole))
+    assert load_or_compile(PROGRAM, 80).cubin == expected.cubin and len(compilations) == 2
+    assert entry(small).read_bytes() == whole
+
+
+@needs_nvrtc
+def test_a_foreign_entry_is_rebuilt(small, compilations):
+    """A whole entry of another architecture under this one's name."""
+    load_or_compile(PROGRAM, 80)
+    other = entry(small).read_bytes()
+    entry(small).unlink()
+    expected = load_or_compile(PROGRAM, 90).cubin
+    entry(small).write_bytes(other)
+    assert load_or_compile(PROGRAM, 90).cubin == expected and len(compilations) == 3
+
+
+@needs_nvrtc
+def test_the_key_holds_all_that_matters(small, monkeypatch):
+    csrc = cuda_compile.CSRC / "small"
+    keys = [cuda_compile.key(PROGRAM, 80)]
+    assert cuda_compile.key(PROGRAM, 80) == keys[0]
+    keys.append(cuda_compile.key(PROGRAM, 90))
+    keys.append(cuda_compile.key(Program(PROGRAM.source, (("kType", "double"),)), 80))
+    (csrc / "shift.cuh").write_text("constexpr int kShift = 2;\n")
+    keys.append(cuda_compile.key(PROGRAM, 80))
+    (csrc / "add.cu").write_text(SOURCE + "// more\n")
+    keys.append(cuda_compile.key(PROGRAM, 80))
+    monkeypatch.setattr(cuda_compile, "nvrtc_version", lambda: "12.8.93")
+    keys.append(cuda_compile.key(PROGRAM, 80))
+    monkeypatch.setattr(cuda_compile, "OPTIONS", (*cuda_compile.OPTIONS, "-G"))
+    keys.append(cuda_compile.key(PROGRAM, 80))
+    assert len(set(keys)) == len(keys)
+    (csrc / "unrelated.cuh").write_text("")
+    assert cuda_compile.key(PROGRAM, 80) == keys[-1]
+
+
+@needs_nvrtc
+def test_prebuilt_comes_first(small, compilations):
+    compiled = cuda_compile.compile_program(PROGRAM, 80)
+    cuda_compile.write_entry(cuda_compile.PREBUILT, PROGRAM, 80, compiled)
+    assert load_or_compile(PROGRAM, 80) == compiled
+    assert len(compilations) == 1 and not small.exists()
+
+
+@needs_nvrtc
+def test_an_unwritable_cache_is_no_error(small, compilations, caplog):
+    small.write_text("a file where the directory should be")
+    cuda_compile.warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "dim"):
+        assert load_or_compile(PROGRAM, 80).cubin == load_or_compile(PROGRAM, 80).cubin
+    assert len(compilations) == 2
+    (record,) = caplog.records
+    assert "DIM_CACHE_DIR" in record.message and str(small) in record.message
+
+
+@needs_nvrtc
+def test_many_processes_at_once(small):
+    """All find an empty cache, all get the kernel, one whole entry stays and nothing else."""
+    code = """
+        import importlib.util, pathlib, sys
+        spec = importlib.util.spec_from_file_location("cuda_compile", "libs/ops/cuda_compile.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.CSRC, module.PREBUILT = map(pathlib.Path, sys.argv[1:])
+        program = module.Program("small/add.cu", (("kType", "float"),))
+        for _ in range(20):
+            print(len(module.load_or_compile(program, 80).cubin))
+            for path in module.cache_directory().glob("*.bin"):
+                path.unlink(missing_ok=True)
+        module.load_or_compile(program, 80)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    command += [str(cuda_compile.CSRC), str(cuda_compile.PREBUILT)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=golden_cases.ROOT, env=dict(os.environ), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for _ in range(4)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [0] * 4, outputs
+    sizes = {line for output, _ in outputs for line in output.split()}
+    assert len(sizes) == 1
+    assert not [path for path in small.iterdir() if path.suffix != ".bin"]
+    assert load_or_compile(PROGRAM, 80).cubin
+
+
+@needs_nvrtc
+def test_a_mistake_in_a_kernel_is_told(small):
+    (cuda_compile.CSRC / "small" / "add.cu").write_text("extern int;\nnonsense")
+    with pytest.raises(UserError, match=r"(?s)csrc/small/add.cu does not compile for sm_80 .*nonsense"):
+        load_or_compile(PROGRAM, 80)
+    assert not small.exists()
+
+
+def test_cache_directory(monkeypatch):
+    monkeypatch.delenv("DIM_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    if sys.platform != "win32":
+        assert str(cuda_compile.cache_directory()) == "/somewhere/dim-kernels"
+    monkeypatch.setenv("DIM_CACHE_DIR", "elsewhere")
+    assert str(cuda_compile.cache_directory()) == "elsewhere"
+
+
+# ---------------------------------------- what is missing
+
+
+@pytest.fixture
+def no_memory():
+    """`missing` forgets what it found, before and after."""
+    cuda_compile.missing.cache_clear()
+    yield
+    cuda_compile.missing.cache_clear()
+
+
+@needs_nvrtc
+def test_another_cuda_than_torchs(no_memory):
+    assert 'pip install "cuda-bindings==9.*"' in cuda_compile.missing("9.1")
+    assert "built without CUDA" in cuda_compile.missing(None)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "module, command",
+    [("cuda.bindings", "cuda-bindings=="), ("cuda.core", "cuda-core>=")],
+)
+def test_a_package_that_is_not_installed(no_memory, monkeypatch, module, command):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
+    assert f'pip install {"-U " * (module == "cuda.core")}"{command}' in cuda_compile.missing(
+        torch.version.cuda
+    )
+
+
+@needs_nvrtc
+def test_headers_and_compiler_that_are_not_there(no_memory, monkeypatch):
+    def nothing():
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(cuda_compile, "_cuda_headers", lambda: None)
+    assert "pip install \"nvidia-cuda-runtime" in cuda_compile.missing(torch.version.cuda)
+    cuda_compile.missing.cache_clear()
+    monkeypatch.setattr(cuda_compile, "nvrtc_version", nothing)
+    assert "pip install \"nvidia-cuda-nvrtc" in cuda_compile.missing(torch.version.cuda)
+
+
+@needs_nvrtc
+def test_a_gpu_that_nvrtc_does_not_know():
+    assert cuda_compile.unsupported(80) is None
+    assert "not for sm_999" in cuda_compile.unsupported(999)

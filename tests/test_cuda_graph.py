@@ -1,0 +1,330 @@
+"""The CUDA operators without a GPU: what surrounds the kernels (schemas, fakes, autograd, dispatch,
+torch.compile), with the reference in the kernels' place on the CPU.
+"""
+
+import concurrent.futures
+import ctypes
+import sys
+import types
+
+import golden_cases
+import pytest
+import test_ops
+import torch
+
+from libs.mamba import Mamba
+from libs.ops import causal_conv1d, cuda, cuda_conv, cuda_scan, launch_plan, selective_scan
+from libs.ops.backends import Backend
+from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
+
+cuda_driver = pytest.importorskip("cuda.bindings.driver")
+
+
+def in_a_thread(function):
+    """Below the dispatcher torch records no gradients in the thread it was called in."""
+
+    def call(*args):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            return pool.submit(function, *args).result()
+
+    return call
+
+
+def _gradients(outputs, inputs, g):
+    """Gradients of the inputs; empty ones for absent inputs."""
+    outputs = [y for y, x in zip(outputs, g, strict=True) if x is not None]
+    g = [x for x in g if x is not None]
+    present = [x for x in inputs if x is not None]
+    found = iter(torch.autograd.grad(outputs, present, g, allow_unused=True))
+    results = (None if x is None else next(found) for x in inputs)
+    return [
+        torch.empty(0) if x is None else torch.zeros_like(x) if r is None else r.contiguous()
+        for x, r in zip(inputs, results, strict=True)
+    ]
+
+
+def scan_fwd(*args):
+    *tensors, order, softplus, return_last_state = args
+    assert len({x.dtype for x in (*tensors[:2], *tensors[3:5])}) == 1, "sequences of one dtype"
+    assert all(x is None or x.dtype == torch.float32 for x in (tensors[2], tensors[5], tensors[7]))
+    y, last = selective_scan_ref(*tensors, softplus, order, True)
+    return y.contiguous(), last.contiguous() if return_last_state else torch.empty(0)
+
+
+@in_a_thread
+def scan_bwd(g_y, g_last_state, *args):
+    *tensors, order, softplus = args
+    inputs = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    outputs = selective_scan_ref(*inputs, softplus, order, True)
+    g = _gradients(outputs, inputs, (g_y, g_last_state))
+    return *g[:3], torch.stack(g[3:5]), *g[5:]
+
+
+def conv_fwd(x, weight, bias, order, silu):
+    return causal_conv1d_ref(x, weight, bias, "silu" if silu else None, order).contiguous()
+
+
+@in_a_thread
+def conv_bwd(g_y, *args):
+    *tensors, order, silu = args
+    inputs = [None if x is None else x.detach().requires_grad_() for x in tensors]
+    y = causal_conv1d_ref(*inputs, "silu" if silu else None, order)
+    return tuple(_gradients((y,), inputs, (g_y,)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reference_as_kernels():
+    library = torch.library.Library("dim", "IMPL")
+    library.impl("selective_scan_fwd", scan_fwd, "CPU")
+    library.impl("selective_scan_bwd", scan_bwd, "CPU")
+    library.impl("causal_conv1d_fwd", conv_fwd, "CPU")
+    library.impl("causal_conv1d_bwd", conv_bwd, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def dispatched(monkeypatch):
+    """CPU tensors take the way of CUDA tensors."""
+    monkeypatch.delenv("DIM_BACKEND", raising=False)
+    for operator, run in (
+        ("selective_scan", cuda_scan.selective_scan_cuda),
+        ("causal_conv1d", cuda_conv.causal_conv1d_cuda),
+    ):
+        table = sys.modules[f"libs.ops.{operator}"].BACKENDS
+        monkeypatch.setitem(
+            table, "cuda", Backend(None, lambda device, dtype, size: None, run, str)
+        )
+
+
+def same(actual, expected, tolerance=0.0):
+    assert actual.keys() == expected.keys()
+    for name, x in expected.items():
+        assert actual[name].dtype == x.dtype, name
+        golden_cases.assert_close(actual[name], x, tolerance or 1e-12, name)
+
+
+SCAN_VARIANTS = [
+    ((), {"delta_softplus": True, "return_last_state": True}, "permuted"),
+    (("D",), {"delta_softplus": True}, "reversed"),
+    (("z", "delta_bias"), {"delta_softplus": True}, "none"),
+    (("D", "z", "delta_bias"), {"delta_softplus": True, "return_last_state": True}, "none"),
+]
+
+
+@pytest.mark.parametrize("absent, options, order", SCAN_VARIANTS)
+def test_scan_gradients(absent, options, order):
+    inputs, order = test_ops.scan_inputs(absent=absent), test_ops.make_order(order, 19)
+    same(
+        test_ops.run(cuda_scan.selective_scan_cuda, inputs, order=order, **options),
+        test_ops.run(selective_scan_ref, inputs, order=order, **options),
+    )
+
+
+@pytest.mark.parametrize("absent, activation", [((), "silu"), (("bias",), None)])
+def test_convolution_gradients(absent, activation):
+    inputs, order = test_ops.conv_inputs(absent=absent), test_ops.make_order("permuted", 19)
+    options = {"activation": activation, "order": order}
+    same(
+        test_ops.run(cuda_conv.causal_conv1d_cuda, inputs, **options),
+        test_ops.run(causal_conv1d_ref, inputs, **options),
+    )
+
+
+def test_mixed_dtypes():
+    """As the mixer makes them under autocast, and a mixture that only float32 holds."""
+    inputs = test_ops.scan_inputs()
+    for low in (("u", "delta", "B", "C", "z"), ("u", "C"), ("D", "A")):
+        mixed = {k: x.bfloat16() if k in low else x for k, x in inputs.items()}
+        same(
+            test_ops.run(cuda_scan.selective_scan_cuda, mixed, delta_softplus=True),
+            test_ops.run(selective_scan_ref, mixed, delta_softplus=True),
+            2**-7,  # one rounding to bfloat16 more
+        )
+    x = test_ops.conv_inputs()
+    for low in (("x",), ("weight", "bias")):
+        mixed = {k: t.bfloat16() if k in low else t for k, t in x.items()}
+        same(
+            test_ops.run(cuda_conv.causal_conv1d_cuda, mixed),
+            test_ops.run(causal_conv1d_ref, mixed),
+            2**-7,
+        )
+
+
+def test_a_last_axis_with_strides_is_copied_once(monkeypatch):
+    """What the backward saves is the copy, and other strides are passed on."""
+    copies, contiguous = [], torch.Tensor.contiguous
+    monkeypatch.setattr(
+        torch.Tensor, "contiguous", lambda x, **kw: copies.append(x.shape) or contiguous(x, **kw)
+    )
+    both = torch.randn(2, 19, 10, requires_grad=True)
+    assert cuda.as_rows(both[..., 5:]).data_ptr() == both[..., 5:].data_ptr() and not copies
+    x = torch.randn(2, 5, 19).mT
+    assert cuda.as_rows(x).is_contiguous() and copies == [(2, 19, 5)]
+    assert cuda.as_rows(x[:, :, :1]) is not None
+    assert cuda.as_rows(torch.empty(1).as_strided((2, 1, 1), (0, 2**31, 1))) is not None
+
+
+@pytest.mark.parametrize("absent, options, order", SCAN_VARIANTS)
+def test_scan_opcheck(absent, options, order):
+    x = test_ops.scan_inputs(L=7, absent=absent)
+    order = cuda.as_order(test_ops.make_order(order, 7))
+    softplus = options.get("delta_softplus", False)
+    arguments = [x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    arguments += [order, softplus]
+    last = options.get("return_last_state", False)
+    g_y, g_state = torch.randn(2, 7, 5), torch.randn(2, 5, 16) if last else None
+    torch.library.opcheck(torch.ops.dim.selective_scan_bwd, (g_y, g_state, *arguments))
+    arguments = [
+        t.requires_grad_() if t is not None and t is not order and t is not softplus else t
+        for t in arguments
+    ]
+    torch.library.opcheck(torch.ops.dim.selective_scan_fwd, (*arguments, last))
+
+
+@pytest.mark.parametrize("absent, activation", [((), "silu"), (("bias",), None)])
+def test_convolution_opcheck(absent, activation):
+    x = test_ops.conv_inputs(L=7, absent=absent)
+    order = cuda.as_order(test_ops.make_order("permuted", 7))
+    tensors = [x["x"], x["weight"], x.get("bias")]
+    rest = (order, activation == "silu")
+    torch.library.opcheck(
+        torch.ops.dim.causal_conv1d_bwd, (torch.randn(2, 7, 5), *tensors, *rest)
+    )
+    tensors = [None if t is None else t.requires_grad_() for t in tensors]
+    torch.library.opcheck(torch.ops.dim.causal_conv1d_fwd, (*tensors, *rest))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_mixer_has_no_graph_breaks(dispatched, dynamic):
+    """A mixer under torch.compile(fullgraph=True), forward and backward, at two lengths."""
+    torch.manual_seed(0)
+    mixer = Mamba(8, d_state=4)
+    torch.compiler.reset()
+    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for length in (11, 12):
+        x, order = torch.randn(2, length, 8), torch.randperm(length)
+        results = []
+        for model in (mixer, compiled):
+            model.zero_grad()
+            y = model(x, order)
+            y.square().sum().backward()
+            results.append({"y": y.detach()} | {k: p.grad for k, p in mixer.named_parameters()})
+        same(*results, tolerance=1e-6)
+
+
+def test_autocast_leaves_precision_alone(dispatched):
+    torch.manual_seed(0)
+    inputs = test_ops.scan_inputs()
+    expected = test_ops.run(selective_scan_ref, inputs, delta_softplus=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        same(test_ops.run(selective_scan, inputs, delta_softplus=True), expected)
+
+
+def test_double_backward_is_refused(dispatched):
+    x = {k: t.requires_grad_() for k, t in test_ops.scan_inputs().items()}
+    with pytest.raises(RuntimeError, match="second derivative; use backend='reference'"):
+        torch.autograd.grad(selective_scan(**x).sum(), x["u"], create_graph=True)
+    x = {k: t.requires_grad_() for k, t in test_ops.conv_inputs().items()}
+    with pytest.raises(RuntimeError, match="second derivative; use backend='reference'"):
+        torch.autograd.grad(causal_conv1d(**x).sum(), x["x"], create_graph=True)
+
+
+def test_gradient_of_the_last_state_alone(dispatched):
+    x = {k: t.requires_grad_() for k, t in test_ops.scan_inputs(absent=("z", "D")).items()}
+    wanted = [x[k] for k in ("u", "delta", "A", "B")]
+    gradients = [
+        torch.autograd.grad(
+            test_ops.scan(**x, return_last_state=True, backend=name)[1].sum(), wanted
+        )
+        for name in ("cuda", "reference")
+    ]
+    for actual, expected in zip(*gradients, strict=True):
+        golden_cases.assert_close(actual, expected, 1e-6)
+
+
+# ---------------------------------------- launching
+
+
+class Driver:
+    """Keeps what would be launched: (arguments without parameters, the parameter struct's bytes)."""
+
+    def __init__(self, error=0):
+        self.launches, self.error, self.size = [], error, 0
+
+    def cuLaunchKernel(self, *arguments):
+        *config, pointer, extra = arguments
+        address = ctypes.c_void_p.from_address(pointer).value
+        self.launches.append((tuple(config), ctypes.string_at(address, self.size)))
+        return (self.error,)
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    """A driver that launches nothing, for tensors that are on the CPU."""
+    driver = Driver()
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(cuda, "_make_context_current", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    stream = types.SimpleNamespace(cuda_stream=77)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    gpu = types.SimpleNamespace(function=lambda kernel, shared: f"{kernel.name} {shared}")
+    monkeypatch.setattr(cuda.Gpu, "of", staticmethod(lambda index: gpu))
+    return driver
+
+
+def test_what_is_launched(driver):
+    """Parameters arrive in their fields, scratch does not overlap, sums read the parts' memory."""
+    kernel = launch_plan.Kernel("source.cu", "walk", ())
+    add = launch_plan.Kernel("sum.cu", "add", ())
+    plan = launch_plan.Plan(
+        launches=(launch_plan.Launch(kernel, (3, 2, 1), (64, 1, 1), 50000),),
+        scratch=(
+            launch_plan.Scratch("checkpoints", (3, 5), "float32"),
+            launch_plan.Scratch("parts_A", (7, 5, 16), "float32"),
+        ),
+        integers={"segments": 2, "segment_length": 10},
+        sums=(
+            launch_plan.Sum(
+                launch_plan.Launch(add, (1, 1, 1), (256, 1, 1), 0), "parts_A", "g_A", (5, 16),
+                "float32",
+            ),
+        ),
+    )  # fmt: skip
+    prepared = cuda.prepare(plan, launch_plan.ScanParams, 0)
+    u, g_A = torch.randn(2, 19, 10)[..., 5:], torch.empty(5, 16)
+    driver.size = ctypes.sizeof(launch_plan.SumParams)
+    cuda.run(
+        prepared, u.device, {"u": u, "z": None}, {"batch": 2, "D": g_A, "order": None}, {"g_A": g_A}
+    )
+    (config, _), (sum_config, sum_bytes) = driver.launches
+    assert config == ("walk 50000", 3, 2, 1, 64, 1, 1, 50000, 77)
+    assert sum_config == ("add 0", 1, 1, 1, 256, 1, 1, 0, 77)
+    sums = launch_plan.SumParams.from_buffer_copy(sum_bytes)
+    assert (sums.out, sums.count, sums.size) == (g_A.data_ptr(), 7, 80)
+
+    driver.launches.clear()
+    driver.size = ctypes.sizeof(launch_plan.ScanParams)
+    plan = plan._replace(sums=())
+    cuda.run(
+        cuda.prepare(plan, launch_plan.ScanParams, 0), u.device, {"u": u, "z": None},
+        {"batch": 2, "D": g_A, "order": None, "delta_softplus": True},
+    )  # fmt: skip
+    params = launch_plan.ScanParams.from_buffer_copy(driver.launches[0][1])
+    assert (params.u.data, params.u.batch_stride, params.u.row_stride) == (u.data_ptr(), 190, 10)
+    assert (params.batch, params.segments, params.segment_length) == (2, 2, 10)
+    assert params.delta_softplus == 1 and params.D == g_A.data_ptr()
+    assert params.z.data is None and params.order is None and params.A is None
+    # 3 * 5 floats, and the next tensor at the next multiple of 256 bytes
+    assert params.parts_A - params.checkpoints == 256 and params.checkpoints % 64 == 0
+
+
+def test_a_failed_launch_is_told(driver):
+    plan = launch_plan.Plan(
+        (launch_plan.Launch(launch_plan.Kernel("a.cu", "walk", ()), (1, 1, 1), (1, 1, 1), 0),),
+        (), {},
+    )  # fmt: skip
+    prepared = cuda.prepare(plan, launch_plan.ConvParams, 0)
+    driver.error = cuda_driver.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
+    with pytest.raises(RuntimeError, match="launching walk: .*LAUNCH_OUT_OF_RESOURCES"):
+        cuda.run(prepared, torch.device("cpu"), {}, {})

@@ -1,0 +1,355 @@
+"""The CUDA backend as a citizen of PyTorch, on a GPU: opcheck, torch.compile, CUDA graphs, autocast,
+streams, devices, determinism, and the golden cases. Numbers over shapes: test_cuda_kernels.py.
+"""
+
+import threading
+
+import golden_cases
+import pytest
+import test_golden_backbone
+import test_golden_scan
+import test_ops
+import torch
+
+from libs.mamba import Mamba
+from libs.ops import causal_conv1d, cuda, describe_backends, selective_scan
+from utils import UserError
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """No TF32 in what surrounds the operators, and no backend named by the environment."""
+    monkeypatch.delenv("DIM_BACKEND", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+def on(device, inputs, dtype=None):
+    """On the device; what the network has in half precision, in `dtype`."""
+    kept = ("A", "D", "delta_bias", "weight", "bias")
+    return {
+        k: x.to(device) if k in kept or dtype is None else x.to(device, dtype)
+        for k, x in inputs.items()
+    }
+
+
+def run(function, inputs, **options):
+    """As test_ops.run, for tensors of any device."""
+    inputs = {k: x.detach().requires_grad_() for k, x in inputs.items()}
+    outputs = function(**inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    g = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), g)
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
+
+
+def assert_equal(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+def close(actual, expected, tol):
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, name
+        golden_cases.assert_close(actual[name], expected[name], tol, name)
+
+
+def order_of(length, device="cuda"):
+    return test_ops.make_order("permuted", length).to(device)
+
+
+# ---------------------------------------- PyTorch
+
+
+def test_chosen_automatically():
+    assert all(": cuda (" in line for line in describe_backends("cuda")), describe_backends("cuda")
+
+
+@pytest.mark.parametrize("absent", [(), ("D",), ("z", "delta_bias"), ("D", "z", "delta_bias")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scan_opcheck(absent, dtype):
+    x = on("cuda", test_ops.scan_inputs(L=17, D=33, absent=absent), dtype)
+    order = cuda.as_order(order_of(17))
+    arguments = [x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
+    g_y, g_state = torch.randn_like(x["u"]), torch.randn(2, 33, 16, device="cuda")
+    selective_scan(**x, order=order, backend="cuda")  # registers the operators
+    torch.library.opcheck(torch.ops.dim.selective_scan_bwd, (g_y, g_state, *arguments, order, True))
+    arguments = [None if t is None else t.requires_grad_() for t in arguments]
+    torch.library.opcheck(torch.ops.dim.selective_scan_fwd, (*arguments, order, True, True))
+    torch.library.opcheck(torch.ops.dim.selective_scan_fwd, (*arguments, None, False, False))
+
+
+@pytest.mark.parametrize("absent", [(), ("bias",)])
+def test_convolution_opcheck(absent):
+    x = on("cuda", test_ops.conv_inputs(L=17, D=33, absent=absent))
+    order = cuda.as_order(order_of(17))
+    causal_conv1d(**x, backend="cuda")
+    arguments = [x["x"], x["weight"], x.get("bias")]
+    g_y = torch.randn_like(x["x"])
+    torch.library.opcheck(torch.ops.dim.causal_conv1d_bwd, (g_y, *arguments, order, True))
+    arguments = [None if t is None else t.requires_grad_() for t in arguments]
+    torch.library.opcheck(torch.ops.dim.causal_conv1d_fwd, (*arguments, order, True))
+
+
+def mixer_and_input(length=50, batch=2):
+    torch.manual_seed(0)
+    return Mamba(64).cuda(), torch.randn(batch, length, 64, device="cuda"), order_of(length)
+
+
+def step(model, mixer, x, order):
+    mixer.zero_grad()
+    y = model(x, order)
+    y.float().square().sum().backward()
+    return {"y": y.detach()} | {k: p.grad.clone() for k, p in mixer.named_parameters()}
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_mixer_has_no_graph_breaks(autocast):
+    mixer, x, order = mixer_and_input()
+    torch.compiler.reset()
+    compiled = torch.compile(mixer, fullgraph=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=autocast):
+        expected, actual = (step(model, mixer, x, order) for model in (mixer, compiled))
+    close(actual, expected, 3e-2 if autocast else 1e-4)  # inductor fuses and rounds otherwise
+
+
+def test_cuda_graph():
+    """Captured once and replayed on other numbers, forward and backward."""
+    mixer, x, order = mixer_and_input()
+    static = x.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step(mixer, mixer, static, order)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    mixer.zero_grad(set_to_none=True)
+    with torch.cuda.graph(graph):
+        y = mixer(static, order)
+        y.square().sum().backward()
+    static.copy_(x.flip(0) * 0.5)
+    graph.replay()
+    captured = {"y": y.detach().clone()}
+    captured |= {k: p.grad.clone() for k, p in mixer.named_parameters()}
+    assert_equal(captured, step(mixer, mixer, x.flip(0) * 0.5, order))
+
+
+def test_first_use_in_a_capture_is_told():
+    """A shape that needs a kernel nobody has loaded: 27 states, float16."""
+    x = on("cuda", test_ops.scan_inputs(B=1, L=5, D=8, N=27), torch.float16)
+    cuda.forget()  # whatever ran before this test
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(UserError, match="before this graph capture"), torch.cuda.graph(graph):
+        selective_scan(**x, backend="cuda")
+    torch.cuda.synchronize()
+    selective_scan(**x, backend="cuda")
+
+
+def test_autocast_leaves_precision_alone():
+    x = on("cuda", test_ops.scan_inputs())
+    expected = run(selective_scan, x, backend="cuda", return_last_state=True, delta_softplus=True)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual = run(selective_scan, x, backend="cuda", return_last_state=True, delta_softplus=True)
+    assert_equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixer_under_autocast(dtype):
+    """The dtypes that a network brings; against the reference under the same autocast."""
+    mixer, x, order = mixer_and_input()
+    with torch.autocast("cuda", dtype=dtype):
+        actual = step(mixer, mixer, x, order)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DIM_BACKEND", "reference")
+            expected = step(mixer, mixer, x, order)
+    # The projections around the operators round intermediate results to `dtype`.
+    close(actual, expected, 8 * torch.finfo(dtype).eps)
+
+
+def test_another_stream():
+    """The kernels wait for what is before them on their stream, and nothing else."""
+    x = on("cuda", test_ops.scan_inputs(B=4, L=200, D=128))
+    expected = run(test_ops.scan, x, backend="cuda")
+    stream = torch.cuda.Stream()
+    big = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        late = {k: torch.full_like(t, float("nan")) for k, t in x.items()}
+        for _ in range(20):
+            big = big @ big * 1e-3  # the stream is busy while the inputs wait
+        late = {k: late[k].copy_(t) for k, t in x.items()}
+        actual = run(test_ops.scan, late, backend="cuda")
+        conv = causal_conv1d(late["u"], torch.ones(128, 3, device="cuda"), backend="cuda")
+    stream.synchronize()
+    assert_equal(actual, expected)
+    assert torch.equal(
+        conv, causal_conv1d(x["u"], torch.ones(128, 3, device="cuda"), backend="cuda")
+    )
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_second_gpu():
+    """With the first one current."""
+    assert torch.cuda.current_device() == 0
+    first = test_ops.scan_inputs(D=70)
+    options = {"backend": "cuda", "delta_softplus": True, "return_last_state": True}
+    expected = run(selective_scan, on("cuda:0", first), order=order_of(19), **options)
+    actual = run(selective_scan, on("cuda:1", first), order=order_of(19, "cuda:1"), **options)
+    assert all(x.device.index == 1 for x in actual.values())
+    assert_equal({k: x.to("cuda:0") for k, x in actual.items()}, expected)
+    assert torch.cuda.current_device() == 0
+
+
+def test_a_thread_of_its_own():
+    """A thread that never used CUDA before has no context."""
+    x = on("cuda", test_ops.scan_inputs())
+    expected, results = selective_scan(**x, backend="cuda", delta_softplus=True), []
+    thread = threading.Thread(
+        target=lambda: results.append(selective_scan(**x, backend="cuda", delta_softplus=True))
+    )
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], expected)
+
+
+def test_two_runs_are_bit_equal():
+    """Of shapes that take several blocks and segments."""
+    for B, L, D in ((2, 700, 96), (16, 61, 256)):
+        inputs, order = on("cuda", test_ops.scan_inputs(B=B, L=L, D=D)), order_of(L)
+        conv = on("cuda", test_ops.conv_inputs(B=B, L=L, D=D))
+        try:
+            for deterministic in (False, True):
+                torch.use_deterministic_algorithms(deterministic)
+                runs = [
+                    (
+                        run(test_ops.scan, inputs, backend="cuda", order=order),
+                        run(causal_conv1d, conv, backend="cuda", order=order, activation="silu"),
+                    )
+                    for _ in range(3)
+                ]
+                for scan, convolution in runs[1:]:
+                    assert_equal(scan, runs[0][0])
+                    assert_equal(convolution, runs[0][1])
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def test_no_grad_inference_and_empty_gradients():
+    x = on("cuda", test_ops.scan_inputs())
+    expected = test_ops.scan(**x, backend="cuda")
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(test_ops.scan(**x, backend="cuda"), expected)
+    leaf = x["A"].clone().requires_grad_()
+    test_ops.scan(**x | {"A": leaf}, backend="cuda").sum().backward()
+    assert leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
+
+
+def test_gradient_of_the_last_state_alone():
+    inputs = on("cuda", test_ops.scan_inputs(absent=("z", "D")))
+    inputs = {k: x.requires_grad_() for k, x in inputs.items()}
+    wanted = [inputs[k] for k in ("u", "delta", "A", "B")]
+    gradients = [
+        torch.autograd.grad(
+            test_ops.scan(**inputs, return_last_state=True, backend=name)[1].sum(), wanted
+        )
+        for name in ("cuda", "reference")
+    ]
+    for actual, expected in zip(*gradients, strict=True):
+        golden_cases.assert_close(actual, expected, 1e-6)
+
+
+def test_double_backward_is_refused():
+    x = {k: t.requires_grad_() for k, t in on("cuda", test_ops.scan_inputs()).items()}
+    with pytest.raises(RuntimeError, match="second derivative"):
+        torch.autograd.grad(
+            test_ops.scan(**x, backend="cuda").sum(), x["u"], create_graph=True
+        )
+
+
+# ---------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda x: {"delta": x["delta"].cpu()}, ValueError, "delta must be on cuda:0 .* got cpu"),
+        (lambda x: {"order": torch.arange(19)}, ValueError, "order must be on cuda:0 .* got cpu"),
+        (lambda x: {"order": torch.arange(18).cuda()}, ValueError, "order must have shape"),
+        (lambda x: {"A": x["A"][:3]}, ValueError, "A must have shape"),
+        (lambda x: {"B": x["B"].long()}, TypeError, "B must be one of"),
+    ],
+)
+def test_validation(change, error, message):
+    x = on("cuda", test_ops.scan_inputs())
+    with pytest.raises(error, match="selective_scan: " + message):
+        selective_scan(**x | change(x), backend="cuda")
+
+
+def test_a_permutation_is_checked_when_asked(monkeypatch):
+    x, order = on("cuda", test_ops.scan_inputs()), torch.zeros(19, dtype=torch.int64, device="cuda")
+    monkeypatch.setenv("DIM_CHECK", "1")
+    with pytest.raises(ValueError, match="order must be a permutation"):
+        selective_scan(**x, order=order)
+
+
+def test_what_cuda_cannot_is_told_or_left_to_the_reference():
+    x = on("cuda", {k: t.double() for k, t in test_ops.scan_inputs().items()})
+    with pytest.raises(UserError, match="backend='reference' for float64"):
+        test_ops.scan(**x, backend="cuda")
+    assert torch.equal(test_ops.scan(**x), test_ops.scan(**x, backend="reference"))
+    x = on("cuda", test_ops.scan_inputs(N=65))
+    with pytest.raises(UserError, match="1 to 64 states, not 65"):
+        test_ops.scan(**x, backend="cuda")
+    assert torch.equal(test_ops.scan(**x), test_ops.scan(**x, backend="reference"))
+    x = on("cuda", test_ops.conv_inputs(W=9))
+    with pytest.raises(UserError, match="2 to 8 taps, not 9"):
+        causal_conv1d(**x, backend="cuda")
+    with pytest.raises(UserError, match="takes CUDA tensors, not cpu"):
+        test_ops.scan(**test_ops.scan_inputs(), backend="cuda")
+
+
+# ---------------------------------------- golden cases
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("selective_scan"))
+def test_golden_scan(case, arrays, monkeypatch):
+    to_ours = test_golden_scan.to_ours
+    monkeypatch.setattr(test_golden_scan, "to_ours", lambda name, x: to_ours(name, x).cuda())
+    tolerance = test_golden_scan.TOLERANCE
+    test_golden_scan.check(case, arrays, torch.float32, "cuda", "", tolerance)
+
+
+@pytest.fixture
+def models_on_gpu(monkeypatch):
+    """test_golden_backbone's models run on the GPU; its inputs and outputs stay on the CPU."""
+    build = test_golden_backbone.model_from_official
+
+    def run_call(model, call, arrays):
+        label = None if call["y"] is None else torch.from_numpy(arrays[call["y"]]).cuda()
+        x = torch.from_numpy(arrays[call["x"]]).requires_grad_()
+        return x, model(x.cuda(), torch.from_numpy(arrays[call["t"]]).cuda(), label).cpu()
+
+    monkeypatch.setattr(test_golden_backbone, "model_from_official", lambda *a: build(*a).cuda())
+    monkeypatch.setattr(test_golden_backbone, "run_call", run_call)
+    monkeypatch.setenv("DIM_BACKEND", "cuda")
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("dim_backbone"))
+def test_golden_outputs(case, arrays, models_on_gpu):
+    test_golden_backbone.test_outputs(case, arrays)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("case, arrays", golden_cases.params("dim_backbone"))
+def test_golden_gradients(case, arrays, checkpointing, models_on_gpu):
+    test_golden_backbone.test_gradients(case, arrays, checkpointing)
