@@ -4,6 +4,7 @@ sm_100; it needs no GPU. What it did is printed (pip shows it with -v) and kept 
 libs/ops/prebuilt/report.txt, which `python -m libs.ops` repeats.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,9 +17,11 @@ setup()
 # setup.py runs several times in an installation; this is the run that installs.
 installing = {"editable_wheel", "bdist_wheel", "develop"} & set(sys.argv)
 if os.environ.get("DIM_PREBUILD_ARCHS") and installing:
-    # In a process of its own: whatever goes wrong there, the installation is complete.
-    subprocess.run(
-        [sys.executable, "-m", "libs.ops.prebuild", os.environ["DIM_PREBUILD_ARCHS"]],
-        cwd=Path(__file__).resolve().parent,
-        check=False,
-    )
+    if importlib.util.find_spec("torch") is None:
+        print("no CUDA kernels prebuilt: torch is not visible; add --no-build-isolation to pip")
+    else:  # in a process of its own: whatever goes wrong there, the installation is complete
+        subprocess.run(
+            [sys.executable, "-m", "libs.ops.prebuild", os.environ["DIM_PREBUILD_ARCHS"]],
+            cwd=Path(__file__).resolve().parent,
+            check=False,
+        )

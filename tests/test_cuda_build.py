@@ -2,8 +2,12 @@
 it compiled whatever happens to its files, and what is missing is said.
 """
 
+import concurrent.futures
+import itertools
+import json
 import logging
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -11,7 +15,7 @@ import textwrap
 import golden_cases
 import pytest
 
-from libs.ops import cuda_compile
+from libs.ops import cuda, cuda_compile, launch_plan, prebuild
 from libs.ops.cuda_compile import Program, load_or_compile
 from utils import UserError
 
@@ -115,7 +119,7 @@ def test_the_key_holds_all_that_matters(small, monkeypatch):
     keys.append(cuda_compile.key(PROGRAM, 80))
     monkeypatch.setattr(cuda_compile, "nvrtc_version", lambda: "12.8.93")
     keys.append(cuda_compile.key(PROGRAM, 80))
-    monkeypatch.setattr(cuda_compile, "OPTIONS", (*cuda_compile.OPTIONS, "-G"))
+    monkeypatch.setattr(cuda_compile, "OPTIONS", cuda_compile.OPTIONS | {"debug": True})
     keys.append(cuda_compile.key(PROGRAM, 80))
     assert len(set(keys)) == len(keys)
     (csrc / "unrelated.cuh").write_text("")
@@ -177,7 +181,8 @@ def test_many_processes_at_once(small):
 @needs_nvrtc
 def test_a_mistake_in_a_kernel_is_told(small):
     (cuda_compile.CSRC / "small" / "add.cu").write_text("extern int;\nnonsense")
-    with pytest.raises(UserError, match=r"(?s)csrc/small/add.cu does not compile for sm_80 .*nonsense"):
+    message = r"(?s)csrc/small/add.cu does not compile for sm_80 .*nonsense"
+    with pytest.raises(UserError, match=message):
         load_or_compile(PROGRAM, 80)
     assert not small.exists()
 
@@ -236,3 +241,130 @@ def test_headers_and_compiler_that_are_not_there(no_memory, monkeypatch):
 def test_a_gpu_that_nvrtc_does_not_know():
     assert cuda_compile.unsupported(80) is None
     assert "not for sm_999" in cuda_compile.unsupported(999)
+
+
+# ---------------------------------------- ahead of time
+
+
+@needs_nvrtc
+def test_prebuild(small, monkeypatch, capsys):
+    kernel = launch_plan.Kernel(PROGRAM.source, "add", PROGRAM.defines)
+    monkeypatch.setattr(launch_plan, "INSTANTIATIONS_OF_CONFIGS", [kernel])
+    monkeypatch.setattr(prebuild, "REPORT", cuda_compile.PREBUILT / "report.txt")
+    assert prebuild.main("80;sm_90") == 0
+    printed = capsys.readouterr().out
+    assert "sm_80: 1 CUDA kernels compiled with NVRTC" in printed and "sm_90: 1" in printed
+    assert prebuild.REPORT.read_text() == printed
+    monkeypatch.setattr(cuda_compile, "compile_program", None)  # not called
+    assert load_or_compile(PROGRAM, "90").cubin and load_or_compile(PROGRAM, 80).cubin
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "archs, message", [("13;90", "not for sm_13"), ("hopper", "like '90;100'")]
+)
+def test_what_cannot_be_prebuilt_is_told(small, monkeypatch, capsys, archs, message):
+    monkeypatch.setattr(prebuild, "REPORT", cuda_compile.PREBUILT / "report.txt")
+    assert prebuild.main(archs) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_setup_prebuilds_only_when_it_installs_and_is_asked(monkeypatch):
+    """setup.py runs with other commands too, and an installation must never fail for kernels."""
+    import setuptools
+
+    def run(*arguments, **variables):
+        with monkeypatch.context() as patch:
+            patch.setattr(setuptools, "setup", lambda: None)
+            patch.setattr(subprocess, "run", lambda command, **options: started.append(command))
+            patch.setattr(sys, "argv", ["setup.py", *arguments])
+            patch.delenv("DIM_PREBUILD_ARCHS", raising=False)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            runpy.run_path(str(golden_cases.ROOT / "setup.py"))
+
+    started = []
+    run("editable_wheel")
+    run("egg_info", DIM_PREBUILD_ARCHS="90")
+    assert not started
+    run("editable_wheel", DIM_PREBUILD_ARCHS="90;100")
+    assert started == [[sys.executable, "-m", "libs.ops.prebuild", "90;100"]]
+
+
+# ---------------------------------------- the kernels
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    """(architecture, set) -> a future of what compile_kernels.py prints; two processes at a time,
+    all architectures' configs at once."""
+
+    def compile_all(arch, which):
+        command = [sys.executable, "tests/compile_kernels.py", str(arch), which]
+        result = subprocess.run(command, cwd=golden_cases.ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        started = {}
+
+        def start(arch, which):
+            if (arch, which) not in started:
+                started[arch, which] = pool.submit(compile_all, arch, which)
+            return started[arch, which]
+
+        yield start
+        pool.shutdown(cancel_futures=True)
+
+
+def check_resources(results, arch, capsys):
+    """Prints a line, and fails where a kernel spills registers to memory."""
+    seconds = sum(row[2] for row in results)
+    registers = [row[3]["registers"] for row in results]
+    spilling = [row for row in results if row[3]["spill_stores"] + row[3]["spill_loads"]]
+    with capsys.disabled():
+        print(
+            f"\nsm_{arch}: {len(results)} kernels in {seconds:.1f} s, {min(registers)} to "
+            f"{max(registers)} registers, {len(spilling)} spill"
+        )
+    lines = [
+        f"csrc/{source} {' '.join(f'{k}={v}' for k, v in defines)}: {used}"
+        for source, defines, _, used in spilling
+    ]
+    assert not lines, f"spilling on sm_{arch}:\n" + "\n".join(lines)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_kernels_of_the_configs(arch, compiling, capsys):
+    for other in ARCHITECTURES:
+        compiling(other, "configs")
+    check_resources(compiling(arch, "configs").result(), arch, capsys)
+
+
+@needs_nvrtc
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("arch", (80, 90))
+def test_all_other_kernels(arch, compiling, capsys):
+    for other in (80, 90):
+        compiling(other, "others")
+    check_resources(compiling(arch, "others").result(), arch, capsys)
+
+
+def test_the_list_of_the_configs_kernels_is_complete():
+    """No batch, resolution or GPU size needs a kernel, for the configs' N and width, that the list
+    lacks."""
+    listed = set(launch_plan.INSTANTIATIONS_OF_CONFIGS)
+    for dtype, batch, length, channels, multiprocessors in itertools.product(
+        launch_plan.CTYPE_OF_DTYPE, (1, 2, 16, 96, 1000), (78, 366, 1230, 9806),
+        (256, 1024, 3072), (20, 108, 160),
+    ):  # fmt: skip
+        for name, size in (("scan", 16), ("conv", 3)):
+            for way in ("forward", "backward"):
+                plan = getattr(launch_plan, f"{name}_{way}")(
+                    batch, length, channels, size, dtype, multiprocessors
+                )
+                assert cuda.kernels_of(plan) <= listed

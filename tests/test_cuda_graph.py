@@ -13,9 +13,18 @@ import test_ops
 import torch
 
 from libs.mamba import Mamba
-from libs.ops import causal_conv1d, cuda, cuda_conv, cuda_scan, launch_plan, selective_scan
+from libs.ops import (
+    causal_conv1d,
+    cuda,
+    cuda_check,
+    cuda_conv,
+    cuda_scan,
+    launch_plan,
+    selective_scan,
+)
 from libs.ops.backends import Backend
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
+from utils import UserError
 
 cuda_driver = pytest.importorskip("cuda.bindings.driver")
 
@@ -247,7 +256,7 @@ def test_gradient_of_the_last_state_alone(dispatched):
 
 
 class Driver:
-    """Keeps what would be launched: (arguments without parameters, the parameter struct's bytes)."""
+    """Keeps what would be launched: (arguments but the parameters, bytes of the parameters)."""
 
     def __init__(self, error=0):
         self.launches, self.error, self.size = [], error, 0
@@ -328,3 +337,75 @@ def test_a_failed_launch_is_told(driver):
     driver.error = cuda_driver.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
     with pytest.raises(RuntimeError, match="launching walk: .*LAUNCH_OUT_OF_RESOURCES"):
         cuda.run(prepared, torch.device("cpu"), {}, {})
+
+
+# ---------------------------------------- self-check
+
+SHAPES = [
+    (batch, length, channels)
+    for batch in (1, 2, 8, 96)
+    for length in (1, 20, 366, 9806)
+    for channels in (5, 256, 3072)
+]
+
+
+def kernels(plan):
+    return cuda.kernels_of(plan)
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("states", [1, 16, 17, 33, 64])
+def test_the_self_check_runs_every_kernel_of_a_plan(monkeypatch, name, states):
+    monkeypatch.setattr(cuda, "prepare", lambda plan, struct, index: plan)
+    gpu = types.SimpleNamespace(index=0, multiprocessors=132)
+    choose = getattr(launch_plan, f"{name}_variant")
+    for shape in SHAPES:
+        plan = getattr(launch_plan, f"scan_{name}")(*shape, states, "bfloat16", 132)
+        _, _, checked = cuda_scan._small_problem(
+            gpu, f"scan_{name}", plan, choose(*shape, states, 132), states, torch.bfloat16
+        )
+        assert kernels(plan) <= checked, shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_self_check_tells_right_from_wrong(monkeypatch, dtype):
+    """With the reference for the kernels, right and then a little wrong."""
+    monkeypatch.setattr(cuda, "prepare", lambda plan, struct, index: None)
+    gpu = types.SimpleNamespace(
+        index=0, multiprocessors=132, device="cpu", name="a GPU", arch=90
+    )
+    wrong = []  # by how much
+
+    def spoilt(function):
+        def run(prepared, *args):
+            results = function(*args)
+            results = list(results) if isinstance(results, tuple) else [results]
+            results[-1] = results[-1] + sum(wrong) * results[-1].abs().max()
+            return results[0] if len(results) == 1 else tuple(results)
+
+        return run
+
+    for module, forward, backward in (
+        (cuda_scan, scan_fwd, scan_bwd), (cuda_conv, conv_fwd, conv_bwd)
+    ):  # fmt: skip
+        monkeypatch.setattr(module, "_run_forward", spoilt(forward))
+        monkeypatch.setattr(module, "_run_backward", spoilt(backward))
+        plans = ("scan_forward", "scan_backward", 16), ("conv_forward", "conv_backward", 3)
+        forward, backward, size = plans[module is cuda_conv]
+        shape = (2, 366, 64, size)
+        for name, check in ((forward, module._check_forward), (backward, module._check_backward)):
+            plan = getattr(launch_plan, name)(*shape, cuda.name_of(dtype), 132)
+            wrong.clear()
+            assert kernels(plan) <= check(gpu, plan, shape, dtype)
+            for error in (0.05, float("nan")):
+                wrong.append(error)
+                with pytest.raises(UserError, match="sm_90.* compute wrong numbers: .* is off by"):
+                    check(gpu, plan, shape, dtype)
+
+
+def test_undisturbed_lets_errors_through():
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not cuda_check.undisturbed(torch.is_inference_mode_enabled)
+        assert not cuda_check.undisturbed(torch.is_autocast_enabled, "cpu")
+    with pytest.raises(UserError, match="so it goes"):
+        cuda_check.undisturbed(lambda: (_ for _ in ()).throw(UserError("so it goes")))

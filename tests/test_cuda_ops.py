@@ -1,5 +1,6 @@
-"""The CUDA backend as a citizen of PyTorch, on a GPU: opcheck, torch.compile, CUDA graphs, autocast,
-streams, devices, determinism, and the golden cases. Numbers over shapes: test_cuda_kernels.py.
+"""The CUDA backend as a citizen of PyTorch, on a GPU: opcheck, torch.compile, CUDA graphs,
+autocast, streams, devices, determinism, and the golden cases. Numbers over shapes:
+test_cuda_kernels.py.
 """
 
 import threading
@@ -322,7 +323,7 @@ def test_what_cuda_cannot_is_told_or_left_to_the_reference():
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("selective_scan"))
-def test_golden_scan(case, arrays, monkeypatch):
+def test_golden_scan_cases(case, arrays, monkeypatch):
     to_ours = test_golden_scan.to_ours
     monkeypatch.setattr(test_golden_scan, "to_ours", lambda name, x: to_ours(name, x).cuda())
     tolerance = test_golden_scan.TOLERANCE

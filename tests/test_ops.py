@@ -442,7 +442,7 @@ def test_a_requested_backend_that_cannot_run_is_an_error(monkeypatch, no_numba):
         scan(**scan_inputs(), backend="cpu")
     with pytest.raises(UserError, match="use backend='reference' for float64"):
         causal_conv1d(**{k: x.double() for k, x in conv_inputs().items()}, backend="cpu")
-    with pytest.raises(UserError, match="no backend 'gpu' .* choose one of cuda, cpu, reference, mamba"):
+    with pytest.raises(UserError, match="no backend 'gpu' .* choose one of cuda, cpu, reference"):
         scan(**scan_inputs(), backend="gpu")
     with pytest.raises(UserError, match="takes CPU tensors, not meta"):
         scan(**{k: x.to("meta") for k, x in scan_inputs().items()}, backend="cpu")

@@ -11,9 +11,43 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
+#ifndef kBias
+#define kBias 0.0f
+#endif
+#ifndef kPoly
+#define kPoly 0
+#endif
+// 2^x on the multiply-add pipe, for |x| < 125; further out 2^-125 or 2^125.
+__device__ __forceinline__ float ex2_polynomial(float x) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
+  x = fminf(fmaxf(x, -125.0f), 125.0f);
+  const float shifted = x + kRound, f = x - (shifted - kRound);
+  float p = fmaf(f, 0.00133908668f, 0.00966637395f);
+  p = fmaf(f, p, 0.0555035695f);
+  p = fmaf(f, p, 0.240223482f);
+  p = fmaf(f, p, 0.693147182f);
+  p = fmaf(f, p, 1.0f);
+  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
+}
+
+// 2^(delta A), a step's decay.
+__device__ __forceinline__ float exp2_step(int n, float delta, float A) {
+  if (kPoly > 0 && n % (16 / (kPoly > 0 ? kPoly : 1)) == 0) return ex2_polynomial(delta * A);
+  return ex2(fmaf(delta, A, kBias));
+}
+
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// condition ? a : b without a branch, which the compiler makes where a or b is costly: the condition
+// is the same for a whole launch, and a branch in every step costs more than what it saves.
+__device__ __forceinline__ float select(bool condition, float a, float b) {
+  float y;
+  asm("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %3, 0;\n\tselp.f32 %0, %1, %2, p;\n\t}"
+      : "=f"(y) : "f"(a), "f"(b), "r"(static_cast<unsigned>(condition)));
   return y;
 }
 

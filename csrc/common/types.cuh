@@ -26,16 +26,22 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
   return __float2bfloat16_rn(x);
 }
 
-// One column of one batch entry: at(row) is its element in that row. A row stride has 31 bits (the
-// operator checks), so that an offset is one 32 x 32 -> 64 bit multiply-add.
+// One column of one batch entry: at(row) is its element in that row. A row's stride in bytes has 32
+// bits (the operator checks), so that an address is one 32 x 32 + 64 bit multiply-add.
 template <class T> struct Column {
-  T* first;
-  int row_stride;
+  size_t first;  // address in global memory
+  unsigned stride;
 
   __device__ __forceinline__ Column(const Rows& rows, Int64 batch, Int64 column)
-      : first(static_cast<T*>(rows.data) + batch * rows.batch_stride + column),
-        row_stride(static_cast<int>(rows.row_stride)) {}
+      : first(__cvta_generic_to_global(rows.data) +
+              (batch * rows.batch_stride + column) * static_cast<Int64>(sizeof(T))),
+        stride(static_cast<unsigned>(rows.row_stride) * static_cast<unsigned>(sizeof(T))) {
+    // Hides how the address was made: else it is added up again, in two parts, at every access.
+    asm("" : "+l"(first));
+  }
   __device__ __forceinline__ T* at(int row) const {
-    return first + static_cast<Int64>(row) * row_stride;
+    const unsigned long long offset =
+        static_cast<unsigned long long>(static_cast<unsigned>(row)) * stride;
+    return reinterpret_cast<T*>(__cvta_global_to_generic(first + offset));
   }
 };

@@ -23,7 +23,7 @@ constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 constexpr int kWarps = kThreads / 32, kWarpsPerGroup = kChannels / 32;
 constexpr bool kSplit = kGroups > 1;
 static_assert(kStatesPerThread % 4 == 0 && kStatesPerThread <= 16 && kChannels % 32 == 0, "");
-static_assert(kTile % kGroups == 0 && kTile <= kThreads, "");
+static_assert(kTile % kGroups == 0 && kTile <= kThreads && 2 * kStates <= kThreads, "");
 
 // The inputs of one step. They wait in shared memory: in registers a tile of them needs more than
 // 255, and reading them there again lets the loops over steps stay rolled.
@@ -67,7 +67,9 @@ struct Place {
     first = static_cast<int>(segment * p.segment_length);
     count = static_cast<int>(min(p.segment_length, p.length - first));
   }
-  // Steps before the first (of the tile before it) and after the last repeat the nearest.
+  // Steps before the first (of the tile before it) and after the last repeat the nearest. Those past
+  // the end are walked first, change nothing, and what they write is overwritten by the last step.
+  // Threads without a channel do the last channel's work again, but add nothing to dB and dC.
   __device__ __forceinline__ int row(const ScanParams& p, int step) const {
     const int l = first + max(0, min(step, count - 1));
     return p.order ? static_cast<int>(p.order[l]) : l;
@@ -98,41 +100,35 @@ struct Staging {
   }
 };
 
+// An absent z or g_y is read from u and not used.
 struct Columns {
   Column<const kInput> u, delta, z, g_y;
   bool has_z, has_g_y;
 
   __device__ __forceinline__ Columns(const ScanParams& p, const Place& at)
       : u(p.u, at.batch, at.channel), delta(p.delta, at.batch, at.channel),
-        z(p.z, at.batch, at.channel), g_y(p.g_y, at.batch, at.channel),
+        z(p.z.data ? p.z : p.u, at.batch, at.channel),
+        g_y(p.g_y.data ? p.g_y : p.u, at.batch, at.channel),
         has_z(p.z.data), has_g_y(p.g_y.data) {}
 
-  // Outside the problem nothing flows back: g_y = 0.
-  __device__ __forceinline__ Step load(int row, bool inside) const {
-    const kInput zero = from_float<kInput>(0.0f);
+  __device__ __forceinline__ Step load(int row) const {
     Step in;
     in.u = *u.at(row);
     in.delta = *delta.at(row);
-    in.z = has_z ? *z.at(row) : zero;
-    in.g_y = inside && has_g_y ? *g_y.at(row) : zero;
+    in.z = *z.at(row);
+    const kInput g = *g_y.at(row);
+    in.g_y = has_g_y ? g : from_float<kInput>(0.0f);
     return in;
   }
 };
 
-// Where the gradients of u, delta and z go, which have the same strides: one offset serves all.
 struct Outputs {
-  kInput *g_u, *g_delta, *g_z;
-  Int64 first;
-  int row_stride;
+  Column<kInput> g_u, g_delta, g_z;
+  bool has_z;
 
   __device__ __forceinline__ Outputs(const ScanParams& p, const Place& at)
-      : g_u(static_cast<kInput*>(p.g_u.data)), g_delta(static_cast<kInput*>(p.g_delta.data)),
-        g_z(static_cast<kInput*>(p.g_z.data)),
-        first(at.batch * p.g_u.batch_stride + at.channel),
-        row_stride(static_cast<int>(p.g_u.row_stride)) {}
-  __device__ __forceinline__ Int64 offset(int row) const {
-    return first + static_cast<Int64>(row) * row_stride;
-  }
+      : g_u(p.g_u, at.batch, at.channel), g_delta(p.g_delta, at.batch, at.channel),
+        g_z(p.g_z, at.batch, at.channel), has_z(p.z.data) {}
 };
 
 // What every thread of a channel knows.
@@ -143,12 +139,11 @@ struct Channel {
   __device__ __forceinline__ Channel(const ScanParams& p, const Place& at)
       : skip(p.D ? p.D[at.channel] : 0.0f), bias(p.delta_bias ? p.delta_bias[at.channel] : 0.0f),
         use_softplus(p.delta_softplus) {}
-  // The step size and its derivative by the input. A step past the end has size 0 and changes no
-  // state.
+  // The step size and its derivative by the input, both 0 past the end.
   __device__ __forceinline__ float delta(const Step& in, bool inside, float& derivative) const {
     const float raw = to_float(in.delta) + bias;
-    derivative = use_softplus ? softplus_derivative(raw) : 1.0f;
-    return inside ? (use_softplus ? softplus(raw) : raw) : 0.0f;
+    derivative = select(inside, select(use_softplus, softplus_derivative(raw), 1.0f), 0.0f);
+    return select(inside, select(use_softplus, softplus(raw), raw), 0.0f);
   }
 };
 
@@ -165,18 +160,16 @@ struct StepSums {
 };
 
 __device__ __forceinline__ float gradient_of_sum(const Step& in, bool has_z) {
-  return to_float(in.g_y) * (has_z ? silu(to_float(in.z)) : 1.0f);
+  return to_float(in.g_y) * select(has_z, silu(to_float(in.z)), 1.0f);
 }
 
 // Writes dz of a step and returns dy. y: C h, without the skip.
 __device__ __forceinline__ float gate_backward(const Channel& channel, const Outputs& outputs,
-                                               const Step& in, int row, float y, bool write) {
-  const float g_y = to_float(in.g_y);
-  if (!outputs.g_z) return g_y;
-  const float z = to_float(in.z), s = sigmoid(z);
+                                               const Step& in, int row, float y, bool inside) {
+  const float g_y = to_float(in.g_y), z = to_float(in.z), s = sigmoid(z);
   const float g_z = g_y * fmaf(to_float(in.u), channel.skip, y) * silu_derivative(z, s);
-  if (write) outputs.g_z[outputs.offset(row)] = from_float<kInput>(g_z);
-  return g_y * (z * s);
+  if (outputs.has_z) *outputs.g_z.at(row) = from_float<kInput>(g_z);
+  return select(inside, g_y * select(outputs.has_z, z * s, 1.0f), 0.0f);
 }
 
 // Writes the gradients of one step's u and delta, the sums over states being given.
@@ -187,9 +180,8 @@ __device__ __forceinline__ void store_step(const Channel& channel, const Outputs
   const float g_delta = fmaf(g_decay, kLn2, u * g_B) * derivative;
   sums.tile_skip = fmaf(dy, u, sums.tile_skip);
   sums.tile_bias += g_delta;
-  const Int64 offset = outputs.offset(row);
-  outputs.g_u[offset] = from_float<kInput>(g_u);
-  outputs.g_delta[offset] = from_float<kInput>(g_delta);
+  *outputs.g_u.at(row) = from_float<kInput>(g_u);
+  *outputs.g_delta.at(row) = from_float<kInput>(g_delta);
 }
 
 // The states kept before each tile; quad(q) is 4 of this thread's.
@@ -220,20 +212,20 @@ struct States {
       const bool real = state < p.states;
       A[n] = real ? p.A[at.channel * p.states + state] * kLog2e : 0.0f;
       h[n] = g_h[n] = g_A[n] = 0.0f;
-      if (real && p.g_last_state && at.segment == p.segments - 1 && at.valid)
+      if (real && p.g_last_state && at.segment == p.segments - 1)
         g_h[n] = p.g_last_state[(at.batch * p.channels + at.channel) * p.states + state];
     }
     carry(p, at);
   }
   // The gradient that enters this segment at its end, from the segments after it.
   __device__ __forceinline__ void carry(const ScanParams& p, const Place& at) {
-    for (Int64 s = p.segments - 2; s >= at.segment && at.valid; --s) {
+    for (Int64 s = p.segments - 2; s >= at.segment; --s) {
       const Int64 row = s * p.batch + at.batch;
       const float delta = p.carry_delta[row * p.channels + at.channel];
 #pragma unroll
       for (int n = 0; n < kStatesPerThread; ++n) {
         const Int64 state = row * kStates + at.group * kStatesPerThread + n;
-        g_h[n] = fmaf(ex2(delta * A[n]), g_h[n], p.carry_state[state * p.channels + at.channel]);
+        g_h[n] = fmaf(exp2_step(n, delta, A[n]), g_h[n], p.carry_state[state * p.channels + at.channel]);
       }
     }
   }
@@ -256,7 +248,7 @@ struct States {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int n = 4 * q + j;
-        h[n] = fmaf(ex2(delta * A[n]), h[n], x * b4[j]);
+        h[n] = fmaf(exp2_step(n, delta, A[n]), h[n], x * b4[j]);
         y = fmaf(h[n], c4[j], y);
       }
       if (t < kTile - 1)
@@ -265,12 +257,14 @@ struct States {
     }
     return y;
   }
-  // One step backwards. g_B and g_decay: this thread's parts of the sums over states.
+  // One step backwards. summed: factor of what is added to dB and dC. g_B and g_decay: this thread's
+  // parts of the sums over states.
   __device__ __forceinline__ void back(const Shared& shared, const Checkpoint& checkpoint,
                                        int t, int offset, float delta, float x, float dy,
-                                       float& g_B, float& g_decay,
+                                       float summed, float& g_B, float& g_decay,
                                        LaneSums<kInput, kStatesPerThread>& lane_sums) {
     g_B = g_decay = 0.0f;
+    const float x_summed = x * summed, dy_summed = dy * summed;
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       const float4 before = t > 0 ? shared.history[t - 1][q][threadIdx.x] : checkpoint.quad(q);
@@ -282,9 +276,9 @@ struct States {
       for (int j = 0; j < 4; ++j) {
         const int n = 4 * q + j;
         const float g = fmaf(c4[j], dy, g_h[n]);
-        lane_sums.add(n, g * x, dy * h[n]);
+        lane_sums.add(n, g * x_summed, dy_summed * h[n]);
         g_B = fmaf(g, b4[j], g_B);
-        g_h[n] = g * ex2(delta * A[n]);
+        g_h[n] = g * exp2_step(n, delta, A[n]);
         const float g_exponent = g_h[n] * h4[j];
         g_A[n] = fmaf(g_exponent, delta, g_A[n]);
         g_decay = fmaf(g_exponent, A[n], g_decay);
@@ -296,18 +290,21 @@ struct States {
 
 // Adds dB and dC of a tile over the warps of a group and writes the block's part.
 __device__ __forceinline__ void store_BC(const ScanParams& p, const Place& at,
-                                         const Shared& shared, const int* rows, int steps) {
-  const Int64 size = p.batch * p.length * p.states;
-  float* to = p.parts_BC + at.block * 2 * size + at.batch * p.length * p.states;
-  for (int i = threadIdx.x; i < kTile * 2 * kStates; i += kThreads) {
-    const int t = i / (2 * kStates), kind = i / kStates % 2, n = i % kStates;
-    if (t >= steps || n >= p.states) continue;
-    const int group = n / kStatesPerThread, value = kind * kStatesPerThread + n % kStatesPerThread;
+                                         const Shared& shared, const int* rows, int left) {
+  constexpr int kColumns = 2 * kStates, kTogether = kThreads / kColumns;
+  const int column = threadIdx.x % kColumns, kind = column / kStates, n = column % kStates;
+  if (n >= p.states || threadIdx.x >= kTogether * kColumns) return;
+  const int group = n / kStatesPerThread, value = kind * kStatesPerThread + n % kStatesPerThread;
+  float* to = p.parts_BC + ((at.block * 2 + kind) * p.batch + at.batch) * p.length * p.states + n;
+#pragma unroll
+  for (int first = 0; first < kTile; first += kTogether) {
+    const int t = first + threadIdx.x / kColumns;
+    if (t >= min(left, kTile)) break;
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < kWarpsPerGroup; ++w)
       sum += shared.sums[group * kWarpsPerGroup + w][t][value];
-    to[kind * size + static_cast<Int64>(rows[t]) * p.states + n] = sum;
+    to[static_cast<Int64>(rows[t]) * static_cast<int>(p.states)] = sum;
   }
 }
 
@@ -359,6 +356,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   States states(p, at);
   StepSums step_sums;
   const int thread = threadIdx.x, offset = at.group * kStatesPerThread;
+  const float summed = at.valid ? LaneSums<kInput, kStatesPerThread>::kTruncation : 0.0f;
 
   const int tiles = (at.count + kTile - 1) / kTile;
   if (thread < kTile) shared.rows[(tiles - 1) & 3][thread] = at.row(p, (tiles - 1) * kTile + thread);
@@ -368,14 +366,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   staging.load(p, at, shared.rows[(tiles - 1) & 3]);
 
   for (int tile = tiles - 1; tile >= 0; --tile) {
-    const int steps = at.count - tile * kTile;
-    const int left = at.valid ? steps : 0;  // a thread without a channel has no steps
+    const int left = at.count - tile * kTile;
     const int* rows = shared.rows[tile & 3];
     staging.store(shared);
     if (thread < kTile) shared.rows[(tile + 3) & 3][thread] = next_row;
     Step loaded[kTile];
 #pragma unroll
-    for (int t = 0; t < kTile; ++t) loaded[t] = columns.load(rows[t], t < left);
+    for (int t = 0; t < kTile; ++t) loaded[t] = columns.load(rows[t]);
     const Checkpoint checkpoint(p, at, tile);
     states.load(checkpoint);
 #pragma unroll
@@ -396,17 +393,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll kUnroll
     for (int t = kTile - 1; t >= 0; --t) {
       const Step in = shared.in[t][thread];
-      const float dy = kSplit ? gradient_of_sum(in, columns.has_z) : in.dy;
+      const float dy =
+          kSplit ? select(t < left, gradient_of_sum(in, columns.has_z), 0.0f) : in.dy;
       float g_B, g_decay, derivative;
       const float delta = channel.delta(in, t < left, derivative);
       const float u = to_float(in.u), x = delta * u;
       LaneSums<kInput, kStatesPerThread> lane_sums;
-      states.back(shared, checkpoint, t, offset, delta, x, dy, g_B, g_decay, lane_sums);
+      states.back(shared, checkpoint, t, offset, delta, x, dy, summed, g_B, g_decay, lane_sums);
       lane_sums.store(shared.sums[thread / 32][t], thread % 32);
       if constexpr (kSplit) {
         shared.parts[1][at.group][t][at.column] = g_B;
         shared.parts[2][at.group][t][at.column] = g_decay;
-      } else if (t < left) {
+      } else {
         store_step(channel, outputs, u, rows[t], delta, derivative, dy, g_B, g_decay, step_sums);
       }
     }
@@ -414,7 +412,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     next_row = at.row(p, (tile - 2) * kTile + thread % kTile);
     if (tile > 0) staging.load(p, at, shared.rows[(tile + 3) & 3]);
     __syncthreads();
-    store_BC(p, at, shared, rows, steps);
+    store_BC(p, at, shared, rows, left);
     if constexpr (kSplit)
       store_own_steps(channel, outputs, at, shared, rows, left, step_sums);
     step_sums.close_tile();

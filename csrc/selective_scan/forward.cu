@@ -53,7 +53,9 @@ struct Place {
     first = static_cast<int>(segment * p.segment_length);
     count = static_cast<int>(min(p.segment_length, p.length - first));
   }
-  // The row of a step counted along this walk; steps past the end repeat the last.
+  // The row of a step counted along this walk. Steps past the end repeat the last: they find the same
+  // inputs, change no state, and so write the same output again. Likewise threads without a channel
+  // do the last channel's work again.
   __device__ __forceinline__ int row(const ScanParams& p, int step) const {
     const int inside = min(step, count - 1);
     const int l = kCarry ? first + count - 1 - inside : first + inside;
@@ -92,14 +94,15 @@ struct Inputs {
   kInput u[kOwnSteps], delta[kOwnSteps], z[kOwnSteps];
 };
 
+// An absent z or g_y is read from delta and not used.
 struct Columns {
   Column<const kInput> u, delta, z;
   bool has_u, has_z;
 
   __device__ __forceinline__ Columns(const ScanParams& p, const Place& at)
-      : u(kCarry ? p.g_y : p.u, at.batch, at.channel),
+      : u(!kCarry ? p.u : p.g_y.data ? p.g_y : p.delta, at.batch, at.channel),
         delta(p.delta, at.batch, at.channel),
-        z(p.z, at.batch, at.channel),
+        z(p.z.data ? p.z : p.delta, at.batch, at.channel),
         has_u(!kCarry || p.g_y.data),
         has_z(kGated && p.z.data) {}
 
@@ -107,24 +110,26 @@ struct Columns {
 #pragma unroll
     for (int k = 0; k < kOwnSteps; ++k) {
       const int row = rows[group + k * kGroups];
-      to.u[k] = has_u ? *u.at(row) : from_float<kInput>(0.0f);
+      to.u[k] = *u.at(row);
       to.delta[k] = *delta.at(row);
-      if (has_z) to.z[k] = *z.at(row);
+      if (kGated) to.z[k] = *z.at(row);
     }
   }
 };
 
 __device__ __forceinline__ float gate(const Inputs& in, bool has_z, int k) {
-  return has_z ? silu(to_float(in.z[k])) : 1.0f;
+  return select(has_z, silu(to_float(in.z[k])), 1.0f);
 }
 
 // Step size and input of own step k; steps past the end change no state.
-__device__ __forceinline__ void scalars(const Inputs& in, bool has_z, int k, float bias,
-                                        bool use_softplus, bool inside, float& delta, float& x) {
+__device__ __forceinline__ void scalars(const Inputs& in, const Columns& columns, int k,
+                                        float bias, bool use_softplus, bool inside, float& delta,
+                                        float& x) {
   const float raw = to_float(in.delta[k]) + bias;
-  delta = inside ? (use_softplus ? softplus(raw) : raw) : 0.0f;
+  delta = select(inside, select(use_softplus, softplus(raw), raw), 0.0f);
   const float u = to_float(in.u[k]);
-  x = kCarry ? (inside ? u * gate(in, has_z, k) : 0.0f) : delta * u;
+  x = delta * u;
+  if (kCarry) x = select(inside && columns.has_u, u * gate(in, columns.has_z, k), 0.0f);
 }
 
 // The states of one thread.
@@ -148,7 +153,7 @@ struct States {
 #pragma unroll
       for (int n = 0; n < kStatesPerThread; ++n) {
         const Int64 state = row * kStates + at.group * kStatesPerThread + n;
-        h[n] = fmaf(ex2(delta * A[n]), h[n], p.segment_state[state * p.channels + at.channel]);
+        h[n] = fmaf(exp2_step(n, delta, A[n]), h[n], p.segment_state[state * p.channels + at.channel]);
       }
     }
   }
@@ -173,7 +178,7 @@ struct States {
       const float b4[4] = {b.x, b.y, b.z, b.w}, c4[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float decay = ex2(delta * A[q + j]);
+        const float decay = exp2_step(q + j, delta, A[q + j]);
         if (kCarry) {
           h[q + j] = decay * fmaf(x, c4[j], h[q + j]);
         } else {
@@ -261,7 +266,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
     for (int k = 0; k < kOwnSteps; ++k) {
       const int t = at.group + k * kGroups;
-      if (!at.valid || tile * kTile + t >= at.count) continue;
       float sum = 0.0f;
 #pragma unroll
       for (int g = 0; g < kGroups; ++g)
@@ -280,7 +284,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 #pragma unroll
       for (int k = 0; k < kOwnSteps; ++k) {
         const int t = at.group + k * kGroups;
-        scalars(now, columns.has_z, k, bias, use_softplus, t < left,
+        scalars(now, columns, k, bias, use_softplus, t < left,
                 shared.delta[buffer][kGroups > 1 ? t : 0][at.column],
                 shared.x[buffer][kGroups > 1 ? t : 0][at.column]);
       }
@@ -298,7 +302,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     for (int t = 0; t < kTile; ++t) {
       float delta, x;
       if (kGroups == 1) {
-        scalars(now, columns.has_z, t % kOwnSteps, bias, use_softplus, t < left, delta, x);
+        scalars(now, columns, t % kOwnSteps, bias, use_softplus, t < left, delta, x);
       } else {
         delta = shared.delta[buffer][t * (kGroups > 1)][at.column];
         x = shared.x[buffer][t * (kGroups > 1)][at.column];
@@ -310,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (!kOutputs) continue;
       if (kGroups > 1)
         shared.y[buffer][at.group % kGroups][t * (kGroups > 1)][at.column] = sum;
-      else if (at.valid && t < left)
+      else
         store_output(y, shared.rows[tile & 3], now, columns.has_z, skip, 0, t % kOwnSteps, sum);
     }
     if (kGroups > 1) before = now;

@@ -4,7 +4,8 @@ import sys
 
 import torch
 
-from libs.ops import describe_backends
+from libs.ops import cuda_compile, describe_backends
+from libs.ops.prebuild import REPORT
 from utils import UserError
 
 
@@ -19,6 +20,12 @@ def main():
         sys.exit(f"error: {error}")
     if "cuda" not in devices:
         print("cuda tensors: PyTorch finds no CUDA device here")
+        reason = cuda_compile.missing(torch.version.cuda)
+        print(f"  CUDA kernels: {reason or 'can be compiled here'}")
+    if REPORT.exists():
+        print("prebuilt CUDA kernels:")
+        for line in REPORT.read_text(encoding="utf-8").splitlines():
+            print(f"  {line}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from libs.ops import cuda_compile, launch_plan
+from libs.ops.cuda_check import undisturbed
 from libs.ops.cuda_compile import Program
 from utils import UserError
 
@@ -65,6 +66,7 @@ class Gpu:
     def __init__(self, index):
         properties = torch.cuda.get_device_properties(index)
         self.index = index
+        self.device = torch.device("cuda", index)
         self.name = properties.name
         self.arch = 10 * properties.major + properties.minor
         self.multiprocessors = properties.multi_processor_count
@@ -180,18 +182,26 @@ class Prepared(NamedTuple):
     index: int
 
 
-def prepared(index, plan_name, struct, *arguments):
-    """launch_plan's plan of this name for a device, ready to `run`.
+def prepared(index, plan_name, struct, shape, dtype, check):
+    """launch_plan's plan of this name for a device, ready to `run`; compiled, loaded and checked at
+    the first call.
 
-    arguments: the shape and the name of the dtype. The first call with them compiles, loads and
-    checks what the plan launches.
+    shape: the plan's integers. check: (gpu, plan, shape, dtype) -> kernels, runs a small problem on
+    the plan's kernels and raises if they compute wrong numbers.
     """
     gpu = Gpu.of(index)
-    key = (plan_name, *arguments)
+    key = (plan_name, shape, dtype)
     if key not in gpu.prepared:
-        plan = getattr(launch_plan, plan_name)(*arguments, gpu.multiprocessors)
-        gpu.prepared[key] = prepare(plan, struct, index)
+        plan = getattr(launch_plan, plan_name)(*shape, name_of(dtype), gpu.multiprocessors)
+        result = prepare(plan, struct, index)
+        if not kernels_of(plan) <= gpu.checked:
+            gpu.checked |= undisturbed(check, gpu, plan, shape, dtype)
+        gpu.prepared[key] = result
     return gpu.prepared[key]
+
+
+def kernels_of(plan):
+    return {launch.kernel for launch in (*plan.launches, *(s.launch for s in plan.sums))}
 
 
 def forget():

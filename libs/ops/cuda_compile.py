@@ -22,8 +22,8 @@ from utils import UserError, replacing
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 PREBUILT = Path(__file__).resolve().parent / "prebuilt"
-# -lineinfo lets profilers show source lines; it does not change the code.
-OPTIONS = ("-std=c++17", "-lineinfo")
+# lineinfo lets profilers show source lines and does not change the code; -v reports Resources.
+OPTIONS = {"std": "c++17", "lineinfo": True, "ptxas_options": ["-v"]}
 _MAGIC = b"DiM kernels 1\n"  # a new number for a new file format
 
 _log = logging.getLogger("dim")
@@ -253,11 +253,9 @@ def compile_program(program, arch):
     options = cuda.core.ProgramOptions(
         name=str(CSRC / program.source),
         arch=f"sm_{arch}",
-        std="c++17",
-        lineinfo=True,
         include_path=[str(CSRC), _cuda_headers()],
         define_macro=list(program.defines) or None,
-        ptxas_options=["-v"],
+        **OPTIONS,
     )
     log = io.StringIO()
     try:

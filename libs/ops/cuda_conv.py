@@ -4,7 +4,8 @@ as in cuda_scan.py. The operators want weight and bias in float32 and an int64 o
 
 import torch
 
-from libs.ops import cuda, launch_plan
+from libs.ops import cuda, cuda_check, launch_plan
+from libs.ops.reference import causal_conv1d_ref
 
 _library = torch.library.Library("dim", "FRAGMENT")
 _INPUTS = "Tensor x, Tensor weight, Tensor? bias, Tensor? order, bool silu"
@@ -13,17 +14,25 @@ _library.define(f"causal_conv1d_fwd({_INPUTS}) -> Tensor")
 _library.define(f"causal_conv1d_bwd(Tensor g_y, {_INPUTS}) -> (Tensor, Tensor, Tensor)")
 
 
-def _forward(x, weight, bias, order, silu):
+def _forward(x, weight, *rest):
+    prepared = _prepared("conv_forward", _check_forward, x, weight)
+    return _run_forward(prepared, x, weight, *rest)
+
+
+def _run_forward(prepared, x, weight, bias, order, silu):
     y = x.new_empty(x.shape)
-    prepared = _prepared("conv_forward", x, weight)
     rows = {"x": cuda.as_rows(x), "y": y}
     cuda.run(prepared, x.device, rows, _scalars(x, weight, bias, order, silu))
     return y
 
 
-def _backward(g_y, x, weight, bias, order, silu):
+def _backward(g_y, x, weight, *rest):
+    prepared = _prepared("conv_backward", _check_backward, x, weight)
+    return _run_backward(prepared, g_y, x, weight, *rest)
+
+
+def _run_backward(prepared, g_y, x, weight, bias, order, silu):
     g_x, g_weight, g_bias = _empty_gradients(g_y, x, weight, bias, order, silu)
-    prepared = _prepared("conv_backward", x, weight)
     rows = {"x": cuda.as_rows(x), "g_y": cuda.as_rows(g_y), "g_x": g_x}
     outputs = {"g_weight": g_weight, "g_bias": g_bias}
     cuda.run(prepared, x.device, rows, _scalars(x, weight, bias, order, silu), outputs)
@@ -43,11 +52,11 @@ def _empty_gradients(g_y, x, weight, bias, order, silu):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(shape)
 
 
-def _prepared(plan_name, x, weight):
+def _prepared(plan_name, check, x, weight):
     """What to launch for tensors of these shapes."""
+    shape = (*x.shape, weight.shape[1])
     return cuda.prepared(
-        x.device.index, plan_name, launch_plan.ConvParams, *x.shape, weight.shape[1],
-        cuda.name_of(x.dtype),
+        x.device.index, plan_name, launch_plan.ConvParams, shape, x.dtype, check
     )
 
 
@@ -57,6 +66,53 @@ torch.library.register_fake(
     "dim::causal_conv1d_fwd", lambda x, *rest: x.new_empty(x.shape), lib=_library
 )
 torch.library.register_fake("dim::causal_conv1d_bwd", _empty_gradients, lib=_library)
+
+
+# ---------------------------------------- self-check
+
+
+def _small_problems(gpu, plan_name, width, dtype):
+    """Small problems for the kernels, one with rows of whole vectors and one without: (prepared,
+    CPU inputs in the operators' order)."""
+    for channels in (40, 37):
+        shape = (2, cuda_check.LENGTH, channels, width)
+        plan = getattr(launch_plan, plan_name)(*shape, cuda.name_of(dtype), gpu.multiprocessors)
+        shapes = {"x": shape[:3], "weight": (channels, width), "bias": channels}
+        inputs = cuda_check.random_inputs(shapes, "x", dtype)
+        inputs["order"] = cuda_check.random_order()
+        prepared = cuda.prepare(plan, launch_plan.ConvParams, gpu.index)
+        yield prepared, inputs
+
+
+def _reference(inputs):
+    """Inputs in float64 that want gradients, and what the reference makes of them."""
+    exact = {k: x.double().requires_grad_() for k, x in inputs.items() if k != "order"}
+    return exact, causal_conv1d_ref(**exact, activation="silu", order=inputs["order"])
+
+
+def _check_forward(gpu, plan, shape, dtype):
+    for prepared, inputs in _small_problems(gpu, "conv_forward", shape[3], dtype):
+        actual = _run_forward(prepared, *(x.to(gpu.device) for x in inputs.values()), True)
+        cuda_check.require_agreement(
+            "causal_conv1d", gpu, {"y": actual}, {"y": _reference(inputs)[1].detach()}, dtype
+        )
+    return cuda.kernels_of(plan)  # which no shape changes
+
+
+def _check_backward(gpu, plan, shape, dtype):
+    for prepared, inputs in _small_problems(gpu, "conv_backward", shape[3], dtype):
+        exact, y = _reference(inputs)
+        g = cuda_check.random_inputs({"y": y.shape}, "y", dtype, 1)["y"]
+        expected = torch.autograd.grad(y, list(exact.values()), g.double())
+        actual = _run_backward(prepared, *(x.to(gpu.device) for x in (g, *inputs.values())), True)
+        cuda_check.require_agreement(
+            "causal_conv1d's gradients", gpu, dict(zip(exact, actual, strict=True)),
+            dict(zip(exact, expected, strict=True)), dtype,
+        )  # fmt: skip
+    return cuda.kernels_of(plan)  # which no shape changes
+
+
+# ---------------------------------------- autograd
 
 
 def _save(ctx, inputs, output):

@@ -8,7 +8,8 @@ these inputs.
 
 import torch
 
-from libs.ops import cuda, launch_plan
+from libs.ops import cuda, cuda_check, launch_plan
+from libs.ops.reference import selective_scan_ref
 
 _library = torch.library.Library("dim", "FRAGMENT")
 _INPUTS = (
@@ -32,9 +33,15 @@ def _empty_outputs(u, A, return_last_state):
     return u.new_empty(u.shape), u.new_empty(state, dtype=torch.float32)
 
 
-def _forward(u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, return_last_state):
+def _forward(u, delta, A, *rest):
+    prepared = _prepared("scan_forward", _check_forward, u, A)
+    return _run_forward(prepared, u, delta, A, *rest)
+
+
+def _run_forward(
+    prepared, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, return_last_state
+):
     y, last_state = _empty_outputs(u, A, return_last_state)
-    prepared = _prepared("scan_forward", u, A)
     rows = {"u": u, "delta": delta, "z": z, "B": B, "C": C}
     rows = {name: cuda.as_rows(x) for name, x in rows.items()} | {"y": y}
     scalars = _scalars(u, A, D, delta_bias, order, delta_softplus)
@@ -51,30 +58,38 @@ def _scalars(u, A, D, delta_bias, order, delta_softplus):
     }  # fmt: skip
 
 
-def _prepared(plan_name, u, A):
+def _prepared(plan_name, check, u, A):
     """What to launch for tensors of these shapes."""
+    shape = (*u.shape, A.shape[1])
     return cuda.prepared(
-        u.device.index, plan_name, launch_plan.ScanParams, *u.shape, A.shape[1],
-        cuda.name_of(u.dtype),
+        u.device.index, plan_name, launch_plan.ScanParams, shape, u.dtype, check
     )
 
 
 # ---------------------------------------- backward
 
 
-def _backward(g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus):
-    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = _empty_gradients(
+def _backward(g_y, g_last_state, u, delta, A, *rest):
+    prepared = _prepared("scan_backward", _check_backward, u, A)
+    return _run_backward(prepared, g_y, g_last_state, u, delta, A, *rest)
+
+
+def _run_backward(
+    prepared, g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus
+):
+    gradients = _empty_gradients(
         g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus
     )
-    prepared = _prepared("scan_backward", u, A)
+    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = gradients
     rows = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "g_y": g_y}
     rows = {name: cuda.as_rows(x) for name, x in rows.items()}
     rows |= {"g_u": g_u, "g_delta": g_delta, "g_z": None if z is None else g_z}
     scalars = _scalars(u, A, D, delta_bias, order, delta_softplus)
-    scalars["g_last_state"] = None if g_last_state is None else g_last_state.float().contiguous()
+    if g_last_state is not None:
+        scalars["g_last_state"] = g_last_state = g_last_state.float().contiguous()
     outputs = {"g_A": g_A, "g_BC": g_BC, "g_D": g_D, "g_delta_bias": g_bias}
     cuda.run(prepared, u.device, rows, scalars, outputs)
-    return g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias
+    return gradients
 
 
 def _empty_gradients(
@@ -96,6 +111,73 @@ torch.library.register_fake(
     lib=_library,
 )
 torch.library.register_fake("dim::selective_scan_bwd", _empty_gradients, lib=_library)
+
+
+# ---------------------------------------- self-check
+
+
+def _small_problem(gpu, plan_name, plan, variant, states, dtype):
+    """The plan's kernels on a small problem: (prepared, CPU inputs in the operators' order,
+    kernels)."""
+    channels = variant.channels + 5
+    shape = (2, cuda_check.LENGTH, channels, states)
+    small = variant._replace(segments=min(2, plan.integers["segments"]))
+    small = getattr(launch_plan, plan_name)(
+        *shape, cuda.name_of(dtype), gpu.multiprocessors, variant=small
+    )
+    sequence, outer = (2, cuda_check.LENGTH, channels), (2, cuda_check.LENGTH, states)
+    shapes = {
+        "u": sequence, "delta": sequence, "A": (channels, states), "B": outer, "C": outer,
+        "D": channels, "z": sequence, "delta_bias": channels,
+    }  # fmt: skip
+    inputs = cuda_check.random_inputs(shapes, ("u", "delta", "B", "C", "z"), dtype)
+    inputs["A"] = -inputs["A"].exp()
+    inputs["order"] = cuda_check.random_order()
+    prepared = cuda.prepare(small, launch_plan.ScanParams, gpu.index)
+    return prepared, inputs, cuda.kernels_of(small)
+
+
+def _reference(inputs):
+    """Inputs in float64 that want gradients, and what the reference makes of them."""
+    exact = {k: x.double().requires_grad_() for k, x in inputs.items() if k != "order"}
+    return exact, selective_scan_ref(
+        **exact, delta_softplus=True, order=inputs["order"], return_last_state=True
+    )
+
+
+def _check_forward(gpu, plan, shape, dtype):
+    variant = launch_plan.forward_variant(*shape, gpu.multiprocessors)
+    prepared, inputs, kernels = _small_problem(
+        gpu, "scan_forward", plan, variant, shape[3], dtype
+    )
+    actual = _run_forward(prepared, *(x.to(gpu.device) for x in inputs.values()), True, True)
+    _, expected = _reference(inputs)
+    names = ("y", "the last state")
+    cuda_check.require_agreement(
+        "selective_scan", gpu, dict(zip(names, actual, strict=True)),
+        dict(zip(names, expected, strict=True)), dtype,
+    )  # fmt: skip
+    return kernels
+
+
+def _check_backward(gpu, plan, shape, dtype):
+    variant = launch_plan.backward_variant(*shape, gpu.multiprocessors)
+    prepared, inputs, kernels = _small_problem(
+        gpu, "scan_backward", plan, variant, shape[3], dtype
+    )
+    exact, outputs = _reference(inputs)
+    g = cuda_check.random_inputs({"y": outputs[0].shape, "h": outputs[1].shape}, "y", dtype, 1)
+    expected = dict(zip(exact, torch.autograd.grad(
+        outputs, list(exact.values()), [x.double() for x in g.values()]
+    ), strict=True))  # fmt: skip
+    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = _run_backward(
+        prepared, *(x.to(gpu.device) for x in (*g.values(), *inputs.values())), True
+    )
+    actual = (g_u, g_delta, g_A, g_BC[0], g_BC[1], g_D, g_z, g_bias)
+    cuda_check.require_agreement(
+        "selective_scan's gradients", gpu, dict(zip(exact, actual, strict=True)), expected, dtype
+    )
+    return kernels
 
 
 # ---------------------------------------- autograd

@@ -1,0 +1,49 @@
+"""`python compile_kernels.py ARCH SET`: compiles a set of kernels with NVRTC for one architecture
+and prints [[source, definitions, seconds, Resources], ...] as JSON. A process of its own for
+test_cuda_build.py, that imports no torch.
+"""
+
+import itertools
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def all_kernels(launch_plan):
+    """Every kernel that any shape of any dtype, number of states and width can want."""
+    found = set()
+    shapes = list(itertools.product((1, 2, 96), (1, 366, 9806), (5, 3072)))
+    for dtype, shape in itertools.product(launch_plan.CTYPE_OF_DTYPE, shapes):
+        for operator, sizes in (("scan", range(1, 65)), ("conv", range(2, 9))):
+            for size, way in itertools.product(sizes, ("forward", "backward")):
+                plan = getattr(launch_plan, f"{operator}_{way}")(*shape, size, dtype, 132)
+                found |= {
+                    launch.kernel for launch in (*plan.launches, *(s.launch for s in plan.sums))
+                }
+    return found
+
+
+def main(arch, which):
+    sys.path.insert(0, str(ROOT))
+    package = sys.modules["libs.ops"] = types.ModuleType("libs.ops")
+    package.__path__ = [str(ROOT / "libs" / "ops")]  # without its __init__, which imports torch
+    from libs.ops import cuda_compile, launch_plan
+
+    kernels = set(launch_plan.INSTANTIATIONS_OF_CONFIGS)
+    if which == "others":
+        kernels = all_kernels(launch_plan) - kernels
+    results = []
+    for kernel in sorted(kernels):
+        start = time.monotonic()
+        program = cuda_compile.Program(kernel.source, kernel.defines)
+        used = cuda_compile.compile_program(program, arch).resources[kernel.name]
+        results.append([kernel.source, kernel.defines, time.monotonic() - start, used._asdict()])
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2])
