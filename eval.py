@@ -12,7 +12,7 @@ from datasets import get_dataset
 from libs import evaluation, flags, metrics
 from libs.codec import PixelCodec
 from libs.launch import Precision, make_accelerator
-from libs.models import build_model, load_into
+from libs.models import build_model, check_data, load_into
 from libs.run import environment
 from sde import VPSDE
 
@@ -50,6 +50,7 @@ def main(args):
         config.sample.features, config.sample.fid_weights_path, accelerator.device
     )
     model = build_model(config.nnet)
+    check_data(model, dataset, PixelCodec().latent_shape(dataset.shape))
     load_into(model, args.nnet_path)
     generator = evaluation.ImageGenerator(
         model.to(accelerator.device).eval(), VPSDE(), PixelCodec(), config,

@@ -11,7 +11,7 @@ import utils
 from datasets import get_dataset
 from libs import flags
 from libs.codec import PixelCodec
-from libs.models import build_model, check_labels
+from libs.models import build_model, check_data
 from libs.training import train
 from sde import VPSDE
 
@@ -35,9 +35,10 @@ def main(args):
         seed=config.seed,
     )
     model = build_model(config.nnet, seed=config.seed)
-    check_labels(model, dataset)
+    codec = PixelCodec()
+    check_data(model, dataset, codec.latent_shape(dataset.shape))
     utils.make_directory(directory)
-    train(config, directory, model=model, process=VPSDE(), codec=PixelCodec(), dataset=dataset)
+    train(config, directory, model=model, process=VPSDE(), codec=codec, dataset=dataset)
 
 
 if __name__ == "__main__":

@@ -276,6 +276,16 @@ def set_cpu_if_no_gpu() -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
+def check_launcher() -> None:
+    """Raise UserError for a WORLD_SIZE that no launcher set, before accelerate waits for others."""
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set: unset "
+            "WORLD_SIZE for one process, or start with accelerate launch --multi_gpu"
+        )
+
+
 def check_world_size(num_processes: int) -> None:
     """Raise UserError unless accelerate's `num_processes` is what the launcher was asked for."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))

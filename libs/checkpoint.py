@@ -8,7 +8,6 @@ of a checkpoint and is removed by the next save.
 import contextlib
 import dataclasses
 import errno
-import hashlib
 import logging
 import os
 import re
@@ -20,12 +19,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from libs.weights import read_safetensors, read_torch
+from libs.weights import read_safetensors, read_torch, sha256_of
 from utils import UserError, read_json, write_json
 
 FORMAT = 1
 _FILES = ("nnet.safetensors", "nnet_ema.safetensors", "training.pt", "config.json")
-_CHUNK_BYTES = 1 << 22
 _LOGGER = logging.getLogger("dim")
 
 
@@ -73,14 +71,6 @@ def _weights(tensors: dict) -> dict:
     return result
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _sync(path: Path) -> None:
     """Flush a file or directory to the disk; a rename is durable once its directory is."""
     if path.is_dir() and os.name == "nt":
@@ -112,7 +102,7 @@ def _write_files(folder: Path, step, nnet, ema, training_state, config) -> None:
     write_json(folder / "config.json", config)
     for name in _FILES:
         _sync(folder / name)
-    entries = {name: {"size": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    entries = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
                for name in _FILES}
     write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": entries})
     _sync(folder / "manifest.json")
@@ -222,7 +212,7 @@ def _check_file(path: Path, entry: dict) -> None:
         raise UserError(f"{path} is missing")
     if path.stat().st_size != entry["size"]:
         raise UserError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
-    if _sha256(path) != entry["sha256"]:
+    if sha256_of(path) != entry["sha256"]:
         raise UserError(f"{path} is damaged: its SHA-256 is not the one in manifest.json")
     if path.suffix == ".safetensors":
         try:

@@ -22,14 +22,14 @@ def make_accelerator():
     Raises:
         UserError: accelerate sees another number of processes than the launcher started.
     """
+    utils.check_launcher()
     utils.set_cpu_if_no_gpu()
     accelerator = Accelerator(
         mixed_precision="no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(
-                timeout=datetime.timedelta(minutes=30)
-            ),  # a rank may save or sample while others wait
+            # A rank may save or sample while the others wait.
+            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
         ],
     )
     utils.check_world_size(accelerator.num_processes)

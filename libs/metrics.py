@@ -19,16 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from libs.weights import sha256_of
 from utils import UserError, replacing
 
 # ------------------------------------------------------------ Inception
 
 # As in the published file's name, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256_PREFIX = "6726825d"
-
-
-def _sha256(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _find_inception_weights():
@@ -80,7 +77,7 @@ class InceptionFeatures:
         path = Path(weights_path) if weights_path else _find_inception_weights()
         if not path.is_file():
             raise UserError(f"the FID weights file {path} does not exist: sample.fid_weights_path")
-        digest = _sha256(path)
+        digest = sha256_of(path)
         if sha256_prefix is not None and not digest.startswith(sha256_prefix):
             raise UserError(
                 f"{path} is not pytorch-fid's weights file: its sha256 starts with {digest[:8]}, "

@@ -48,12 +48,18 @@ def build_model(nnet, seed=None):
     return NETWORKS[name](**{key: value for key, value in keywords.items() if value is not None})
 
 
-def check_labels(model, dataset):
-    """UserError where `dataset` has more classes than `model` has labels for."""
+def check_data(model, dataset, z_shape):
+    """UserError where the data do not fit the network: labels, channels or size of z (C, H, W)."""
     if dataset.num_classes > model.num_classes:
         raise UserError(
             f"the data set has {dataset.num_classes} classes, but nnet.num_classes is "
             f"{model.num_classes}; set --config.nnet.num_classes={dataset.num_classes}"
+        )
+    made_for = (model.in_channels, *model.input_size)
+    if tuple(z_shape) != made_for:
+        raise UserError(
+            f"the network is made for inputs of shape {made_for}, but the data are {z_shape}; set "
+            "nnet.in_channels and nnet.input_size to theirs"
         )
 
 

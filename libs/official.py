@@ -12,7 +12,7 @@ import torch
 from libs.dim import EXTRA_TOKENS, DiM
 from libs.layers import interpolate_positions
 from libs.uvit import UViT
-from libs.weights import listed, load_strict, read_safetensors, read_torch
+from libs.weights import check_manifest, listed, load_strict, read_safetensors, read_torch
 from utils import UserError, read_json
 
 # ----------------------------------------------------------------------------------- configurations
@@ -443,6 +443,7 @@ def load_checkpoint(path):
             f"checkpoint {path} does not exist; give a <step>.ckpt directory, a .safetensors file "
             "or an official .pth"
         )
+    check_manifest(path)
     if path.suffix == ".safetensors":
         beside = path.with_name("config.json")
         config = read_json(beside) if beside.is_file() else None

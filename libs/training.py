@@ -23,7 +23,7 @@ from libs.ema import EMA
 from libs.launch import Precision, make_accelerator
 from libs.lr import warmup_factor
 from libs.ops import describe_backends
-from libs.weights import load_strict
+from libs.weights import listed, load_strict
 from sde import denoising_loss
 from utils import UserError
 
@@ -256,12 +256,20 @@ def resume(found, network, ema, optimizer, precision):
 
 
 def find_checkpoint(directory, accelerator):
-    """(path, step) of the newest good checkpoint, or None; checked on the main process, the same
-    answer on all.
+    """(path, step) of the newest good checkpoint or None, found by the main process for all.
+
+    Raises:
+        UserError: there are checkpoints, and none is good; nothing is overwritten.
     """
-    found = [
-        checkpoint.latest(directory, report=log.warning) if accelerator.is_main_process else None
-    ]
+    found = [None]
+    if accelerator.is_main_process:
+        found = [checkpoint.latest(directory, report=log.warning)]
+        damaged = sorted(path.name for path in directory.glob("*.ckpt")) if not found[0] else []
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {directory} is whole ({listed(damaged)}); move them away to "
+                "start from scratch"
+            )
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(found)
     return found[0]

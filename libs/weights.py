@@ -1,14 +1,38 @@
 """Tensors from files, without running code from them, and into modules, strictly."""
 
+import hashlib
 import pickle
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from utils import UserError
+from utils import UserError, read_json
 
 USE_ANOTHER = "use another checkpoint"
+
+
+def sha256_of(path):
+    """Hexadecimal SHA-256 of a file of any size."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_manifest(path):
+    """UserError where the manifest of the checkpoint that holds the file `path` has another hash.
+
+    A file without a manifest beside it, such as one that was copied alone, passes.
+    """
+    manifest = path.with_name("manifest.json")
+    entries = read_json(manifest).get("files", {}) if manifest.is_file() else {}
+    if path.name in entries and sha256_of(path) != entries[path.name]["sha256"]:
+        raise UserError(
+            f"{path} is damaged: its SHA-256 is not the one in manifest.json; use another "
+            "checkpoint"
+        )
 
 
 def read_safetensors(path):

@@ -226,7 +226,7 @@ def forge(path, name, content):
     """Replace a file and make the manifest agree, as an attacker would."""
     (path / name).write_bytes(content)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][name] = {"size": len(content), "sha256": checkpoint._sha256(path / name)}
+    manifest["files"][name] = {"size": len(content), "sha256": checkpoint.sha256_of(path / name)}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

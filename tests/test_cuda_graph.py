@@ -4,6 +4,7 @@ torch.compile), with the reference in the kernels' place on the CPU.
 
 import concurrent.futures
 import ctypes
+import logging
 import sys
 import types
 
@@ -14,12 +15,15 @@ import torch
 
 from libs.mamba import Mamba
 from libs.ops import (
+    backends,
     causal_conv1d,
     cuda,
     cuda_check,
     cuda_conv,
     cuda_scan,
+    describe_backends,
     launch_plan,
+    peers,
     selective_scan,
 )
 from libs.ops.backends import Backend
@@ -409,3 +413,82 @@ def test_undisturbed_lets_errors_through():
         assert not cuda_check.undisturbed(torch.is_autocast_enabled, "cpu")
     with pytest.raises(UserError, match="so it goes"):
         cuda_check.undisturbed(lambda: (_ for _ in ()).throw(UserError("so it goes")))
+
+
+# ---------------------------------------- dispatch
+
+
+def test_without_a_gpu_the_reason_is_told():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    line = describe_backends("cuda")[0]
+    assert line.startswith("selective_scan: reference") and "finds no CUDA device" in line
+    for name in ("cuda", "mamba_ssm"):
+        with pytest.raises(UserError, match="takes CUDA tensors, not cpu"):
+            test_ops.scan(**test_ops.scan_inputs(), backend=name)
+
+
+def test_a_slow_choice_is_warned_of_once(monkeypatch, caplog):
+    module = sys.modules["libs.ops.selective_scan"]
+    backend = Backend("cpu", lambda device, dtype, size: "it is broken; run: mend it", None, str)
+    monkeypatch.setattr(module, "BACKENDS", {"cpu": backend} | module.BACKENDS | {"cpu": backend})
+    backends._warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "dim"):
+        for _ in range(2):
+            test_ops.scan(**test_ops.scan_inputs())
+        test_ops.scan(**{k: x.double() for k, x in test_ops.scan_inputs().items()})
+    (record,) = caplog.records
+    assert "plain PyTorch, slowly" in record.message and "mend it" in record.message
+
+
+def test_compiling_is_said_in_one_line(monkeypatch, caplog, capsys):
+    gpu = types.SimpleNamespace(name="a GPU", arch=90)
+    monkeypatch.setattr(cuda, "_log", logging.Logger("a run's"))
+    for handler in ((), (logging.NullHandler(),)):
+        for each in handler:
+            cuda._log.addHandler(each)
+            each.handle = lambda record: print("logged:", record.getMessage(), file=sys.stderr)
+        cuda._say_once.cache_clear()
+        for _ in range(3):
+            cuda.Gpu._announce(gpu)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("logged: " * len(handler) + "compiling CUDA kernels for a GPU")
+
+
+def test_peers_get_their_layout(monkeypatch):
+    """mamba_ssm and causal_conv1d as they are called, with the reference in their place."""
+
+    def selective_scan_fn(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state):
+        assert all(x.is_contiguous() for x in (u, delta, A, B, C, D, z, delta_bias))
+        u, delta, B, C, z = (x.mT for x in (u, delta, B, C, z))
+        y = selective_scan_ref(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, None, return_last_state
+        )
+        return (y[0].mT, y[1]) if return_last_state else y.mT
+
+    def causal_conv1d_fn(x, weight, bias=None, activation=None):
+        return causal_conv1d_ref(x.mT, weight, bias, activation).mT
+
+    for name, functions in (
+        ("mamba_ssm", {}),
+        ("mamba_ssm.ops", {}),
+        ("mamba_ssm.ops.selective_scan_interface", {"selective_scan_fn": selective_scan_fn}),
+        ("causal_conv1d", {"causal_conv1d_fn": causal_conv1d_fn}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    order = test_ops.make_order("permuted", 19)
+    options = {"order": order, "delta_softplus": True, "return_last_state": True}
+    inputs = test_ops.scan_inputs()
+    same(
+        test_ops.run(peers.selective_scan_peer, inputs, **options),
+        test_ops.run(selective_scan_ref, inputs, **options),
+        1e-6,
+    )
+    inputs, options = test_ops.conv_inputs(), {"order": order, "activation": "silu"}
+    same(
+        test_ops.run(peers.causal_conv1d_peer, inputs, **options),
+        test_ops.run(causal_conv1d_ref, inputs, **options),
+        1e-6,
+    )

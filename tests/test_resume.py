@@ -28,11 +28,10 @@ def assert_same_run(workdir, undisturbed):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def slow(workdir, **keywords):
-    """A run that takes its time (it waits a little in each step), so that a signal hits the step
-    that it is meant for.
-    """
-    return runs.start("tests/slow_train.py", *runs.arguments(workdir), **keywords)
+def slow(workdir, num_processes=0, **changes):
+    """A run that waits a little in each step, so that a signal hits the step it is meant for."""
+    words = runs.arguments(workdir, **changes)
+    return runs.start("tests/slow_train.py", *words, num_processes=num_processes)
 
 
 def test_the_run_trains(undisturbed):
@@ -121,8 +120,20 @@ def test_damaged_checkpoint_is_named_and_the_previous_one_used(tmp_path, undistu
     assert_same_run(workdir, undisturbed)
 
 
+def test_nothing_is_started_over_where_every_checkpoint_is_damaged(tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+    shutil.copytree(undisturbed, workdir)
+    for folder in (workdir / "ckpts").iterdir():
+        (folder / "training.pt").write_bytes(b"")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    status, output = runs.run("train.py", *runs.arguments(workdir))
+    assert status == 1 and "is whole" in output and "12.ckpt" in output, output
+    assert "Traceback" not in output
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
 def test_a_second_run_in_the_directory_is_refused(tmp_path):
-    first = slow(tmp_path)
+    first = slow(tmp_path, train__n_steps=200)
     runs.wait_for_step(first, tmp_path, 1)
     status, output = runs.run("train.py", *runs.arguments(tmp_path))
     runs.kill_group(first)

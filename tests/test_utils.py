@@ -116,7 +116,7 @@ def test_missing_configs(config, monkeypatch, tmp_path):
     (tmp_path / "configs").mkdir()
     for name in "digits_T_DiM.py", "cifar10_S_DiM.py", "common.py":
         (tmp_path / "configs" / name).touch()
-    monkeypatch.setattr(utils, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(flags, "CONFIGS", tmp_path / "configs")
     with pytest.raises(flags.FlagError, match=r"configs/digit_T_DiM.py does not exist; did you "
                        r"mean configs/digits_T_DiM.py\? \(configs/ has: cifar10_S_DiM.py, digits"):
         parse("--config=configs/digit_T_DiM.py")
@@ -146,10 +146,11 @@ def test_broken_configs_name_file_line_and_error(tmp_path, content, sentence):
 MAIN = '''
 """Draws pictures."""
 import sys, utils
-def main(flags):
-    if flags.n == 0:
+from libs import flags
+def main(args):
+    if args.n == 0:
         raise utils.UserError("n is zero;\\nuse\\n  another")
-    print(1 / (flags.n - 1))
+    print(1 / (args.n - 1))
 flags.run_main(main, {"n": (int, 4, "images a class"),
                       "config": (flags.config_file, None, "config file")})
 print("torch" in sys.modules)
@@ -526,7 +527,7 @@ LAUNCHED = '''
 import json, os, sys, time
 from pathlib import Path
 import torch, utils
-from libs import run
+from libs import flags, run
 
 alive_at_exit = []
 
@@ -534,7 +535,7 @@ def slow_start(worker_id):
     time.sleep(1.5)  # SIGTERM comes before the worker is ready for it
     run.detach_worker(worker_id)
 
-def main(flags):
+def main(args):
     utils.set_cpu_if_no_gpu()
     from accelerate import Accelerator
     accelerator = Accelerator()
@@ -547,14 +548,14 @@ def main(flags):
         with run.starting_workers():
             batches = iter(loader)
             alive_at_exit.append(batches)
-        Path(flags.out, f"ready{rank}").touch()
+        Path(args.out, f"ready{rank}").touch()
         end = time.monotonic() + 30
         while not stop.requested and time.monotonic() < end:
             next(batches)
             time.sleep(0.02)
         for _ in range(50):
             next(batches)  # the workers are still there
-    Path(flags.out, f"{rank}.json").write_text(json.dumps(
+    Path(args.out, f"{rank}.json").write_text(json.dumps(
         [accelerator.num_processes, rank, accelerator.device.type, total.item()]))
 flags.run_main(main, {"out": (str, flags.REQUIRED, "folder")})
 '''

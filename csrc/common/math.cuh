@@ -11,29 +11,15 @@ __device__ __forceinline__ float ex2(float x) {
   return y;
 }
 
-#ifndef kBias
-#define kBias 0.0f
-#endif
-#ifndef kPoly
-#define kPoly 0
-#endif
-// 2^x on the multiply-add pipe, for |x| < 125; further out 2^-125 or 2^125.
-__device__ __forceinline__ float ex2_polynomial(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer
-  x = fminf(fmaxf(x, -125.0f), 125.0f);
-  const float shifted = x + kRound, f = x - (shifted - kRound);
-  float p = fmaf(f, 0.00133908668f, 0.00966637395f);
-  p = fmaf(f, p, 0.0555035695f);
-  p = fmaf(f, p, 0.240223482f);
-  p = fmaf(f, p, 0.693147182f);
-  p = fmaf(f, p, 1.0f);
-  return __int_as_float(__float_as_int(p) + (__float_as_int(shifted) << 23));
-}
+// Over arguments in [-0.5, 0] ex2.approx comes out 2.2e-8 too small on average (measured, H200), a
+// third of a unit in the last place: over the hundreds of steps that a slow state remembers, six
+// times the reference's error. Raising the argument by this, which a multiply-add does for nothing,
+// leaves 2e-9; further down it is rounded away, where states forget too fast to matter.
+constexpr float kExponentShift = 3e-8f;
 
 // 2^(delta A), a step's decay.
-__device__ __forceinline__ float exp2_step(int n, float delta, float A) {
-  if (kPoly > 0 && n % (16 / (kPoly > 0 ? kPoly : 1)) == 0) return ex2_polynomial(delta * A);
-  return ex2(fmaf(delta, A, kBias));
+__device__ __forceinline__ float decay_of(float delta, float A) {
+  return ex2(fmaf(delta, A, kExponentShift));
 }
 
 __device__ __forceinline__ float reciprocal(float x) {

@@ -153,7 +153,7 @@ struct States {
 #pragma unroll
       for (int n = 0; n < kStatesPerThread; ++n) {
         const Int64 state = row * kStates + at.group * kStatesPerThread + n;
-        h[n] = fmaf(exp2_step(n, delta, A[n]), h[n], p.segment_state[state * p.channels + at.channel]);
+        h[n] = fmaf(decay_of(delta, A[n]), h[n], p.segment_state[state * p.channels + at.channel]);
       }
     }
   }
@@ -178,7 +178,7 @@ struct States {
       const float b4[4] = {b.x, b.y, b.z, b.w}, c4[4] = {c.x, c.y, c.z, c.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float decay = exp2_step(q + j, delta, A[q + j]);
+        const float decay = decay_of(delta, A[q + j]);
         if (kCarry) {
           h[q + j] = decay * fmaf(x, c4[j], h[q + j]);
         } else {

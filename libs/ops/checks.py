@@ -53,14 +53,17 @@ class Arguments:
             raise ValueError(f"{self.operator}: order must be a permutation of 0 .. {last}")
 
     def _shape(self, name, x, axes):
-        expected = [self.sizes.get(axis, "any") for axis in axes]
-        if x.dim() == len(axes):
-            for axis, size in zip(axes, x.shape, strict=True):
-                self.sizes.setdefault(axis, size)
-            if 0 not in x.shape and x.shape == tuple(self.sizes[axis] for axis in axes):
-                return
-        sizes = ", ".join(map(str, expected))
+        if x.dim() == len(axes) and self._fits(axes, x.shape):
+            self.sizes.update(zip(axes, x.shape, strict=True))
+            return
+        sizes = ", ".join(str(self.sizes.get(axis, "any")) for axis in axes)
         raise ValueError(
             f"{self.operator}: {name} must have shape ({', '.join(axes)}) = ({sizes}), "
             f"no axis empty, got {tuple(x.shape)}"
         )
+
+    def _fits(self, axes, shape):
+        for axis, size in zip(axes, shape, strict=True):
+            if size == 0 or self.sizes.get(axis, size) != size:
+                return False
+        return True

@@ -30,13 +30,15 @@ _STATIC_SHARED_LIMIT = 48 * 1024  # above it a kernel must be told
 
 def unavailable(device):
     """None, or why no kernel of ours can run on this CUDA device, and what mends it."""
-    if not torch.cuda.is_available():
+    if device.index is None and not torch.cuda.is_available():
         return "PyTorch finds no CUDA device here"
     return _unavailable(_index(device))
 
 
 @functools.cache
 def _unavailable(index):
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device here"
     if torch.version.hip:
         return "PyTorch is built for ROCm; our kernels are for CUDA"
     reason = cuda_compile.missing(torch.version.cuda)
@@ -304,7 +306,9 @@ def as_rows(x):
 
 
 def as_parameter(x):
-    return None if x is None else x.to(torch.float32).contiguous()
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
 
 
 def as_order(order):
@@ -315,7 +319,7 @@ def one_dtype(*tensors):
     """The tensors in the dtype they share, in float32 if they share none; None stays None."""
     dtypes = {x.dtype for x in tensors if x is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-    return [None if x is None else x.to(dtype) for x in tensors]
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
 def name_of(dtype):

@@ -169,7 +169,8 @@ def cache_directory():
 
 
 def _file_name(program, arch, key_):
-    return f"{Path(program.source).stem}-sm_{arch}-{key_[:24]}.bin"
+    name = program.source.removesuffix(".cu").replace("/", "-")
+    return f"{name}-sm_{arch}-{key_[:24]}.bin"
 
 
 def pack(key_, compiled):

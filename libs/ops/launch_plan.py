@@ -251,7 +251,7 @@ def _backward_shared_bytes(variant, states, dtype):
     history = (tile - 1) * a_thread * threads * 4
     inputs = tile * threads * 4 * (4 if dtype == "float32" else 2)
     staged = 2 * tile * states * 4
-    sums = threads // 32 * tile * 2 * a_thread * 4
+    sums = threads // 32 * (tile + 1) * 2 * a_thread * 4
     rows = 4 * tile * 4
     parts = 3 * groups * tile * channels * 4 if groups > 1 else 4
     return _round_up(history + inputs + staged + sums + rows + parts, 16)
