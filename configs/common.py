@@ -81,7 +81,10 @@ def get_config():
     )
 
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
-    config.lr_scheduler = d(name="customized", warmup_steps=2500)  # linear from 0, then constant
+    config.lr_scheduler = d(
+        name="customized",  # linear from 0, then constant; or cosine: then down to 0 at n_steps
+        warmup_steps=2500,
+    )
 
     config.train = d(
         mode="uncond",  # or cond: with labels

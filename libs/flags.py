@@ -113,7 +113,7 @@ _RANGES = {
 _LENGTHS = {"optimizer.betas": 2, "sample.guidance_interval": 2, "z_shape": 3}
 _CHOICES = {
     "pred": ("noise_pred", "x0_pred"), "train.mode": ("uncond", "cond"),
-    "lr_scheduler.name": ("customized",),
+    "lr_scheduler.name": ("customized", "cosine"),
 }  # fmt: skip
 
 

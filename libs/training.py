@@ -21,7 +21,7 @@ from datasets import GlobalBatchSampler
 from libs import checkpoint, evaluation, metrics, run
 from libs.ema import EMA
 from libs.launch import Precision, make_accelerator
-from libs.lr import warmup_factor
+from libs.lr import lr_factor
 from libs.ops import describe_backends
 from libs.weights import listed, load_strict
 from sde import denoising_loss
@@ -158,9 +158,11 @@ def update(config, precision, network, optimizer, ema, progress, loss, norm):
     progress.batch += 1
     scaler, scale = precision.scaler, precision.scaler.get_scale()
     if math.isfinite(loss) and math.isfinite(norm):
-        warmup = warmup_factor(progress.step, config.lr_scheduler.warmup_steps)
+        schedule, step = config.lr_scheduler, progress.step
+        warmup_steps, n_steps = schedule.warmup_steps, config.train.n_steps
+        factor = lr_factor(schedule.name, step, warmup_steps=warmup_steps, n_steps=n_steps)
         for group in optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * warmup
+            group["lr"] = config.optimizer.lr * factor
         scaler.step(optimizer)
         scaler.update()
         ema.update(network)

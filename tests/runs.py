@@ -19,7 +19,8 @@ TINY = {
     "nnet.dim": 16, "nnet.depth": 5, "nnet.drop_path": 0.2, "gradient_accumulation_steps": 2,
     "train.batch_size": 8, "train.n_steps": 12, "train.num_workers": 2, "train.log_interval": 1,
     "train.eval_interval": 1000, "train.save_interval": 4, "sample.sample_steps": 2,
-    "sample.mini_batch_size": 50, "lr_scheduler.warmup_steps": 3, "train.keep_last": 5,
+    "sample.mini_batch_size": 50, "lr_scheduler.name": "customized",
+    "lr_scheduler.warmup_steps": 3, "optimizer.lr": 0.001, "train.keep_last": 5,
     "train.grid_samples": 20,
 }  # fmt: skip
 

@@ -153,7 +153,7 @@ def test_wrong_words(refused, words, says):
 VALUES = [
     ("pred", "x_pred", 2, ["'x_pred'", "'noise_pred' or 'x0_pred'"]),
     ("train.mode", "conditional", 2, ["'conditional'", "'uncond' or 'cond'"]),
-    ("lr_scheduler.name", "cosine", 2, ["'cosine'", "'customized'"]),
+    ("lr_scheduler.name", "linear", 2, ["'linear'", "'customized'"]),
     ("optimizer.name", "sgd", 1, ["'sgd'", "'adamw'"]),
     ("optimizer.betas", "(0.9,)", 2, ["(0.9,)", "2 entries"]),
     ("optimizer.betas", "(0.9,1.5)", 2, ["(0.9, 1.5)", "0 to 0.999999"]),

@@ -319,15 +319,18 @@ def compiling():
         pool.shutdown(cancel_futures=True)
 
 
-def check_resources(results, arch, capsys):
-    """Prints a line, and fails where a kernel spills registers to memory."""
+def check_resources(results, arch, capsys, allowed=0):
+    """Prints a line, and fails where a kernel spills registers, of more bytes than allowed, to
+    memory."""
     seconds = sum(row[2] for row in results)
     registers = [row[3]["registers"] for row in results]
-    spilling = [row for row in results if row[3]["spill_stores"] + row[3]["spill_loads"]]
+    spilling = [
+        row for row in results if max(row[3]["spill_stores"], row[3]["spill_loads"]) > allowed
+    ]
     with capsys.disabled():
         print(
             f"\nsm_{arch}: {len(results)} kernels in {seconds:.1f} s, {min(registers)} to "
-            f"{max(registers)} registers, {len(spilling)} spill"
+            f"{max(registers)} registers, {len(spilling)} spill more than {allowed} bytes"
         )
     lines = [
         f"csrc/{source} {' '.join(f'{k}={v}' for k, v in defines)}: {used}"
@@ -351,7 +354,8 @@ def test_kernels_of_the_configs(arch, compiling, capsys):
 def test_all_other_kernels(arch, compiling, capsys):
     for other in (80, 90):
         compiling(other, "others")
-    check_resources(compiling(arch, "others").result(), arch, capsys)
+    # Registers are bounded for the configs' sake (kMinBlocks): two may spill elsewhere.
+    check_resources(compiling(arch, "others").result(), arch, capsys, allowed=8)
 
 
 def test_the_list_of_the_configs_kernels_is_complete():
@@ -368,3 +372,13 @@ def test_the_list_of_the_configs_kernels_is_complete():
                     batch, length, channels, size, dtype, multiprocessors
                 )
                 assert cuda.kernels_of(plan) <= listed
+
+
+def test_shared_memory_suffices():
+    """The configs' kernels fit sm_75, which has 64 KiB a block; the others fit sm_86 and sm_120."""
+    for states, dtype in itertools.product((1, 16, 17, 32, 33, 64), launch_plan.CTYPE_OF_DTYPE):
+        for batch in (2, 96):
+            for way in ("forward", "backward"):
+                plan = getattr(launch_plan, f"scan_{way}")(batch, 1230, 3072, states, dtype, 132)
+                largest = max(launch.shared_bytes for launch in plan.launches)
+                assert largest <= (64 if states == 16 else 99) * 1024

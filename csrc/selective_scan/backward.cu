@@ -42,7 +42,7 @@ struct Shared {
   Step in[kTile][kThreads];                     // a thread reads its own only
   float B[kTile][kStates];
   float C[kTile][kStates];
-  float sums[kWarps][kTile + 1][2 * kStatesPerThread];  // of dB and dC over a warp's channels
+  float sums[kWarps][kTile][2 * kStatesPerThread];  // of dB and dC over a warp's channels
   int rows[4][kTile];
   // Only with several groups: their parts of y, sum_n g B and sum_n g decay h A.
   float parts[kSplit ? 3 : 1][kSplit ? kGroups : 1][kSplit ? kTile : 1][kSplit ? kChannels : 1];
@@ -390,35 +390,16 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
         shared.in[t][thread].dy =
             gate_backward(channel, outputs, in, rows[t], y, t < left);
     }
-#ifndef PEND
-#define PEND 0
-#endif
-#ifndef SCAL
-#define SCAL 0
-#endif
-    float delta, derivative;
-    Step in = shared.in[kTile - 1][thread];
-    if (SCAL) delta = channel.delta(in, kTile - 1 < left, derivative);
-    LaneSums<kInput, kStatesPerThread> pending;
 #pragma unroll kUnroll
     for (int t = kTile - 1; t >= 0; --t) {
-      if (!SCAL) {
-        in = shared.in[t][thread];
-        delta = channel.delta(in, t < left, derivative);
-      }
+      const Step in = shared.in[t][thread];
       const float dy =
           kSplit ? select(t < left, gradient_of_sum(in, columns.has_z), 0.0f) : in.dy;
-      float g_B, g_decay;
+      float g_B, g_decay, derivative;
+      const float delta = channel.delta(in, t < left, derivative);
       const float u = to_float(in.u), x = delta * u;
       LaneSums<kInput, kStatesPerThread> lane_sums;
-      if (PEND) pending.store(shared.sums[thread / 32][t + 1], thread % 32);
-      float next_delta, next_derivative;
-      if (SCAL) {
-        in = shared.in[max(t - 1, 0)][thread];
-        next_delta = channel.delta(in, t - 1 < left, next_derivative);
-      }
       states.back(shared, checkpoint, t, offset, delta, x, dy, summed, g_B, g_decay, lane_sums);
-      if (PEND) pending = lane_sums; else
       lane_sums.store(shared.sums[thread / 32][t], thread % 32);
       if constexpr (kSplit) {
         shared.parts[1][at.group][t][at.column] = g_B;
@@ -426,9 +407,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
       } else {
         store_step(channel, outputs, u, rows[t], delta, derivative, dy, g_B, g_decay, step_sums);
       }
-      if (SCAL) delta = next_delta, derivative = next_derivative;
     }
-    if (PEND) pending.store(shared.sums[thread / 32][0], thread % 32);
     // Here, not before the walks: 168 registers have no room for them there.
     next_row = at.row(p, (tile - 2) * kTile + thread % kTile);
     if (tile > 0) staging.load(p, at, shared.rows[(tile + 3) & 3]);

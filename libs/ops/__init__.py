@@ -1,8 +1,8 @@
 """Operators of the backbone: `selective_scan` and `causal_conv1d`, each with several backends.
 
 `python -m libs.ops` prints which backend each would use here, and why. The environment variable
-DIM_BACKEND names one for every call that does not name its own; DIM_CHECK=1 also checks that orders
-are permutations.
+DIM_BACKEND names one for every call that does not name its own; DIM_CACHE_DIR is where compiled
+CUDA kernels are kept; DIM_CHECK=1 also checks that orders are permutations.
 """
 
 import torch

@@ -106,7 +106,11 @@ class Gpu:
                     attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                     shared_bytes, driver.CUkernel(handle), driver.CUdevice(self.index),
                 )  # fmt: skip
-                _raise(error, f"{kernel.name} needs {shared_bytes} bytes of shared memory")
+                if int(error):
+                    raise UserError(
+                        f"{kernel.name} needs {shared_bytes} bytes of shared memory a block, which "
+                        f"{self.name} has not ({error.name}); DIM_BACKEND=reference runs without it"
+                    )
         return driver.CUfunction(handle)  # the driver takes the one for the other
 
     def _code(self, program):

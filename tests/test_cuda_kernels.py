@@ -1,0 +1,261 @@
+"""The CUDA kernels against the definition in float64, on a GPU, over shapes on both sides of every
+tile edge.
+
+Oracle: error(kernel, float64) <= 2 error(reference in the same dtypes, float64) + FLOOR, errors
+relative to the tensor's largest value. The floor is two units in the last place of float32, for
+tensors in which the reference happens to round well.
+"""
+
+import pytest
+import test_ops
+import torch
+
+from libs.ops import causal_conv1d, cuda, launch_plan, selective_scan
+from libs.ops.launch_plan import Variant
+from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
+from libs.scan_order import COLUMNS, COLUMNS_REVERSED, ROWS, ROWS_REVERSED, sequence_order
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+
+FLOOR = 2.0**-22
+PARAMETERS = ("A", "D", "delta_bias", "weight", "bias")  # float32 in a network of any dtype
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty returns NaN, in scratch too, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def to_gpu(inputs, dtype):
+    return {k: x.cuda() if k in PARAMETERS else x.cuda().to(dtype) for k, x in inputs.items()}
+
+
+def run(function, inputs, dtype=None, **options):
+    """Outputs and the gradient of every input, for fixed random output gradients."""
+    inputs = {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in inputs.items()}
+    outputs = function(**inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    # the same numbers for every dtype: those that bfloat16 has
+    g = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), g)
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
+
+
+def error(actual, exact):
+    return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+
+
+def check_oracle(operator, reference, inputs, floor=FLOOR, **options):
+    exact = run(reference, inputs, torch.float64, **options)
+    plain = run(reference, inputs, **options)
+    actual = run(operator, inputs, backend="cuda", **options)
+    for name in exact:
+        assert actual[name].dtype == plain[name].dtype, name
+        found, allowed = error(actual[name], exact[name]), error(plain[name], exact[name])
+        assert found <= 2 * allowed + floor, f"{name}: {found:.3g}, reference {allowed:.3g}"
+
+
+def check_scan(dtype, B=2, L=19, D=5, N=16, absent=(), **options):
+    inputs = to_gpu(test_ops.scan_inputs(B, L, D, N, absent), dtype)
+    options = {"delta_softplus": True, "return_last_state": True} | options
+    check_oracle(selective_scan, selective_scan_ref, inputs, **options)
+
+
+def check_conv(dtype, B=2, L=19, D=5, W=3, absent=(), **options):
+    inputs = to_gpu(test_ops.conv_inputs(B, L, D, W, absent), dtype)
+    check_oracle(causal_conv1d, causal_conv1d_ref, inputs, **options)
+
+
+def permutation(length):
+    return test_ops.make_order("permuted", length).cuda()
+
+
+# ---------------------------------------- shapes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 37, 61, 366])
+def test_lengths(length, dtype):
+    check_scan(dtype, L=length, D=67, order=permutation(length))
+    check_conv(dtype, L=length, D=67, order=permutation(length), activation="silu")
+
+
+def test_long():
+    check_scan(torch.float32, 1, 1230, 20, order=permutation(1230))
+    check_scan(torch.bfloat16, 1, 1230, 20, order=permutation(1230))
+
+
+@pytest.mark.parametrize("pattern", [ROWS, ROWS_REVERSED, COLUMNS, COLUMNS_REVERSED])
+def test_scan_orders(pattern):
+    order, length = sequence_order(pattern, 6, 7, 3, 5, torch.device("cuda")), 5 + 9 * 10
+    for dtype in (torch.float32, torch.bfloat16):
+        check_scan(dtype, L=length, order=order)
+        check_conv(dtype, L=length, order=order, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 32, 63, 64, 65, 130])
+def test_channels(channels, dtype):
+    check_scan(dtype, L=18, D=channels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("states", [1, 4, 5, 8, 12, 17, 24, 32, 33, 48, 64])
+def test_states(states, dtype):
+    check_scan(dtype, L=35, D=33, N=states)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 3, 4, 8])
+@pytest.mark.parametrize("channels", [3, 6, 511, 516])  # 1: the error of one cancelling sum
+def test_convolution_widths(channels, width, dtype):
+    check_conv(dtype, L=21, D=channels, W=width, activation="silu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
+def test_optional_inputs(absent, dtype):
+    check_scan(dtype, absent=absent, return_last_state=False)
+    check_conv(dtype, absent=("bias",))
+
+
+def test_many_short_sequences():
+    check_scan(torch.bfloat16, B=1500, L=3, D=33)
+    check_conv(torch.bfloat16, B=1500, L=3, D=33)
+
+
+def test_without_softplus():
+    inputs = to_gpu(test_ops.scan_inputs(), torch.float32)
+    inputs["delta"] = inputs["delta"].abs()
+    check_oracle(selective_scan, selective_scan_ref, inputs)
+
+
+def test_large_arguments():
+    """Softplus and silu far out, decays down to nothing, and growth (A > 0). Exponents up to some
+    16 are rounded by 16 * 2^-24 each: the floor."""
+    inputs = to_gpu(test_ops.scan_inputs(), torch.float32)
+    far = inputs | {"delta": 40 * inputs["delta"], "z": 40 * inputs["z"]}
+    growing = inputs | {"A": inputs["A"].abs() / 10}
+    for x in (far, growing):
+        check_oracle(selective_scan, selective_scan_ref, x, 2.0**-20, delta_softplus=True)
+
+
+# ---------------------------------------- variants
+
+FORWARD_VARIANTS = [
+    Variant(1, 64, 8, 1, 8), Variant(1, 64, 8, 3, 8), Variant(4, 32, 16, 1, 1),
+    Variant(4, 32, 16, 2, 1),
+]  # fmt: skip
+BACKWARD_VARIANTS = [Variant(1, 64, 8, 1, 6), Variant(1, 64, 8, 3, 6), Variant(4, 32, 8, 3, 1)]
+
+
+def results_of(plan, struct, rows, scalars, outputs=None):
+    cuda.run(cuda.prepare(plan, struct, 0), torch.device("cuda", 0), rows, scalars, outputs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [48, 49, 200])
+def test_variants(length, dtype):
+    """Every variant gives what the one chosen for the shape gives, which the oracle holds."""
+    B, D, N = 2, 70, 16
+    inputs = to_gpu(test_ops.scan_inputs(B, length, D, N), dtype)
+    order = permutation(length).long()
+    options = {"delta_softplus": True, "order": order, "return_last_state": True}
+    expected = run(selective_scan, inputs, backend="cuda", **options)
+    sequences = ("u", "delta", "z", "B", "C")
+    shape = (B, length, D, N, cuda.name_of(dtype), 132)
+    scalars = {k: inputs[k] for k in ("A", "D", "delta_bias")} | {
+        "batch": B, "length": length, "channels": D, "states": N, "delta_softplus": 1,
+        "order": order,
+    }  # fmt: skip
+    tol = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+    def agree(actual, name):
+        found = error(actual, expected[name].double())
+        assert found <= (tol[dtype] if actual.dtype == dtype else 4e-6), f"{name}: {found:.3g}"
+
+    for variant in FORWARD_VARIANTS:
+        y, state = torch.empty_like(inputs["u"]), torch.empty(B, D, N, device="cuda")
+        rows = {k: inputs[k] for k in sequences} | {"y": y}
+        plan = launch_plan.scan_forward(*shape, variant)
+        results_of(plan, launch_plan.ScanParams, rows, scalars | {"last_state": state})
+        agree(y, "output 0")
+        agree(state, "output 1")
+
+    generator = torch.Generator().manual_seed(1)
+    g_y, g_state = (
+        torch.randn(expected[name].shape, generator=generator).bfloat16().to(expected[name])
+        for name in ("output 0", "output 1")
+    )
+    for variant in BACKWARD_VARIANTS:
+        g_u, g_delta, g_z = (torch.empty_like(inputs["u"]) for _ in range(3))
+        rows = {k: inputs[k] for k in sequences} | {"g_y": g_y}
+        rows |= {"g_u": g_u, "g_delta": g_delta, "g_z": g_z}
+        sums = {k: torch.empty_like(inputs[k]) for k in ("A", "D", "delta_bias")}
+        outputs = {f"g_{k}": x for k, x in sums.items()}
+        outputs["g_BC"] = torch.empty(2, B, length, N, device="cuda", dtype=dtype)
+        plan = launch_plan.scan_backward(*shape, variant)
+        extra = {"g_last_state": g_state}
+        results_of(plan, launch_plan.ScanParams, rows, scalars | extra, outputs)
+        sequences_and_sums = {"u": g_u, "delta": g_delta, "z": g_z, **sums}
+        sequences_and_sums |= {"B": outputs["g_BC"][0], "C": outputs["g_BC"][1]}
+        for name, x in sequences_and_sums.items():
+            agree(x, f"gradient of {name}")
+
+
+# ---------------------------------------- memory
+
+
+def test_strided_inputs():
+    """Slices of projections, as the network hands them over, and an odd start in memory."""
+    inputs = to_gpu(test_ops.scan_inputs(B=3, D=6, N=4), torch.bfloat16)
+    both = torch.cat([inputs["u"], inputs["z"]], -1)
+    strided = inputs | {"u": both[..., :6], "z": both[..., 6:]}
+    strided["B"], strided["C"] = torch.cat([inputs["B"], inputs["C"]], -1).split(4, -1)
+    scan = {"delta_softplus": True, "backend": "cuda"}
+    expected, actual = (run(selective_scan, x, **scan) for x in (inputs, strided))
+    assert all(torch.equal(actual[k], expected[k]) for k in expected)
+
+    conv = to_gpu(test_ops.conv_inputs(D=8), torch.bfloat16)
+    odd = torch.cat([conv["x"][..., :1], conv["x"]], -1)[..., 1:]
+    expected, actual = (causal_conv1d(**conv | {"x": x}) for x in (conv["x"], odd))
+    assert torch.equal(actual, expected)
+
+
+def test_offsets_beyond_31_bits():
+    """The last batch entry of tensors of more than 2^31 elements."""
+    B, L, D = 3, 56, 2**24 + 2**22
+    x = torch.zeros(B, L, D, device="cuda", dtype=torch.bfloat16)
+    x[-1, :, -70:] = torch.randn(L, 70, device="cuda").bfloat16()
+    weight = torch.randn(D, 2, device="cuda")
+    y = causal_conv1d(x, weight, backend="cuda")
+    expected = causal_conv1d_ref(x[-1:, :, -70:], weight[-70:])
+    assert error(y[-1:, :, -70:], expected.double()) < 1e-2
+
+
+def test_bit_equal_gradients():
+    for dtype in DTYPES:
+        inputs = to_gpu(test_ops.scan_inputs(3, 100, 130), dtype)
+        first, second = (
+            run(selective_scan, inputs, delta_softplus=True, backend="cuda") for _ in range(2)
+        )
+        assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_nan_stays_where_it_belongs():
+    inputs = to_gpu(test_ops.scan_inputs(B=2, L=20, D=5), torch.float32)
+    inputs["delta"][0, 7, 2] = float("nan")
+    results = run(selective_scan, inputs, delta_softplus=True, backend="cuda")
+    expected = torch.zeros(2, 20, 5, dtype=torch.bool, device="cuda")
+    expected[0, 7:, 2] = True
+    assert torch.equal(results["output 0"].isnan(), expected)
+    assert not any(results[f"gradient of {k}"][1].isnan().any() for k in ("u", "delta", "B", "C"))
