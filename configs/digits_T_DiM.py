@@ -45,8 +45,8 @@ def get_config():
     config.train.fid_samples = 0
 
     config.sample.algorithm = "euler_maruyama_sde"
-    config.sample.sample_steps = 80
-    config.sample.n_samples = 750
+    config.sample.sample_steps = 160  # of 80, a Frechet distance of 1.8 instead of 1.5
+    config.sample.n_samples = 500
     config.sample.mini_batch_size = 50
     config.sample.cfg = True
     config.sample.scale = 0.4

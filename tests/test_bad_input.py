@@ -26,6 +26,7 @@ from libs import checkpoint, flags
 from libs.metrics import DigitsClassifier
 from libs.models import build_model
 from libs.official import model_from_official, to_official, uvit_from_official
+from libs.weights import sha256_of
 from utils import UserError, flatten, read_json
 
 # torch's remark on the pickles that are refused here.
@@ -176,7 +177,7 @@ VALUES = [
     ("nnet.scan_directions", 4, 1, ["4", "1, 2 or 3"]),
     ("nnet.drop_path", 1.0, 1, ["1.0", "[0, 1)"]),
     ("nnet.num_classes", 9, 1, ["10 classes", "--config.nnet.num_classes=10"]),
-    ("nnet.in_channels", 3, 1, ["(4, 1, 8, 8)", "(batch, 3, height, width)"]),
+    ("nnet.in_channels", 3, 1, ["inputs of shape (3, 8, 8)", "the data are (1, 8, 8)"]),
     ("nnet.skip_tuning", "(0.8,)", 1, ["(0.8,)", "(low, high)"]),
     ("nnet.skip_tuning", "(low,high)", 2, ["'(low,high)'", "numbers"]),
     ("nnet.freeu", "(1.0,2.0)", 1, ["(1.0, 2.0)", "four"]),
@@ -264,7 +265,7 @@ def test_sizes_and_the_patch(refused, tmp_path):
         assert not (tmp_path / key).exists()
     images = make_images(tmp_path / "images", 8)
     words = runs.arguments(tmp_path / "run", **folder_of(images, resolution=9))
-    refused("train", words, "(4, 3, 9, 9)", "divisible by the patch size 2")
+    refused("train", words, "inputs of shape (3, 8, 8)", "the data are (3, 9, 9)")
 
 
 def test_a_batch_that_does_not_divide(refused, tmp_path):
@@ -446,7 +447,7 @@ def forge(folder, name, content):
     """Replace a file of a checkpoint and make its manifest agree, as an attacker would."""
     (folder / name).write_bytes(content)
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"size": len(content), "sha256": checkpoint._sha256(folder / name)}
+    manifest["files"][name] = {"size": len(content), "sha256": sha256_of(folder / name)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -330,7 +330,7 @@ def check_resources(results, arch, capsys, allowed=0):
     with capsys.disabled():
         print(
             f"\nsm_{arch}: {len(results)} kernels in {seconds:.1f} s, {min(registers)} to "
-            f"{max(registers)} registers, {len(spilling)} spill more than {allowed} bytes"
+            f"{max(registers)} registers, {len(spilling)} that spill over {allowed} bytes"
         )
     lines = [
         f"csrc/{source} {' '.join(f'{k}={v}' for k, v in defines)}: {used}"

@@ -287,7 +287,7 @@ def test_inception_features_are_pytorch_fids(inception_weights, tmp_path, monkey
 
 
 def test_inception_weights_are_checksummed(inception_weights, tmp_path):
-    digest = libs.metrics._sha256(inception_weights)[:8]
+    digest = libs.metrics.sha256_of(inception_weights)[:8]
     with pytest.raises(UserError, match=f"sha256 starts with {digest}, expected 6726825d"):
         make_features("inception", inception_weights, "cpu")
     features = InceptionFeatures(inception_weights, sha256_prefix=digest)
