@@ -141,14 +141,14 @@ def _describe_cuda(device):
     return importlib.import_module("libs.ops.cuda").describe(device)
 
 
-def cuda_backend(module, function, sizes):
+def cuda_backend(run, sizes):
     """Our kernels, compiled at first use. sizes: (smallest, largest, what is counted)."""
 
     def can_run(device, dtype, size):
         unavailable = importlib.import_module("libs.ops.cuda").unavailable
         return _unfit(dtype, size, sizes) or unavailable(device)
 
-    return Backend("cuda", can_run, _late(module, function), _describe_cuda)
+    return Backend("cuda", can_run, run, _describe_cuda)
 
 
 def reference_backend(run):

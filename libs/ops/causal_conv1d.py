@@ -6,8 +6,16 @@ from libs.ops.backends import choose, cpu_backend, cuda_backend, peer_backend, r
 from libs.ops.checks import Arguments
 from libs.ops.reference import causal_conv1d_ref
 
+
+def _run_cuda(*args, **kwargs):
+    # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
+    from libs.ops.cuda_conv import causal_conv1d_cuda
+
+    return causal_conv1d_cuda(*args, **kwargs)
+
+
 BACKENDS = {
-    "cuda": cuda_backend("libs.ops.cuda_conv", "causal_conv1d_cuda", (2, 8, "taps")),
+    "cuda": cuda_backend(_run_cuda, (2, 8, "taps")),
     "cpu": cpu_backend("libs.ops.cpu_conv", "causal_conv1d_cpu"),
     "reference": reference_backend(causal_conv1d_ref),
     "mamba_ssm": peer_backend("causal_conv1d", "causal_conv1d_peer", (2, 4, "taps")),

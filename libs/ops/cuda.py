@@ -304,8 +304,8 @@ def as_rows(x):
     """x (B, L, X) with X contiguous: itself, or a copy; None for None."""
     if x is None:
         return None
-    # A kernel multiplies row strides in 31 bits; those of a (B, L, X) view can be longer.
-    fits = x.stride(-1) == 1 and x.stride(1) < 2**31
+    # A kernel holds row strides in bytes in 31 bits; those of a (B, L, X) view can be longer.
+    fits = x.stride(-1) == 1 and x.stride(1) * x.element_size() < 2**31
     return x if fits else x.contiguous()
 
 

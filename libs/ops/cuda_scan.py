@@ -191,13 +191,14 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, g_y, g_last_state):
     cuda.refuse_double_backward("selective_scan")
-    *_, D, z, delta_bias, _ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    *_, D, z, delta_bias, _ = saved
     if not ctx.has_last_state:
         g_last_state = None  # torch.compile makes one for the empty output
     if g_y is None and g_last_state is None:
         return (None,) * 11
     g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = torch.ops.dim.selective_scan_bwd(
-        g_y, g_last_state, *ctx.saved_tensors, ctx.delta_softplus
+        g_y, g_last_state, *saved, ctx.delta_softplus
     )
     g_B, g_C = g_BC.unbind(0)
     optional = (g if x is not None else None for g, x in ((g_D, D), (g_z, z), (g_bias, delta_bias)))

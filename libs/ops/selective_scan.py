@@ -6,8 +6,16 @@ from libs.ops.backends import choose, cpu_backend, cuda_backend, peer_backend, r
 from libs.ops.checks import Arguments
 from libs.ops.reference import selective_scan_ref
 
+
+def _run_cuda(*args, **kwargs):
+    # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
+    from libs.ops.cuda_scan import selective_scan_cuda
+
+    return selective_scan_cuda(*args, **kwargs)
+
+
 BACKENDS = {
-    "cuda": cuda_backend("libs.ops.cuda_scan", "selective_scan_cuda", (1, 64, "states")),
+    "cuda": cuda_backend(_run_cuda, (1, 64, "states")),
     "cpu": cpu_backend("libs.ops.cpu_scan", "selective_scan_cpu"),
     "reference": reference_backend(selective_scan_ref),
     "mamba_ssm": peer_backend("mamba_ssm", "selective_scan_peer", (1, 256, "states")),
