@@ -7,6 +7,7 @@ from tqdm import tqdm
 
 import utils
 from libs import guidance, metrics, samplers
+from libs.launch import ranks
 from sde import eps_from_model
 from utils import UserError
 
@@ -260,6 +261,7 @@ def evaluate(
         "n": n,
         "features": features.name,
         "statistics": source,
+        "ranks": ranks(accelerator),
         **generator.recipe(),
     }
     if len(dataset) <= MEASURE_UP_TO:

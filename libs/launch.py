@@ -36,6 +36,12 @@ def make_accelerator():
     return accelerator
 
 
+def ranks(accelerator):
+    """The ranks of all processes, as each says its own: [0, 1, ..] unless a launch went wrong."""
+    own = torch.tensor([accelerator.process_index], device=accelerator.device)
+    return sorted(accelerator.gather(own).tolist())
+
+
 class Precision:
     """Autocast and loss scaling of one number format.
 

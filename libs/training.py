@@ -20,7 +20,7 @@ import utils
 from datasets import GlobalBatchSampler
 from libs import checkpoint, evaluation, metrics, run
 from libs.ema import EMA
-from libs.launch import Precision, make_accelerator
+from libs.launch import Precision, make_accelerator, ranks
 from libs.lr import lr_factor
 from libs.ops import describe_backends
 from libs.weights import listed, load_strict
@@ -335,16 +335,16 @@ class Outputs:
             return None
 
 
-def announce(config, directory, accelerator, precision, network, dataset, progress, found):
+def announce(config, directory, accelerator, all_ranks, precision, network, dataset, found):
     """The first lines of a run's log."""
     environment = run.environment()
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     log.info("run directory %s; commit %s", directory, environment["commit"])
     log.info("packages %s", packages)
     log.info(
-        "%d process(es) on %s, %d thread(s) each, precision %s",
-        accelerator.num_processes, ", ".join(environment["devices"]), environment["torch_threads"],
-        precision.name,
+        "%d process(es), ranks %s, on %s, %d thread(s) each, precision %s",
+        accelerator.num_processes, all_ranks, ", ".join(environment["devices"]),
+        environment["torch_threads"], precision.name,
     )  # fmt: skip
     for line in describe_backends(accelerator.device):
         log.info("operator %s", line)
@@ -397,7 +397,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
         return network.state_dict(), ema.state_dict(), training
 
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
-    metrics_log = None
+    metrics_log, all_ranks = None, ranks(accelerator)
     if accelerator.is_main_process:
         for line in utils.write_run_files(directory, config, run.environment()):
             log.warning("changed since this run began: %s", line)
@@ -405,7 +405,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
         )
         metrics_log.truncate_after(progress.step)
-        announce(config, directory, accelerator, precision, network, dataset, progress, found)
+        announce(config, directory, accelerator, all_ranks, precision, network, dataset, found)
 
     depth = network.depth if getattr(network, "drop_path", 0) else 0
     z_shape, settings = codec.latent_shape(dataset.shape), config.train

@@ -61,7 +61,7 @@ def test_pictures_do_not_depend_on_batch_or_processes(trained, classifier, tmp_p
     two, result_two, _ = evaluate(trained, tmp_path / "two", num_processes=2, mini_batch_size=4)
     assert one.shape == (30, 8, 8) and one.std() > 10
     assert (np.abs(one - two) <= 1).mean() >= 0.999
-    assert result_two["n"] == 30
+    assert result_two["n"] == 30 and result_one["ranks"] == [0] and result_two["ranks"] == [0, 1]
     assert result_two["frechet_distance"] == pytest.approx(result_one["frechet_distance"], rel=1e-2)
     for figure in (
         "Frechet distance",

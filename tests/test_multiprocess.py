@@ -69,7 +69,7 @@ def test_training_on_two_processes_from_anywhere(tmp_path):
     status, output = run_in(tmp_path, [*runs.launcher(2), str(runs.ROOT / "train.py"), *words])
     assert status == 0, output
     log = (tmp_path / "run" / "output.log").read_text()
-    assert "2 process(es) on" in log and "finished 2 steps" in log
+    assert "2 process(es), ranks [0, 1]," in log and "finished 2 steps" in log
     assert [line["step"] for line in runs.steps_logged(tmp_path / "run")] == [1, 2]
 
 

@@ -92,7 +92,7 @@ def test_two_processes_stop_and_go_on(tmp_path, undisturbed):
     assert status != 0
     assert 5 <= wait_for_stop(tmp_path) < STEPS, output
     output = runs.train(tmp_path, num_processes=2)
-    assert "2 process(es)" in output
+    assert "2 process(es), ranks [0, 1]" in output
     expected = runs.numbers(undisturbed)
     assert [line[0] for line in runs.numbers(tmp_path)] == [line[0] for line in expected]
     for found, line in zip(runs.numbers(tmp_path), expected, strict=True):
