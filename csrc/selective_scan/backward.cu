@@ -1,86 +1,116 @@
-// Selective scan, the backward's walk from the last step to the first; gradients of every input.
+// Selective scan, the backward's walk from the last step to the first; gradients of all inputs but z.
 //
-// For each tile of kTile steps, last to first, a thread takes the state before it (from the pass
-// kCheckpoints of forward.cu), replays the tile, keeping every step's state in shared memory and
-// writing dz, then walks back:
+// The walk goes kKept steps at a time. A warp takes the states before them, which the pass
+// kCheckpoints of forward.cu kept, makes those in between again, with their decays, and walks back:
 //   g = C dy + dh;  dC += dy h;  dB += g delta u;  dh = g decay  (dh: gradient of the state after)
 //   ddelta = sum_n g decay h_before A + u sum_n g B,  dA += g decay h_before delta
-// dB and dC, sums over channels, are added over a warp's lanes, then over warps in shared memory, and
-// written as parts, one a block; dA, dD and ddelta_bias, sums over steps, stay in registers and are
-// written as parts, one a batch entry and segment. sum_parts.cu adds the parts in a fixed order, so
-// that the gradients are bit-equal in every run.
 //
-// -D: kInput, kStates, kGroups, kChannels (a multiple of 32), kTile, as in forward.cu; kMinBlocks
-// (blocks a multiprocessor that registers must allow), kSharedBytes (sizeof Shared).
-#include "common/lane_sums.cuh"
+// A thread holds 4 states of 4 channels; kLanes threads share those 4 channels' states. A sum over
+// channels (dB, dC) is then mostly within a thread, and one over states takes few lanes: 13 shuffles
+// a step, where a thread with all states of one channel needs 31. What is known of a channel alone
+// (softplus, gate, outputs) is done by the one lane that owns it.
+//
+// dB and dC are added over a warp's lanes, then over warps in shared memory, and written as parts,
+// one a block; dA, dD and ddelta_bias, sums over steps, stay in registers and are written as parts,
+// one a batch entry and segment. sum_parts.cu adds the parts in a fixed order, so that the gradients
+// are bit-equal in every run.
+//
+// -D: kInput, kStates (16, 32 or 64), kChannels (a multiple of 32), kTile (steps whose inputs are
+// staged together), kMinBlocks (blocks a multiprocessor that registers must allow), kSharedBytes
+// (sizeof Shared).
+#include "common/async_copy.cuh"
+#include "common/exchange.cuh"
 #include "common/math.cuh"
 #include "selective_scan/params.cuh"
 
 // Other GPUs have too little shared memory for more than 4 blocks, so registers need not make room.
 constexpr int kResident =
     __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 || kMinBlocks < 4 ? kMinBlocks : 4;
-constexpr int kThreads = kChannels * kGroups;
-constexpr int kStatesPerThread = kStates / kGroups;
-constexpr int kQuads = kStatesPerThread / 4;
+constexpr int kLanes = kStates / 4;
+constexpr int kWarpChannels = 128 / kLanes;
+constexpr int kWarps = kChannels / kWarpChannels;
+constexpr int kThreads = 32 * kWarps;
+constexpr int kQuads = kTile / kKept;
+constexpr int kSumsPerLane = 32 / (32 / kLanes);  // of kKept steps' dB and dC of 4 states
 constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
-constexpr int kWarps = kThreads / 32, kWarpsPerGroup = kChannels / 32;
-constexpr bool kSplit = kGroups > 1;
-static_assert(kStatesPerThread % 4 == 0 && kStatesPerThread <= 16 && kChannels % 32 == 0, "");
-static_assert(kTile % kGroups == 0 && kTile <= kThreads && 2 * kStates <= kThreads, "");
+static_assert(kStates == 16 || kStates == 32 || kStates == 64, "");
+static_assert(kChannels % kWarpChannels == 0 && kKept == 4 && kTile % kKept == 0 && kTile <= kThreads, "");
 
-// The inputs of one step. They wait in shared memory: in registers a tile of them needs more than
-// 255, and reading them there again lets the loops over steps stay rolled.
-struct Gate {
-  kInput z, g_y;
+// A warp's inputs of one step, as they are in global memory.
+struct alignas(16) RawStep {
+  kInput u[kWarpChannels], delta[kWarpChannels], z[kWarpChannels], g_y[kWarpChannels];
 };
 
-struct alignas(4 * sizeof(kInput)) Step {
-  kInput u, delta;
+// What the walk needs of kKept steps, together, so that one address and constants find it all.
+struct alignas(16) Quad {
+  float B[kKept][kStates], C[kKept][kStates];
+  // Of a warp's channels, each vector for all steps.
+  float4 delta[kWarps][kWarpChannels];
+  float4 dy[kWarps][kWarpChannels];     // gradient of y before the gate
+  float4 y_to_z[kWarps][kWarpChannels];  // dz = y_to_z y
+  float4 slope[kWarps][kWarpChannels];   // derivative of delta by its input
+  kInput u[kWarps][kKept][kWarpChannels];
   union {
-    Gate gate;
-    float dy;  // gradient of y before the gate, put here by the replay, which z and g_y end in
-  };
+    float4 x[kWarpChannels];
+    float sums[kKept][2 * kStates];  // of dB and dC over the channels, when x has been read
+  } of_warp[kWarps];
 };
 
 struct Shared {
-  float4 history[kTile - 1][kQuads][kThreads];  // the state after each step but the last
-  Step in[kTile][kThreads];                     // a thread reads its own only
-  float B[kTile][kStates];
-  float C[kTile][kStates];
-  float sums[kWarps][kTile][2 * kStatesPerThread];  // of dB and dC over a warp's channels
-  int rows[4][kTile];
-  // Only with several groups: their parts of y, sum_n g B and sum_n g decay h A.
-  float parts[kSplit ? 3 : 1][kSplit ? kGroups : 1][kSplit ? kTile : 1][kSplit ? kChannels : 1];
+  // A thread's own, 4 states of each of its 4 channels. In registers there is room for one channel's.
+  float4 A[4][kThreads];        // times log2 e
+  float4 g_h[4][kThreads];      // gradient of the state, from later steps
+  float4 g_A[4][kThreads];
+  Quad quads[kQuads];          // the tile in work
+  RawStep raw[kWarps][kTile];  // the next one
+  int rows[4][kTile];          // the tile in work, two to come, one for slow threads
 };
 
 struct Place {
-  Int64 batch, segment, channel, block;
-  int column, group;
-  int first, count;  // steps of the segment
-  bool valid;
+  Int64 batch, segment;
+  int block, warp, lane;
+  int quad;         // the thread's 4 channels are 4 quad .. of the warp's
+  int first_state;  // and 4 states of each
+  int own;          // the channel, of the warp's, that this lane knows all about
+  int warp_channel, channel, channels;  // first of the warp's; own; of the whole problem
+  int sum;                              // where in Quad's sums this lane's go (add_BC)
+  int first, count;                     // steps of the segment
+  bool writes;                          // own channel exists, and no other lane owns it
 
   __device__ __forceinline__ Place(const ScanParams& p) {
-    const int blocks = static_cast<int>((p.channels + kChannels - 1) / kChannels);
+    channels = static_cast<int>(p.channels);
+    const int blocks = (channels + kChannels - 1) / kChannels;
     batch = blockIdx.x / blocks;
     block = blockIdx.x % blocks;
-    column = threadIdx.x % kChannels;
-    group = threadIdx.x / kChannels;
-    channel = block * kChannels + column;
-    valid = channel < p.channels;
-    if (!valid) channel = p.channels - 1;
+    warp = threadIdx.x / 32;
+    lane = threadIdx.x % 32;
+    quad = lane / kLanes;
+    first_state = lane % kLanes * 4;
+    own = 4 * quad + lane % 4;
+    warp_channel = block * kChannels + warp * kWarpChannels;
+    writes = warp_channel + own < channels && lane % kLanes < 4;
+    channel = channel_of(0);
+    const int value = quad * kSumsPerLane;
+    sum = value / 4 * kStates + first_state;
     segment = blockIdx.y;
     first = static_cast<int>(segment * p.segment_length);
     count = static_cast<int>(min(p.segment_length, p.length - first));
   }
-  // Steps before the first (of the tile before it) and after the last repeat the nearest. Those past
-  // the end are walked first, change nothing, and what they write is overwritten by the last step.
-  // Threads without a channel do the last channel's work again, but add nothing to dB and dC.
+  // A thread's channel number c is another for each of its neighbours, the own one if c is 0: so what
+  // they have for one owner reaches it by one shuffle.
+  __device__ __forceinline__ int of_warp(int c) const { return own ^ c; }
+  // Channels that do not exist read the last one.
+  __device__ __forceinline__ int channel_of(int c) const {
+    return min(warp_channel + of_warp(c), channels - 1);
+  }
+  // Steps before the first and after the last repeat the nearest.
   __device__ __forceinline__ int row(const ScanParams& p, int step) const {
     const int l = first + max(0, min(step, count - 1));
     return p.order ? static_cast<int>(p.order[l]) : l;
   }
 };
 
+// B and C of a tile on their way from global to shared memory.
 struct Staging {
   kInput B[kStaged], C[kStaged];
 
@@ -99,330 +129,343 @@ struct Staging {
     for (int k = 0; k < kStaged; ++k) {
       const int i = threadIdx.x + k * kThreads;
       if (i >= kTile * kStates) continue;
-      shared.B[0][i] = to_float(B[k]);
-      shared.C[0][i] = to_float(C[k]);
+      Quad& quad = shared.quads[i / (kKept * kStates)];
+      quad.B[0][i % (kKept * kStates)] = to_float(B[k]);
+      quad.C[0][i % (kKept * kStates)] = to_float(C[k]);
     }
   }
 };
 
-// An absent z or g_y is read from u and not used.
-struct Columns {
-  Column<const kInput> u, delta, z, g_y;
-  bool has_z, has_g_y;
+// The four sequences that are read channel by channel. An absent z or g_y is not copied.
+struct Inputs {
+  Column<const kInput> u, delta, z, g_y;  // of the warp's first channel
+  bool has_z, has_g_y, whole;             // whole: 16 bytes at a time, all of them there
 
-  __device__ __forceinline__ Columns(const ScanParams& p, const Place& at)
-      : u(p.u, at.batch, at.channel), delta(p.delta, at.batch, at.channel),
-        z(p.z.data ? p.z : p.u, at.batch, at.channel),
-        g_y(p.g_y.data ? p.g_y : p.u, at.batch, at.channel),
-        has_z(p.z.data), has_g_y(p.g_y.data) {}
-
-  __device__ __forceinline__ Step load(int row) const {
-    Step in;
-    in.u = *u.at(row);
-    in.delta = *delta.at(row);
-    in.gate.z = *z.at(row);
-    const kInput g = *g_y.at(row);
-    in.gate.g_y = has_g_y ? g : from_float<kInput>(0.0f);
-    return in;
+  __device__ __forceinline__ Inputs(const ScanParams& p, const Place& at)
+      : u(p.u, at.batch, at.warp_channel), delta(p.delta, at.batch, at.warp_channel),
+        z(p.z, at.batch, at.warp_channel), g_y(p.g_y, at.batch, at.warp_channel),
+        has_z(p.z.data), has_g_y(p.g_y.data) {
+    size_t bits = u.first | u.stride | delta.first | delta.stride;
+    if (has_z) bits |= z.first | z.stride;
+    if (has_g_y) bits |= g_y.first | g_y.stride;
+    whole = bits % 16 == 0 && at.warp_channel + kWarpChannels <= at.channels;
+  }
+  // Starts copying a warp's tile.
+  __device__ __forceinline__ void copy(RawStep* to, const Place& at, const int* rows) const {
+    if (whole) {
+      constexpr int kLoad = 16 / sizeof(kInput), kChunks = kWarpChannels / kLoad;
+#pragma unroll
+      for (int i = at.lane; i < kTile * kChunks; i += 32) {
+        const int t = i / kChunks, c = i % kChunks * kLoad, row = rows[t];
+        copy16(&to[t].u[c], u.at(row) + c);
+        copy16(&to[t].delta[c], delta.at(row) + c);
+        if (has_z) copy16(&to[t].z[c], z.at(row) + c);
+        if (has_g_y) copy16(&to[t].g_y[c], g_y.at(row) + c);
+      }
+    } else if (at.lane % kLanes < 4) {
+      const int from = at.channel - at.warp_channel;
+#pragma unroll 1
+      for (int t = 0; t < kTile; ++t) {
+        to[t].u[at.own] = u.at(rows[t])[from];
+        to[t].delta[at.own] = delta.at(rows[t])[from];
+        if (has_z) to[t].z[at.own] = z.at(rows[t])[from];
+        if (has_g_y) to[t].g_y[at.own] = g_y.at(rows[t])[from];
+      }
+    }
   }
 };
 
 struct Outputs {
   Column<kInput> g_u, g_delta, g_z;
-  bool has_z;
 
   __device__ __forceinline__ Outputs(const ScanParams& p, const Place& at)
       : g_u(p.g_u, at.batch, at.channel), g_delta(p.g_delta, at.batch, at.channel),
-        g_z(p.g_z, at.batch, at.channel), has_z(p.z.data) {}
+        g_z(p.g_z, at.batch, at.channel) {}
 };
 
-// What every thread of a channel knows.
+__device__ __forceinline__ void unpack(float* to, const float4& v) {
+  to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+
+__device__ __forceinline__ void load4(float* to, const float* from) {
+  unpack(to, *reinterpret_cast<const float4*>(from));
+}
+
+// The own channel: its parameters, its part of the work, and the sums over steps of the gradients of
+// D and delta_bias, first a tile's, then of tiles: one sum over thousands of steps would lose digits
+// that the reference keeps.
 struct Channel {
   float skip, bias;
-  bool use_softplus;
+  bool use_softplus, has_z, has_g_y, writes;
+  float g_skip = 0.0f, g_bias = 0.0f, tile_skip = 0.0f, tile_bias = 0.0f;
 
   __device__ __forceinline__ Channel(const ScanParams& p, const Place& at)
       : skip(p.D ? p.D[at.channel] : 0.0f), bias(p.delta_bias ? p.delta_bias[at.channel] : 0.0f),
-        use_softplus(p.delta_softplus) {}
-  // The step size and its derivative by the input, both 0 past the end.
-  __device__ __forceinline__ float delta(const Step& in, bool inside, float& derivative) const {
-    const float raw = to_float(in.delta) + bias;
-    derivative = select(inside, select(use_softplus, softplus_derivative(raw), 1.0f), 0.0f);
-    return select(inside, select(use_softplus, softplus(raw), raw), 0.0f);
+        use_softplus(p.delta_softplus), has_z(p.z.data), has_g_y(p.g_y.data),
+        writes(at.writes) {}
+
+  // What is known of kKept steps before the walk. delta and dy are 0 past the end and for channels
+  // that do not exist, so that nothing changes a state or adds to a sum.
+  __device__ __forceinline__ void prepare(Quad& quad, const Place& at, const RawStep* raw,
+                                          int left) const {
+    float delta[kKept], x[kKept], dy[kKept], y_to_z[kKept], slope[kKept];
+#pragma unroll
+    for (int t = 0; t < kKept; ++t) {
+      const bool real = writes && t < left;
+      const float sum = to_float(raw[t].delta[at.own]) + bias, z = to_float(raw[t].z[at.own]);
+      const float g_y = select(real && has_g_y, to_float(raw[t].g_y[at.own]), 0.0f);
+      const float s = sigmoid(z);
+      delta[t] = select(real, select(use_softplus, softplus(sum), sum), 0.0f);
+      slope[t] = select(use_softplus, softplus_derivative(sum), 1.0f);
+      x[t] = delta[t] * to_float(raw[t].u[at.own]);
+      dy[t] = g_y * select(has_z, z * s, 1.0f);
+      y_to_z[t] = g_y * silu_derivative(z, s);
+      if (at.lane % kLanes < 4) quad.u[at.warp][t][at.own] = raw[t].u[at.own];
+    }
+    if (at.lane % kLanes >= 4) return;
+    quad.delta[at.warp][at.own] = make_float4(delta[0], delta[1], delta[2], delta[3]);
+    quad.of_warp[at.warp].x[at.own] = make_float4(x[0], x[1], x[2], x[3]);
+    quad.dy[at.warp][at.own] = make_float4(dy[0], dy[1], dy[2], dy[3]);
+    quad.y_to_z[at.warp][at.own] = make_float4(y_to_z[0], y_to_z[1], y_to_z[2], y_to_z[3]);
+    quad.slope[at.warp][at.own] = make_float4(slope[0], slope[1], slope[2], slope[3]);
   }
-};
-
-// Sums over steps of the gradients of D and of delta_bias, first a tile's, then of tiles: one sum
-// over thousands of steps would lose digits that the reference keeps.
-struct StepSums {
-  float skip = 0.0f, bias = 0.0f, tile_skip = 0.0f, tile_bias = 0.0f;
-
+  // Writes the gradients of u, delta and z for kKept steps. sums: [step][g_B, g_decay or C h], over
+  // the channel's states.
+  __device__ __forceinline__ void finish(const Outputs& outputs, const Quad& quad, const Place& at,
+                                         const int* rows, const float* sums, int left) {
+    float delta[kKept], dy[kKept], y_to_z[kKept], slope[kKept];
+    unpack(delta, quad.delta[at.warp][at.own]);
+    unpack(dy, quad.dy[at.warp][at.own]);
+    unpack(y_to_z, quad.y_to_z[at.warp][at.own]);
+    unpack(slope, quad.slope[at.warp][at.own]);
+#pragma unroll
+    for (int t = 0; t < kKept; ++t) {
+      if (!writes || t >= left) break;
+      const float g_B = sums[3 * t], g_decay = sums[3 * t + 1], y = sums[3 * t + 2];
+      const float u = to_float(quad.u[at.warp][t][at.own]);
+      const float g_delta = fmaf(g_decay, kLn2, u * g_B) * slope[t];
+      tile_skip = fmaf(dy[t], u, tile_skip);
+      tile_bias += g_delta;
+      *outputs.g_u.at(rows[t]) = from_float<kInput>(fmaf(delta[t], g_B, dy[t] * skip));
+      *outputs.g_delta.at(rows[t]) = from_float<kInput>(g_delta);
+      if (has_z) *outputs.g_z.at(rows[t]) = from_float<kInput>(y_to_z[t] * fmaf(u, skip, y));
+    }
+  }
   __device__ __forceinline__ void close_tile() {
-    skip += tile_skip;
-    bias += tile_bias;
+    g_skip += tile_skip;
+    g_bias += tile_bias;
     tile_skip = tile_bias = 0.0f;
   }
 };
 
-__device__ __forceinline__ float gradient_of_sum(const Step& in, bool has_z) {
-  return to_float(in.gate.g_y) * select(has_z, silu(to_float(in.gate.z)), 1.0f);
-}
-
-// Writes dz of a step and returns dy. y: C h, without the skip.
-__device__ __forceinline__ float gate_backward(const Channel& channel, const Outputs& outputs,
-                                               const Step& in, int row, float y, bool inside) {
-  const float g_y = to_float(in.gate.g_y), z = to_float(in.gate.z), s = sigmoid(z);
-  const float g_z = g_y * fmaf(to_float(in.u), channel.skip, y) * silu_derivative(z, s);
-  if (outputs.has_z) *outputs.g_z.at(row) = from_float<kInput>(g_z);
-  return select(inside, g_y * select(outputs.has_z, z * s, 1.0f), 0.0f);
-}
-
-// Writes the gradients of one step's u and delta, the sums over states being given.
-__device__ __forceinline__ void store_step(const Channel& channel, const Outputs& outputs, float u,
-                                           int row, float delta, float derivative, float dy,
-                                           float g_B, float g_decay, StepSums& sums) {
-  const float g_u = fmaf(delta, g_B, dy * channel.skip);
-  const float g_delta = fmaf(g_decay, kLn2, u * g_B) * derivative;
-  sums.tile_skip = fmaf(dy, u, sums.tile_skip);
-  sums.tile_bias += g_delta;
-  *outputs.g_u.at(row) = from_float<kInput>(g_u);
-  *outputs.g_delta.at(row) = from_float<kInput>(g_delta);
-}
-
-// The states kept before each tile; quad(q) is 4 of this thread's.
-struct Checkpoint {
+// The states kept before a segment's steps kKept number ..
+struct Kept {
   const float4* first;
-  Int64 stride;
 
-  __device__ __forceinline__ Checkpoint(const ScanParams& p, const Place& at, int tile)
-      : stride(p.channels) {
-    const Int64 tiles = (p.length + kTile - 1) / kTile;
-    const Int64 slot = (at.batch * tiles + at.first / kTile + tile) * (kStates / 4);
+  __device__ __forceinline__ Kept(const ScanParams& p, const Place& at, int number) {
+    const Int64 kept = (p.length + kKept - 1) / kKept;
+    const Int64 slot = (at.batch * kept + at.first / kKept + number) * (kStates / 4);
     first = reinterpret_cast<const float4*>(p.checkpoints) +
-            (slot + at.group * kQuads) * stride + at.channel;
+            (slot + at.first_state / 4) * at.channels;
   }
-  __device__ __forceinline__ float4 quad(int q) const { return first[q * stride]; }
+  // Those of this thread of its channel c.
+  __device__ __forceinline__ float4 load(const Place& at, int c) const {
+    return first[at.channel_of(c)];
+  }
+  __device__ __forceinline__ void step_back(const Place& at) {
+    first -= static_cast<Int64>(kStates / 4) * at.channels;
+  }
 };
 
-struct States {
-  float A[kStatesPerThread];    // times log2 e
-  float h[kStatesPerThread];    // state after the step in work
-  float g_h[kStatesPerThread];  // its gradient from later steps
-  float g_A[kStatesPerThread];
-
-  __device__ __forceinline__ States(const ScanParams& p, const Place& at) {
+// Prepares what this thread keeps of its channel c.
+__device__ __forceinline__ void start(const ScanParams& p, const Place& at, Shared& shared, int c) {
+  const Int64 channel = at.channel_of(c);
+  float A[4], g_h[4];
 #pragma unroll
-    for (int n = 0; n < kStatesPerThread; ++n) {
-      const int state = at.group * kStatesPerThread + n;
-      const bool real = state < p.states;
-      A[n] = real ? p.A[at.channel * p.states + state] * kLog2e : 0.0f;
-      h[n] = g_h[n] = g_A[n] = 0.0f;
-      if (real && p.g_last_state && at.segment == p.segments - 1)
-        g_h[n] = p.g_last_state[(at.batch * p.channels + at.channel) * p.states + state];
-    }
-    carry(p, at);
+  for (int i = 0; i < 4; ++i) {
+    const int n = at.first_state + i;
+    const bool real = n < p.states;
+    A[i] = real ? p.A[channel * p.states + n] * kLog2e : 0.0f;
+    g_h[i] = real && p.g_last_state && at.segment == p.segments - 1
+                 ? p.g_last_state[(at.batch * p.channels + channel) * p.states + n] : 0.0f;
   }
   // The gradient that enters this segment at its end, from the segments after it.
-  __device__ __forceinline__ void carry(const ScanParams& p, const Place& at) {
-    for (Int64 s = p.segments - 2; s >= at.segment; --s) {
-      const Int64 row = s * p.batch + at.batch;
-      const float delta = p.carry_delta[row * p.channels + at.channel];
+  for (Int64 s = p.segments - 2; s >= at.segment; --s) {
+    const Int64 row = s * p.batch + at.batch;
+    const float delta = p.carry_delta[row * p.channels + channel];
 #pragma unroll
-      for (int n = 0; n < kStatesPerThread; ++n) {
-        const Int64 state = row * kStates + at.group * kStatesPerThread + n;
-        g_h[n] = fmaf(decay_of(delta, A[n]), g_h[n], p.carry_state[state * p.channels + at.channel]);
-      }
+    for (int i = 0; i < 4; ++i) {
+      const Int64 state = row * kStates + at.first_state + i;
+      g_h[i] = fmaf(decay_of(delta, A[i]), g_h[i], p.carry_state[state * p.channels + channel]);
     }
   }
-  __device__ __forceinline__ void load(const Checkpoint& from) {
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float4 v = from.quad(q);
-      h[4 * q] = v.x, h[4 * q + 1] = v.y, h[4 * q + 2] = v.z, h[4 * q + 3] = v.w;
-    }
-  }
-  // One step forwards, keeping the state after it; returns this thread's part of C h.
-  __device__ __forceinline__ float replay(Shared& shared, int t, int offset, float delta,
-                                          float x) {
-    float y = 0.0f;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float4 b = *reinterpret_cast<const float4*>(&shared.B[t][offset + 4 * q]);
-      const float4 c = *reinterpret_cast<const float4*>(&shared.C[t][offset + 4 * q]);
-      const float b4[4] = {b.x, b.y, b.z, b.w}, c4[4] = {c.x, c.y, c.z, c.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int n = 4 * q + j;
-        h[n] = fmaf(decay_of(delta, A[n]), h[n], x * b4[j]);
-        y = fmaf(h[n], c4[j], y);
-      }
-      if (t < kTile - 1)
-        shared.history[t][q][threadIdx.x] =
-            make_float4(h[4 * q], h[4 * q + 1], h[4 * q + 2], h[4 * q + 3]);
-    }
-    return y;
-  }
-  // One step backwards. summed: factor of what is added to dB and dC. g_B and g_decay: this thread's
-  // parts of the sums over states.
-  __device__ __forceinline__ void back(const Shared& shared, const Checkpoint& checkpoint,
-                                       int t, int offset, float delta, float x, float dy,
-                                       float summed, float& g_B, float& g_decay,
-                                       LaneSums<kStatesPerThread>& lane_sums) {
-    g_B = g_decay = 0.0f;
-    const float x_summed = x * summed, dy_summed = dy * summed;
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float4 before = t > 0 ? shared.history[t - 1][q][threadIdx.x] : checkpoint.quad(q);
-      const float4 b = *reinterpret_cast<const float4*>(&shared.B[t][offset + 4 * q]);
-      const float4 c = *reinterpret_cast<const float4*>(&shared.C[t][offset + 4 * q]);
-      const float h4[4] = {before.x, before.y, before.z, before.w};
-      const float b4[4] = {b.x, b.y, b.z, b.w}, c4[4] = {c.x, c.y, c.z, c.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int n = 4 * q + j;
-        const float g = fmaf(c4[j], dy, g_h[n]);
-        lane_sums.add(n, g * x_summed, dy_summed * h[n]);
-        g_B = fmaf(g, b4[j], g_B);
-        g_h[n] = g * decay_of(delta, A[n]);
-        const float g_exponent = g_h[n] * h4[j];
-        g_A[n] = fmaf(g_exponent, delta, g_A[n]);
-        g_decay = fmaf(g_exponent, A[n], g_decay);
-        h[n] = h4[j];
-      }
-    }
-  }
-};
+  shared.A[c][threadIdx.x] = make_float4(A[0], A[1], A[2], A[3]);
+  shared.g_h[c][threadIdx.x] = make_float4(g_h[0], g_h[1], g_h[2], g_h[3]);
+  shared.g_A[c][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+}
 
-// Adds dB and dC of a tile over the warps of a group and writes the block's part.
+// kKept steps of this thread's channel c, forwards and back. BC: [step][B or C][state], parts of dB
+// and dC to add to; sums: [step][g_B, g_decay or C h], parts of the channel's sums over states.
+__device__ __forceinline__ void walk(Shared& shared, const Quad& quad, const Place& at, int c,
+                                     const float4& before, float* BC, float* sums) {
+  const int column = at.of_warp(c);
+  float A[4], g_h[4], g_A[4], h[kKept + 1][4], decay[kKept][4], delta[4], x[4], dy[4];
+  unpack(A, shared.A[c][threadIdx.x]);
+  unpack(h[0], before);
+  unpack(delta, quad.delta[at.warp][column]);
+  unpack(x, quad.of_warp[at.warp].x[column]);
+#pragma unroll
+  for (int t = 0; t < kKept; ++t) {
+    float b[4];
+    load4(b, &quad.B[t][at.first_state]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      decay[t][i] = decay_of(delta[t], A[i]);
+      h[t + 1][i] = fmaf(decay[t][i], h[t][i], x[t] * b[i]);
+    }
+  }
+  unpack(dy, quad.dy[at.warp][column]);
+  unpack(g_h, shared.g_h[c][threadIdx.x]);
+  unpack(g_A, shared.g_A[c][threadIdx.x]);
+#pragma unroll
+  for (int t = kKept - 1; t >= 0; --t) {
+    float b[4], c4[4], g_B = 0.0f, g_decay = 0.0f, y = 0.0f;
+    load4(b, &quad.B[t][at.first_state]);
+    load4(c4, &quad.C[t][at.first_state]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float of_h = fmaf(c4[i], dy[t], g_h[i]);
+      BC[8 * t + i] = fmaf(of_h, x[t], BC[8 * t + i]);
+      BC[8 * t + 4 + i] = fmaf(dy[t], h[t + 1][i], BC[8 * t + 4 + i]);
+      g_B = fmaf(of_h, b[i], g_B);
+      g_h[i] = of_h * decay[t][i];
+      const float of_exponent = g_h[i] * h[t][i];
+      g_A[i] = fmaf(of_exponent, delta[t], g_A[i]);
+      g_decay = fmaf(of_exponent, A[i], g_decay);
+      y = fmaf(c4[i], h[t + 1][i], y);
+    }
+    sums[3 * t] = g_B;
+    sums[3 * t + 1] = g_decay;
+    sums[3 * t + 2] = y;
+  }
+  shared.g_h[c][threadIdx.x] = make_float4(g_h[0], g_h[1], g_h[2], g_h[3]);
+  shared.g_A[c][threadIdx.x] = make_float4(g_A[0], g_A[1], g_A[2], g_A[3]);
+}
+
+// Adds dB and dC of kKept steps over the warp's channels.
+__device__ __forceinline__ void add_BC(Quad& quad, const Place& at, float* BC) {
+  exchange<32, 16, kLanes>(BC, at.lane);
+  float* to = quad.of_warp[at.warp].sums[0] + at.sum;
+#pragma unroll
+  for (int i = 0; i < kSumsPerLane; i += 4)
+    *reinterpret_cast<float4*>(to + i / 4 * kStates) =
+        make_float4(BC[i], BC[i + 1], BC[i + 2], BC[i + 3]);
+}
+
+// Adds dB and dC of a tile over the warps and writes the block's part.
 __device__ __forceinline__ void store_BC(const ScanParams& p, const Place& at,
                                          const Shared& shared, const int* rows, int left) {
   constexpr int kColumns = 2 * kStates, kTogether = kThreads / kColumns;
+  static_assert(kThreads % kColumns == 0 && kTile % kTogether == 0, "");
   const int column = threadIdx.x % kColumns, kind = column / kStates, n = column % kStates;
-  if (n >= p.states || threadIdx.x >= kTogether * kColumns) return;
-  const int group = n / kStatesPerThread, value = kind * kStatesPerThread + n % kStatesPerThread;
+  if (n >= p.states) return;
   float* to = p.parts_BC + ((at.block * 2 + kind) * p.batch + at.batch) * p.length * p.states + n;
 #pragma unroll
   for (int first = 0; first < kTile; first += kTogether) {
     const int t = first + threadIdx.x / kColumns;
-    if (t >= min(left, kTile)) break;
+    if (t >= left) break;
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < kWarpsPerGroup; ++w)
-      sum += shared.sums[group * kWarpsPerGroup + w][t][value];
+    for (int w = 0; w < kWarps; ++w) sum += shared.quads[t / kKept].of_warp[w].sums[t % kKept][column];
     to[static_cast<Int64>(rows[t]) * static_cast<int>(p.states)] = sum;
   }
 }
 
-// With several groups: the gradients of this thread's own steps of a tile, all parts being there.
-__device__ __forceinline__ void store_own_steps(const Channel& channel, const Outputs& outputs,
-                                                const Place& at, const Shared& shared,
-                                                const int* rows, int left, StepSums& sums) {
-  for (int t = at.group; t < kTile; t += kGroups) {
-    if (t >= left) break;
-    const Step in = shared.in[t][threadIdx.x];
-    float total[3] = {};
-#pragma unroll
-    for (int i = 0; i < 3; ++i)
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g)
-        total[i] += shared.parts[i * kSplit][g * kSplit][t * kSplit][at.column * kSplit];
-    float derivative;
-    const float delta = channel.delta(in, true, derivative);
-    const float dy = gate_backward(channel, outputs, in, rows[t], total[0], true);
-    store_step(channel, outputs, to_float(in.u), rows[t], delta, derivative, dy, total[1],
-               total[2], sums);
-  }
-}
-
 __device__ __forceinline__ void store_parts(const ScanParams& p, const Place& at,
-                                            const States& states, const StepSums& sums) {
-  if (!at.valid) return;
+                                            const Shared& shared, const Channel& channel) {
   const Int64 part = at.batch * p.segments + at.segment;
-  float* g_A = p.parts_A + (part * p.channels + at.channel) * p.states;
 #pragma unroll
-  for (int n = 0; n < kStatesPerThread; ++n) {
-    const int state = at.group * kStatesPerThread + n;
-    if (state < p.states) g_A[state] = states.g_A[n];
+  for (int c = 0; c < 4; ++c) {
+    const Int64 of = at.warp_channel + at.of_warp(c);
+    if (of >= p.channels) continue;
+    float g_A[4];
+    unpack(g_A, shared.g_A[c][threadIdx.x]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int n = at.first_state + i;
+      if (n < p.states) p.parts_A[(part * p.channels + of) * p.states + n] = g_A[i];
+    }
   }
-  const Int64 slot = (part * kGroups + at.group) * p.channels + at.channel;
-  p.parts_D[slot] = sums.skip;
-  p.parts_bias[slot] = sums.bias;
+  if (!at.writes) return;
+  p.parts_D[part * p.channels + at.channel] = channel.g_skip;
+  p.parts_bias[part * p.channels + at.channel] = channel.g_bias;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     scan_backward(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  static_assert(sizeof(Shared) <= kSharedBytes, "computed by libs/ops/launch_plan.py");
+  static_assert(sizeof(Shared) == kSharedBytes, "computed by libs/ops/launch_plan.py");
   const Place at(p);
-  const Columns columns(p, at);
+  const Inputs inputs(p, at);
   const Outputs outputs(p, at);
-  const Channel channel(p, at);
-  States states(p, at);
-  StepSums step_sums;
-  const int thread = threadIdx.x, offset = at.group * kStatesPerThread;
-  const float summed = at.valid ? 1.0f : 0.0f;
+  Channel channel(p, at);
+#pragma unroll 1
+  for (int c = 0; c < 4; ++c) start(p, at, shared, c);
+  const int thread = threadIdx.x;
 
-  const int tiles = (at.count + kTile - 1) / kTile;
-  if (thread < kTile) shared.rows[(tiles - 1) & 3][thread] = at.row(p, (tiles - 1) * kTile + thread);
-  int next_row = at.row(p, (tiles - 2) * kTile + thread % kTile);
+  const int tiles = (at.count + kTile - 1) / kTile, last = tiles - 1;
+  if (thread < kTile) {
+    shared.rows[last & 3][thread] = at.row(p, last * kTile + thread);
+    shared.rows[(last - 1) & 3][thread] = at.row(p, (last - 1) * kTile + thread);
+  }
   __syncthreads();
   Staging staging;
-  staging.load(p, at, shared.rows[(tiles - 1) & 3]);
+  staging.load(p, at, shared.rows[last & 3]);
+  RawStep* raw = shared.raw[at.warp];
+  inputs.copy(raw, at, shared.rows[last & 3]);
+  Kept kept(p, at, (at.count - 1) / kKept);
+  float4 before = kept.load(at, 0);
 
-  for (int tile = tiles - 1; tile >= 0; --tile) {
+  for (int tile = last; tile >= 0; --tile) {
     const int left = at.count - tile * kTile;
     const int* rows = shared.rows[tile & 3];
     staging.store(shared);
-    if (thread < kTile) shared.rows[(tile + 3) & 3][thread] = next_row;
-    Step loaded[kTile];
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) loaded[t] = columns.load(rows[t]);
-    const Checkpoint checkpoint(p, at, tile);
-    states.load(checkpoint);
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) shared.in[t][thread] = loaded[t];
+    if (thread < kTile)
+      shared.rows[(tile + 2) & 3][thread] = at.row(p, (tile - 2) * kTile + thread);
+    wait_for_copies();
     __syncthreads();
-    // Rolled: unrolling twice saves 2% of the instructions, needs more than 168 registers and is not
-    // faster.
-#pragma unroll 1
-    for (int t = 0; t < kTile; ++t) {
-      const Step in = shared.in[t][thread];
-      float derivative;
-      const float delta = channel.delta(in, t < left, derivative);
-      const float y = states.replay(shared, t, offset, delta, delta * to_float(in.u));
-      if constexpr (kSplit)
-        shared.parts[0][at.group][t][at.column] = y;
-      else
-        shared.in[t][thread].dy =
-            gate_backward(channel, outputs, in, rows[t], y, t < left);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      channel.prepare(shared.quads[q], at, raw + q * kKept, left - q * kKept);
+    __syncwarp();
+    if (tile > 0) {
+      const int* next = shared.rows[(tile + 3) & 3];
+      staging.load(p, at, next);
+      inputs.copy(raw, at, next);
     }
+
 #pragma unroll 1
-    for (int t = kTile - 1; t >= 0; --t) {
-      const Step in = shared.in[t][thread];
-      const float dy =
-          kSplit ? select(t < left, gradient_of_sum(in, columns.has_z), 0.0f) : in.dy;
-      float g_B, g_decay, derivative;
-      const float delta = channel.delta(in, t < left, derivative);
-      const float u = to_float(in.u), x = delta * u;
-      LaneSums<kStatesPerThread> lane_sums;
-      states.back(shared, checkpoint, t, offset, delta, x, dy, summed, g_B, g_decay, lane_sums);
-      lane_sums.store(shared.sums[thread / 32][t], thread % 32);
-      if constexpr (kSplit) {
-        shared.parts[1][at.group][t][at.column] = g_B;
-        shared.parts[2][at.group][t][at.column] = g_decay;
-      } else {
-        store_step(channel, outputs, u, rows[t], delta, derivative, dy, g_B, g_decay, step_sums);
+    for (int q = min(left - 1, kTile - 1) / kKept; q >= 0; --q) {
+      Quad& quad = shared.quads[q];
+      float BC[32] = {}, sums[3 * kKept] = {};
+#pragma unroll 1
+      for (int c = 0; c < 4; ++c) {
+        const float4 now = before;
+        if (c == 3 && tile + q > 0) kept.step_back(at);
+        before = kept.load(at, (c + 1) % 4);
+        float part[3 * kKept];
+        walk(shared, quad, at, c, now, BC, part);
+#pragma unroll
+        for (int i = 0; i < 3 * kKept; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, part[i], c);
       }
+      add_lanes<3 * kKept, 4, kLanes>(sums);
+      add_BC(quad, at, BC);
+      channel.finish(outputs, quad, at, rows + q * kKept, sums, left - q * kKept);
     }
-    // Here, not before the walks: 168 registers have no room for them there.
-    next_row = at.row(p, (tile - 2) * kTile + thread % kTile);
-    if (tile > 0) staging.load(p, at, shared.rows[(tile + 3) & 3]);
     __syncthreads();
     store_BC(p, at, shared, rows, left);
-    if constexpr (kSplit)
-      store_own_steps(channel, outputs, at, shared, rows, left, step_sums);
-    step_sums.close_tile();
+    channel.close_tile();
   }
-  store_parts(p, at, states, step_sums);
+  store_parts(p, at, shared, channel);
 }

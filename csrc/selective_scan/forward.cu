@@ -14,7 +14,7 @@
 
 constexpr bool kOutputs = kPass == 0;      // y, and the last state
 constexpr bool kEndState = kPass == 1;     // a segment's end state from 0, and its sum of steps
-constexpr bool kCheckpoints = kPass == 2;  // the state before every tile
+constexpr bool kCheckpoints = kPass == 2;  // the state before every kKept steps
 constexpr bool kCarry = kPass == 3;        // the backward's: dh = decay (dh + C dy), last to first
 
 constexpr bool kGated = kOutputs || kCarry;  // reads z
@@ -23,6 +23,7 @@ constexpr int kStatesPerThread = kStates / kGroups;
 constexpr int kOwnSteps = kTile / kGroups;  // steps of a tile whose scalars this thread computes
 constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 static_assert(kStatesPerThread % 4 == 0 && kTile % kGroups == 0 && kTile <= kThreads, "");
+static_assert(kTile % kKept == 0, "");
 
 struct Shared {
   float B[2][kTile][kStates];
@@ -196,10 +197,10 @@ struct States {
 };
 
 __device__ __forceinline__ void store_checkpoint(const ScanParams& p, const Place& at,
-                                                 const States& states, int tile) {
-  if (!at.valid) return;
-  const Int64 tiles = (p.length + kTile - 1) / kTile;
-  const Int64 slot = (at.batch * tiles + at.first / kTile + tile) * (kStates / 4);
+                                                 const States& states, int step) {
+  if (!at.valid || step >= at.count) return;
+  const Int64 kept = (p.length + kKept - 1) / kKept;
+  const Int64 slot = (at.batch * kept + (at.first + step) / kKept) * (kStates / 4);
   float4* to = reinterpret_cast<float4*>(p.checkpoints);
 #pragma unroll
   for (int q = 0; q < kStatesPerThread / 4; ++q) {
@@ -277,7 +278,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   float delta_sum = 0.0f;
   for (int tile = 0; tile < tiles; ++tile) {
     const int buffer = tile & 1, left = at.count - tile * kTile;
-    if (kCheckpoints) store_checkpoint(p, at, states, tile);
     if (kGroups == 1) columns.load(now, shared.rows[tile & 3], 0);
     if (kGroups > 1) {
       now = next;
@@ -300,6 +300,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
 #pragma unroll
     for (int t = 0; t < kTile; ++t) {
+      if (kCheckpoints && t % kKept == 0) store_checkpoint(p, at, states, tile * kTile + t);
       float delta, x;
       if (kGroups == 1) {
         scalars(now, columns, t % kOwnSteps, bias, use_softplus, t < left, delta, x);

@@ -161,7 +161,9 @@ def _check_forward(gpu, plan, shape, dtype):
 
 
 def _check_backward(gpu, plan, shape, dtype):
-    variant = launch_plan.backward_variant(*shape, gpu.multiprocessors)
+    variant = launch_plan.backward_variant(
+        *shape, cuda.name_of(dtype), gpu.multiprocessors
+    )
     prepared, inputs, kernels = _small_problem(
         gpu, "scan_backward", plan, variant, shape[3], dtype
     )

@@ -14,8 +14,8 @@ CTYPE_OF_DTYPE = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfl
 MAX_STATES = 64
 MAX_CONV_WIDTH = 8
 
-# Steps between two states that the scan's backward keeps, and steps a tile of its reverse walk.
-BACKWARD_TILE = 8
+# Steps a tile of the scan's backward, and steps between two states that it keeps.
+BACKWARD_TILE, KEPT_STEPS = 8, 4
 # Values of kPass in csrc/selective_scan/forward.cu.
 PASS_OUTPUT, PASS_END_STATE, PASS_CHECKPOINTS, PASS_CARRY = 0, 1, 2, 3
 
@@ -195,16 +195,24 @@ def forward_variant(batch, length, channels, states, multiprocessors):
     return Variant(1, 64, 8, segments, 8)
 
 
-def backward_variant(batch, length, channels, states, multiprocessors):
+def backward_states(states):
+    """States as the backward's kernels pad them."""
+    return next(padded for padded in (16, 32, 64) if states <= padded)
+
+
+def backward_variant(batch, length, channels, states, dtype, multiprocessors):
     """Where blocks fill less than half the GPU, steps are cut into segments, which costs a second
-    walk both ways. States are split only where a thread cannot hold them. H200, B 2, D 3072, N 16,
-    bfloat16, L 9806: 2.95 ms in 8 segments, 2.85 in 24, 2.81 in 32; L 4494 1.41, 1.38, 1.40."""
-    groups = _groups_needed(states)
-    channels_a_block = 64 if groups == 1 else 32
-    blocks = batch * _blocks(channels, channels_a_block)
+    walk both ways. groups: of the walks that come before. A block has 128 threads: with 64 the
+    kernel takes 2.46 instead of 2.26 ms (H200, B 96, L 366, D 3072, N 16, bfloat16); in float32 64,
+    so that it fits into the shared memory of every GPU."""
+    padded = backward_states(states)
+    threads = 64 if dtype == "float32" else 128
+    blocks = batch * _blocks(channels, 64)
     wanted = 18 * multiprocessors // blocks if blocks < 3 * multiprocessors else 1
-    segments = _segments(length, wanted)
-    return Variant(groups, channels_a_block, BACKWARD_TILE, segments, 6 if groups == 1 else 1)
+    resident = 384 // threads if padded == 16 else 1
+    return Variant(
+        padded // 16, 16 * threads // padded, BACKWARD_TILE, _segments(length, wanted), resident
+    )
 
 
 def _segments(length, wanted):
@@ -218,17 +226,18 @@ def _segment_integers(length, segments):
 
 
 def _without_outputs(variant):
-    """The variant for passes other than PASS_OUTPUT, which need fewer registers. (32 channels a
-    block are 4% to 9% faster, but spill a register.)"""
-    return variant._replace(min_blocks=10 if variant.groups == 1 else 1)
+    """The variant for passes other than PASS_OUTPUT, which need fewer registers."""
+    if variant.groups == 1:
+        return variant._replace(channels=128, min_blocks=5)
+    return variant._replace(channels=32, min_blocks=1)
 
 
-def _walk(scan_pass, variant, shape, dtype, segments):
-    """A launch of csrc/selective_scan/forward.cu."""
-    batch, _, channels, states = shape
+def _walk(scan_pass, variant, shape, padded, dtype, segments):
+    """A launch of csrc/selective_scan/forward.cu with the states padded to `padded`."""
+    batch, _, channels, _ = shape
     kernel = _kernel(
         "selective_scan/forward.cu", "scan_forward", dtype, kPass=scan_pass,
-        kStates=padded_states(states, variant.groups), kGroups=variant.groups,
+        kStates=padded, kGroups=variant.groups,
         kChannels=variant.channels, kTile=variant.tile, kMinBlocks=variant.min_blocks,
     )  # fmt: skip
     grid = (batch * _blocks(channels, variant.channels), segments, 1)
@@ -250,61 +259,59 @@ def scan_forward(batch, length, channels, states, dtype, multiprocessors, varian
     variant = variant or forward_variant(*shape, multiprocessors)
     integers = _segment_integers(length, variant.segments)
     segments = integers["segments"]
-    launches = [_walk(PASS_OUTPUT, variant, shape, dtype, segments)]
+    padded = padded_states(states, variant.groups)
+    launches = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments)]
     scratch = ()
     if segments > 1:
         walk = _without_outputs(variant)
-        launches.insert(0, _walk(PASS_END_STATE, walk, shape, dtype, segments - 1))
-        padded = padded_states(states, variant.groups)
+        launches.insert(0, _walk(PASS_END_STATE, walk, shape, padded, dtype, segments - 1))
         scratch = _segment_scratch("segment", batch, channels, padded, segments)
     return Plan(tuple(launches), scratch, integers)
 
 
-def _backward_shared_bytes(variant, states, dtype):
+def _backward_shared_bytes(channels, padded, dtype):
     """sizeof(Shared) of csrc/selective_scan/backward.cu."""
-    groups, channels, tile = variant.groups, variant.channels, variant.tile
-    threads, a_thread = groups * channels, states // groups
-    history = (tile - 1) * a_thread * threads * 4
-    inputs = tile * threads * 4 * (4 if dtype == "float32" else 2)
-    staged = 2 * tile * states * 4
-    sums = threads // 32 * tile * 2 * a_thread * 4
-    rows = 4 * tile * 4
-    parts = 3 * groups * tile * channels * 4 if groups > 1 else 4
-    return _round_up(history + inputs + staged + sums + rows + parts, 16)
+    threads = channels * padded // 16
+    warps = threads // 32
+    own = 3 * 4 * threads * 16
+    of_warp = max(16 * channels // warps, KEPT_STEPS * 2 * padded * 4)
+    element = 4 if dtype == "float32" else 2
+    channel_vectors = channels * (4 * 16 + KEPT_STEPS * element)
+    quad = 2 * KEPT_STEPS * padded * 4 + channel_vectors + warps * of_warp
+    raw = BACKWARD_TILE * channels * 4 * element
+    return own + BACKWARD_TILE // KEPT_STEPS * quad + raw + 4 * BACKWARD_TILE * 4
 
 
 def scan_backward(batch, length, channels, states, dtype, multiprocessors, variant=None):
     """Plan of the backward: states kept every tile, then the walk back, then sums of parts. All
-    gradients are deterministic. Scratch: 8 bytes a token and channel for the states (N = 16)."""
+    gradients are deterministic. Scratch: 16 bytes a token and channel for the states (N = 16)."""
     shape = (batch, length, channels, states)
-    variant = variant or backward_variant(*shape, multiprocessors)
-    groups, tile = variant.groups, variant.tile
+    variant = variant or backward_variant(*shape, dtype, multiprocessors)
+    padded = backward_states(states)
     integers = _segment_integers(length, variant.segments)
     segments = integers["segments"]
-    padded = padded_states(states, groups)
-    shared_bytes = _backward_shared_bytes(variant, padded, dtype)
+    shared_bytes = _backward_shared_bytes(variant.channels, padded, dtype)
     kernel = _kernel(
-        "selective_scan/backward.cu", "scan_backward", dtype, kStates=padded, kGroups=groups,
-        kChannels=variant.channels, kTile=tile, kMinBlocks=variant.min_blocks,
+        "selective_scan/backward.cu", "scan_backward", dtype, kStates=padded,
+        kChannels=variant.channels, kTile=BACKWARD_TILE, kMinBlocks=variant.min_blocks,
         kSharedBytes=shared_bytes,
     )  # fmt: skip
     blocks = _blocks(channels, variant.channels)
-    main = Launch(
-        kernel, (batch * blocks, segments, 1), (groups * variant.channels, 1, 1), shared_bytes
-    )
+    threads = variant.channels * padded // 16
+    main = Launch(kernel, (batch * blocks, segments, 1), (threads, 1, 1), shared_bytes)
     walk = _without_outputs(variant)
-    launches = [_walk(PASS_CHECKPOINTS, walk, shape, dtype, segments), main]
-    parts = batch * segments
+    launches = [_walk(PASS_CHECKPOINTS, walk, shape, padded, dtype, segments), main]
+    parts, kept = batch * segments, -(-length // KEPT_STEPS)
     scratch = (
-        Scratch("checkpoints", (batch, -(-length // tile), padded // 4, channels, 4), "float32"),
+        Scratch("checkpoints", (batch, kept, padded // 4, channels, 4), "float32"),
         Scratch("parts_BC", (blocks, 2, batch, length, states), "float32"),
         Scratch("parts_A", (parts, channels, states), "float32"),
-        Scratch("parts_D", (parts * groups, channels), "float32"),
-        Scratch("parts_bias", (parts * groups, channels), "float32"),
+        Scratch("parts_D", (parts, channels), "float32"),
+        Scratch("parts_bias", (parts, channels), "float32"),
     )
     if segments > 1:
         launches[:0] = [
-            _walk(scan_pass, walk, shape, dtype, segments - 1)
+            _walk(scan_pass, walk, shape, padded, dtype, segments - 1)
             for scan_pass in (PASS_END_STATE, PASS_CARRY)
         ]
         scratch += _segment_scratch("segment", batch, channels, padded, segments)

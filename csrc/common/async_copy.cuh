@@ -1,0 +1,21 @@
+// Copies from global to shared memory that the thread does not wait for, where the GPU has them
+// (sm_80 and later); elsewhere they are done at once.
+#pragma once
+
+// 16 bytes, both addresses multiples of 16.
+__device__ __forceinline__ void copy16(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::
+               "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(__cvta_generic_to_global(from)) : "memory");
+#else
+  *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from);
+#endif
+}
+
+// Waits for this thread's copies.
+__device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
