@@ -122,6 +122,13 @@ def _dpm_solver(eps_fn, process, x, steps, noise):
     return solve_singlestep(eps_fn, process, x, blocks, data_prediction=True)
 
 
+def _dpm_solver_upsample_g(eps_fn, process, x, steps, noise):
+    """The official upsampling: `dpm_solver` in time, but on the noise prediction; the guidance is
+    in eps_fn (libs.guidance.upsampling)."""
+    blocks = blocks_on_times(process, _uniform_times(steps, x.dtype))
+    return solve_singlestep(eps_fn, process, x, blocks, data_prediction=False)
+
+
 def _dpm_solver_pp_2m(eps_fn, process, x, steps, noise):
     if isinstance(process, VPSDE):
         times = times_on_log_snr(process, *_log_snr_ends(x.dtype), steps)
@@ -194,6 +201,7 @@ def _run_scheduler(eps_fn, scheduler, x, noise):
 
 _ALGORITHMS = {
     "dpm_solver": _dpm_solver,
+    "dpm_solver_upsample_g": _dpm_solver_upsample_g,
     "dpm_solver_pp_2m": _dpm_solver_pp_2m,
     "euler_maruyama_sde": _euler_maruyama_sde,
     "euler_maruyama_ode": _euler_maruyama_ode,

@@ -1,0 +1,83 @@
+"""Upsampling guidance and its sampler against the official code's numbers."""
+
+import golden_cases
+import numpy as np
+import pytest
+import torch
+from golden_cases import assert_close
+
+from libs import guidance
+from libs.samplers import sample
+from sde import DiscreteSchedule
+
+# Tolerances of the golden README.
+SINGLE_TOL = 5e-6
+WHOLE_RUN_TOL = 3e-3
+
+
+def toy_network(scale=1.0):
+    """The case's network of closed form, as f(x, t, y) of process times, and a list of its calls."""
+    calls = []
+
+    def predict(x, t, y):
+        time = torch.as_tensor(t).float() * 1000
+        calls.append((tuple(x.shape), float(time.max())))
+        time = time.expand(len(x)).view(-1, 1, 1, 1)
+        out = 0.6 * x + 0.3 * x.roll(1, -1) - 0.2 * x.roll(1, -2) + 0.1 * (time / 50).sin()
+        out = out + 0.05 * (time / 7).cos() * x
+        return scale * (out + 0.02 * (y.view(-1, 1, 1, 1) + 1) * x.mean(1, keepdim=True))
+
+    return predict, calls
+
+
+def guided(case, y, scale=1.0):
+    predict, calls = toy_network(scale)
+    eps_fn = guidance.classifier_free(predict, y, case["scale"], case["K"])
+    settings = case["m"], case["ug_theta"], case["ug_eta"], case["ug_T"]
+    return guidance.upsampling(eps_fn, DiscreteSchedule(), *settings), calls
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("get_tau"))
+def test_low_resolution_times(case, arrays):
+    process = DiscreteSchedule()
+    for m in case["m"]:
+        t = torch.from_numpy(arrays["t"])
+        tau = torch.stack([guidance.low_resolution_time(process, time, m) for time in t])
+        clamped = np.minimum(1 - np.arange(1000, dtype=np.float32) / np.float32(999), 1)
+        # Near ties an honest float32 result may be one entry off (golden item 17).
+        low = np.minimum(clamped[arrays[f"index_hi_m{m}"]], arrays["t"]) - 1e-6
+        high = np.minimum(clamped[arrays[f"index_lo_m{m}"]], arrays["t"]) + 1e-6
+        assert ((tau.numpy() >= low) & (tau.numpy() <= high)).all(), m
+        batched = guidance.low_resolution_time(process, torch.from_numpy(arrays["batched_t"]), m)
+        assert_close(batched, arrays[f"batched_tau_m{m}"], 1.1e-3)
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("upsample_guidance"))
+def test_one_evaluation(case, arrays):
+    x, y, times = (torch.from_numpy(arrays[name]) for name in ("x", "y", "t"))
+    for k, t in enumerate(times):
+        eps_fn, calls = guided(case, y)
+        assert_close(eps_fn(x, t), arrays["out"][k], SINGLE_TOL, f"t = {t}")
+        # Guidance halves in one batch here, one after the other there.
+        expected = case["network_calls_per_t"][k][::2]
+        assert [shape[-2:] for shape, _ in calls] == [
+            tuple(call["x_shape"][-2:]) for call in expected
+        ]
+        assert [time for _, time in calls] == pytest.approx(
+            [call["network_time"][0] for call in expected], abs=1e-3
+        )
+
+
+@pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_upsample_g"))
+def test_the_whole_sampler(case, arrays):
+    eps_fn, calls = guided(case, torch.from_numpy(arrays["y"]), scale=0.5)
+    result = sample(
+        eps_fn, DiscreteSchedule(), torch.from_numpy(arrays["x_init"]),
+        algorithm="dpm_solver_upsample_g", steps=case["steps"],
+    )  # fmt: skip
+    assert_close(result, arrays["out"], WHOLE_RUN_TOL)
+    expected = case["network_calls"][::2]
+    assert [list(shape[-2:]) for shape, _ in calls] == [call["HW"] for call in expected]
+    assert [time for _, time in calls] == pytest.approx(
+        [call["network_time"] for call in expected], abs=1.1
+    )
