@@ -6,10 +6,10 @@
 
 import utils
 from libs import evaluation, flags
-from libs.codec import PixelCodec
+from libs.codec import PixelCodec, latent_codec
 from libs.launch import Precision, make_accelerator
 from libs.models import build_model, config_beside, load_into
-from sde import VPSDE
+from sde import VPSDE, DiscreteSchedule
 from utils import UserError
 
 FLAGS = {
@@ -27,7 +27,10 @@ FLAGS = {
     "n": (int, 4, "images of each class"),
     "seed": (int, 0, "the same seed gives the same pictures"),
     "scale": (float, None, "guidance: cond + scale (cond - uncond); otherwise the config's"),
-    "algorithm": (str, None, "sampling algorithm; otherwise the config's"),
+    "algorithm": (
+        str, None, "sampling algorithm; otherwise dpm_solver_pp_2m for latents, the config's for "
+        "pixels and upsampling",
+    ),
     "steps": (int, None, "sampling steps; otherwise the config's"),
     "out": (str, "samples.png", "the picture: a row for each class"),
 }  # fmt: skip
@@ -36,7 +39,10 @@ FLAGS = {
 def config_of(args):
     """The config of --config, or the one beside the weights; flags that were given win."""
     config = args.config if args.config is not None else config_beside(args.nnet_path)
-    given = dict(scale=args.scale, algorithm=args.algorithm, sample_steps=args.steps)
+    algorithm = args.algorithm
+    if algorithm is None and config.z_shape and config.sample.algorithm == "dpm_solver":
+        algorithm = "dpm_solver_pp_2m"  # as good in half the steps
+    given = dict(scale=args.scale, algorithm=algorithm, sample_steps=args.steps)
     with config.unlocked():
         config.sample.update({key: value for key, value in given.items() if value is not None})
         config.sample.cfg = config.sample.cfg or args.scale is not None
@@ -49,15 +55,18 @@ def main(args):
     config = config_of(args)
     device = make_accelerator().device
     model = build_model(config.nnet)
-    load_into(model, args.nnet_path)
+    for change in load_into(model, args.nnet_path):
+        print(change)
     conditional = config.train.mode == "cond"
     labels = evaluation.labels_of_classes(
         args.classes, args.n, model.num_classes, conditional=conditional
     )
-    size = config.nnet.input_size
+    latent = config.z_shape is not None
+    process = DiscreteSchedule() if latent else VPSDE()
+    codec = latent_codec(config).to(device) if latent else PixelCodec()
     generator = evaluation.ImageGenerator(
-        model.to(device).eval(), VPSDE(), PixelCodec(), config,
-        image_shape=(config.nnet.in_channels, size, size),
+        model.to(device).eval(), process, codec, config,
+        image_shape=codec.image_shape((model.in_channels, *model.input_size)),
         precision=Precision(config.train.mixed_precision, device), seed=args.seed,
     )  # fmt: skip
     n = args.n if labels is None else len(labels)

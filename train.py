@@ -11,7 +11,7 @@ import utils
 from datasets import get_dataset
 from libs import flags
 from libs.codec import PixelCodec
-from libs.models import build_model, check_data
+from libs.models import build_model, check_data, start_from
 from libs.training import train
 from sde import VPSDE
 
@@ -30,6 +30,7 @@ def main(args):
         config.dataset.name,
         path=config.dataset.path,
         resolution=config.dataset.resolution,
+        random_crop=config.dataset.random_crop,
         random_flip=config.dataset.random_flip,
         labels=config.train.mode == "cond",
         seed=config.seed,
@@ -38,7 +39,10 @@ def main(args):
     codec = PixelCodec()
     check_data(model, dataset, codec.latent_shape(dataset.shape))
     utils.make_directory(directory)
-    train(config, directory, model=model, process=VPSDE(), codec=codec, dataset=dataset)
+    train(
+        config, directory, model=model, process=VPSDE(), codec=codec, dataset=dataset,
+        start_weights=lambda: start_from(model, config.nnet.pretrained_path),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -70,14 +70,27 @@ def get_config():
     config.gradient_accumulation_steps = 1
     config.max_grad_norm = config_dict.placeholder(float)
 
+    config.ug_m = config_dict.placeholder(int)  # upsampling guidance: factor; without it, off
+    config.ug_theta = 1.0  # its strength
+    config.ug_eta = 0.3  # it acts in process times from (1 - ug_eta) ug_T on
+    config.ug_T = 1.0
+
     config.dataset = d(
         name=config_dict.placeholder(str),
         path=config_dict.placeholder(str),
         resolution=config_dict.placeholder(int),
+        random_crop=False,  # of images larger than the resolution; otherwise the centre
         random_flip=False,
         cfg=False,  # drop labels in training, for classifier-free guidance
         p_uncond=0.1,  # how many
         fid_stats=config_dict.placeholder(str),  # file of scripts/compute_fid_stats.py
+    )
+
+    config.autoencoder = d(
+        pretrained_path=config_dict.placeholder(
+            str
+        ),  # U-ViT's autoencoder_kl.pth, another LDM file, or a diffusers folder
+        scale_factor=0.18215,
     )
 
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from libs.dim import DiM
 from libs.mamba import Mamba
-from libs.official import from_official, is_official, load_checkpoint
+from libs.official import from_official, is_official, load_checkpoint, resize_state
 from libs.uvit import UViT
 from libs.weights import load_strict
 from utils import UserError, read_json
@@ -81,10 +81,33 @@ def config_beside(path):
 
 
 def load_into(model, path):
-    """Load weights for evaluation into `model`, strictly: a `<step>.ckpt` directory or a file in
-    it, or an official `.pth`.
+    """Load weights for evaluation or to start from into `model`, strictly: a `<step>.ckpt`
+    directory or a file in it, or an official `.pth`.
+
+    Weights of a DiM for another resolution or patch size are fitted (libs.official.resize_state).
+    Returns sentences on what was changed.
     """
     _, tensors = load_checkpoint(path)
+    changes = []
     if is_official(tensors):
         tensors = from_official(model, tensors, path)
+    if isinstance(model, DiM):
+        tensors, changes = resize_state(tensors, model)
     load_strict(model, tensors, path)
+    return changes
+
+
+def start_from(model, path):
+    """Load the weights that `nnet.pretrained_path` names into `model`, for a training that begins.
+
+    Returns sentences for the log. UserError if they are not there: nothing is trained from scratch
+    by mistake.
+    """
+    if not path:
+        return ["starting from scratch"]
+    if not Path(path).exists():
+        raise UserError(
+            f"nnet.pretrained_path {path} does not exist: put the weights to start from there, or "
+            "start from scratch with --config.nnet.pretrained_path="
+        )
+    return [f"starting from {path}", *load_into(model, path)]

@@ -51,11 +51,14 @@ class Draws:
     position.
     """
 
-    def __init__(self, *, seed, batch, size, shape, depth, device):
+    def __init__(self, *, seed, batch, size, shape, depth, device, encoding):
         generator = torch.Generator(device).manual_seed(utils.derive_seed("training", seed, batch))
         uniform = torch.rand(size, 2 + depth, generator=generator, device=device)
         self.time, self.label, self.drop_path = uniform[:, 0], uniform[:, 1], uniform[:, 2:]
         self.eps = torch.randn(size, *shape, generator=generator, device=device)
+        self.latent = None  # of the autoencoder's sampling
+        if encoding:
+            self.latent = torch.randn(size, *shape, generator=generator, device=device)
 
 
 def make_optimizer(config, model):
@@ -138,7 +141,8 @@ def accumulate_gradients(config, accelerator, precision, model, process, codec, 
         drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
         with accelerator.no_sync(model) if m + 1 < accumulation else contextlib.nullcontext():
             with precision.autocast():
-                z, eps = codec.encode(x), draws.eps[rows]
+                noise = None if draws.latent is None else draws.latent[rows]
+                z, eps = codec.encode(x, noise), draws.eps[rows]
                 losses = denoising_loss(
                     model, process, z, y, pred=config.pred, t=t, eps=eps, **drop_path
                 )
@@ -335,7 +339,7 @@ class Outputs:
             return None
 
 
-def announce(config, directory, accelerator, all_ranks, precision, network, dataset, found):
+def announce(config, directory, accelerator, all_ranks, precision, network, dataset, start):
     """The first lines of a run's log."""
     environment = run.environment()
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
@@ -351,16 +355,19 @@ def announce(config, directory, accelerator, all_ranks, precision, network, data
     parameters = f"{sum(p.numel() for p in network.parameters()):,}"
     log.info("network %s, %s parameters", config.nnet.name, parameters)
     log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
-    log.info("resuming from %s", found[0]) if found else log.info("starting from scratch")
+    for line in start:
+        log.info("%s", line)
 
 
-def train(config, directory, *, model, process, codec, dataset):
+def train(config, directory, *, model, process, codec, dataset, start_weights=list):
     """Train `model` to config.train.n_steps, resuming from the newest good checkpoint.
 
     Args:
         config: a whole config; see configs/common.py.
         directory: the run directory, made and locked here.
         model, process, codec, dataset: of libs.models, sde, libs.codec and datasets.
+        start_weights: called if there is nothing to resume from; gives the model its first weights
+            and returns lines for the log.
 
     Raises:
         UserError: another run holds the directory, the disk is full, or too many steps in a row
@@ -373,23 +380,26 @@ def train(config, directory, *, model, process, codec, dataset):
     lock = utils.RunLock(directory) if accelerator.is_main_process else contextlib.nullcontext()
     with lock, run.StopRequest() as stop:
         run.get_logger(directory, accelerator.process_index)
-        loop(config, directory, accelerator, stop, model, process, codec, dataset)
+        loop(config, directory, accelerator, stop, model, process, codec, dataset, start_weights)
 
 
-def loop(config, directory, accelerator, stop, model, process, codec, dataset):
+def loop(config, directory, accelerator, stop, model, process, codec, dataset, start_weights):
     """The body of `train`, flat."""
     precision = Precision(config.train.mixed_precision, accelerator.device)
+    start = start_weights() if not any((directory / "ckpts").glob("*.ckpt")) else []
     network = model.to(accelerator.device).train()
     ema = EMA(network, config.train.ema_rate)
     optimizer = make_optimizer(config, network)
     progress, found = Progress(), find_checkpoint(directory / "ckpts", accelerator)
     if found:
         progress = resume(found, network, ema, optimizer, precision)
+        start = [f"resuming from {found[0]}"]
     model = accelerator.prepare_model(network)
     batches = micro_batches(config, dataset, accelerator, progress.batch)
+    codec, z_shape = codec.to(accelerator.device), codec.latent_shape(dataset.shape)
     generator = evaluation.ImageGenerator(
         ema.model, process, codec, config,
-        image_shape=dataset.shape, precision=precision, seed=config.seed,
+        image_shape=codec.image_shape(z_shape), precision=precision, seed=config.seed,
     )  # fmt: skip
 
     def state():
@@ -405,17 +415,17 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset):
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
         )
         metrics_log.truncate_after(progress.step)
-        announce(config, directory, accelerator, all_ranks, precision, network, dataset, found)
+        announce(config, directory, accelerator, all_ranks, precision, network, dataset, start)
 
     depth = network.depth if getattr(network, "drop_path", 0) else 0
-    z_shape, settings = codec.latent_shape(dataset.shape), config.train
+    settings = config.train
     speed, stops = Speed(settings.batch_size, progress.batch), False
     main, device = accelerator.is_main_process, accelerator.device
     bar = tqdm(total=settings.n_steps, initial=progress.step, unit="step", disable=not main)
     while progress.step < settings.n_steps and not stops:
         draws = Draws(
             seed=config.seed, batch=progress.batch, size=settings.batch_size, shape=z_shape,
-            depth=depth, device=device,
+            depth=depth, device=device, encoding=codec.needs_noise,
         )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
         loss = accumulate_gradients(

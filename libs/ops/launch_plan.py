@@ -206,7 +206,7 @@ def backward_variant(batch, length, channels, states, dtype, multiprocessors):
     kernel takes 2.46 instead of 2.26 ms (H200, B 96, L 366, D 3072, N 16, bfloat16); in float32 64,
     so that it fits into the shared memory of every GPU."""
     padded = backward_states(states)
-    threads = 64 if dtype == "float32" else 128
+    threads = 64 if dtype == "float32" and padded == 16 else 128
     blocks = batch * _blocks(channels, 64)
     wanted = 18 * multiprocessors // blocks if blocks < 3 * multiprocessors else 1
     resident = 384 // threads if padded == 16 else 1

@@ -1,0 +1,49 @@
+"""Train a diffusion model on the latents of an autoencoder, in Stable Diffusion's 1,000 steps.
+
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
+        ./train_ldm_discrete.py --config=configs/imagenet256_H_DiM.py
+
+The same command resumes an interrupted run.
+"""
+
+import utils
+from datasets import get_dataset
+from libs import flags
+from libs.codec import latent_codec
+from libs.models import build_model, check_data, start_from
+from libs.training import train
+from sde import DiscreteSchedule
+
+FLAGS = {
+    "config": (
+        flags.config_file, flags.REQUIRED, "config file; --config.<key>=<value> changes one value",
+    ),
+    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
+}  # fmt: skip
+
+
+def main(args):
+    config = args.config
+    directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
+    dataset = get_dataset(
+        config.dataset.name,
+        path=config.dataset.path,
+        resolution=config.dataset.resolution,
+        random_crop=config.dataset.random_crop,
+        random_flip=config.dataset.random_flip,
+        labels=config.train.mode == "cond",
+        seed=config.seed,
+    )
+    model = build_model(config.nnet, seed=config.seed)
+    pictures = bool(config.train.grid_samples or config.train.fid_samples)
+    codec = latent_codec(config, dataset, decoding=pictures)
+    check_data(model, dataset, codec.latent_shape(dataset.shape))
+    utils.make_directory(directory)
+    train(
+        config, directory, model=model, process=DiscreteSchedule(), codec=codec, dataset=dataset,
+        start_weights=lambda: start_from(model, config.nnet.pretrained_path),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    flags.run_main(main, FLAGS)
