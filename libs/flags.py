@@ -97,7 +97,8 @@ _WHOLE, _NOT_NEGATIVE, _SHARE = (1, _LARGEST), (0, _LARGEST), (0, 1)
 # tuple. Every other value is checked where it is used.
 _RANGES = {
     "seed": (-_LARGEST, _LARGEST), "gradient_accumulation_steps": _WHOLE,
-    "max_grad_norm": _NOT_NEGATIVE, "dataset.resolution": _WHOLE, "dataset.p_uncond": _SHARE,
+    "max_grad_norm": _NOT_NEGATIVE, "ug_m": (2, _LARGEST), "ug_theta": _NOT_NEGATIVE,
+    "ug_eta": _SHARE, "ug_T": _SHARE, "autoencoder.scale_factor": (1e-6, 1e6), "dataset.resolution": _WHOLE, "dataset.p_uncond": _SHARE,
     "nnet.input_size": _WHOLE, "nnet.in_channels": _WHOLE, "nnet.patch_size": _WHOLE,
     "nnet.dim": _WHOLE, "nnet.depth": _WHOLE, "nnet.heads": _WHOLE, "nnet.mlp_ratio": _WHOLE,
     "nnet.num_classes": _NOT_NEGATIVE, "nnet.mamba.d_state": _WHOLE, "nnet.mamba.d_conv": _WHOLE,

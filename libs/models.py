@@ -92,7 +92,10 @@ def load_into(model, path):
     if is_official(tensors):
         tensors = from_official(model, tensors, path)
     if isinstance(model, DiM):
-        tensors, changes = resize_state(tensors, model)
+        try:
+            tensors, changes = resize_state(tensors, model)
+        except UserError as error:
+            raise UserError(f"the weights in {path} do not fit: {error}") from error
     load_strict(model, tensors, path)
     return changes
 

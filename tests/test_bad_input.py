@@ -206,8 +206,8 @@ def test_impossible_values(refused, tmp_path, key, value, expected, says):
 
 
 # Text that may be anything: paths. Everything else that is text has its impossible value above.
-FREE_TEXT = {"nnet.pretrained_path", "dataset.path", "dataset.fid_stats", "sample.path",
-             "sample.fid_weights_path"}  # fmt: skip
+FREE_TEXT = {"nnet.pretrained_path", "autoencoder.pretrained_path", "dataset.path",
+             "dataset.fid_stats", "sample.path", "sample.fid_weights_path"}  # fmt: skip
 IN_EVALUATION = {"sample.features"}
 MAY_BE_NEGATIVE = {"seed", "sample.scale", "lr_scheduler.warmup_steps"}
 NEEDS_DATA = {"train.batch_size"}

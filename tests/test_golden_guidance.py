@@ -16,7 +16,7 @@ WHOLE_RUN_TOL = 3e-3
 
 
 def toy_network(scale=1.0):
-    """The case's network of closed form, as f(x, t, y) of process times, and a list of its calls."""
+    """The case's network as f(x, t, y) of process times, and a list of its calls."""
     calls = []
 
     def predict(x, t, y):

@@ -1,0 +1,115 @@
+"""Times the latent half on a GPU, with random weights: `python benchmarks/bench_latent.py`.
+
+Encoding 256 px images by Stable Diffusion's autoencoder, as in extraction; making 256 px images with
+DiM-H/2, 50 solver steps with guidance, decoded, as in evaluation; one 1536 px image by 3x
+upsampling, its peak memory. Writes benchmarks/results/latent_<gpu>.json and prints it.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKL  # noqa: E402
+
+from configs import imagenet256_H_DiM, imagenet512_H_DiM_upsample_3x_test  # noqa: E402
+from libs import guidance  # noqa: E402
+from libs.autoencoder import Autoencoder  # noqa: E402
+from libs.codec import LatentCodec  # noqa: E402
+from libs.models import build_model  # noqa: E402
+from libs.samplers import sample  # noqa: E402
+from sde import DiscreteSchedule, eps_from_model  # noqa: E402
+
+RECORDS = []
+
+
+def stable_diffusion_autoencoder():
+    """Its network at full size, on the GPU, with random weights."""
+    with torch.device("cuda"):
+        network = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+        )  # fmt: skip
+    return Autoencoder(network)
+
+
+def timed(call):
+    """(seconds, peak GiB) of a call, which was warmed up before."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+
+
+def record(**values):
+    RECORDS.append(values)
+    print(json.dumps(values), flush=True)
+
+
+def encoding(autoencoder, batch=64, repeats=8):
+    x = torch.rand(batch, 3, 256, 256, device="cuda") * 2 - 1
+    for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
+
+        def encode(dtype=dtype):
+            with torch.autocast("cuda", dtype or torch.float16, enabled=dtype is not None):
+                return autoencoder.moments(x)
+
+        encode()
+        seconds, gib = timed(lambda encode=encode: [encode() for _ in range(repeats)])
+        record(task="encode", pixels=256, batch=batch, precision=name,
+               img_s=round(batch * repeats / seconds, 1), gib=round(gib, 2))  # fmt: skip
+
+
+@torch.no_grad()
+def images(config, codec, n, steps, task):
+    """n images of random classes, in one batch, from noise to pixels."""
+    with torch.device("cuda"):
+        model = build_model(config.nnet).eval()
+    process = DiscreteSchedule()
+    y = torch.randint(1000, (n,), device="cuda")
+    z = torch.randn(n, *config.z_shape, device="cuda")
+    predict = eps_from_model(model, process, config.pred)
+    eps_fn = guidance.guided_by(config, predict, process, y, model.num_classes)
+
+    def draw(steps):
+        with torch.autocast("cuda", torch.bfloat16):
+            z_0 = sample(eps_fn, process, z, algorithm=config.sample.algorithm, steps=steps)
+        return codec.decode(z_0)
+
+    draw(2)
+    seconds, gib = timed(lambda: draw(steps))
+    record(task=task, pixels=config.z_shape[-1] * 8, batch=n, steps=steps, precision="bf16",
+           guidance=config.sample.scale, img_s=round(n / seconds, 3),
+           seconds=round(seconds, 2), gib=round(gib, 2))  # fmt: skip
+
+
+def main():
+    gpu = torch.cuda.get_device_name()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    autoencoder = stable_diffusion_autoencoder()
+    encoding(autoencoder)
+    codec = LatentCodec(autoencoder, scale_factor=autoencoder.scale_factor)
+    images(imagenet256_H_DiM.get_config(), codec, n=64, steps=50, task="evaluate")
+    torch.cuda.empty_cache()
+    images(imagenet512_H_DiM_upsample_3x_test.get_config(), codec, n=1, steps=50, task="upsample")
+    name = re.sub(r"\W+", "_", gpu).lower()
+    results = [
+        {**values, "gpu": gpu, "torch": torch.__version__, "commit": commit} for values in RECORDS
+    ]
+    path = ROOT / "benchmarks" / "results" / f"latent_{name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
