@@ -1,30 +1,28 @@
-"""Data sets (digits, CIFAR-10, image folders) and the order in which training reads them.
+"""Data sets (digits, CIFAR-10, image folders, ImageNet, latents) and the order in which training
+reads them.
 
 `get_dataset` opens a data set by name, `GlobalBatchSampler` says which image stands where in the
 training stream. Importing this module reads nothing and imports neither torchvision nor
 scikit-learn: accelerate may look for Hugging Face's package of the same name and find this file.
 """
 
-import hashlib
-import http.client
-import io
+import functools
 import itertools
-import os
-import pickle
-import tarfile
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 
-from utils import UserError, replacing
+from libs import images
+from libs.cifar10 import read_cifar10
+from libs.feature_files import open_features
+from libs.features import empty
+from utils import UserError
 
 # Purposes of the keyed random streams: two purposes never share a draw.
-PERMUTATION, FLIP = 1, 2
+PERMUTATION, FLIP, CROP = 1, 2, 3
 
 
 def _philox(seed, purpose, *, epoch, index=0):
@@ -33,13 +31,14 @@ def _philox(seed, purpose, *, epoch, index=0):
 
 
 class ImageDataset(Dataset):
-    """Base of the data sets: labels and keyed augmentation. Subclasses give `_read(index)`.
+    """Base of the data sets: labels and keyed augmentation. Subclasses give `_read(epoch, index)`.
 
     Attributes: `shape` (C, H, W); `num_classes`, 0 for none; `labels`, int64 array (length,) or
-    None, known without reading an image; `preprocessing`, a note for the records of statistics.
+    None, known without reading an image; `preprocessing`, a note for the records of statistics;
+    `latent`, whether items are an autoencoder's moments instead of images.
     """
 
-    preprocessing = "none"
+    preprocessing, latent = "none", False
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
         self.length, self.shape, self.random_flip, self.seed = length, shape, random_flip, seed
@@ -49,14 +48,14 @@ class ImageDataset(Dataset):
     def __len__(self):
         return self.length
 
-    def _read(self, index):
+    def _read(self, epoch, index):
         """The image as float32 (C, H, W) in [-1, 1], and the index it was read from."""
         raise NotImplementedError
 
     def __getitem__(self, key):
         """(epoch, index) -> x float32 (C, H, W) in [-1, 1], y int64 (0 if there are no classes)."""
         epoch, index = key
-        x, source = self._read(index)
+        x, source = self._read(epoch, index)
         if self.random_flip and _philox(self.seed, FLIP, epoch=epoch, index=index).random_raw() & 1:
             x = x.flip(-1)
         y = np.int64(0) if self.labels is None else self.labels[source]
@@ -108,156 +107,11 @@ class Digits(ImageDataset):
             seed=seed,
         )
 
-    def _read(self, index):
+    def _read(self, epoch, index):
         return self.images[index].clone(), index
 
 
 # ------------------------------------------------------------ CIFAR-10
-
-CIFAR10_FOLDER = "cifar-10-batches-py"
-MAX_BATCH_BYTES = 1 << 28  # the published batches have 31 MB
-
-
-# What a pickled uint8 array names, and what we call it.
-PICKLED_ARRAY_NAMES = {
-    ("numpy.core.multiarray", "_reconstruct"): "array",
-    ("numpy._core.multiarray", "_reconstruct"): "array",
-    ("numpy", "ndarray"): "ndarray",
-    ("numpy", "dtype"): "dtype",
-    ("_codecs", "encode"): "encode",  # how Python 3 writes bytes at protocol 2
-}
-
-
-class _Record:
-    """What a pickle wanted to build, as plain data: the callable's name, arguments and state."""
-
-    def __init__(self, name, args):
-        self.name, self.args, self.state = name, args, None
-
-    def __setstate__(self, state):
-        self.state = state
-
-
-class _RecordingUnpickler(pickle.Unpickler):
-    """Reads the pickles of CIFAR-10 without calling anything they name.
-
-    PICKLED_ARRAY_NAMES give a `_Record`, every other name is refused. Not even numpy's own
-    `dtype` and `ndarray` are called: a forged dtype state could make numpy take bytes of the
-    file for object pointers.
-    """
-
-    def find_class(self, module, name):
-        kind = PICKLED_ARRAY_NAMES.get((module, name))
-        if kind is None:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no data file needs")
-        # A new function each time: a file that sets attributes on it changes nothing of ours.
-        return lambda *args: _Record(kind, args)
-
-
-def _plain(value):
-    """bytes and recorded bytes -> str (latin1); anything else as it is."""
-    if isinstance(value, _Record) and value.name == "encode":
-        value = value.args[0]
-    return value.decode("latin1") if isinstance(value, bytes) else value
-
-
-def _array_from_record(record):
-    """The uint8 array that a recorded `numpy.ndarray` describes."""
-    if not (isinstance(record, _Record) and record.name == "array"):
-        raise ValueError("'data' is not an array")
-    _, shape, dtype, fortran_order, raw = record.state
-    if _plain(dtype.args[0]) not in ("u1", "|u1"):
-        raise ValueError("'data' is not of type uint8")
-    raw = raw if isinstance(raw, bytes) else _plain(raw).encode("latin1")
-    return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran_order else "C")
-
-
-def _parse_cifar10_batch(data):
-    """Bytes of a batch file -> uint8 (n, 3, 32, 32), int64 (n,)."""
-    # encoding="bytes": the published files are Python 2 pickles, whose strings hold the pixels.
-    batch = _RecordingUnpickler(io.BytesIO(data), encoding="bytes").load()
-    batch = {_plain(key): value for key, value in batch.items()}
-    if not {"data", "labels"} <= batch.keys():
-        raise ValueError("it has no 'data' and 'labels'")
-    images, labels = _array_from_record(batch["data"]), batch["labels"]
-    if images.ndim != 2 or images.shape[1] != 3 * 32 * 32:
-        raise ValueError(f"'data' has shape {images.shape}, expected (n, 3072)")
-    if len(labels) != len(images) or not all(type(y) is int and 0 <= y < 10 for y in labels):
-        raise ValueError(f"'labels' are not {len(images)} integers of 0..9")
-    return images.reshape(-1, 3, 32, 32), np.array(labels, np.int64)
-
-
-def _read_cifar10_batch(name, data, where):
-    try:
-        return _parse_cifar10_batch(data)
-    except Exception as error:  # broken and hostile pickles raise almost any kind
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{name} in {where} is not a CIFAR-10 batch file: {reason}") from error
-
-
-def _batches_from_folder(folder, names):
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}: put all files of CIFAR-10 there")
-    return {name: (folder / name).read_bytes() for name in names}
-
-
-def _batches_from_archive(archive, names):
-    """Read in place: nothing is unpacked, so no path or link in the archive can write anywhere."""
-    batches = {}
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                name = member.name.removeprefix(CIFAR10_FOLDER + "/")
-                if name in names and member.isreg() and member.size <= MAX_BATCH_BYTES:
-                    batches[name] = tar.extractfile(member).read()
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise UserError(f"{archive} is not a whole .tar.gz, fetch it again: {error}") from error
-    missing = [name for name in names if name not in batches]
-    if missing:
-        raise UserError(f"the archive {archive} lacks {', '.join(missing)}: fetch it again")
-    return {name: batches[name] for name in names}
-
-
-def _download_cifar10(path):
-    """Fetch the archive into the directory `path` through torchvision, whole or not at all."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import download_url
-
-    archive = path / CIFAR10.filename
-    try:
-        with replacing(archive) as temporary:
-            download_url(CIFAR10.url, str(path), temporary.name, CIFAR10.tgz_md5)
-    except (OSError, RuntimeError, http.client.HTTPException) as error:
-        raise UserError(
-            f"CIFAR-10 is not in {path} and could not be downloaded ({error}): "
-            f"put {CIFAR10.filename}, or the folder {CIFAR10_FOLDER} that it holds, there"
-        ) from error
-    return archive
-
-
-def _cifar10_batches(path, names):
-    """Bytes of the batch files by name, and the folder or archive below `path` that has them."""
-    from torchvision.datasets import CIFAR10
-
-    for folder in (path / CIFAR10_FOLDER, path):
-        if folder.is_dir() and folder.name == CIFAR10_FOLDER or (folder / names[0]).exists():
-            return _batches_from_folder(folder, names), folder
-    archive = path / CIFAR10.filename
-    if not archive.is_file():
-        archive = _download_cifar10(path)
-    return _batches_from_archive(archive, names), archive
-
-
-def _warn_if_repacked(batches, published, where):
-    md5 = {name: hashlib.md5(data).hexdigest() for name, data in batches.items()}
-    unknown = [name for name in batches if md5[name] != published[name]]
-    if unknown:
-        warnings.warn(
-            f"{', '.join(unknown)} in {where} are not CIFAR-10's published files (another md5); "
-            "they are used as they are, and no code in them is run",
-            stacklevel=2,
-        )
 
 
 class Cifar10(ImageDataset):
@@ -270,127 +124,75 @@ class Cifar10(ImageDataset):
     def __init__(self, *, path, resolution, labels, train, **augmentation):
         path = _require_path("cifar10", path)
         _require_resolution("cifar10", resolution, 32)
-        from torchvision.datasets import CIFAR10
-
-        published = dict(CIFAR10.train_list if train else CIFAR10.test_list)  # name -> md5
-        batches, where = _cifar10_batches(path, list(published))
-        _warn_if_repacked(batches, published, where)
-        parts = [_read_cifar10_batch(name, data, where) for name, data in batches.items()]
-        self.images = np.concatenate([images for images, _ in parts])
+        self.images, targets = read_cifar10(path, train)
         super().__init__(
             length=len(self.images),
             shape=(3, 32, 32),
-            labels=np.concatenate([y for _, y in parts]) if labels else None,
+            labels=targets if labels else None,
             num_classes=10,
             **augmentation,
         )
 
-    def _read(self, index):
+    def _read(self, epoch, index):
         return _uint8_to_float(self.images[index]), index
 
 
 # ------------------------------------------------------------ image folders
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 MAX_UNREADABLE = 10
 
 
-def _to_rgb(image):
-    """Any PIL mode -> RGB. Alpha is dropped, not composited, as ADM and pytorch-fid do."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16-bit grey, which PIL's convert would clip at 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "P":  # by RGBA, since `convert("RGB")` warns of transparent palette entries
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def center_crop(image, resolution):
-    """PIL image -> square PIL image: halvings by box filter, bicubic to the short side, crop.
-
-    ADM's `center_crop_arr` (Dhariwal & Nichol 2021, guided_diffusion/image_datasets.py), with
-    which ImageNet figures are made. Raises ValueError for a strip that would become enormous.
-    """
-    while min(image.size) >= 2 * resolution:
-        image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
-    scale = resolution / min(image.size)
-    width, height = (round(side * scale) for side in image.size)
-    if width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"too narrow, the short side at {resolution} makes it {width}x{height}")
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
-def _is_image(name):
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
-
-
-def _list_images(root):
-    """Paths of the images below `root`, relative to it and sorted; hidden names are left out."""
-    found = []
-    for directory, subdirectories, files in os.walk(root, followlinks=True):
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
-        relative = os.path.relpath(directory, root)
-        found += [os.path.normpath(os.path.join(relative, n)) for n in files if _is_image(n)]
-    if not found:
-        raise UserError(f"no images ({', '.join(IMAGE_EXTENSIONS)}) in {root}")
-    return sorted(found)
-
-
-def _labels_from_subdirectories(root, files):
-    """int64 labels (n,) and the number of classes: first-level subdirectories, sorted."""
-    loose = [file for file in files if os.sep not in file]
-    if loose:
-        raise UserError(
-            f"{loose[0]} in {root} is in no class directory: put every image into a subdirectory "
-            "named as its class, or read the folder without labels"
-        )
-    entries = (entry for entry in os.scandir(root) if not entry.name.startswith("."))
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    number = {name: i for i, name in enumerate(classes)}
-    labels = np.array([number[file.split(os.sep)[0]] for file in files], np.int64)
-    empty = sorted(set(range(len(classes))) - set(labels.tolist()))
-    if empty:
-        raise UserError(f"the class directory {root / classes[empty[0]]} has no images: remove it")
-    return labels, len(classes)
-
-
 class ImageFolder(ImageDataset):
-    """Images below a directory, centre-cropped to (3, resolution, resolution).
+    """Images below a directory, cropped to (3, resolution, resolution), in the centre or at random.
 
     The class is the first-level subdirectory. An unreadable image is named in a warning and the
     next readable one stands in for it, label included, so that no other image changes its place;
     more than MAX_UNREADABLE of them (in one process) raise UserError.
+
+    Further attributes: `root` and `files`, paths relative to it; `class_names`, None for none.
     """
 
-    def __init__(self, *, path, resolution, labels, train, **augmentation):
-        self.root = _require_path("folder", path)
-        if not self.root.is_dir():
-            raise UserError(f"the data set directory {path} does not exist: check dataset.path")
+    name = "folder"
+
+    def __init__(self, *, path, resolution, labels, train, random_crop=False, **augmentation):
+        self.root, class_root = self._directories(_require_path(self.name, path), train)
         if resolution is None:
-            raise UserError("the data set 'folder' needs a resolution to crop and resize to")
-        if not train:
-            raise UserError("an image folder has one split: point dataset.path to the test images")
-        self.files = _list_images(self.root)
+            raise UserError(f"the data set {self.name!r} needs a resolution to crop and resize to")
+        self.files = images.list_images(self.root)
+        self.random_crop = random_crop
         self.unreadable = {}  # index -> reason
-        self.preprocessing = f"RGB, centre crop to {resolution} (ADM: box halvings, then bicubic)"
-        targets, num_classes = None, 0
+        kind = "random crop" if random_crop else "centre crop"
+        self.preprocessing = f"RGB, {kind} to {resolution} (ADM: box halvings, then bicubic)"
+        self.class_names, targets = None, None
         if labels:
-            targets, num_classes = _labels_from_subdirectories(self.root, self.files)
+            self.class_names = images.class_names(class_root)
+            targets = images.labels_from_directories(self.root, self.files, self.class_names)
+            self._check_classes(class_root, targets)
         super().__init__(
             length=len(self.files),
             shape=(3, resolution, resolution),
             labels=targets,
-            num_classes=num_classes,
+            num_classes=len(self.class_names or ()),
             **augmentation,
         )
 
+    def _directories(self, path, train):
+        """The directory of the images, and the one whose subdirectories are all the classes."""
+        if not path.is_dir():
+            raise UserError(f"the data set directory {path} does not exist: check dataset.path")
+        if not train:
+            raise UserError("an image folder has one split: point dataset.path to the test images")
+        return path, path
+
+    def _check_classes(self, class_root, targets):
+        """UserError for a class without images, which is a mistake more often than not."""
+        empty = np.flatnonzero(np.bincount(targets, minlength=len(self.class_names)) == 0)
+        if class_root == self.root and len(empty):
+            name = self.root / self.class_names[empty[0]]
+            raise UserError(f"the class directory {name} has no images: remove it")
+
     def _note_unreadable(self, index, error):
-        unknown = isinstance(error, UnidentifiedImageError)  # whose text repeats the path
-        self.unreadable[index] = "no image" if unknown else str(error) or type(error).__name__
+        self.unreadable[index] = images.unreadable_reason(error)
         named = [f"{self.root / self.files[i]} ({why})" for i, why in self.unreadable.items()]
         limit = min(MAX_UNREADABLE, self.length - 1)
         if len(named) > limit:
@@ -400,29 +202,176 @@ class ImageFolder(ImageDataset):
             ) from error
         warnings.warn(f"unreadable image, the next stands in for it: {named[-1]}", stacklevel=2)
 
-    def _load(self, index):
-        with Image.open(self.root / self.files[index]) as image:
-            image = center_crop(_to_rgb(image), self.shape[-1])
-        return _uint8_to_float(np.asarray(image).transpose(2, 0, 1))
+    def pixels(self, epoch, index):
+        """One image as uint8 (3, H, W), not flipped; PIL's many exceptions if it is unreadable."""
+        resolution = self.shape[-1]
 
-    def _read(self, index):
+        def crop(image):
+            if not self.random_crop:
+                return images.center_crop(image, resolution)
+            words = _philox(self.seed, CROP, epoch=epoch, index=index).random_raw(3)
+            return images.random_crop(image, resolution, words)
+
+        return images.read_image(self.root / self.files[index], crop)
+
+    def _read(self, epoch, index):
         while True:
             if index not in self.unreadable:
                 try:
-                    return self._load(index), index
+                    return _uint8_to_float(self.pixels(epoch, index)), index
                 except Exception as error:  # noqa: BLE001 - PIL raises many kinds, bombs included
                     self._note_unreadable(index, error)
             index = (index + 1) % self.length
 
 
+class ImageNet(ImageFolder):
+    """ImageNet (ILSVRC 2012) as it is unpacked: `train/<wnid>/*.JPEG` below `path`, classes sorted
+    by wnid; train=False reads `val/<wnid>/*.JPEG`, numbered as the classes in train.
+
+    A part of it works too: a warning says how many images and classes there are.
+    """
+
+    name = "imagenet"
+    NUM_IMAGES, NUM_CLASSES = {True: 1_281_167, False: 50_000}, 1000
+
+    def __init__(self, *, path, train, **options):
+        super().__init__(path=path, train=train, **options)
+        found = (len(self), self.num_classes or self.NUM_CLASSES)
+        if found != (self.NUM_IMAGES[train], self.NUM_CLASSES):
+            warnings.warn(
+                f"{self.root} has {found[0]:,} images in {found[1]:,} classes, the whole ImageNet "
+                f"has {self.NUM_IMAGES[train]:,} in {self.NUM_CLASSES:,}; it is used as it is",
+                stacklevel=3,
+            )
+
+    def _directories(self, path, train):
+        split = path / ("train" if train else "val")
+        if not split.is_dir():
+            raise UserError(
+                f"there is no {split}: dataset.path must be the directory that holds ImageNet as "
+                f"{split.name}/<wnid>/*.JPEG"
+            )
+        whole = path / "train"
+        return split, whole if whole.is_dir() else split
+
+
+# ------------------------------------------------------------ latents
+
+
+class Latents(ImageDataset):
+    """An autoencoder's moments of images, from packed shards or from one file an image.
+
+    Items are x float32 (2C, h, w), mean and log-variance, unscaled, and y as everywhere. With
+    random_flip the record of the flipped image is read, by the same draw that flips pixels.
+
+    Further attributes: `features`, the open libs.features.Features or FeatureFiles; `scale_factor`
+    and `autoencoder_sha256`, with which latents were made, None where the files do not say.
+    """
+
+    latent = True
+    DOWNSAMPLE, CHANNELS = 8, 4  # of Stable Diffusion's autoencoder
+
+    def __init__(
+        self, *, name, default_resolution, num_classes, path, resolution, labels, train,
+        random_flip, seed,
+    ):  # fmt: skip
+        if not train:
+            raise UserError(f"{name} has one split: point dataset.path to the latents to read")
+        self.features = features = open_features(_require_path(name, path), num_classes)
+        made_with = features.manifest or {}
+        self.scale_factor = made_with.get("scale_factor")
+        self.autoencoder_sha256 = made_with.get("autoencoder_sha256")
+        self.preprocessing = made_with.get("crop", "unknown")
+        self._check_shape(name, resolution or default_resolution, default_resolution is not None)
+        if labels and not features.num_classes:
+            raise UserError(
+                f"the latents in {path} have no labels: train without classes (train.mode=uncond), "
+                "or make them from a folder with classes"
+            )
+        if random_flip and not features.flips:
+            raise UserError(
+                f"the latents in {path} have no records of flipped images: make them with --flip, "
+                "or set dataset.random_flip to False"
+            )
+        super().__init__(
+            length=features.num_images, shape=features.shape,
+            labels=features.labels if labels else None,
+            num_classes=features.num_classes, random_flip=random_flip, seed=seed,
+        )  # fmt: skip
+        self.labelled = labels
+        # Known without labels too, which millions of single files would have to be read for.
+        self.num_classes = features.num_classes if labels else 0
+        self._cached = (None, None)  # (epoch, its flips)
+
+    def _check_shape(self, name, resolution, is_imagenet):
+        """UserError if these are no latents of images of this resolution; None fits everything."""
+        folder, found = self.features.folder, (self.features.manifest or {}).get("resolution")
+        if resolution and found and found != resolution:
+            raise UserError(
+                f"the latents in {folder} are of {found}x{found} pixels, but {name} is to have "
+                f"{resolution}x{resolution}: check dataset.name, path and resolution"
+            )
+        side = (resolution or 0) // self.DOWNSAMPLE
+        expected = (2 * self.CHANNELS, side, side)
+        if is_imagenet and self.features.shape != expected:
+            raise UserError(
+                f"the latents in {folder} have the shape {self.features.shape}, but {name} has "
+                f"{expected}: check dataset.name and dataset.path"
+            )
+
+    def _flips(self, keys):
+        """bool (n,): the draws of ImageDataset, an epoch at a time."""
+        if not self.random_flip:
+            return np.zeros(len(keys), bool)
+        epochs, indices = np.array(keys).T
+        flips = np.empty(len(keys), bool)
+        for epoch in np.unique(epochs):
+            flips[epochs == epoch] = self._epoch_flips(int(epoch))[indices[epochs == epoch]]
+        return flips
+
+    def _epoch_flips(self, epoch):
+        if self._cached[0] != epoch:
+            # Each place of the generator gives four words: the first is the draw of one image.
+            words = _philox(self.seed, FLIP, epoch=epoch).random_raw(4 * self.length)[::4]
+            self._cached = epoch, (words & 1).astype(bool)
+        return self._cached[1]
+
+    def __getitems__(self, keys):
+        """Many keys at once, as a DataLoader asks for a batch: a list of (x, y)."""
+        x, y = self.features.read_labelled([index for _, index in keys], self._flips(keys))
+        x_float32 = torch.from_numpy(empty(x.shape, np.float32)).copy_(torch.from_numpy(x))
+        y = y if self.labelled else np.zeros(len(keys), np.int64)
+        return list(zip(x_float32, y, strict=True))
+
+    def __getitem__(self, key):
+        return self.__getitems__([key])[0]
+
+
 # ------------------------------------------------------------ by name
 
-DATASETS = {"digits": Digits, "cifar10": Cifar10, "folder": ImageFolder}
+
+def _latents(name, default_resolution=None, num_classes=None):
+    return functools.partial(
+        Latents, name=name, default_resolution=default_resolution, num_classes=num_classes
+    )
+
+
+DATASETS = {
+    "digits": Digits,
+    "cifar10": Cifar10,
+    "folder": ImageFolder,
+    "imagenet": ImageNet,
+    "folder_features": _latents("folder_features"),
+    "imagenet256_features": _latents("imagenet256_features", 256, 1000),
+    "imagenet512_features": _latents("imagenet512_features", 512, 1000),
+}
+CROPPED = ("folder", "imagenet")
 
 
 def get_dataset(
-    name, *, path=None, resolution=None, random_flip=False, labels=True, seed=0, train=True
-):
+    name, *, path=None, resolution=None, random_crop=False, random_flip=False, labels=True,
+    seed=0, train=True,
+):  # fmt: skip
     """Open a data set by its name in DATASETS; `ImageDataset` says what it offers.
 
     labels=False gives no classes. Augmentation is keyed by (seed, epoch, index) only. Raises
@@ -430,7 +379,11 @@ def get_dataset(
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: dataset.name is one of {', '.join(DATASETS)}")
+    if random_crop and name not in CROPPED:
+        raise UserError(f"random_crop is for {' and '.join(CROPPED)}, not for {name}: leave it out")
+    crop = {"random_crop": random_crop} if name in CROPPED else {}
     return DATASETS[name](
+        **crop,
         path=path,
         resolution=resolution,
         labels=labels,

@@ -1,7 +1,7 @@
 """Times the latent half on a GPU, with random weights: `python benchmarks/bench_latent.py`.
 
-Encoding 256 px images by Stable Diffusion's autoencoder, as in extraction; making 256 px images with
-DiM-H/2, 50 solver steps with guidance, decoded, as in evaluation; one 1536 px image by 3x
+Encoding 256 px images by Stable Diffusion's autoencoder, as in extraction; making 256 px images
+with DiM-H/2, 50 solver steps with guidance, decoded, as in evaluation; one 1536 px image by 3x
 upsampling, its peak memory. Writes benchmarks/results/latent_<gpu>.json and prints it.
 """
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 from datasets import GlobalBatchSampler, get_dataset, permutation
+from libs import cifar10, images
 from utils import UserError
 
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
@@ -54,7 +55,11 @@ def test_digits_are_scikit_learns():
         ("cifar10", {}, "needs dataset.path"),
         ("folder", {"resolution": 8}, "needs dataset.path"),
         ("folder", {"path": "nowhere", "resolution": 8}, "nowhere does not exist"),
-        ("mnist", {}, "digits, cifar10, folder"),
+        ("mnist", {}, "digits, cifar10, folder, imagenet"),
+        ("imagenet", {"resolution": 8}, "needs dataset.path"),
+        ("imagenet256_features", {}, "needs dataset.path"),
+        ("digits", {"random_crop": True}, "random_crop is for folder and imagenet, not for digits"),
+        ("folder_features", {"path": "x", "random_crop": True}, "random_crop is for folder"),
     ],
 )
 def test_wrong_requests_are_refused(name, options, says):
@@ -270,7 +275,7 @@ def test_links_in_a_cifar10_archive_are_not_followed(tmp_path, cifar10_folder):
             for name in TRAIN_FILES[1:]:
                 tar.add(cifar10_folder / name, f"cifar-10-batches-py/{name}")
         with pytest.raises(UserError, match="archive .* lacks data_batch_1"):
-            datasets._batches_from_archive(tmp_path / "cifar-10-python.tar.gz", TRAIN_FILES)
+            cifar10._batches_from_archive(tmp_path / "cifar-10-python.tar.gz", TRAIN_FILES)
 
 
 def test_a_failed_download_says_where_to_put_the_files(tmp_path, monkeypatch):
@@ -412,7 +417,24 @@ def test_center_crop_is_adms(size):
     image = noise_image(0, size)
     expected = adm_center_crop(image, 16)
     assert expected.shape == (16, 16, 3)
-    np.testing.assert_array_equal(np.asarray(datasets.center_crop(image, 16)), expected)
+    np.testing.assert_array_equal(np.asarray(images.center_crop(image, 16)), expected)
+
+
+@pytest.mark.parametrize("size", [(50, 37), (37, 50), (10, 7), (16, 16), (67, 131), (33, 32)])
+@pytest.mark.parametrize("words", [(0, 0, 0), (2**64 - 1,) * 3, (3, 5, 7)])
+def test_random_crop_is_adms(size, words):
+    """random_crop_arr, by arrays, where its random.randrange(n) is the word modulo n."""
+    image, length = noise_image(0, size), 16 + words[0] % (20 - 16 + 1)  # 20 = ceil(16 / 0.8)
+    resized = image
+    while min(*resized.size) >= 2 * length:
+        resized = resized.resize(tuple(x // 2 for x in resized.size), resample=Image.BOX)
+    scale = length / min(*resized.size)
+    resized = resized.resize(tuple(round(x * scale) for x in resized.size), Image.BICUBIC)
+    pixels = np.array(resized)
+    left, top = words[1] % (pixels.shape[1] - 15), words[2] % (pixels.shape[0] - 15)
+    expected = pixels[top : top + 16, left : left + 16]
+    assert expected.shape == (16, 16, 3)
+    np.testing.assert_array_equal(np.asarray(images.random_crop(image, 16, words)), expected)
 
 
 def png_bomb():
@@ -490,11 +512,87 @@ def test_a_folder_without_any_readable_image_ends_the_run(tmp_path):
         get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 1]
 
 
+# ------------------------------------------------------------ ImageNet
+
+WNIDS = ["n01440764", "n01443537", "n02105855"]
+partial = pytest.mark.filterwarnings("ignore:.*the whole ImageNet has")
+
+
+def write_imagenet(root, split="train", wnids=WNIDS, size=12):
+    """Two images a class as ImageNet has them: RGB, grey and CMYK JPEGs, a PNG named .JPEG."""
+    modes = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG")]
+    for i in range(2 * len(wnids)):
+        path = root / split / wnids[i // 2] / f"{wnids[i // 2]}_{i}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode, kind = modes[i % 4]
+        noise_image(i, (size + i, size)).convert(mode).save(path, kind)
+    return root
+
+
+def test_imagenet_is_its_train_folder_with_classes_by_wnid(tmp_path):
+    write_imagenet(tmp_path)
+    with pytest.warns(UserWarning, match="train has 6 images in 3 classes, the whole .* 1,281,167"):
+        imagenet = get_dataset("imagenet", path=tmp_path, resolution=8)
+    folder = get_dataset("folder", path=tmp_path / "train", resolution=8)
+    assert (len(imagenet), imagenet.shape, imagenet.num_classes) == (6, (3, 8, 8), 3)
+    assert imagenet.class_names == WNIDS and imagenet.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    for i in range(6):
+        assert torch.equal(imagenet[0, i][0], folder[0, i][0])
+        with Image.open(tmp_path / "train" / folder.files[i]) as image:
+            expected = adm_center_crop(image.convert("RGB"), 8).transpose(2, 0, 1)
+        np.testing.assert_array_equal(pixels_of(imagenet[0, i][0]), expected)
+
+
+@partial
+def test_imagenets_other_split_has_the_same_numbers(tmp_path):
+    write_imagenet(tmp_path)
+    write_imagenet(tmp_path, "val", WNIDS[1:])
+    val = get_dataset("imagenet", path=tmp_path, resolution=8, train=False)
+    assert val.labels.tolist() == [1, 1, 2, 2] and val.num_classes == 3
+    (tmp_path / "val" / WNIDS[1]).rename(tmp_path / "val" / "n09999999")
+    with pytest.raises(UserError, match="n09999999.* is in no class directory"):
+        get_dataset("imagenet", path=tmp_path, resolution=8, train=False)
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    alone = get_dataset("imagenet", path=tmp_path, resolution=8, train=False)
+    assert alone.labels.tolist() == [0, 0, 1, 1] and alone.num_classes == 2
+
+
+@partial
+def test_imagenet_mistakes_are_named(tmp_path):
+    for train, name in ((True, "train"), (False, "val")):
+        with pytest.raises(UserError, match=f"no .*{name}: .* as {name}/<wnid>/"):
+            get_dataset("imagenet", path=tmp_path, resolution=8, train=train)
+    write_imagenet(tmp_path)
+    with pytest.raises(UserError, match="'imagenet' needs a resolution"):
+        get_dataset("imagenet", path=tmp_path)
+    (tmp_path / "train" / "n03000000").mkdir()
+    with pytest.raises(UserError, match="n03000000 has no images: remove it"):
+        get_dataset("imagenet", path=tmp_path, resolution=8)
+    assert get_dataset("imagenet", path=tmp_path, resolution=8, labels=False).num_classes == 0
+
+
 # ------------------------------------------------------------ augmentation
 
 
+def test_random_crops_are_keyed_by_seed_epoch_and_index(tmp_path):
+    for i in range(12):
+        noise_image(i, (20, 17)).save(tmp_path / f"{i:02}.png")
+    options = {"path": tmp_path, "resolution": 16, "labels": False, "random_crop": True}
+    folder = get_dataset("folder", seed=1, **options)
+    first = [folder[0, i][0] for i in range(12)]
+    again = get_dataset("folder", seed=1, **options)
+    assert all(torch.equal(x, again[0, i][0]) for i, x in reversed(list(enumerate(first))))
+    for other in (
+        [folder[1, i][0] for i in range(12)],
+        [get_dataset("folder", seed=2, **options)[0, i][0] for i in range(12)],
+        [get_dataset("folder", **{**options, "random_crop": False})[0, i][0] for i in range(12)],
+    ):
+        assert sum(not torch.equal(a, b) for a, b in zip(first, other, strict=True)) >= 9
+    assert "random crop to 16" in folder.preprocessing
+
+
 def flips_of(folder, epoch):
-    plain = [folder._load(i) for i in range(len(folder))]
+    plain = [datasets._uint8_to_float(folder.pixels(0, i)) for i in range(len(folder))]
     flips = []
     for i, image in enumerate(plain):
         x, _ = folder[epoch, i]
