@@ -106,6 +106,7 @@ def get_config():
         mixed_precision=config_dict.placeholder(
             str
         ),  # no, fp16 or bf16; without it, what accelerate launch says
+        zero_stage=0,  # 2: DeepSpeed's ZeRO-2, as accelerate launch --use_deepspeed asks for too
         ema_rate=0.9999,
         num_workers=8,
         max_bad_steps=10,  # non-finite steps in a row that end the run
@@ -128,7 +129,9 @@ def get_config():
         scale=0.0,  # cond + scale * (cond - uncond); elsewhere written 1 + scale
         guidance_interval=config_dict.placeholder(tuple),  # (from, to) in process time, 0 to 1
         labels="random",  # or balanced
+        vis_label=config_dict.placeholder(int),  # the one class of all images
         path=config_dict.placeholder(str),  # folder that keeps the PNG files
+        adm_npz=config_dict.placeholder(str),  # file of all images for ADM's evaluation suite
         features="inception",  # or digits_classifier
         fid_weights_path=config_dict.placeholder(
             str

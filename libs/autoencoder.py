@@ -24,6 +24,7 @@ USE_ANOTHER = "use Stable Diffusion's, such as U-ViT's autoencoder_kl.pth"
 
 # Output pixels that the network, or at higher resolution one convolution of it, computes at a time.
 PIXELS_PER_PASS = 512 * 512
+ENCODED_PER_PASS = 4 * PIXELS_PER_PASS  # 16 images of 256x256: 20% faster than 4 of them (H200)
 
 # ------------------------------------------------------------ names
 
@@ -345,10 +346,10 @@ class Autoencoder(nn.Module):
                 f"the autoencoder needs {what} (B, {channels}, H, W), not {tuple(x.shape)}"
             )
 
-    def _passes(self, x, pixels):
-        """`x` in chunks of the network's type, each of PIXELS_PER_PASS at most or one image."""
+    def _passes(self, x, images):
+        """`x` in chunks of the network's type, `images` in each or at least one."""
         dtype = next(self.parameters()).dtype
-        return [chunk.to(dtype) for chunk in x.split(max(1, PIXELS_PER_PASS // pixels))]
+        return [chunk.to(dtype) for chunk in x.split(max(1, images))]
 
     @torch.no_grad()
     def moments(self, x):
@@ -364,7 +365,7 @@ class Autoencoder(nn.Module):
                 f"multiples of {self.downsample}"
             )
         encoder, quant_conv = self.network.encoder, self.network.quant_conv or nn.Identity()
-        passes = self._passes(x, height * width)
+        passes = self._passes(x, ENCODED_PER_PASS // (height * width))
         return torch.cat([quant_conv(encoder(chunk)).float() for chunk in passes])
 
     def sample(self, moments, noise):
@@ -385,6 +386,7 @@ class Autoencoder(nn.Module):
         """
         self._check_shape("latents", z, self.latent_channels)
         post_quant_conv = self.network.post_quant_conv or nn.Identity()
-        passes = self._passes(z / self.scale_factor, z.shape[-2] * z.shape[-1] * self.downsample**2)
+        pixels = z.shape[-2] * z.shape[-1] * self.downsample**2
+        passes = self._passes(z / self.scale_factor, PIXELS_PER_PASS // pixels)
         images = [_decoded(self.network.decoder, post_quant_conv(chunk)) for chunk in passes]
         return torch.cat([image.float() for image in images])

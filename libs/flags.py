@@ -98,18 +98,20 @@ _WHOLE, _NOT_NEGATIVE, _SHARE = (1, _LARGEST), (0, _LARGEST), (0, 1)
 _RANGES = {
     "seed": (-_LARGEST, _LARGEST), "gradient_accumulation_steps": _WHOLE,
     "max_grad_norm": _NOT_NEGATIVE, "ug_m": (2, _LARGEST), "ug_theta": _NOT_NEGATIVE,
-    "ug_eta": _SHARE, "ug_T": _SHARE, "autoencoder.scale_factor": (1e-6, 1e6), "dataset.resolution": _WHOLE, "dataset.p_uncond": _SHARE,
+    "ug_eta": _SHARE, "ug_T": _SHARE, "autoencoder.scale_factor": (1e-6, 1e6),
+    "dataset.resolution": _WHOLE, "dataset.p_uncond": _SHARE,
     "nnet.input_size": _WHOLE, "nnet.in_channels": _WHOLE, "nnet.patch_size": _WHOLE,
     "nnet.dim": _WHOLE, "nnet.depth": _WHOLE, "nnet.heads": _WHOLE, "nnet.mlp_ratio": _WHOLE,
     "nnet.num_classes": _NOT_NEGATIVE, "nnet.mamba.d_state": _WHOLE, "nnet.mamba.d_conv": _WHOLE,
     "nnet.mamba.expand": _WHOLE, "optimizer.lr": _NOT_NEGATIVE, "optimizer.eps": _NOT_NEGATIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE, "optimizer.betas": (0, 0.999999),
-    "train.n_steps": _WHOLE, "train.ema_rate": _SHARE, "train.num_workers": _NOT_NEGATIVE,
+    "train.n_steps": _WHOLE, "train.zero_stage": (0, 2), "train.ema_rate": _SHARE,
+    "train.num_workers": _NOT_NEGATIVE,
     "train.max_bad_steps": _WHOLE, "train.log_interval": _WHOLE, "train.eval_interval": _WHOLE,
     "train.save_interval": _WHOLE, "train.keep_last": _WHOLE, "train.fid_samples": _NOT_NEGATIVE,
     "train.grid_samples": _NOT_NEGATIVE, "sample.sample_steps": _WHOLE,
     "sample.n_samples": (2, _LARGEST), "sample.mini_batch_size": _WHOLE,
-    "sample.guidance_interval": _SHARE,
+    "sample.guidance_interval": _SHARE, "sample.vis_label": _NOT_NEGATIVE,
 }  # fmt: skip
 _LENGTHS = {"optimizer.betas": 2, "sample.guidance_interval": 2, "z_shape": 3}
 _CHOICES = {

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import utils
+from libs.engine import REQUEST
 from utils import UserError
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -24,6 +25,8 @@ def make_accelerator():
     """
     utils.check_launcher()
     utils.set_cpu_if_no_gpu()
+    # DeepSpeed, if asked for, is libs.engine's: accelerate would drop it on a CPU without a word.
+    requested = os.environ.pop(REQUEST, None)
     accelerator = Accelerator(
         mixed_precision="no",
         kwargs_handlers=[
@@ -32,6 +35,8 @@ def make_accelerator():
             InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
         ],
     )
+    if requested is not None:
+        os.environ[REQUEST] = requested
     utils.check_world_size(accelerator.num_processes)
     return accelerator
 

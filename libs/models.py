@@ -95,7 +95,7 @@ def load_into(model, path):
         try:
             tensors, changes = resize_state(tensors, model)
         except UserError as error:
-            raise UserError(f"the weights in {path} do not fit: {error}") from error
+            raise UserError(f"the weights in {path} do not fit this network: {error}") from error
     load_strict(model, tensors, path)
     return changes
 

@@ -20,6 +20,7 @@ import utils
 from datasets import GlobalBatchSampler
 from libs import checkpoint, evaluation, metrics, run
 from libs.ema import EMA
+from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
 from libs.lr import lr_factor
 from libs.ops import describe_backends
@@ -125,13 +126,13 @@ def training_labels(config, y, draw, null_label):
     return torch.where(draw < config.dataset.p_uncond, null_label, y) if config.dataset.cfg else y
 
 
-def accumulate_gradients(config, accelerator, precision, model, process, codec, batches, draws):
+def accumulate_gradients(config, accelerator, precision, engine, process, codec, batches, draws):
     """Forward and backward of this rank's micro-batches; returns their mean loss, 0-dim.
 
     Gradients are averaged over ranks once, with the last micro-batch.
     """
     accumulation = config.gradient_accumulation_steps
-    null_label = accelerator.unwrap_model(model).num_classes
+    null_label = engine.network.num_classes
     total = torch.zeros((), device=accelerator.device)
     for m in range(accumulation):
         rows = rows_of(config, accelerator, m)
@@ -139,20 +140,20 @@ def accumulate_gradients(config, accelerator, precision, model, process, codec, 
         y = training_labels(config, y, draws.label[rows], null_label)
         t = process.time_from_uniform(draws.time[rows])
         drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
-        with accelerator.no_sync(model) if m + 1 < accumulation else contextlib.nullcontext():
+        with engine.accumulating(last=m + 1 == accumulation):
             with precision.autocast():
                 noise = None if draws.latent is None else draws.latent[rows]
                 z, eps = codec.encode(x, noise), draws.eps[rows]
                 losses = denoising_loss(
-                    model, process, z, y, pred=config.pred, t=t, eps=eps, **drop_path
+                    engine.model, process, z, y, pred=config.pred, t=t, eps=eps, **drop_path
                 )
             loss = losses.mean() / accumulation
-            precision.scaler.scale(loss).backward()
+            engine.backward(loss)
         total += loss.detach()
     return total
 
 
-def update(config, precision, network, optimizer, ema, progress, loss, norm):
+def update(config, precision, engine, ema, progress, loss, norm):
     """One optimizer step if loss and gradient are finite; returns 'ok', 'overflow' or 'bad'.
 
     Under fp16 a gradient that overflows while the loss is finite halves the loss scale, is not
@@ -165,14 +166,14 @@ def update(config, precision, network, optimizer, ema, progress, loss, norm):
         schedule, step = config.lr_scheduler, progress.step
         warmup_steps, n_steps = schedule.warmup_steps, config.train.n_steps
         factor = lr_factor(schedule.name, step, warmup_steps=warmup_steps, n_steps=n_steps)
-        for group in optimizer.param_groups:
+        for group in engine.optimizer.param_groups:
             group["lr"] = config.optimizer.lr * factor
-        scaler.step(optimizer)
-        scaler.update()
-        ema.update(network)
+        engine.step()
+        ema.update(engine.network)
         progress.step += 1
         progress.bad_in_a_row = 0
         return "ok"
+    engine.skip()
     if scaler.is_enabled():
         # A broken loss is not the scale's fault, and leaves it as it is.
         scaler.update(None if math.isfinite(loss) else scale)
@@ -240,10 +241,12 @@ class Speed:
         self.began += time.monotonic() - paused
 
 
-def training_state(optimizer, precision, progress):
-    """Everything that changes in training besides the weights and their average."""
+def training_state(engine, precision, progress):
+    """Everything that changes in training besides the weights and their average; all processes must
+    ask for it.
+    """
     return {
-        "optimizer": optimizer.state_dict(),
+        "optimizer": engine.optimizer_state(),
         "scaler": precision.scaler.state_dict(),
         "progress": asdict(progress),
     }
@@ -291,8 +294,8 @@ class Outputs:
 
     def save(self, step):
         """A checkpoint of `step`, written by the main process."""
+        network, ema, training = self.state()
         if self.accelerator.is_main_process:
-            network, ema, training = self.state()
             path = checkpoint.save(
                 self.directory / "ckpts", step, nnet=network, ema=ema, training_state=training,
                 config=self.config.to_dict(), keep_last=self.config.train.keep_last,
@@ -339,20 +342,20 @@ class Outputs:
             return None
 
 
-def announce(config, directory, accelerator, all_ranks, precision, network, dataset, start):
+def announce(config, directory, accelerator, all_ranks, precision, engine, dataset, start):
     """The first lines of a run's log."""
     environment = run.environment()
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     log.info("run directory %s; commit %s", directory, environment["commit"])
     log.info("packages %s", packages)
     log.info(
-        "%d process(es), ranks %s, on %s, %d thread(s) each, precision %s",
+        "%d process(es), ranks %s, on %s, %d thread(s) each, precision %s, engine %s",
         accelerator.num_processes, all_ranks, ", ".join(environment["devices"]),
-        environment["torch_threads"], precision.name,
+        environment["torch_threads"], precision.name, engine.name,
     )  # fmt: skip
     for line in describe_backends(accelerator.device):
         log.info("operator %s", line)
-    parameters = f"{sum(p.numel() for p in network.parameters()):,}"
+    parameters = f"{sum(p.numel() for p in engine.network.parameters()):,}"
     log.info("network %s, %s parameters", config.nnet.name, parameters)
     log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
     for line in start:
@@ -394,7 +397,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
     if found:
         progress = resume(found, network, ema, optimizer, precision)
         start = [f"resuming from {found[0]}"]
-    model = accelerator.prepare_model(network)
+    engine = make_engine(config, accelerator, network, optimizer, precision)
     batches = micro_batches(config, dataset, accelerator, progress.batch)
     codec, z_shape = codec.to(accelerator.device), codec.latent_shape(dataset.shape)
     generator = evaluation.ImageGenerator(
@@ -403,7 +406,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
     )  # fmt: skip
 
     def state():
-        training = training_state(optimizer, precision, progress)
+        training = training_state(engine, precision, progress)
         return network.state_dict(), ema.state_dict(), training
 
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
@@ -415,7 +418,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
         )
         metrics_log.truncate_after(progress.step)
-        announce(config, directory, accelerator, all_ranks, precision, network, dataset, start)
+        announce(config, directory, accelerator, all_ranks, precision, engine, dataset, start)
 
     depth = network.depth if getattr(network, "drop_path", 0) else 0
     settings = config.train
@@ -427,18 +430,15 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
             seed=config.seed, batch=progress.batch, size=settings.batch_size, shape=z_shape,
             depth=depth, device=device, encoding=codec.needs_noise,
         )  # fmt: skip
-        optimizer.zero_grad(set_to_none=True)
+        engine.zero_grad()
         loss = accumulate_gradients(
-            config, accelerator, precision, model, process, codec, batches, draws
+            config, accelerator, precision, engine, process, codec, batches, draws
         )
-        precision.scaler.unscale_(optimizer)
-        max_norm = config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
-        loss, norm, stops = share(accelerator, loss, norm, stop.requested)
-        outcome = update(config, precision, network, optimizer, ema, progress, loss, norm)
+        loss, norm, stops = share(accelerator, loss, engine.clip(), stop.requested)
+        outcome = update(config, precision, engine, ema, progress, loss, norm)
         step, last = progress.step, progress.step == settings.n_steps
         if main and (outcome != "ok" or step % settings.log_interval == 0 or last):
-            lr, img_s = optimizer.param_groups[0]["lr"], speed(progress.batch)
+            lr, img_s = engine.optimizer.param_groups[0]["lr"], speed(progress.batch)
             line = dict(loss=loss, grad_norm=norm, lr=lr, img_s=img_s, outcome=outcome)
             metrics_log.write(step, line)
             bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{img_s:.0f}")

@@ -68,7 +68,16 @@ def environment(**extra):
 
 def start(script, *args, num_processes=0, precision="no", **extra):
     """A started process of `script`; stdout and stderr are one text stream."""
-    command = [*launcher(num_processes, precision), script, *args]
+    return _start([*launcher(num_processes, precision), script, *args], extra)
+
+
+def start_words(words, script, *args, **extra):
+    """The same under `accelerate launch` with these words of its own."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *words]
+    return _start([*launch, script, *args], extra)
+
+
+def _start(command, extra):
     return subprocess.Popen(
         command,
         cwd=ROOT,

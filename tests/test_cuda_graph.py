@@ -363,10 +363,12 @@ def test_the_self_check_runs_every_kernel_of_a_plan(monkeypatch, name, states):
     monkeypatch.setattr(cuda, "prepare", lambda plan, struct, index: plan)
     gpu = types.SimpleNamespace(index=0, multiprocessors=132)
     choose = getattr(launch_plan, f"{name}_variant")
+    dtype = ("bfloat16",) if name == "backward" else ()
     for shape in SHAPES:
         plan = getattr(launch_plan, f"scan_{name}")(*shape, states, "bfloat16", 132)
         _, _, checked = cuda_scan._small_problem(
-            gpu, f"scan_{name}", plan, choose(*shape, states, 132), states, torch.bfloat16
+            gpu, f"scan_{name}", plan, choose(*shape, states, *dtype, 132), states,
+            torch.bfloat16,
         )
         assert kernels(plan) <= checked, shape
 

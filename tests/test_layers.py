@@ -19,17 +19,22 @@ ROOT = Path(__file__).resolve().parent.parent
 # without cycles, its own.
 LAYERS = {
     0: ["configs", "configs.*", "utils", "sde", "libs", "libs.scan_order", "libs.ops.reference",
-        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run"],
+        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled"],
     1: ["libs.ops", "libs.ops.*", "datasets", "libs.guidance", "libs.samplers", "libs.metrics",
-        "libs.flags", "libs.weights"],
+        "libs.precision_recall",
+        "libs.flags", "libs.weights", "libs.autoencoder", "libs.cifar10", "libs.features",
+        "libs.feature_files", "libs.feature_writer", "libs.images"],
     2: ["libs.layers", "libs.mamba", "libs.codec"],
     3: ["libs.dim", "libs.uvit", "libs.official", "libs.models"],
-    4: ["libs.launch", "libs.checkpoint", "libs.evaluation", "libs.training"],
-    5: ["train", "eval", "sample", "scripts.*"],
+    4: ["libs.launch", "libs.engine", "libs.checkpoint", "libs.evaluation",
+        "libs.evaluation_run", "libs.image_store", "libs.real_images", "libs.training"],
+    5: ["train", "train_ldm_discrete", "eval", "eval_ldm_discrete", "sample", "scripts.*"],
 }  # fmt: skip
 NOT_LAYERED = ("tests/", "benchmarks/", "setup.py")
 MAX_SCRIPT_LINES, MAX_ARGUMENTS = 80, 14
-SCRIPTS = ["train.py", "eval.py", "sample.py"]
+SCRIPTS = [
+    "train.py", "train_ldm_discrete.py", "eval.py", "eval_ldm_discrete.py", "sample.py",
+]  # fmt: skip
 
 
 def project_files():
