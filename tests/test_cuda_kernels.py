@@ -83,7 +83,7 @@ def permutation(length):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 37, 61, 366])
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 61, 64, 366])
 def test_lengths(length, dtype):
     check_scan(dtype, L=length, D=67, order=permutation(length))
     check_conv(dtype, L=length, D=67, order=permutation(length), activation="silu")
@@ -92,6 +92,7 @@ def test_lengths(length, dtype):
 def test_long():
     check_scan(torch.float32, 1, 1230, 20, order=permutation(1230))
     check_scan(torch.bfloat16, 1, 1230, 20, order=permutation(1230))
+    check_scan(torch.bfloat16, 1, 1600, 20)  # in segments
 
 
 @pytest.mark.parametrize("pattern", [ROWS, ROWS_REVERSED, COLUMNS, COLUMNS_REVERSED])
@@ -152,8 +153,8 @@ def test_large_arguments():
 # ---------------------------------------- variants
 
 FORWARD_VARIANTS = [
-    Variant(1, 64, 8, 1, 8), Variant(1, 64, 8, 3, 8), Variant(4, 32, 16, 1, 1),
-    Variant(4, 32, 16, 2, 1),
+    Variant(1, 64, 8, 1, 8), Variant(1, 64, 8, 3, 8), Variant(4, 32, 16, 2, 1),
+    Variant(1, 16, 16, 1, 4, lanes=8), Variant(1, 32, 16, 1, 3, lanes=4),
 ]  # fmt: skip
 BACKWARD_VARIANTS = [Variant(1, 64, 8, 1, 6), Variant(1, 64, 8, 3, 6), Variant(4, 32, 8, 3, 1)]
 

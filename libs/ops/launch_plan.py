@@ -155,6 +155,8 @@ class Variant(NamedTuple):
     blocks of `channels`, the steps over `segments`, each walked in tiles of `tile` steps.
 
     min_blocks: blocks a multiprocessor must be able to hold, which bounds the registers a thread.
+    lanes: with several, this many lanes of a warp share a channel (forward_lanes.cu), in one group
+    and one segment.
     """
 
     groups: int
@@ -162,6 +164,7 @@ class Variant(NamedTuple):
     tile: int
     segments: int
     min_blocks: int
+    lanes: int = 1
 
 
 # Segments begin at a multiple of this, which all tiles divide.
@@ -244,6 +247,17 @@ def _walk(scan_pass, variant, shape, padded, dtype, segments):
     return Launch(kernel, grid, (variant.channels * variant.groups, 1, 1), 0)
 
 
+def _walk_by_lanes(variant, shape, dtype):
+    """A launch of csrc/selective_scan/forward_lanes.cu."""
+    batch, _, channels, _ = shape
+    kernel = _kernel(
+        "selective_scan/forward_lanes.cu", "scan_forward_lanes", dtype, kLanes=variant.lanes,
+        kChannels=variant.channels, kTile=variant.tile, kMinBlocks=variant.min_blocks,
+    )  # fmt: skip
+    grid = (batch * _blocks(channels, variant.channels), 1, 1)
+    return Launch(kernel, grid, (variant.channels * variant.lanes, 1, 1), 0)
+
+
 def _segment_scratch(prefix, batch, channels, states, segments):
     """End states of all segments but one, and their sums of step sizes."""
     return (
@@ -259,6 +273,8 @@ def scan_forward(batch, length, channels, states, dtype, multiprocessors, varian
     variant = variant or forward_variant(*shape, multiprocessors)
     integers = _segment_integers(length, variant.segments)
     segments = integers["segments"]
+    if variant.lanes > 1:
+        return Plan((_walk_by_lanes(variant, shape, dtype),), (), integers)
     padded = padded_states(states, variant.groups)
     launches = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments)]
     scratch = ()
