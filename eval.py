@@ -3,17 +3,16 @@
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./eval.py \\
         --config=configs/cifar10_S_DiM.py --nnet_path=CHECKPOINT
     python eval.py --config=configs/digits_T_DiM.py --nnet_path=CHECKPOINT
+
+The same command resumes an interrupted evaluation.
 """
 
-from pathlib import Path
-
-import utils
 from datasets import get_dataset
-from libs import evaluation, flags, metrics
+from libs import flags
 from libs.codec import PixelCodec
-from libs.launch import Precision, make_accelerator
+from libs.evaluation_run import run_evaluation
+from libs.launch import make_accelerator
 from libs.models import build_model, check_data, load_into
-from libs.run import environment
 from sde import VPSDE
 
 FLAGS = {
@@ -31,13 +30,7 @@ FLAGS = {
 
 
 def main(args):
-    config = args.config
-    run_directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
-    output_path = Path(args.output_path or run_directory / "evaluation.json")
-    if output_path.is_dir():
-        raise utils.UserError(f"{output_path} is a directory: --output_path is the file to write")
-    folder = Path(config.sample.path) if config.sample.path else None
-    accelerator = make_accelerator()
+    config, accelerator = args.config, make_accelerator()
     dataset = get_dataset(
         config.dataset.name,
         path=config.dataset.path,
@@ -45,33 +38,13 @@ def main(args):
         labels=config.train.mode == "cond",
         seed=config.seed,
     )
-    evaluation.require_statistics(config, dataset)
-    features = metrics.make_features(
-        config.sample.features, config.sample.fid_weights_path, accelerator.device
-    )
-    model = build_model(config.nnet)
-    check_data(model, dataset, PixelCodec().latent_shape(dataset.shape))
-    load_into(model, args.nnet_path)
-    generator = evaluation.ImageGenerator(
-        model.to(accelerator.device).eval(), VPSDE(), PixelCodec(), config,
-        image_shape=dataset.shape,
-        precision=Precision(config.train.mixed_precision, accelerator.device), seed=config.seed,
+    model, codec = build_model(config.nnet), PixelCodec()
+    check_data(model, dataset, codec.latent_shape(dataset.shape))
+    changes = load_into(model, args.nnet_path)
+    run_evaluation(
+        args, config, accelerator, model=model, process=VPSDE(), codec=codec, dataset=dataset,
+        changes=changes,
     )  # fmt: skip
-    for path in (output_path.parent, folder):
-        if path and accelerator.is_main_process:
-            utils.make_directory(path)
-    accelerator.wait_for_everyone()
-    result = evaluation.evaluate(
-        generator, features, dataset, config, accelerator, n=config.sample.n_samples, folder=folder
-    )
-    if accelerator.is_main_process:
-        recipe = {
-            "nnet_path": args.nnet_path,
-            "config": config.to_dict(),
-            "environment": environment(),
-        }
-        utils.write_json(output_path, {**result, **recipe})
-        print("\n".join([*evaluation.describe(result), f"the whole recipe is in {output_path}"]))
 
 
 if __name__ == "__main__":

@@ -144,10 +144,11 @@ class RunLock:
 
     The lock is the operating system's and belongs to the process: kill -9 releases it at once,
     and forked data loader workers do not inherit it (an flock they would keep alive).
-    Raises UserError naming the holder's process id and host. Take it on one rank only.
+    Raises UserError naming the holder's process id and host, and `flag`, which chooses another
+    directory. Take it on one rank only.
     """
 
-    def __init__(self, directory):
+    def __init__(self, directory, flag="--workdir"):
         path = make_directory(directory) / ".lock"
         try:
             self._file = path.open("a+", encoding="utf-8")  # "a+" keeps the holder's text
@@ -160,7 +161,7 @@ class RunLock:
             holder = self._file.read() or "another process"
             self._file.close()
             raise UserError(f"{directory} is in use by {holder}; wait for it, stop it, or give "
-                            "another --workdir") from None
+                            f"another {flag}") from None
         self._file.truncate(0)
         self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._file.flush()

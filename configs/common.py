@@ -132,7 +132,7 @@ def get_config():
         vis_label=config_dict.placeholder(int),  # the one class of all images
         path=config_dict.placeholder(str),  # folder that keeps the PNG files
         adm_npz=config_dict.placeholder(str),  # file of all images for ADM's evaluation suite
-        features="inception",  # or digits_classifier
+        features="inception",  # or digits_classifier, or none: pictures without figures
         fid_weights_path=config_dict.placeholder(
             str
         ),  # pytorch-fid's weights file; without it, its download

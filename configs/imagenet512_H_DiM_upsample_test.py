@@ -16,13 +16,12 @@ def get_config():
     config.z_shape = (4, 128, 128)
     config.ug_m = 2
 
-    config.dataset.fid_stats = ""  # of 1024x1024 images there are no statistics
-
     config.nnet.input_size = 128
     config.nnet.skip_tuning = (0.82, 1.0)
 
     config.sample.algorithm = "dpm_solver_upsample_g"
     config.sample.scale = 3.0
     config.sample.mini_batch_size = 1
+    config.sample.features = "none"  # of 1024x1024 images there are no statistics
     config.sample.path = "workdir/imagenet512_H_DiM_ft/test_tmp/all_class_1024"
     return config

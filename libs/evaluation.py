@@ -1,5 +1,5 @@
-"""Images from a trained network, streamed to PNG files and into statistics on every process;
-nothing is gathered to one.
+"""Images from a trained network, and their figures, streamed into statistics on every process;
+nothing is gathered to one. Resumable evaluations are libs.evaluation_run's.
 """
 
 import torch
@@ -8,11 +8,10 @@ from tqdm import tqdm
 import utils
 from libs import guidance, metrics, samplers
 from libs.launch import ranks
+from libs.real_images import as_saved, can_be_measured, halves_baseline, real_images
+from libs.real_images import require_statistics as require_statistics  # training asks it, too
 from sde import eps_from_model
 from utils import UserError
-
-# Without a statistics file, a data set up to this size is measured on the spot.
-MEASURE_UP_TO = 10_000
 
 
 class ImageGenerator:
@@ -22,38 +21,46 @@ class ImageGenerator:
     Args:
         model: the network, in eval mode.
         process, codec: of training.
-        config: the run's config; its `pred`, `train.mode` and `sample` sections are read.
-        image_shape: (C, H, W) of the images.
+        config: the run's config; its `pred`, `train.mode`, `sample` and `ug_*` are read.
+        image_shape: (C, H, W) of the images that the codec decodes to.
         precision: libs.launch.Precision of the forward passes.
         seed: every image's noise and random label are keyed by (seed, index).
     """
 
     def __init__(self, model, process, codec, config, *, image_shape, precision, seed):
-        self.model, self.process, self.codec, self.precision, self.seed = (
-            model,
-            process,
-            codec,
-            precision,
-            seed,
-        )
-        self.settings, self.pred = config.sample, config.pred
-        self.conditional = config.train.mode == "cond"
+        self.model, self.process, self.codec, self.config = model, process, codec, config
+        self.image_shape, self.precision, self.seed = tuple(image_shape), precision, seed
+        self.settings, self.conditional = config.sample, config.train.mode == "cond"
+        self.vis_label = self.settings.get("vis_label")  # checkpoints may be older than the key
         self.z_shape = codec.latent_shape(image_shape)
         self.device = next(model.parameters()).device
-        if self.settings.labels not in ("random", "balanced"):
-            raise UserError(
-                f"sample.labels is {self.settings.labels!r}, expected 'random' or 'balanced'"
-            )
-        if self.conditional and not model.num_classes:
-            raise UserError("train.mode is 'cond', but nnet.num_classes is 0: give the classes")
+        self._check_labels()
         # Whatever the sampler cannot do is said here, not at the first grid of a long training.
         self._draw(lambda x, t, y: torch.zeros_like(x), [0], self.labels_of([0]))
+
+    def _check_labels(self):
+        labels, classes = self.settings.labels, self.model.num_classes
+        vis_label = self.vis_label
+        if labels not in ("random", "balanced"):
+            raise UserError(f"sample.labels is {labels!r}, expected 'random' or 'balanced'")
+        if self.conditional and not classes:
+            raise UserError("train.mode is 'cond', but nnet.num_classes is 0: give the classes")
+        if vis_label is not None and not self.conditional:
+            raise UserError(
+                f"sample.vis_label is {vis_label}, but this model has no classes: leave it out"
+            )
+        if vis_label is not None and not 0 <= vis_label < classes:
+            raise UserError(
+                f"sample.vis_label is {vis_label}, but this model has classes 0 to {classes - 1}"
+            )
 
     def labels_of(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
         if not self.conditional:
             return None
         classes = self.model.num_classes
+        if self.vis_label is not None:
+            return torch.full((len(indices),), self.vis_label)
         if self.settings.labels == "balanced":
             return torch.tensor([index % classes for index in indices])
         return torch.tensor(
@@ -61,18 +68,28 @@ class ImageGenerator:
         )
 
     def recipe(self):
-        """What it takes to make these images again: dict for the log and the result file."""
-        scale = self.settings.scale if self.conditional and self.settings.cfg else 0.0
+        """What it takes to make these images again, besides the network: dict for the log and the
+        result file.
+        """
+        settings, config = self.settings, self.config
+        scale = settings.scale if self.conditional and settings.cfg else 0.0
+        upsampling = {key: config.get(f"ug_{key}") for key in ("m", "theta", "eta", "T")}
         return {
-            "algorithm": self.settings.algorithm,
-            "steps": self.settings.sample_steps,
+            "process": type(self.process).__name__,
+            "pred": config.pred,
+            "algorithm": settings.algorithm,
+            "steps": settings.sample_steps,
             "guidance_scale": scale,
             "guidance_scale_standard": 1 + scale,  # w of uncond + w * (cond - uncond)
-            "guidance_interval": self.settings.guidance_interval,
-            "labels": self.settings.labels if self.conditional else None,
+            "guidance_interval": settings.guidance_interval if scale else None,
+            "upsampling_guidance": upsampling if upsampling["m"] is not None else None,
+            "labels": settings.labels if self.conditional and self.vis_label is None else None,
+            "vis_label": self.vis_label,
             "seed": self.seed,
             "precision": self.precision.name,
             "z_shape": self.z_shape,
+            "image_shape": self.image_shape,
+            "codec": {"name": type(self.codec).__name__, **self.codec.describe()},
         }
 
     @torch.no_grad()
@@ -81,7 +98,7 @@ class ImageGenerator:
         `labels_of`.
         """
         labels = self.labels_of(indices) if labels is None else labels
-        predict = eps_from_model(self.model, self.process, self.pred)
+        predict = eps_from_model(self.model, self.process, self.config.pred)
         with self.precision.autocast():
             return self.codec.decode(self._draw(predict, indices, labels, on_step))
 
@@ -89,12 +106,8 @@ class ImageGenerator:
         """z (B, *z_shape) of `indices`, by the noise prediction predict(x, t, y)."""
         y = None if labels is None else labels.to(self.device)
         noise = samplers.ImageNoise(self.seed, indices, self.z_shape)
-        eps_fn = guidance.classifier_free(
-            predict,
-            y,
-            self.recipe()["guidance_scale"],
-            self.model.num_classes,
-            self.settings.guidance_interval,
+        eps_fn = guidance.guided_by(
+            self.config, predict, self.process, y, self.model.num_classes
         )
         return samplers.sample(
             eps_fn,
@@ -115,57 +128,54 @@ def batches_of_rank(n, mini_batch_size, accelerator):
     return [list(indices[i : i + mini_batch_size]) for i in range(0, len(indices), mini_batch_size)]
 
 
-def as_saved(images):
-    """Images in [0, 1] rounded as PNG files hold them, so that statistics describe the files."""
-    return (images * 255).round() / 255
+def measured(generator, features, batches, *, quiet, stop=lambda: False):
+    """For each batch of indices (indices, images as saved, features (B, dim), agrees), until
+    `stop()` comes true; agrees (B,) bool says which images are classified as their labels, None
+    where that is not defined.
+    """
+    classify = getattr(features, "classify", None) if generator.conditional else None
+    with tqdm(total=sum(map(len, batches)), desc="sampling", unit="img", disable=quiet) as bar:
+        for indices in batches:
+            if stop():
+                return
+            images, agrees = as_saved(generator(indices)), None
+            if classify is not None:
+                found = classify(images)
+                agrees = found == generator.labels_of(indices).to(found.device)
+            yield indices, images, features(images), agrees
+            bar.update(len(indices))
 
 
-def measure(
-    generator, features, accelerator, *, n, folder=None, title="sampling", stop=lambda: False
-):
-    """Make images 0..n-1, keep them as folder/<index>.png if asked, and sum up their features.
+def measure(generator, features, accelerator, *, n, stop=lambda: False):
+    """Make images 0..n-1 and sum up their features.
 
     Returns:
         (metrics.Moments over all processes, class agreement in [0, 1] or None if it is not
         defined); None if `stop()` came true.
     """
-    moments = metrics.Moments(features.dim, accelerator.device)
+    moments, agreement = metrics.Moments(features.dim, accelerator.device), None
     agreeing = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    classify = getattr(features, "classify", None) if generator.conditional else None
     batches = batches_of_rank(n, generator.settings.mini_batch_size, accelerator)
-    total, quiet = sum(map(len, batches)), not accelerator.is_main_process
-    bar = tqdm(total=total, desc=title, unit="img", disable=quiet)
-    stopped = torch.zeros((), device=accelerator.device)
-    with bar:
-        for indices in batches:
-            if stop():
-                stopped += 1
-                break
-            images = as_saved(generator(indices))
-            moments.update(features(images))
-            if classify is not None:
-                agreeing += (classify(images).cpu() == generator.labels_of(indices)).sum().item()
-            for index, image in zip(indices, images, strict=True) if folder else ():
-                utils.save_png(folder / f"{index}.png", image)
-            bar.update(len(indices))
-    for tensor in (moments.count, moments.sum, moments.outer, agreeing, stopped):
+    quiet = not accelerator.is_main_process
+    for _, _, rows, agrees in measured(generator, features, batches, quiet=quiet, stop=stop):
+        moments.update(rows)
+        if agrees is not None:
+            agreeing += agrees.sum()
+    for tensor in (moments.count, moments.sum, moments.outer, agreeing):
         tensor.copy_(accelerator.reduce(tensor, "sum"))
-    if stopped.item():
+    if moments.count.item() < n:
         return None
-    return moments, agreeing.item() / n if classify is not None else None
+    if hasattr(features, "classify") and generator.conditional:
+        agreement = agreeing.item() / n
+    return moments, agreement
 
 
 def make_grid_images(generator, accelerator, n, stop=lambda: False):
     """Images 0..n-1 on every process, (n, C, H, W), each made on one of them; None if `stop()` came
     true. For small n.
     """
-    images = torch.zeros(
-        n,
-        *generator.codec.decode(torch.zeros(1, *generator.z_shape, device=generator.device)).shape[
-            1:
-        ],
-    )
-    images, stopped = images.to(accelerator.device), torch.zeros((), device=accelerator.device)
+    images = torch.zeros(n, *generator.image_shape, device=accelerator.device)
+    stopped = torch.zeros((), device=accelerator.device)
     for indices in batches_of_rank(n, generator.settings.mini_batch_size, accelerator):
         if stop():
             stopped += 1
@@ -176,97 +186,42 @@ def make_grid_images(generator, accelerator, n, stop=lambda: False):
     return None if stopped.item() else images
 
 
-def dataset_moments(features, dataset, accelerator, indices=None):
-    """Moments of real images (all, or of `indices`), as 8-bit files hold them; and the share that
-    `features` classifies right, or None.
+def recipe_of(generator, features, real, n):
+    """What a result of n images depends on, besides the network's weights."""
+    source = real and real.source
+    return {"n": n, "features": features.name, "statistics": source, **generator.recipe()}
+
+
+def figures_of(mu, sigma, agreement, real, features, dataset, seed):
+    """The figures of generated images whose features have mean mu and covariance sigma, and those
+    of two halves of the real images where these are at hand.
     """
-    moments, right = metrics.Moments(features.dim, accelerator.device), 0
-    indices = list(range(len(dataset)) if indices is None else indices)
-    for start in range(0, len(indices), 500):
-        rows = [dataset[(0, index)] for index in indices[start : start + 500]]
-        images = as_saved(torch.stack([x for x, _ in rows]).mul(0.5).add(0.5)).to(
-            accelerator.device
-        )
-        moments.update(features(images))
-        if hasattr(features, "classify"):
-            right += (
-                (features.classify(images).cpu() == torch.tensor([int(y) for _, y in rows]))
-                .sum()
-                .item()
-            )
-    return moments, right / len(indices) if hasattr(features, "classify") else None
+    distance = metrics.frechet_distance(mu, sigma, real.mu, real.sigma)
+    figures = {"frechet_distance": distance, "class_agreement": agreement}
+    if can_be_measured(dataset):
+        figures["real_halves"] = halves_baseline(features, dataset, seed, mu.device)
+    return figures
 
 
-def require_statistics(config, dataset):
-    """UserError where FID can have no real side: no statistics file, and many images."""
-    if not config.dataset.fid_stats and len(dataset) > MEASURE_UP_TO:
-        raise UserError(
-            "dataset.fid_stats names no statistics file: make one with "
-            "scripts/compute_fid_stats.py (see the README) and pass "
-            "--config.dataset.fid_stats=FILE"
-        )
-
-
-def real_statistics(config, features, dataset, accelerator):
-    """(mu, sigma, description) of the real images: from dataset.fid_stats, or measured here.
-
-    Raises:
-        UserError: `require_statistics`, or the file was made by another extractor or at another
-            resolution.
-    """
-    require_statistics(config, dataset)
-    path, resolution = config.dataset.fid_stats, dataset.shape[-1]
-    if not path:
-        mu, sigma = dataset_moments(features, dataset, accelerator)[0].mean_and_covariance()
-        return mu, sigma, {"file": None, "count": len(dataset), "known": True}
-    statistics = metrics.load_statistics(
-        path, extractor=features.name, resolution=resolution, dim=features.dim
-    )
-    source = {"file": path, "sha256": statistics.sha256, "count": statistics.count}
-    return statistics.mu, statistics.sigma, {**source, "known": statistics.known}
-
-
-def halves_baseline(features, dataset, accelerator, seed):
-    """How two random halves of the real images compare, the floor for generated ones.
-
-    Returns:
-        {'frechet_distance': of the halves, 'class_agreement': of their mean, or None}.
-    """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    half = len(order) // 2
-    a, right_a = dataset_moments(features, dataset, accelerator, order[:half])
-    b, right_b = dataset_moments(features, dataset, accelerator, order[half:])
-    distance = metrics.frechet_distance(*a.mean_and_covariance(), *b.mean_and_covariance())
-    agreement = None if right_a is None else (right_a + right_b) / 2
-    return {"frechet_distance": distance, "class_agreement": agreement}
-
-
-def evaluate(
-    generator, features, dataset, config, accelerator, *, n, folder=None, stop=lambda: False
-):
+def evaluate(generator, features, dataset, config, accelerator, *, n, stop=lambda: False):
     """Frechet distance (FID with Inception features) of n generated images to the real ones, and
-    the whole recipe.
+    the recipe. Nothing is written; dataset None or of latents needs dataset.fid_stats.
 
     Returns:
         dict for the log and for json; None if `stop()` came true.
     """
-    mu, sigma, source = real_statistics(config, features, dataset, accelerator)
-    measured = measure(generator, features, accelerator, n=n, folder=folder, stop=stop)
-    if measured is None:
+    resolution, device = generator.image_shape[-1], accelerator.device
+    real = real_images(config, features, dataset, resolution=resolution, device=device)
+    found = measure(generator, features, accelerator, n=n, stop=stop)
+    if found is None:
         return None
-    moments, agreement = measured
-    result = {
-        "frechet_distance": metrics.frechet_distance(*moments.mean_and_covariance(), mu, sigma),
-        "class_agreement": agreement,
-        "n": n,
-        "features": features.name,
-        "statistics": source,
+    moments, agreement = found
+    mu, sigma = moments.mean_and_covariance()
+    return {
+        **figures_of(mu, sigma, agreement, real, features, dataset, generator.seed),
         "ranks": ranks(accelerator),
-        **generator.recipe(),
+        **recipe_of(generator, features, real, n),
     }
-    if len(dataset) <= MEASURE_UP_TO:
-        result["real_halves"] = halves_baseline(features, dataset, accelerator, generator.seed)
-    return result
 
 
 def describe(result):
@@ -277,7 +232,17 @@ def describe(result):
         agreement = values["class_agreement"]
         return text if agreement is None else f"{text}, class agreement {agreement:.2%}"
 
-    lines = [f"{figures(result)} over {result['n']} images ({result['features']})"]
+    if result["frechet_distance"] is None:
+        lines = [f"{result['n']} images, and no figures, as sample.features is 'none'"]
+    else:
+        lines = [f"{figures(result)} over {result['n']} images ({result['features']})"]
+    if found := result.get("precision_recall"):
+        lines.append(
+            f"precision {found['precision']:.4f}, recall {found['recall']:.4f} (k {found['k']}, "
+            f"{found['real']} real and {found['generated']} generated images)"
+        )
+    elif reason := result.get("no_precision_recall"):
+        lines.append(f"no precision and recall: {reason}")
     if halves := result.get("real_halves"):
         lines.append(f"two halves of the real images: {figures(halves)}")
     lines.append(
@@ -285,7 +250,7 @@ def describe(result):
         f"{result['guidance_scale_standard']:g}), {result['algorithm']}, {result['steps']} steps, "
         f"seed {result['seed']}, precision {result['precision']}"
     )
-    if not result["statistics"]["known"]:
+    if result["statistics"] and not result["statistics"]["known"]:
         lines.append(
             f"{result['statistics']['file']} has only mu and sigma: extractor, resolution and "
             "count of the real images unknown"

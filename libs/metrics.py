@@ -174,6 +174,24 @@ class DigitsClassifierFeatures:
 FEATURES = {"inception": InceptionFeatures, "digits_classifier": DigitsClassifierFeatures}
 
 
+class NoFeatures:
+    """Measures nothing, for evaluations that only make pictures: one number an image, its mean, by
+    which one that is not finite is noticed.
+    """
+
+    name, dim = "none", 1
+
+    def __init__(self, path, device):
+        pass
+
+    def __call__(self, images):
+        """Images (B, C, H, W) -> (B, 1)."""
+        return images.flatten(1).mean(1, keepdim=True)
+
+
+FEATURES["none"] = NoFeatures
+
+
 def make_features(name, path, device):
     """The feature network of that name in FEATURES; path None means its usual place."""
     if name not in FEATURES:
@@ -182,6 +200,16 @@ def make_features(name, path, device):
 
 
 # ------------------------------------------------------------ moments and distance
+
+
+BLOCK = 5000  # rows of features at a time; 5,000 x 5,000 distances in float64 are 200 MB
+
+
+def blocks(features, device):
+    """Rows of an array (n, dim), memory-mapped or not, as float64 on `device`, BLOCK at a time."""
+    for start in range(0, len(features), BLOCK):
+        rows = np.array(features[start : start + BLOCK])  # a copy: torch takes no read-only memory
+        yield torch.from_numpy(rows).to(device, torch.float64)
 
 
 class Moments:
@@ -245,6 +273,7 @@ class Statistics:
     extractor: str | None
     resolution: int | None
     preprocessing: str | None
+    features: np.ndarray | None  # float32 (m, dim), of a random subset, for precision and recall
     sha256: str  # of the file, for the recipe of an evaluation
 
     @property
@@ -253,8 +282,13 @@ class Statistics:
         return None not in (self.count, self.extractor, self.resolution, self.preprocessing)
 
 
-def save_statistics(path, *, mu, sigma, count, extractor, resolution, preprocessing):
-    """Write an .npz that pytorch-fid reads too (mu, sigma), whole or not at all."""
+def save_statistics(
+    path, *, mu, sigma, count, extractor, resolution, preprocessing, features=None
+):
+    """Write an .npz that pytorch-fid reads too (mu, sigma), whole or not at all.
+
+    features: those of a random subset of the images (m, dim), for precision and recall.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {
@@ -265,6 +299,8 @@ def save_statistics(path, *, mu, sigma, count, extractor, resolution, preprocess
         "resolution": np.int64(resolution),
         "preprocessing": np.str_(preprocessing),
     }
+    if features is not None:
+        arrays["features"] = np.asarray(features, np.float32)
     with replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)
 
@@ -312,10 +348,26 @@ def _require_moments(path, arrays, dim):
         raise UserError(f"{path}: mu and sigma are not finite floating-point numbers")
 
 
+def _reference_features(path, arrays, dim):
+    """float32 (m, dim), or None if the file keeps none."""
+    features = arrays.get("features")
+    if features is None:
+        return None
+    if features.ndim != 2 or features.shape[1] != dim or features.dtype.kind != "f":
+        raise UserError(
+            f"{path}: 'features' are {features.dtype} of shape {features.shape}, expected "
+            f"floating-point numbers (m, {dim})"
+        )
+    if not np.isfinite(features).all():
+        raise UserError(f"{path}: 'features' are not finite")
+    return features.astype(np.float32)
+
+
 def load_statistics(path, *, extractor, resolution, dim=None):
     """Read a statistics file for images of `resolution` in the features named `extractor`.
 
-    A file with mu and sigma only is accepted with one warning. Raises UserError if the file is
+    A file with mu and sigma only is accepted with one warning, and one without features of images
+    silently. Raises UserError if the file is
     missing, broken, has other shapes than `dim` asks, or was made otherwise than expected.
     """
     arrays, sha256 = _read_npz(path)
@@ -325,6 +377,7 @@ def load_statistics(path, *, extractor, resolution, dim=None):
         mu=torch.from_numpy(arrays["mu"].astype(np.float64)),
         sigma=torch.from_numpy(arrays["sigma"].astype(np.float64)),
         **{name: _scalar(path, arrays, name, kind) for name, kind in kinds.items()},
+        features=_reference_features(path, arrays, len(arrays["mu"])),
         sha256=sha256,
     )
     for name, expected in (("extractor", extractor), ("resolution", resolution)):

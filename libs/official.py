@@ -5,14 +5,20 @@ code from them.
 """
 
 import math
-from pathlib import Path
 
 import torch
 
 from libs.dim import EXTRA_TOKENS, DiM
 from libs.layers import interpolate_positions
 from libs.uvit import UViT
-from libs.weights import check_manifest, listed, load_strict, read_safetensors, read_torch
+from libs.weights import (
+    check_manifest,
+    listed,
+    load_strict,
+    read_safetensors,
+    read_torch,
+    weights_file,
+)
 from utils import UserError, read_json
 
 # ----------------------------------------------------------------------------------- configurations
@@ -435,9 +441,7 @@ def load_checkpoint(path):
     Raises:
         UserError: missing, truncated, or not a file of plain tensors.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "nnet_ema.safetensors"
+    path = weights_file(path)
     if not path.is_file():
         raise UserError(
             f"checkpoint {path} does not exist; give a <step>.ckpt directory, a .safetensors file "

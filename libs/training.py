@@ -291,6 +291,8 @@ class Outputs:
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.generator, self.dataset, self.state = generator, dataset, state
         self.features, self.fid_samples = None, config.train.fid_samples
+        if config.sample.features == metrics.NoFeatures.name:
+            self.fid_samples = 0
 
     def save(self, step):
         """A checkpoint of `step`, written by the main process."""
@@ -383,11 +385,16 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
     lock = utils.RunLock(directory) if accelerator.is_main_process else contextlib.nullcontext()
     with lock, run.StopRequest() as stop:
         run.get_logger(directory, accelerator.process_index)
-        loop(config, directory, accelerator, stop, model, process, codec, dataset, start_weights)
+        finished = loop(
+            config, directory, accelerator, stop, model, process, codec, dataset, start_weights
+        )
+    accelerator.end_training()  # else gloo's threads now and then abort the process at its end
+    if not finished:
+        sys.exit(STOPPED)
 
 
 def loop(config, directory, accelerator, stop, model, process, codec, dataset, start_weights):
-    """The body of `train`, flat."""
+    """The body of `train`, flat; returns whether it came to the end."""
     precision = Precision(config.train.mixed_precision, accelerator.device)
     start = start_weights() if not any((directory / "ckpts").glob("*.ckpt")) else []
     network = model.to(accelerator.device).train()
@@ -456,9 +463,10 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
         metrics_log.close()
     if progress.step < settings.n_steps:
         log.info("stopped at step %d as asked; the same command goes on from here", progress.step)
-        sys.exit(STOPPED)
+        return False
     log.info(
         "finished %d steps; weights in %s",
         progress.step,
         directory / "ckpts" / f"{progress.step}.ckpt",
     )
+    return True

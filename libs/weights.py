@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -10,6 +11,12 @@ from safetensors.torch import load_file
 from utils import UserError, read_json
 
 USE_ANOTHER = "use another checkpoint"
+
+
+def weights_file(path):
+    """The file to evaluate at `path`: of a `<step>.ckpt` directory the averaged weights."""
+    path = Path(path)
+    return path / "nnet_ema.safetensors" if path.is_dir() else path
 
 
 def sha256_of(path):

@@ -4,8 +4,8 @@
         --resolution=32 --features=inception --out=assets/fid_stats/cifar10.npz
 
 --dataset=folder takes a directory of images (any depth), --dataset=digits needs no path. The file
-holds mu and sigma, as pytorch-fid reads them, and the extractor, resolution, count and
-preprocessing, which an evaluation checks.
+holds mu and sigma, as pytorch-fid reads them, the extractor, resolution, count and preprocessing,
+which an evaluation checks, and the features of a random subset, for precision and recall.
 """
 
 import sys
@@ -31,15 +31,20 @@ FLAGS = {
     "weights": (str, None, "the feature network's file; where it usually is if not given"),
     "out": (str, flags.REQUIRED, "the .npz file to write"),
     "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
+    "kept_features": (
+        int, 10_000, "keep the features of this many random images (80 MB of 10,000); 0 for none",
+    ),
     "batch_size": (int, 50, "images a batch"),
     "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
     "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where the network runs"),
-}
+}  # fmt: skip
 
 
 def check_flags(args):
     """Raise UserError for numbers out of range and for a GPU that is not there."""
-    lowest = {"resolution": 1, "max_images": 2, "batch_size": 1, "num_workers": 0}
+    lowest = {
+        "resolution": 1, "max_images": 2, "kept_features": 0, "batch_size": 1, "num_workers": 0,
+    }  # fmt: skip
     for name, minimum in lowest.items():
         value = getattr(args, name)
         if value is not None and value < minimum:
@@ -54,15 +59,26 @@ def choose_indices(length, max_images):
     return [int(i) for i in np.arange(count) * length // count]
 
 
-def compute_moments(dataset, indices, features, *, batch_size, num_workers):
-    moments = Moments(features.dim)
+def choose_kept(count, kept):
+    """bool (count,): a random subset of `kept` images, or all; the same at every call."""
+    generator = torch.Generator().manual_seed(utils.derive_seed("kept features"))
+    chosen = torch.zeros(count, dtype=torch.bool)
+    chosen[torch.randperm(count, generator=generator)[:kept]] = True
+    return chosen
+
+
+def compute(dataset, indices, features, *, kept, batch_size, num_workers):
+    """(Moments of all images `indices`, features (m, dim) of those that `kept` (n,) marks)."""
+    moments, rows, chosen = Moments(features.dim), [], iter(kept.split(batch_size))
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     keys = [[(0, index) for index in batch] for batch in batches]
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=num_workers)
     for images, _ in tqdm(loader, desc="features", unit="batch"):
         # The values that pytorch-fid has from an 8-bit file, free of the rounding of [-1, 1].
-        moments.update(features(((images + 1) * 127.5).round() / 255).cpu())
-    return moments
+        found = features(((images + 1) * 127.5).round() / 255).cpu()
+        moments.update(found)
+        rows.append(found[next(chosen)])
+    return moments, torch.cat(rows)
 
 
 def main(args):
@@ -71,9 +87,11 @@ def main(args):
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
     features = make_features(args.features, args.weights, args.device)
     indices = choose_indices(len(dataset), args.max_images)
-    moments = compute_moments(
-        dataset, indices, features, batch_size=args.batch_size, num_workers=args.num_workers
-    )
+    kept = choose_kept(len(indices), args.kept_features)
+    moments, rows = compute(
+        dataset, indices, features,
+        kept=kept, batch_size=args.batch_size, num_workers=args.num_workers,
+    )  # fmt: skip
     mu, sigma = moments.mean_and_covariance()
     preprocessing = (
         f"{args.dataset}, {len(indices)} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
@@ -86,6 +104,7 @@ def main(args):
         extractor=features.name,
         resolution=args.resolution,
         preprocessing=preprocessing,
+        features=rows if len(rows) else None,
     )
     print(
         f"wrote {args.out}: {features.name}, {args.resolution}x{args.resolution}, {preprocessing}"

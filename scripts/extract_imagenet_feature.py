@@ -336,12 +336,8 @@ def verify(folder):
     print(f"verified {describe(features)}")
 
 
-def main(args):
-    """args: the flags of FLAGS."""
-    check_flags(args)
-    if args.verify:
-        return verify(args.output)
-    accelerator = make_accelerator()
+def extract(args, accelerator):
+    """All shards that are not there yet, then the manifest."""
     main_process, device = accelerator.is_main_process, accelerator.device
     images = get_dataset(
         args.dataset, path=args.path, resolution=args.resolution, labels=args.labels
@@ -366,6 +362,16 @@ def main(args):
             wait_for_others(packing, bar, stop)
             report = bar.report(encoder.waited)
             print(f"wrote {describe(finish(packing, images.labels))}\n{report}")
+
+
+def main(args):
+    """args: the flags of FLAGS."""
+    check_flags(args)
+    if args.verify:
+        return verify(args.output)
+    accelerator = make_accelerator()
+    extract(args, accelerator)
+    accelerator.end_training()  # else gloo's threads now and then abort the process at its end
 
 
 if __name__ == "__main__":

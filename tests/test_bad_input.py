@@ -185,6 +185,7 @@ VALUES = [
     # Of sampling, and yet said before the first step of training.
     ("sample.algorithm", "dpm_solvr", 1, ["'dpm_solvr'", "did you mean 'dpm_solver'?"]),
     ("sample.labels", "equal", 1, ["'equal'", "'random' or 'balanced'"]),
+    ("sample.vis_label", 10, 1, ["10", "classes 0 to 9"]),
     ("sample.sample_steps", 0, 2, ["0", "1 or more"]),
     ("sample.mini_batch_size", 0, 2, ["0", "1 or more"]),
     ("sample.guidance_interval", "(0.5,)", 2, ["(0.5,)", "2 entries"]),
@@ -207,7 +208,8 @@ def test_impossible_values(refused, tmp_path, key, value, expected, says):
 
 # Text that may be anything: paths. Everything else that is text has its impossible value above.
 FREE_TEXT = {"nnet.pretrained_path", "autoencoder.pretrained_path", "dataset.path",
-             "dataset.fid_stats", "sample.path", "sample.fid_weights_path"}  # fmt: skip
+             "dataset.fid_stats", "sample.path", "sample.adm_npz",
+             "sample.fid_weights_path"}  # fmt: skip
 IN_EVALUATION = {"sample.features"}
 MAY_BE_NEGATIVE = {"seed", "sample.scale", "lr_scheduler.warmup_steps"}
 NEEDS_DATA = {"train.batch_size"}
@@ -560,7 +562,7 @@ def test_statistics_that_do_not_belong(refused, trained, tmp_path, marker):
 def test_evaluation_that_cannot_be(refused, trained, tmp_path):
     words = read_by("eval", trained / "ckpts" / "4.ckpt", tmp_path)
     for word, expected, says in (
-        ("--config.sample.features=vgg", 1, ["'vgg'", "inception, digits_classifier"]),
+        ("--config.sample.features=vgg", 1, ["'vgg'", "inception, digits_classifier, none"]),
         ("--config.sample.fid_weights_path=no.safetensors", 1, ["no.safetensors", "run scripts/"]),
         ("--config.sample.n_samples=1", 2, ["sample.n_samples is 1", "2 or more"]),
         (f"--output_path={tmp_path}", 1, [f"{tmp_path} is a directory", "--output_path"]),

@@ -148,6 +148,30 @@ def test_statistics_come_back_as_written(tmp_path):
         assert file["mu"].shape == (3,) and file["sigma"].dtype == np.float64
 
 
+def test_features_of_real_images_come_back(tmp_path):
+    rows = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
+    save_example(tmp_path / "with.npz", features=rows)
+    found = load_statistics(tmp_path / "with.npz", **EXPECT).features
+    assert found.dtype == np.float32 and (found == rows.numpy()).all()
+    save_example(tmp_path / "without.npz")
+    assert load_statistics(tmp_path / "without.npz", **EXPECT).features is None
+
+
+@pytest.mark.parametrize(
+    "features, says",
+    [
+        (np.ones((4, 2)), r"'features' are float64 of shape \(4, 2\), expected .*\(m, 3\)"),
+        (np.ones(3), r"of shape \(3,\)"),
+        (np.ones((4, 3), np.int64), "int64"),
+        (np.full((4, 3), np.inf), "'features' are not finite"),
+    ],
+)
+def test_features_of_another_kind_are_refused(tmp_path, features, says):
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(3), sigma=np.eye(3), features=features)
+    with pytest.raises(UserError, match=f"stats.npz: .*{says}"):
+        load_statistics(tmp_path / "stats.npz", **EXPECT, dim=3)
+
+
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "stats.npz"
     save_example(path)
@@ -322,7 +346,7 @@ def test_a_failed_download_says_where_the_weights_go(tmp_path, monkeypatch):
 
 
 def test_unknown_features_are_named():
-    with pytest.raises(UserError, match="'vgg'.* one of inception, digits_classifier"):
+    with pytest.raises(UserError, match="'vgg'.* one of inception, digits_classifier, none"):
         make_features("vgg", None, "cpu")
 
 
@@ -458,6 +482,7 @@ def test_compute_fid_stats_command(digits_classifier, tmp_path):
     np.testing.assert_allclose(found.mu, values.mean(0), rtol=1e-4, atol=1e-5)  # float32 features
     np.testing.assert_allclose(found.sigma, np.cov(values.T), rtol=1e-3, atol=1e-4)
     assert found.known and found.count == 100 and "100 of 1797" in found.preprocessing
+    np.testing.assert_allclose(found.features, values, rtol=1e-4, atol=1e-4)  # all of them
 
 
 def test_compute_fid_stats_errors_are_one_line(digits_classifier, tmp_path):
@@ -505,6 +530,27 @@ def test_compute_fid_stats_sees_the_values_of_pytorch_fid(tmp_path, monkeypatch)
     np.testing.assert_allclose(found.mu, means.mean(0), rtol=1e-6)  # means are in float32
     np.testing.assert_allclose(found.sigma, np.cov(means.T), rtol=1e-4, atol=1e-8)
     assert "6 of 6 images; RGB, centre crop to 16" in found.preprocessing
+    np.testing.assert_allclose(found.features, means, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_compute_fid_stats_keeps_a_random_subset(tmp_path, monkeypatch, kept):
+    """The same images for any batch size, and not the first ones."""
+    script, found = load_script("compute_fid_stats"), []
+    for batch_size in (7, 50):
+        features = ChannelMeans()
+        features.dim = 1
+        monkeypatch.setattr(script, "make_features", lambda *_, features=features: features)
+        given = {"dataset": "digits", "resolution": 8, "max_images": 60, "kept_features": kept}
+        out = tmp_path / f"{batch_size}.npz"
+        script.main(flags_for(script, **given, batch_size=batch_size, out=str(out)))
+        everything = torch.cat(features.seen).mean((2, 3)).numpy()
+        found.append(load_statistics(out, extractor="channel_means", resolution=8).features)
+    if not kept:
+        assert found == [None, None]
+        return
+    assert found[0].shape == (3, 1) and (found[0] == found[1]).all()
+    assert np.isin(found[0], everything).all() and (found[0] != everything[:3]).any()
 
 
 @pytest.mark.parametrize(
@@ -514,6 +560,7 @@ def test_compute_fid_stats_sees_the_values_of_pytorch_fid(tmp_path, monkeypatch)
         ({"max_images": 1}, "--max_images is 1, it must be 2 or more"),
         ({"resolution": 0}, "--resolution is 0"),
         ({"num_workers": -1}, "--num_workers is -1"),
+        ({"kept_features": -1}, "--kept_features is -1, it must be 0 or more"),
     ],
 )
 def test_compute_fid_stats_refuses_numbers_out_of_range(given, says):

@@ -1,0 +1,52 @@
+"""Evaluate a latent model: images from its averaged weights, decoded, and their FID.
+
+    accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
+        ./eval_ldm_discrete.py --config=configs/imagenet256_H_DiM.py --nnet_path=CHECKPOINT
+
+The same command resumes an interrupted evaluation.
+"""
+
+from datasets import CROPPED, get_dataset
+from libs import flags
+from libs.codec import latent_codec
+from libs.evaluation_run import run_evaluation
+from libs.launch import make_accelerator
+from libs.models import build_model, load_into
+from sde import DiscreteSchedule
+
+FLAGS = {
+    "config": (
+        flags.config_file, flags.REQUIRED, "config file; --config.<key>=<value> changes one value",
+    ),
+    "nnet_path": (
+        str, flags.REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
+    ),
+    "output_path": (
+        str, None, "json file of the result; otherwise evaluation.json in the run directory",
+    ),
+    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
+}  # fmt: skip
+
+
+def images_to_measure(config):
+    """The real images where they have no statistics file and are no latents; else None."""
+    if config.dataset.fid_stats or config.dataset.name not in CROPPED:
+        return None
+    return get_dataset(
+        config.dataset.name, path=config.dataset.path, resolution=config.dataset.resolution,
+        labels=config.train.mode == "cond", seed=config.seed,
+    )  # fmt: skip
+
+
+def main(args):
+    config, accelerator = args.config, make_accelerator()
+    model = build_model(config.nnet)
+    changes = load_into(model, args.nnet_path)
+    run_evaluation(
+        args, config, accelerator, model=model, process=DiscreteSchedule(),
+        codec=latent_codec(config), dataset=images_to_measure(config), changes=changes,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    flags.run_main(main, FLAGS)

@@ -1,0 +1,107 @@
+"""The real side of an evaluation: features of real images from a statistics file, or measured."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from libs import metrics
+from utils import UserError
+
+# Without a statistics file, a data set up to this size is measured on the spot.
+MEASURE_UP_TO = 10_000
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """What generated images are compared with. source: where it is from, for the recipe."""
+
+    mu: torch.Tensor  # float64 (dim,)
+    sigma: torch.Tensor  # float64 (dim, dim)
+    features: np.ndarray | None  # float32 (m, dim), of all or a random subset; for manifolds
+    source: dict
+
+
+def as_saved(images):
+    """Images in [0, 1] rounded as PNG files hold them, so that statistics describe the files."""
+    return (images * 255).round() / 255
+
+
+def can_be_measured(dataset):
+    """Whether the data set is at hand, of images and small."""
+    if dataset is None or getattr(dataset, "latent", False):
+        return False
+    return len(dataset) <= MEASURE_UP_TO
+
+
+def require_statistics(config, dataset):
+    """UserError where FID can have no real side: no statistics file, and many images, latents, or
+    no data set (None).
+    """
+    if not config.dataset.fid_stats and not can_be_measured(dataset):
+        raise UserError(
+            "dataset.fid_stats names no statistics file: make one with "
+            "scripts/compute_fid_stats.py (see the README) and pass "
+            "--config.dataset.fid_stats=FILE"
+        )
+
+
+def dataset_features(features, dataset, indices=None):
+    """Features float32 (n, dim) on the CPU of real images (all, or of `indices`), as 8-bit files
+    hold them; and the share that `features` classifies right, or None.
+    """
+    classify, right, rows = getattr(features, "classify", None), 0, []
+    indices = list(range(len(dataset)) if indices is None else indices)
+    for start in range(0, len(indices), 500):
+        items = [dataset[(0, index)] for index in indices[start : start + 500]]
+        images = as_saved(torch.stack([x for x, _ in items]).mul(0.5).add(0.5))
+        rows.append(features(images).cpu())
+        if classify is not None:
+            labels = torch.tensor([int(y) for _, y in items])
+            right += (classify(images).cpu() == labels).sum().item()
+    return torch.cat(rows).numpy(), None if classify is None else right / len(indices)
+
+
+def moments_of(rows, device):
+    """(mu, sigma) in float64 of features (n, dim), an array or a memory map."""
+    moments = metrics.Moments(rows.shape[1], device)
+    for block in metrics.blocks(rows, device):
+        moments.update(block)
+    return moments.mean_and_covariance()
+
+
+def real_images(config, features, dataset, *, resolution, device):
+    """The RealImages of an evaluation: from dataset.fid_stats, or measured here.
+
+    resolution: side of the generated images in pixels.
+
+    Raises:
+        UserError: `require_statistics`, or the file was made by another extractor or at another
+            resolution.
+    """
+    require_statistics(config, dataset)
+    path = config.dataset.fid_stats
+    if not path:
+        rows, _ = dataset_features(features, dataset)
+        source = {"file": None, "count": len(dataset), "known": True}
+        return RealImages(*moments_of(rows, device), rows, source)
+    found = metrics.load_statistics(
+        path, extractor=features.name, resolution=resolution, dim=features.dim
+    )
+    source = {"file": path, "sha256": found.sha256, "count": found.count, "known": found.known}
+    return RealImages(found.mu, found.sigma, found.features, source)
+
+
+def halves_baseline(features, dataset, seed, device):
+    """How two random halves of the real images compare, the floor for generated ones.
+
+    Returns:
+        {'frechet_distance': of the halves, 'class_agreement': of their mean, or None}.
+    """
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
+    half = len(order) // 2
+    a, right_a = dataset_features(features, dataset, order[:half])
+    b, right_b = dataset_features(features, dataset, order[half:])
+    distance = metrics.frechet_distance(*moments_of(a, device), *moments_of(b, device))
+    agreement = None if right_a is None else (right_a + right_b) / 2
+    return {"frechet_distance": distance, "class_agreement": agreement}

@@ -1,0 +1,416 @@
+"""Evaluations that are interrupted, what they refuse, and what they write."""
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import psutil
+import pytest
+import runs
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import save_file
+
+from libs import evaluation_run, flags, metrics
+from libs.codec import PixelCodec
+from libs.evaluation import ImageGenerator
+from libs.image_store import ImageStore
+from libs.launch import Precision, make_accelerator
+from libs.metrics import DigitsClassifier, DigitsClassifierFeatures, save_statistics
+from libs.models import build_model
+from sde import VPSDE
+from utils import UserError, read_json
+
+N, BATCH = 40, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in runs.environment, so that runs in this process sum in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.chdir(runs.ROOT)
+        yield
+    torch.set_num_threads(threads)
+
+
+class Named(DigitsClassifierFeatures):
+    """Features whose name does not depend on their weights."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.name = "digits_classifier-" + "0" * 8
+
+
+def random_weights(path, seed, nnet):
+    """A network whose every weight matters, without training one."""
+    torch.manual_seed(seed)
+    model = build_model(nnet)
+    for tensor in model.parameters():
+        if tensor.ndim > 1:
+            torch.nn.init.normal_(tensor, std=0.1)
+    save_file(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Weights, and an untrained classifier for features."""
+    folder = tmp_path_factory.mktemp("files")
+    config = parse(folder / "none").config
+    random_weights(folder / "a.safetensors", 0, config.nnet)
+    random_weights(folder / "b.safetensors", 1, config.nnet)
+    torch.manual_seed(0)
+    save_file(DigitsClassifier().state_dict(), folder / "classifier.safetensors")
+    return folder
+
+
+def words(folder, files=None, weights="a", **changes):
+    """The command line of an evaluation that keeps all it can in `folder`."""
+    changes = {
+        "sample__n_samples": N, "sample__mini_batch_size": BATCH, "sample__sample_steps": 3,
+        "sample__path": folder / "png", "sample__adm_npz": folder / "images.npz", **changes,
+    }  # fmt: skip
+    if files:
+        changes["sample__fid_weights_path"] = files / "classifier.safetensors"
+    weights = f"--nnet_path={files}/{weights}.safetensors"
+    where = f"--output_path={folder / 'result.json'}"
+    return [*runs.arguments(folder / "run", **changes), weights, where]
+
+
+def parse(folder, files=None, **changes):
+    script = importlib.import_module("eval")
+    return flags.parse_flags(["eval.py", *words(folder, files, **changes)], script.FLAGS)
+
+
+def evaluate(folder, files, **changes):
+    """eval.py in this process; UserErrors are raised."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    importlib.import_module("eval").main(parse(folder, files, **changes))
+    return read_json(folder / "result.json")
+
+
+def snapshot(folder):
+    return {
+        path.relative_to(folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def figures(result):
+    return {key: result[key] for key in ("frechet_distance", "class_agreement", "precision_recall")}
+
+
+def pictures(folder, n=N):
+    return np.stack([np.asarray(Image.open(folder / "png" / f"{i}.png")) for i in range(n)])
+
+
+def interrupted(folder, files, monkeypatch, after, **changes):
+    """An evaluation that ends with the disk, after so many batches."""
+    write, left = ImageStore.write, iter(range(after))
+
+    def fail(self, *arguments):
+        if next(left, None) is None:
+            raise OSError("disk full")
+        write(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "write", fail)
+        with pytest.raises(OSError, match="disk full"):
+            evaluate(folder, files, **changes)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return folder, evaluate(folder, files, sample__sample_steps=20)
+
+
+# ---------------------------------------------------------------------------------------------
+# Interruptions
+
+
+def kill(process):
+    """kill -9 a launcher and its processes, which are no longer of its group."""
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for one in everyone:
+        one.kill()
+    psutil.wait_procs(everyone[:-1], timeout=10)
+    process.wait()
+
+
+def test_kill_9_of_two_processes_then_one(files, undisturbed, tmp_path):
+    """The same files and figures, bit for bit, as of one process that was not killed; what was done
+    is not made again.
+    """
+    steps = dict(sample__sample_steps=20)
+    process = runs.start("eval.py", *words(tmp_path, files, **steps), num_processes=2)
+    done_file, deadline = tmp_path / "result.partial" / "done.npy", time.monotonic() + 60
+    done = np.zeros(N)
+    while done.sum() == 0 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        if done_file.exists() and done_file.stat().st_size > N:
+            done = np.load(done_file)
+    kill(process)
+    done = np.load(done_file).astype(bool)
+    assert 0 < done.sum() < N and not (tmp_path / "result.json").exists()
+    kept = {i: (tmp_path / "png" / f"{i}.png").stat().st_mtime_ns for i in np.flatnonzero(done)}
+    result = evaluate(tmp_path, files, **steps)
+    assert {i: (tmp_path / "png" / f"{i}.png").stat().st_mtime_ns for i in kept} == kept
+    assert result["images_made_now"] == N - done.sum() and result["ranks"] == (0,)
+    folder, expected = undisturbed
+    assert figures(result) == figures(expected)
+    for name in ("images.npz", *(f"png/{i}.png" for i in range(N))):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+    assert not (tmp_path / "result.partial").exists() and pictures(tmp_path).std() > 10
+
+
+def test_another_batch_size_may_go_on(files, tmp_path, monkeypatch):
+    """It makes what is missing: 10 of 16 images are done, of which batches of 4 lack the last two
+    of 8 to 11; images differ in rounding at most.
+    """
+    whole = dict(sample__n_samples=16)
+    interrupted(tmp_path, files, monkeypatch, 2, **whole)
+    result = evaluate(tmp_path, files, sample__mini_batch_size=4, **whole)
+    assert result["images_made_now"] == 8
+    expected = evaluate(tmp_path / "other", files, **whole)
+    assert expected["images_made_now"] == 16
+    difference = pictures(tmp_path, 16).astype(int) - pictures(tmp_path / "other", 16)
+    assert np.abs(difference).max() <= 1
+    assert result["class_agreement"] == expected["class_agreement"]
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        (dict(sample__sample_steps=4), "steps: 3 -> 4"),
+        (dict(sample__scale=0.5), "guidance_scale: 0.4 -> 0.5"),
+        (dict(seed=1), "seed: 1234 -> 1"),
+        (dict(sample__n_samples=50), "n: 40 -> 50"),
+        (dict(sample__vis_label=3), "labels: 'balanced' -> None"),
+        (dict(weights="b"), "weights.sha256: "),
+        (dict(nnet__skip_tuning="(0.8,1)"), "nnet.skip_tuning: None -> (0.8, 1)"),
+        (dict(sample__path=""), "kept.path: "),
+    ],
+)
+def test_another_recipe_is_refused(files, partial, changes, says):
+    folder, before = partial
+    with pytest.raises(UserError, match="holds images of another recipe") as caught:
+        evaluate(folder, files, **changes)
+    assert says in str(caught.value)
+    assert "delete it" in str(caught.value) or "move it away" in str(caught.value)
+    assert snapshot(folder) == before
+
+
+@pytest.fixture(scope="module")
+def partial(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("partial")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupted(folder, files, patch, 1)
+    before = snapshot(folder)
+    assert len(before) == 4 + 1 + BATCH, "recipe, features, done, pixels; recipe and PNG files"
+    return folder, before
+
+
+def test_weights_that_moved_are_the_same(files, tmp_path, monkeypatch):
+    interrupted(tmp_path, files, monkeypatch, 7)
+    (files / "copy.safetensors").write_bytes((files / "a.safetensors").read_bytes())
+    assert evaluate(tmp_path, files, weights="copy")["images_made_now"] == BATCH
+
+
+def test_two_evaluations_do_not_share_a_folder(files, partial):
+    folder, before = partial
+    code = "import sys, utils; lock = utils.RunLock(sys.argv[1]); print('held'); input()"
+    holder = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, folder / "result.partial"],
+        cwd=runs.ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"in use by process {holder.pid}.*another --output_path"):
+        evaluate(folder, files)
+    holder.communicate("\n")
+    assert snapshot(folder) == before
+
+
+def test_damaged_files_are_named(files, tmp_path, monkeypatch):
+    interrupted(tmp_path, files, monkeypatch, 1)
+    with open(tmp_path / "result.partial" / "features.npy", "r+b") as file:
+        file.truncate(500)
+    with pytest.raises(UserError, match="features.npy is damaged .*delete .*result.partial"):
+        evaluate(tmp_path, files)
+
+
+def test_images_that_are_not_finite_are_never_done(files, tmp_path, monkeypatch):
+    class Broken(Named):
+        def __call__(self, images):
+            rows = super().__call__(images).clone()
+            rows[2] = rows[2] / 0
+            return rows
+
+    monkeypatch.setitem(metrics.FEATURES, "digits_classifier", Broken)
+    with pytest.raises(UserError, match="features of image 2 are not finite"):
+        evaluate(tmp_path, files, **statistics(tmp_path, 8))
+    assert not np.load(tmp_path / "result.partial" / "done.npy").any()
+
+
+# ---------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_the_npz_of_adm_has_the_pictures(undisturbed):
+    folder, _ = undisturbed
+    with zipfile.ZipFile(folder / "images.npz") as archive:
+        assert [entry.compress_type for entry in archive.infolist()] == [zipfile.ZIP_STORED]
+    with np.load(folder / "images.npz") as file:
+        images = file["arr_0"]
+    assert images.shape == (N, 8, 8, 3) and images.dtype == np.uint8
+    assert all((images[..., c] == pictures(folder)).all() for c in range(3)), "grey, three times"
+
+
+def test_the_recipe_is_whole(undisturbed, files, capsys):
+    folder, result = undisturbed
+    assert result["weights"]["sha256"] == metrics.sha256_of(files / "a.safetensors")
+    assert result["statistics"] == {"file": None, "count": 1797, "known": True}
+    assert result["features"].startswith("digits_classifier-") and result["img_s"] > 0
+    assert result["n"] == N and result["nnet"]["dim"] == 16 and result["labels"] == "balanced"
+    assert result["precision_recall"]["real"] == 1797
+    assert result["precision_recall"]["generated"] == N
+    assert read_json(folder / "png" / "recipe.json")["weights"] == result["weights"]
+    evaluation_run.report(result, "result.json")
+    output = capsys.readouterr().out
+    for words_ in ("precision ", "recall ", "steps = 20", "weights.sha256", "commit = ", "img_s"):
+        assert words_ in output
+
+
+def test_all_images_of_one_class(files, tmp_path):
+    class_3 = dict(sample__vis_label=3, sample__n_samples=8)
+    balanced = dict(sample__n_samples=8)
+    result = evaluate(tmp_path / "a", files, **class_3)
+    assert result["vis_label"] == 3 and result["labels"] is None
+    other = evaluate(tmp_path / "b", files, **balanced)
+    assert other["vis_label"] is None
+    a, b = pictures(tmp_path / "a", 8), pictures(tmp_path / "b", 8)
+    assert (a[3] == b[3]).all(), "image 3 is of class 3 in both"
+    assert (a != b).any(), "the others are not"
+
+
+def generator_of(tmp_path, model=None, codec=None, **changes):
+    config = parse(tmp_path, **changes).config
+    model = model or build_model(config.nnet)
+    codec = codec or PixelCodec()
+    return ImageGenerator(
+        model.eval(), VPSDE(), codec, config,
+        image_shape=codec.image_shape((model.in_channels, *model.input_size)),
+        precision=Precision("no", torch.device("cpu")), seed=1,
+    )  # fmt: skip
+
+
+def test_labels(tmp_path):
+    balanced = generator_of(tmp_path)
+    for n in (10, 40, 47):
+        counts = torch.bincount(balanced.labels_of(range(n)), minlength=10)
+        assert counts.max() - counts.min() <= (n % 10 > 0)
+    random = generator_of(tmp_path, sample__labels="random")
+    labels = random.labels_of(range(1000))
+    assert torch.equal(random.labels_of([999, 5]), labels[[999, 5]])
+    counts = torch.bincount(labels, minlength=10)
+    assert counts.min() > 60 and counts.max() > counts.min() + 1
+    one = generator_of(tmp_path, sample__vis_label=9)
+    assert one.labels_of(range(4)).tolist() == [9] * 4
+    with pytest.raises(UserError, match="vis_label is 3, but this model has no classes"):
+        generator_of(
+            tmp_path, sample__vis_label=3, train__mode="uncond", sample__cfg=False
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------
+# The real side
+
+
+class Enlarging(PixelCodec):
+    """Stands for an autoencoder: z is half as large as the image."""
+
+    def latent_shape(self, shape):
+        return shape[0], shape[1] // 2, shape[2] // 2
+
+    def image_shape(self, z_shape):
+        return z_shape[0], 2 * z_shape[1], 2 * z_shape[2]
+
+    def decode(self, z):
+        return super().decode(z).repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    def describe(self):
+        return {"autoencoder_sha256": "abc", "scale_factor": 0.5}
+
+
+def statistics(folder, resolution, m=20):
+    """Changes of the config for a statistics file with the features of m images."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"stats{resolution}.npz"
+    rows = np.random.default_rng(0).normal(size=(200, 48)).astype(np.float32)
+    name = "digits_classifier-" + "0" * 8  # of Named
+    save_statistics(
+        path, mu=rows.mean(0), sigma=np.cov(rows.T), count=200, extractor=name,
+        resolution=resolution, preprocessing="none", features=rows[:m] if m else None,
+    )  # fmt: skip
+    return dict(dataset__fid_stats=path)
+
+
+@pytest.fixture
+def latent(files, tmp_path, monkeypatch):
+    """run(changes): an evaluation of a latent model, without a data set."""
+
+    monkeypatch.setitem(metrics.FEATURES, "digits_classifier", Named)
+
+    def run(**changes):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        args = parse(tmp_path, files, nnet__input_size=4, **changes)
+        model = build_model(args.config.nnet)
+        args.nnet_path = random_weights(tmp_path / "latent.safetensors", 0, args.config.nnet)
+        evaluation_run.run_evaluation(
+            args, args.config, make_accelerator(),
+            model=model, process=VPSDE(), codec=Enlarging(),
+        )  # fmt: skip
+        return json.loads((tmp_path / "result.json").read_text())
+
+    return run
+
+
+def test_a_latent_model_needs_only_statistics(latent, tmp_path, capsys):
+    result = latent(**statistics(tmp_path, 8))
+    assert result["z_shape"] == [1, 4, 4] and result["image_shape"] == [1, 8, 8]
+    expected = {"name": "Enlarging", "autoencoder_sha256": "abc", "scale_factor": 0.5}
+    assert result["codec"] == expected and result["statistics"]["count"] == 200
+    assert result["precision_recall"]["real"] == 20 and "real_halves" not in result
+    images = pictures(tmp_path)
+    assert images.shape == (N, 8, 8) and (images[:, ::2, ::2] == images[:, 1::2, 1::2]).all()
+    (tmp_path / "png" / "recipe.json").unlink()
+    result = latent(**statistics(tmp_path, 8, m=0))
+    assert result["precision_recall"] is None
+    assert "no precision and recall: the statistics keep no features" in capsys.readouterr().out
+
+
+def test_statistics_of_another_resolution(latent, tmp_path):
+    """Of the images, not of what the network sees; and none at all. Nothing is overwritten."""
+    (tmp_path / "result.json").write_text("mine")
+    changes = statistics(tmp_path, 4)
+    for given, says in (
+        (changes, "stats4.npz was made with resolution 4, expected 8"),
+        ({}, "dataset.fid_stats names no statistics file"),
+    ):
+        with pytest.raises(UserError, match=says):
+            latent(**given)
+    assert (tmp_path / "result.json").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "latent.safetensors", "result.json", "stats4.npz",
+    ]  # fmt: skip
