@@ -11,7 +11,7 @@ from libs import flags
 from libs.codec import latent_codec
 from libs.evaluation_run import run_evaluation
 from libs.launch import make_accelerator
-from libs.models import build_model, load_into
+from libs.models import build_model, check_codec, load_into
 from sde import DiscreteSchedule
 
 FLAGS = {
@@ -41,10 +41,12 @@ def images_to_measure(config):
 def main(args):
     config, accelerator = args.config, make_accelerator()
     model = build_model(config.nnet)
+    codec = latent_codec(config)
+    check_codec(model, codec)
     changes = load_into(model, args.nnet_path)
     run_evaluation(
-        args, config, accelerator, model=model, process=DiscreteSchedule(),
-        codec=latent_codec(config), dataset=images_to_measure(config), changes=changes,
+        args, config, accelerator, model=model, process=DiscreteSchedule(), codec=codec,
+        dataset=images_to_measure(config), changes=changes,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import utils
 from libs import evaluation, flags
 from libs.codec import PixelCodec, latent_codec
 from libs.launch import Precision, make_accelerator
-from libs.models import build_model, config_beside, load_into
+from libs.models import build_model, check_codec, config_beside, load_into
 from sde import VPSDE, DiscreteSchedule
 from utils import UserError
 
@@ -27,22 +27,20 @@ FLAGS = {
     "n": (int, 4, "images of each class"),
     "seed": (int, 0, "the same seed gives the same pictures"),
     "scale": (float, None, "guidance: cond + scale (cond - uncond); otherwise the config's"),
-    "algorithm": (
-        str, None, "sampling algorithm; otherwise dpm_solver_pp_2m for latents, the config's for "
-        "pixels and upsampling",
-    ),
-    "steps": (int, None, "sampling steps; otherwise the config's"),
+    "algorithm": (str, None, "sampling algorithm; otherwise the config's, but not dpm_solver"),
+    "steps": (int, None, "sampling steps; otherwise the config's, or 25 of dpm_solver_pp_2m"),
     "out": (str, "samples.png", "the picture: a row for each class"),
 }  # fmt: skip
 
 
 def config_of(args):
-    """The config of --config, or the one beside the weights; flags that were given win."""
+    """The config of --config, or the one beside the weights; flags that were given win. On latents
+    dpm_solver_pp_2m takes the place of dpm_solver: half the steps."""
     config = args.config if args.config is not None else config_beside(args.nnet_path)
-    algorithm = args.algorithm
-    if algorithm is None and config.z_shape and config.sample.algorithm == "dpm_solver":
-        algorithm = "dpm_solver_pp_2m"  # as good in half the steps
-    given = dict(scale=args.scale, algorithm=algorithm, sample_steps=args.steps)
+    algorithm, steps = args.algorithm, args.steps
+    if algorithm is None and config.get("z_shape") and config.sample.algorithm == "dpm_solver":
+        algorithm, steps = "dpm_solver_pp_2m", steps or 25
+    given = dict(scale=args.scale, algorithm=algorithm, sample_steps=steps)
     with config.unlocked():
         config.sample.update({key: value for key, value in given.items() if value is not None})
         config.sample.cfg = config.sample.cfg or args.scale is not None
@@ -61,9 +59,10 @@ def main(args):
     labels = evaluation.labels_of_classes(
         args.classes, args.n, model.num_classes, conditional=conditional
     )
-    latent = config.z_shape is not None
+    latent = config.get("z_shape") is not None
     process = DiscreteSchedule() if latent else VPSDE()
     codec = latent_codec(config).to(device) if latent else PixelCodec()
+    check_codec(model, codec)
     generator = evaluation.ImageGenerator(
         model.to(device).eval(), process, codec, config,
         image_shape=codec.image_shape((model.in_channels, *model.input_size)),

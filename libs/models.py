@@ -63,6 +63,17 @@ def check_data(model, dataset, z_shape):
         )
 
 
+def check_codec(model, codec):
+    """UserError where a codec's latents do not fit the network's input."""
+    made_for = (model.in_channels, *model.input_size)
+    found = codec.latent_shape(codec.image_shape(made_for))
+    if found != made_for:
+        raise UserError(
+            f"the network is made for latents of shape {made_for}, but the autoencoder makes "
+            f"{found}: give the autoencoder that it was trained with"
+        )
+
+
 def config_beside(path):
     """The ConfigDict of the run that wrote the weights at `path`: config.json in the `<step>.ckpt`
     directory, or beside the file; UserError if there is none.

@@ -2,7 +2,9 @@
 official code.
 """
 
+import importlib
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from golden_cases import assert_close, det_weights, params
 
 from libs import layers, scan_order
+from libs.models import build_model
 from libs.official import (
     is_official,
     model_from_official,
@@ -19,6 +22,8 @@ from libs.official import (
     uvit_from_official,
 )
 from libs.weights import load_strict
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # Tolerances of the golden README, relative to the largest value: room for another summation order,
 # well below known mistakes.
@@ -167,6 +172,34 @@ def test_full_size_names_and_shapes(case, arrays):
         "state_dict"
     ]
     assert sum(parameter.numel() for parameter in model.parameters()) == case["n_params"]
+
+
+@pytest.mark.parametrize("case, arrays", params("state_dict_shapes"))
+def test_the_configs_are_the_published_networks(case, arrays):
+    """Our config of the same name, at full size on the meta device, has the official names, shapes
+    and latents.
+    """
+    name = Path(case.get("official_config", "")).stem
+    if not (ROOT / "configs" / f"{name}.py").is_file():
+        pytest.skip(f"{name or 'the autoencoder'} is no config of ours")
+    config = importlib.import_module(f"configs.{name}").get_config()
+    with torch.device("meta"):
+        model = build_model(config.nnet)
+    assert [[name, list(tensor.shape)] for name, tensor in to_official(model).items()] == case[
+        "state_dict"
+    ]
+    theirs = case.get("other_config_values")
+    if theirs and name.startswith("imagenet"):
+        assert list(config.z_shape) == theirs["z_shape"]
+        assert config.optimizer.betas == tuple(theirs["optimizer"]["betas"])
+        for section, keys in {
+            "train": ["batch_size", "n_steps", "mode"], "sample": ["scale", "sample_steps", "cfg"],
+            "optimizer": ["lr", "weight_decay", "eps"], "dataset": ["p_uncond", "name", "cfg"],
+            "lr_scheduler": ["warmup_steps"],
+        }.items():  # fmt: skip
+            for key in keys:
+                if not (name.startswith("imagenet512_H_DiM_upsample") and section != "sample"):
+                    assert config[section][key] == theirs[section][key], f"{section}.{key}"
 
 
 @pytest.mark.parametrize("case, arrays", params("uvit"))
