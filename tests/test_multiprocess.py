@@ -50,6 +50,7 @@ def main(args):
     total = accelerator.reduce(torch.tensor(1.0 + accelerator.process_index), "sum").item()
     print(json.dumps(["rank", accelerator.process_index, accelerator.num_processes, total,
                       accelerator.device.type, datasets.__file__]) + "\\n", end="", flush=True)
+    accelerator.end_training()
 
 flags.run_main(main, {})
 """
