@@ -12,7 +12,7 @@ from libs import flags
 from libs.codec import PixelCodec
 from libs.evaluation_run import run_evaluation
 from libs.launch import make_accelerator
-from libs.models import build_model, check_data, load_into
+from libs.models import build_model, check_data, check_kind, load_into
 from sde import VPSDE
 
 FLAGS = {
@@ -31,6 +31,7 @@ FLAGS = {
 
 def main(args):
     config, accelerator = args.config, make_accelerator()
+    check_kind(config, latent=False)
     dataset = get_dataset(
         config.dataset.name,
         path=config.dataset.path,

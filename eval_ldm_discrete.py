@@ -11,7 +11,7 @@ from libs import flags
 from libs.codec import latent_codec
 from libs.evaluation_run import run_evaluation
 from libs.launch import make_accelerator
-from libs.models import build_model, check_codec, load_into
+from libs.models import build_model, check_codec, check_kind, load_into
 from sde import DiscreteSchedule
 
 FLAGS = {
@@ -30,7 +30,8 @@ FLAGS = {
 
 def images_to_measure(config):
     """The real images where they have no statistics file and are no latents; else None."""
-    if config.dataset.fid_stats or config.dataset.name not in CROPPED:
+    needless = config.dataset.fid_stats or config.sample.features == "none"
+    if needless or config.dataset.name not in CROPPED:
         return None
     return get_dataset(
         config.dataset.name, path=config.dataset.path, resolution=config.dataset.resolution,
@@ -40,9 +41,10 @@ def images_to_measure(config):
 
 def main(args):
     config, accelerator = args.config, make_accelerator()
+    check_kind(config, latent=True)
     model = build_model(config.nnet)
     codec = latent_codec(config)
-    check_codec(model, codec)
+    check_codec(model, codec, config)
     changes = load_into(model, args.nnet_path)
     run_evaluation(
         args, config, accelerator, model=model, process=DiscreteSchedule(), codec=codec,

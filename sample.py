@@ -17,9 +17,7 @@ FLAGS = {
         str, flags.REQUIRED,
         "a <step>.ckpt directory, a file in it, or (with --config) an official nnet_ema.pth",
     ),
-    "config": (
-        flags.config_file, None, "config file, needed where no config.json is beside the weights",
-    ),
+    "config": (flags.config_file, None, "needed where no config.json is beside the weights"),
     "classes": (
         flags.int_list, None,
         "classes, for example 3,7; otherwise all, or none in an unconditional model",
@@ -35,12 +33,14 @@ FLAGS = {
 
 def config_of(args):
     """The config of --config, or the one beside the weights; flags that were given win. On latents
-    dpm_solver_pp_2m takes the place of dpm_solver: half the steps."""
+    dpm_solver_pp_2m takes the place of a dpm_solver that nobody asked for: half the steps."""
     config = args.config if args.config is not None else config_beside(args.nnet_path)
-    algorithm, steps = args.algorithm, args.steps
-    if algorithm is None and config.get("z_shape") and config.sample.algorithm == "dpm_solver":
-        algorithm, steps = "dpm_solver_pp_2m", steps or 25
-    given = dict(scale=args.scale, algorithm=algorithm, sample_steps=steps)
+    given = dict(scale=args.scale, algorithm=args.algorithm, sample_steps=args.steps)
+    asked = {f"sample.{key}" for key, value in given.items() if value is not None}
+    asked |= set(args.overrides or {})
+    official = config.get("z_shape") and config.sample.algorithm == "dpm_solver"
+    if official and not asked & {"sample.algorithm", "sample.sample_steps"}:
+        given |= dict(algorithm="dpm_solver_pp_2m", sample_steps=25)
     with config.unlocked():
         config.sample.update({key: value for key, value in given.items() if value is not None})
         config.sample.cfg = config.sample.cfg or args.scale is not None
@@ -50,6 +50,7 @@ def config_of(args):
 def main(args):
     if args.n < 1:
         raise UserError(f"--n is {args.n}, expected 1 image of each class or more")
+    utils.require_place(args.out)
     config = config_of(args)
     device = make_accelerator().device
     model = build_model(config.nnet)
@@ -62,14 +63,13 @@ def main(args):
     latent = config.get("z_shape") is not None
     process = DiscreteSchedule() if latent else VPSDE()
     codec = latent_codec(config).to(device) if latent else PixelCodec()
-    check_codec(model, codec)
+    check_codec(model, codec, config)
     generator = evaluation.ImageGenerator(
         model.to(device).eval(), process, codec, config,
         image_shape=codec.image_shape((model.in_channels, *model.input_size)),
         precision=Precision(config.train.mixed_precision, device), seed=args.seed,
     )  # fmt: skip
-    n = args.n if labels is None else len(labels)
-    images = evaluation.draw_in_batches(generator, labels, n)
+    images = evaluation.draw_in_batches(generator, labels, args.n)
     utils.save_grid(args.out, images, args.n)
     rows = ", a row for each class" if conditional else ""
     print(f"wrote {args.out}: {len(images)} images{rows}")

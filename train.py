@@ -11,7 +11,7 @@ import utils
 from datasets import get_dataset
 from libs import flags
 from libs.codec import PixelCodec
-from libs.models import build_model, check_data, start_from
+from libs.models import build_model, check_data, check_kind, start_from
 from libs.training import train
 from sde import VPSDE
 
@@ -25,6 +25,7 @@ FLAGS = {
 
 def main(args):
     config = args.config
+    check_kind(config, latent=False)
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     dataset = get_dataset(
         config.dataset.name,

@@ -10,7 +10,7 @@ import utils
 from datasets import get_dataset
 from libs import flags
 from libs.codec import latent_codec
-from libs.models import build_model, check_data, start_from
+from libs.models import build_model, check_codec, check_data, check_kind, start_from
 from libs.training import train
 from sde import DiscreteSchedule
 
@@ -24,6 +24,7 @@ FLAGS = {
 
 def main(args):
     config = args.config
+    check_kind(config, latent=True)
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     dataset = get_dataset(
         config.dataset.name,
@@ -37,6 +38,7 @@ def main(args):
     model = build_model(config.nnet, seed=config.seed)
     pictures = bool(config.train.grid_samples or config.train.fid_samples)
     codec = latent_codec(config, dataset, decoding=pictures)
+    check_codec(model, codec, config)
     check_data(model, dataset, codec.latent_shape(dataset.shape))
     utils.make_directory(directory)
     train(

@@ -46,6 +46,24 @@ def make_directory(path) -> Path:
     return Path(path)
 
 
+def require_place(path) -> None:
+    """UserError unless a file can be put at `path`: no directory, and in one that is there."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a directory")
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: No such file or directory as {path.parent}")
+
+
+def file_to_write(path, name):
+    """`path` as a Path, its directory made; UserError for a directory. name: of the flag."""
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: {name} is the file to write")
+    make_directory(path.parent)
+    return path
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path beside `path`; on success it takes the place of `path` atomically."""

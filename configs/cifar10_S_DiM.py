@@ -16,6 +16,7 @@ def get_config():
     config.dataset.name = "cifar10"
     config.dataset.path = "assets/datasets/cifar10"
     config.dataset.random_flip = True
+    config.dataset.fid_stats = "assets/fid_stats/cifar10.npz"
 
     config.nnet = common.dim_nnet(input_size=32, in_channels=3, dim=512, depth=25, num_classes=10)
 

@@ -23,7 +23,7 @@ def get_config():
     config.dataset.p_uncond = 0.15
     config.dataset.fid_stats = "assets/fid_stats/fid_stats_imagenet256_guided_diffusion.npz"
 
-    config.autoencoder.pretrained_path = "assets/stable-diffusion/autoencoder_kl.pth"
+    config.autoencoder.pretrained_path = "assets/stable-diffusion/autoencoder_kl_ema.pth"
 
     config.nnet = common.dim_nnet(
         input_size=32, in_channels=4, dim=1024, depth=49, num_classes=1000

@@ -60,8 +60,13 @@ class LatentCodec:
     def latent_shape(self, item_shape):
         """(3, H, W) of an image, or (2C, h, w) of moments -> (C, h, w) of z."""
         channels, height, width = item_shape
-        if channels != IMAGE_CHANNELS:
+        if channels != IMAGE_CHANNELS and channels % 2 == 0:
             return channels // 2, height, width
+        if channels != IMAGE_CHANNELS:
+            raise UserError(
+                f"the autoencoder encodes images of {IMAGE_CHANNELS} channels, not {channels}: "
+                "choose another data set, or a config for pixels"
+            )
         f = self.downsample
         if height % f or width % f:
             raise UserError(

@@ -277,7 +277,8 @@ def labels_of_classes(classes, n, num_classes, *, conditional):
 
 
 def draw_in_batches(generator, labels, n):
-    """Images 0..n-1 (n, C, H, W) on the CPU, with `labels` (n,) or None, and a progress bar."""
+    """Images (n, C, H, W) on the CPU, of `labels` (n,) or n without labels, and a progress bar."""
+    n = n if labels is None else len(labels)
     batches = torch.arange(n).split(generator.settings.mini_batch_size)
     with tqdm(unit="step") as bar:
 

@@ -13,22 +13,20 @@ import torch
 import utils
 from libs import metrics
 from libs.evaluation import ImageGenerator, describe, figures_of, measured, recipe_of
-from libs.image_store import RECIPE, ImageStore, create, pending, require_same_recipe
+from libs.image_store import (
+    RECIPE,
+    ImageStore,
+    compared,
+    create,
+    pending,
+    require_same_recipe,
+)
 from libs.launch import Precision, ranks
 from libs.precision_recall import NEIGHBOURS, precision_recall
 from libs.real_images import moments_of, real_images, require_statistics
 from libs.run import environment
 from libs.weights import sha256_of, weights_file
 from utils import UserError
-
-
-def file_to_write(path, name):
-    """`path` as a Path, its directory made; UserError for a directory. name: of the flag."""
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: {name} is the file to write")
-    utils.make_directory(path.parent)
-    return path
 
 
 def whole_recipe(generator, features, real, config, nnet_path, changes):
@@ -46,22 +44,37 @@ def whole_recipe(generator, features, real, config, nnet_path, changes):
     }
 
 
+def require_own_place(output_path, png_folder, recipe):
+    """UserError if result or pictures of another recipe, or of none, lie where ours would go."""
+    if output_path.exists():
+        found = utils.read_json(output_path)
+        found = {key: value for key, value in found.items() if key in recipe}
+        if lines := utils.config_differences(compared(found), compared(recipe)):
+            raise UserError(
+                f"{output_path} is the result of another evaluation ({lines[0]}): give another "
+                "--output_path, or move it away"
+            )
+    if png_folder:
+        remedy = "move it away, or give another --config.sample.path"
+        require_same_recipe(png_folder, recipe, remedy)
+        utils.make_directory(png_folder)
+        if not (png_folder / RECIPE).exists() and any(png_folder.glob("*.png")):
+            raise UserError(f"{png_folder} holds pictures that are not this evaluation's: {remedy}")
+
+
 def prepare(folder, png_folder, recipe, config, generator, dim):
     """Make or find the files of the images, by the main process, which holds the folder's lock.
 
     Raises:
         UserError: they belong to another recipe; nothing is changed.
     """
-    if png_folder:
-        remedy = "move it away, or give another --config.sample.path"
-        require_same_recipe(png_folder, recipe, remedy)
     n, (_, height, width) = config.sample.n_samples, generator.image_shape
     arrays = {"features": ((n, dim), np.float32), "done": ((n,), np.uint8)}
     if config.sample.adm_npz:
         arrays["pixels"] = ((n, height, width, 3), np.uint8)
     create(folder, recipe, arrays)
     if png_folder:
-        utils.write_json(utils.make_directory(png_folder) / RECIPE, recipe)
+        utils.write_json(png_folder / RECIPE, recipe)
 
 
 def from_main_process(value, accelerator):
@@ -178,10 +191,11 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
     all_ranks, batches = ranks(accelerator), None
     with contextlib.ExitStack() as stack:
         if main:
-            file_to_write(output_path, "--output_path")
+            utils.file_to_write(output_path, "--output_path")
             if settings.adm_npz:
-                file_to_write(settings.adm_npz, "--config.sample.adm_npz")
+                utils.file_to_write(settings.adm_npz, "--config.sample.adm_npz")
             recipe = whole_recipe(generator, features, real, config, args.nnet_path, changes)
+            require_own_place(output_path, png_folder, recipe)
             stack.enter_context(utils.RunLock(folder, "--output_path"))
             prepare(folder, png_folder, recipe, config, generator, features.dim)
             batches = pending(folder, settings.mini_batch_size)

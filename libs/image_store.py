@@ -23,10 +23,10 @@ PNG_THREADS = 4
 RECIPE = "recipe.json"
 
 
-def _compared(recipe):
+def compared(recipe):
     """A recipe without the names of files, which may move: their hashes are in it too."""
     return {
-        key: _compared(value) if isinstance(value, dict) else value
+        key: compared(value) if isinstance(value, dict) else value
         for key, value in recipe.items()
         if key != "file"
     }
@@ -40,7 +40,7 @@ def require_same_recipe(folder, recipe, remedy):
     found = utils.read_json(path)
     if not isinstance(found, dict):
         raise UserError(f"{path} is not the recipe of an evaluation: {remedy}")
-    if lines := utils.config_differences(_compared(found), _compared(recipe)):
+    if lines := utils.config_differences(compared(found), compared(recipe)):
         raise UserError(f"{folder} holds images of another recipe ({lines[0]}): {remedy}")
 
 

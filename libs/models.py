@@ -64,15 +64,39 @@ def check_data(model, dataset, z_shape):
         )
 
 
-def check_codec(model, codec):
-    """UserError where a codec's latents do not fit the network's input."""
+def check_codec(model, codec, config):
+    """UserError where latents do not fit the network's input: their channels, their size in pixels,
+    or z_shape.
+    """
     made_for = (model.in_channels, *model.input_size)
-    found = codec.latent_shape(codec.image_shape(made_for))
+    if config.get("z_shape") and tuple(config.z_shape) != made_for:
+        raise UserError(
+            f"z_shape is {tuple(config.z_shape)}, but the network is made for {made_for}: give "
+            "z_shape what nnet.in_channels and nnet.input_size say"
+        )
+    image = codec.image_shape(made_for)
+    found = codec.latent_shape(image)
     if found != made_for:
         raise UserError(
             f"the network is made for latents of shape {made_for}, but the autoencoder makes "
             f"{found}: give the autoencoder that it was trained with"
         )
+    pixels = (config.dataset.resolution or image[-1]) * (config.get("ug_m") or 1)
+    if image[-1] != pixels and config.dataset.resolution:
+        raise UserError(
+            f"the network's latents are images of {image[-1]} pixels a side to this autoencoder, "
+            f"but dataset.resolution and ug_m say {pixels}: give the autoencoder it was trained "
+            "with, or the right resolution"
+        )
+
+
+def check_kind(config, *, latent):
+    """UserError for a config of latents in a script for pixels, or the other way round."""
+    if (config.get("z_shape") is not None) != latent:
+        kind, scripts = ("pixels", "train.py and eval.py") if latent else (
+            "latents", "train_ldm_discrete.py and eval_ldm_discrete.py"
+        )  # fmt: skip
+        raise UserError(f"this is a config for {kind}: its scripts are {scripts}")
 
 
 def config_beside(path):

@@ -182,8 +182,15 @@ def _make_scheduler(name, process, steps):
         "timestep_spacing": "trailing",  # starts at pure noise (Lin et al., arXiv 2305.08891)
     }
     accepted = settings.keys() & inspect.signature(scheduler_class).parameters.keys()
-    scheduler = scheduler_class(**{key: settings[key] for key in accepted})
-    scheduler.set_timesteps(steps)
+    try:
+        scheduler = scheduler_class(**{key: settings[key] for key in accepted})
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"diffusers' {name} cannot do {steps} steps ({reason}): choose other steps, or another "
+            "sampling algorithm"
+        ) from error
     return scheduler
 
 

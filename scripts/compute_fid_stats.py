@@ -21,7 +21,7 @@ from tqdm import tqdm
 import utils
 from datasets import DATASETS, get_dataset
 from libs import flags
-from libs.metrics import FEATURES, Moments, make_features, save_statistics
+from libs.metrics import FEATURES, Moments, NoFeatures, make_features, save_statistics
 
 FLAGS = {
     "dataset": (str, flags.REQUIRED, f"one of {', '.join(DATASETS)}"),
@@ -49,6 +49,8 @@ def check_flags(args):
         value = getattr(args, name)
         if value is not None and value < minimum:
             raise utils.UserError(f"--{name} is {value}, it must be {minimum} or more")
+    if args.features == NoFeatures.name:
+        raise utils.UserError("--features is none, expected inception or digits_classifier")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise utils.UserError(f"--device is {args.device}, but torch finds no GPU: use cpu")
 
@@ -84,7 +86,13 @@ def compute(dataset, indices, features, *, kept, batch_size, num_workers):
 def main(args):
     """args: the flags of FLAGS."""
     check_flags(args)
+    utils.file_to_write(args.out, "--out")
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
+    if getattr(dataset, "latent", False):
+        raise utils.UserError(
+            f"{args.dataset} are latents, and statistics are of images: give --dataset=imagenet or "
+            "folder and the images they were made from"
+        )
     features = make_features(args.features, args.weights, args.device)
     indices = choose_indices(len(dataset), args.max_images)
     kept = choose_kept(len(indices), args.kept_features)

@@ -1,8 +1,9 @@
 """Encode images once: write the autoencoder's moments of a data set into packed shards.
 
     accelerate launch --multi_gpu --num_processes 8 scripts/extract_imagenet_feature.py \
-        --path=assets/datasets/ImageNet --autoencoder=assets/stable-diffusion/autoencoder_kl.pth \
-        --resolution=256 --output=assets/datasets/imagenet256_features
+        --path=assets/datasets/ImageNet --resolution=256 \
+        --autoencoder=assets/stable-diffusion/autoencoder_kl_ema.pth \
+        --output=assets/datasets/imagenet256_features
 
 --dataset=folder takes any directory of images, with classes (first-level subdirectories) or with
 --labels=false; --flip adds the flipped images. The same command goes on after an interruption, with
@@ -42,7 +43,7 @@ NAMED = 10  # unreadable images that are named
 FLAGS = {
     "path": (str, None, "the data set's directory; ImageNet's is the one that holds train/"),
     "output": (str, flags.REQUIRED, "the folder to write, for example .../imagenet256_features"),
-    "autoencoder": (str, "assets/stable-diffusion/autoencoder_kl.pth", "its weights"),
+    "autoencoder": (str, "assets/stable-diffusion/autoencoder_kl_ema.pth", "its weights"),
     "dataset": (str, "imagenet", f"one of {', '.join(CROPPED)}"),
     "labels": (bool, True, "whether the data set has classes"),
     "resolution": (int, 256, "side of the square that is cut from each image, in pixels"),

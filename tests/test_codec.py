@@ -78,6 +78,7 @@ def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
 
 GOOD = {
     "dataset.resolution": 64, "nnet.dim": 32, "nnet.depth": 5, "nnet.input_size": 8,
+    "z_shape": "(4,8,8)",
     "nnet.num_classes": 4, "train.batch_size": 8, "train.n_steps": 1, "train.num_workers": 0,
     "train.grid_samples": 0, "train.fid_samples": 0,
 }  # fmt: skip
@@ -87,11 +88,12 @@ GOOD = {
 @pytest.mark.parametrize("changes, says", [
     ({"dataset.path": "{place}"}, ["train", "ImageNet"]),
     ({"autoencoder.pretrained_path": "{place}/none.pth"}, ["none.pth"]),
-    ({"nnet.input_size": 16}, ["inputs of shape (4, 16, 16)", "(4, 8, 8)"]),
+    ({"nnet.input_size": 16}, ["z_shape is (4, 8, 8)", "made for (4, 16, 16)"]),
+    ({"nnet.input_size": 16, "z_shape": "(4,16,16)"}, ["128 pixels", "dataset.resolution"]),
     ({"nnet.num_classes": 3}, ["4 classes", "nnet.num_classes is 3"]),
-    ({"dataset.resolution": 60}, ["60x60", "multiple of 8"]),
+    ({"dataset.resolution": 60}, ["64 pixels", "say 60"]),
     ({"nnet.pretrained_path": "{place}/none.pth"}, ["nnet.pretrained_path", "from scratch"]),
-    ({"ug_m": 3, "train.grid_samples": 1}, ["ug_m 3", "8x8"]),
+    ({"ug_m": 3}, ["64 pixels", "ug_m say 192"]),
     ({"dataset.name": "imagenet256_features"}, ["ImageNet"]),
     ({"train.zero_stage": 1}, ["ZeRO stage is 1", "expected 2"]),
 ])  # fmt: skip

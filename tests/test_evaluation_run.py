@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -394,7 +395,10 @@ def test_a_latent_model_needs_only_statistics(latent, tmp_path, capsys):
     assert result["precision_recall"]["real"] == 20 and "real_halves" not in result
     images = pictures(tmp_path)
     assert images.shape == (N, 8, 8) and (images[:, ::2, ::2] == images[:, 1::2, 1::2]).all()
-    (tmp_path / "png" / "recipe.json").unlink()
+    with pytest.raises(UserError, match="result of another evaluation .*statistics.sha256"):
+        latent(**statistics(tmp_path, 8, m=0))
+    (tmp_path / "result.json").unlink()
+    shutil.rmtree(tmp_path / "png")
     result = latent(**statistics(tmp_path, 8, m=0))
     assert result["precision_recall"] is None
     assert "no precision and recall: the statistics keep no features" in capsys.readouterr().out
@@ -414,3 +418,12 @@ def test_statistics_of_another_resolution(latent, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "latent.safetensors", "result.json", "stats4.npz",
     ]  # fmt: skip
+
+
+def test_pictures_of_others_stay(latent, tmp_path):
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / "0.png").write_text("mine")
+    with pytest.raises(UserError, match="png holds pictures that are not this evaluation's: move"):
+        latent(**statistics(tmp_path, 8))
+    assert (tmp_path / "png" / "0.png").read_text() == "mine"
+    assert not list(tmp_path.glob("*.partial"))

@@ -9,6 +9,7 @@ from golden_cases import assert_close
 from libs import guidance
 from libs.samplers import sample
 from sde import DiscreteSchedule
+from utils import UserError
 
 # Tolerances of the golden README.
 SINGLE_TOL = 5e-6
@@ -81,3 +82,10 @@ def test_the_whole_sampler(case, arrays):
     assert [time for _, time in calls] == pytest.approx(
         [call["network_time"] for call in expected], abs=1.1
     )
+
+
+def test_m_divides_the_latents():
+    predict, _ = toy_network()
+    eps_fn = guidance.upsampling(guidance.unguided(predict, torch.zeros(1)), DiscreteSchedule(), 3)
+    with pytest.raises(UserError, match="ug_m 3 needs latents .* not 8x8: choose another"):
+        eps_fn(torch.zeros(1, 4, 8, 8), torch.tensor(1.0))

@@ -79,6 +79,12 @@ def config_options(*groups, **more):
     return {f"config.{key}": value for key, value in values.items()}
 
 
+def sizes(side):
+    """Keys of images `side` times as large as the smallest."""
+    return {"dataset.resolution": side * PIXELS, "nnet.input_size": 8 * side,
+            "z_shape": f"(4,{8 * side},{8 * side})"}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with ImageNet's layout (40 images), CIFAR-10's and an autoencoder's file."""
@@ -113,7 +119,7 @@ def official_weights(place, name, config, checkpoint):
 def trained_256(place):
     """The 256 px run of DiM-H, stopped and gone on with; its weights as an official file."""
     words = command("train_ldm_discrete.py", "imagenet256_H_DiM.py")
-    data = {"dataset.path": place / "ImageNet", "dataset.resolution": PIXELS, "nnet.input_size": 8}
+    data = {"dataset.path": place / "ImageNet", **sizes(1)}
     options = {"workdir": place / "H"} | config_options(autoencoder(place), NETWORK, TRAINING, data)
     run(words, options | {"config.train.n_steps": 2})
     log = run(words, options)
@@ -137,8 +143,7 @@ def trained_512(place, trained_256):
     })  # fmt: skip
     assert "40 images in 4 classes" in log
     words = command("train_ldm_discrete.py", "imagenet512_H_DiM_ft.py")
-    data = {"dataset.path": place / "latents", "dataset.resolution": 2 * PIXELS,
-            "nnet.input_size": 16, "nnet.pretrained_path": trained_256}  # fmt: skip
+    data = {"dataset.path": place / "latents", "nnet.pretrained_path": trained_256, **sizes(2)}
     options = config_options(autoencoder(place), NETWORK, TRAINING, data)
     options["workdir"] = place / "ft"
     log = run(words, options)
@@ -159,9 +164,10 @@ def test_evaluation(place, trained_256, trained_512, name, side):
     words = command("eval_ldm_discrete.py", f"{name}.py")
     pictures = place / name
     options = config_options(
-        autoencoder(place), NETWORK, EVALUATION, nnet__input_size=8 * side, sample__path=pictures,
-        dataset__name="imagenet512_features",
+        autoencoder(place), NETWORK, EVALUATION, sizes(side), sample__path=pictures,
     )  # fmt: skip
+    if side > 2:
+        options["config.dataset.resolution"] = 2 * PIXELS  # what was trained at
     weights = trained_256 if side == 1 else trained_512
     log = run(words, options | {"nnet_path": weights, "workdir": place / f"eval {name}"})
     files = sorted(pictures.glob("*.png"))
@@ -179,7 +185,7 @@ def test_evaluation(place, trained_256, trained_512, name, side):
 @pytest.mark.timeout(900)
 def test_training_of_the_smaller_networks(place):
     words = command("train_ldm_discrete.py", "imagenet256_L_DiM.py")
-    data = {"dataset.path": place / "ImageNet", "dataset.resolution": PIXELS, "nnet.input_size": 8}
+    data = {"dataset.path": place / "ImageNet", **sizes(1)}
     log = run(words, {"workdir": place / "L"} | config_options(
         autoencoder(place), NETWORK, TRAINING, data, train__grid_samples=0,
     ))  # fmt: skip
@@ -203,7 +209,7 @@ def test_training_of_the_smaller_networks(place):
 def test_pictures_of_official_weights(place, trained_256):
     words = command("sample.py", "imagenet256_H_DiM.py")
     picture = place / "grid.png"
-    options = config_options(autoencoder(place), NETWORK, nnet__input_size=8)
+    options = config_options(autoencoder(place), NETWORK, sizes(1))
     run(words, options | {"nnet_path": trained_256, "classes": "0,3", "steps": 2, "out": picture})
     width, height = Image.open(picture).size
     assert width >= 4 * PIXELS and height >= 2 * PIXELS
