@@ -393,6 +393,20 @@ def get_dataset(
     )
 
 
+def dataset_of(config, *, augmented=False):
+    """The data set of a config; augmented, as training reads it: cropped and flipped at random."""
+    settings = config.dataset
+    augmentation = {"random_crop": settings.random_crop, "random_flip": settings.random_flip}
+    return get_dataset(
+        settings.name,
+        path=settings.path,
+        resolution=settings.resolution,
+        labels=config.train.mode == "cond",
+        seed=config.seed,
+        **(augmentation if augmented else {}),
+    )
+
+
 # ------------------------------------------------------------ order
 
 

@@ -7,7 +7,7 @@
 The same command resumes an interrupted evaluation.
 """
 
-from datasets import get_dataset
+from datasets import dataset_of
 from libs import flags
 from libs.codec import PixelCodec
 from libs.evaluation_run import run_evaluation
@@ -15,30 +15,13 @@ from libs.launch import make_accelerator
 from libs.models import build_model, check_data, check_kind, load_into
 from sde import VPSDE
 
-FLAGS = {
-    "config": (
-        flags.config_file, flags.REQUIRED, "config file; --config.<key>=<value> changes one value",
-    ),
-    "nnet_path": (
-        str, flags.REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
-    ),
-    "output_path": (
-        str, None, "json file of the result; otherwise evaluation.json in the run directory",
-    ),
-    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
-}  # fmt: skip
+FLAGS = flags.EVALUATION
 
 
 def main(args):
     config, accelerator = args.config, make_accelerator()
     check_kind(config, latent=False)
-    dataset = get_dataset(
-        config.dataset.name,
-        path=config.dataset.path,
-        resolution=config.dataset.resolution,
-        labels=config.train.mode == "cond",
-        seed=config.seed,
-    )
+    dataset = dataset_of(config)
     model, codec = build_model(config.nnet), PixelCodec()
     check_data(model, dataset, codec.latent_shape(dataset.shape))
     changes = load_into(model, args.nnet_path)

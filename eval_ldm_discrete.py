@@ -6,7 +6,7 @@
 The same command resumes an interrupted evaluation.
 """
 
-from datasets import CROPPED, get_dataset
+from datasets import CROPPED, dataset_of
 from libs import flags
 from libs.codec import latent_codec
 from libs.evaluation_run import run_evaluation
@@ -14,18 +14,7 @@ from libs.launch import make_accelerator
 from libs.models import build_model, check_codec, check_kind, load_into
 from sde import DiscreteSchedule
 
-FLAGS = {
-    "config": (
-        flags.config_file, flags.REQUIRED, "config file; --config.<key>=<value> changes one value",
-    ),
-    "nnet_path": (
-        str, flags.REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
-    ),
-    "output_path": (
-        str, None, "json file of the result; otherwise evaluation.json in the run directory",
-    ),
-    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
-}  # fmt: skip
+FLAGS = flags.EVALUATION
 
 
 def images_to_measure(config):
@@ -33,10 +22,7 @@ def images_to_measure(config):
     needless = config.dataset.fid_stats or config.sample.features == "none"
     if needless or config.dataset.name not in CROPPED:
         return None
-    return get_dataset(
-        config.dataset.name, path=config.dataset.path, resolution=config.dataset.resolution,
-        labels=config.train.mode == "cond", seed=config.seed,
-    )  # fmt: skip
+    return dataset_of(config)
 
 
 def main(args):

@@ -7,34 +7,21 @@ The same command resumes an interrupted run.
 """
 
 import utils
-from datasets import get_dataset
+from datasets import dataset_of
 from libs import flags
 from libs.codec import latent_codec
 from libs.models import build_model, check_codec, check_data, check_kind, start_from
 from libs.training import train
 from sde import DiscreteSchedule
 
-FLAGS = {
-    "config": (
-        flags.config_file, flags.REQUIRED, "config file; --config.<key>=<value> changes one value",
-    ),
-    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
-}  # fmt: skip
+FLAGS = flags.TRAINING
 
 
 def main(args):
     config = args.config
     check_kind(config, latent=True)
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
-    dataset = get_dataset(
-        config.dataset.name,
-        path=config.dataset.path,
-        resolution=config.dataset.resolution,
-        random_crop=config.dataset.random_crop,
-        random_flip=config.dataset.random_flip,
-        labels=config.train.mode == "cond",
-        seed=config.seed,
-    )
+    dataset = dataset_of(config, augmented=True)
     model = build_model(config.nnet, seed=config.seed)
     pictures = bool(config.train.grid_samples or config.train.fid_samples)
     codec = latent_codec(config, dataset, decoding=pictures)

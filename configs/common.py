@@ -89,7 +89,7 @@ def get_config():
     config.autoencoder = d(
         pretrained_path=config_dict.placeholder(
             str
-        ),  # U-ViT's autoencoder_kl.pth, another LDM file, or a diffusers folder
+        ),  # U-ViT's autoencoder_kl_ema.pth, another LDM file, or a diffusers folder
         scale_factor=0.18215,
     )
 

@@ -79,11 +79,12 @@ class LatentCodec:
         """(C, h, w) of z -> (3, H, W) of the image that it decodes to."""
         return IMAGE_CHANNELS, z_shape[1] * self.downsample, z_shape[2] * self.downsample
 
-    def _required(self):
+    def require_autoencoder(self):
+        """The autoencoder; UserError without one."""
         if self.autoencoder is None:
             raise UserError(
                 "this needs the autoencoder: set --config.autoencoder.pretrained_path to U-ViT's "
-                "autoencoder_kl.pth or to a diffusers folder (or, to train on latents without "
+                "autoencoder_kl_ema.pth or to a diffusers folder (or, to train on latents without "
                 "pictures, train.grid_samples and train.fid_samples to 0)"
             )
         return self.autoencoder
@@ -94,12 +95,12 @@ class LatentCodec:
         if x.shape[1] != IMAGE_CHANNELS:
             return sample_moments(x, noise, self.scale_factor)
         with _float16_on_a_gpu(x.device):
-            return self._required().encode(x, noise)
+            return self.require_autoencoder().encode(x, noise)
 
     def decode(self, z):
         """Scaled z (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
         with _float16_on_a_gpu(z.device):
-            return (self._required().decode(z) * 0.5 + 0.5).clamp(0, 1)
+            return (self.require_autoencoder().decode(z) * 0.5 + 0.5).clamp(0, 1)
 
     def describe(self):
         """What a result depends on, for recipes."""
@@ -125,7 +126,7 @@ def latent_codec(config, dataset=None, *, decoding=True):
     autoencoder = load_autoencoder(path, scale_factor=scale_factor) if path else None
     codec = LatentCodec(autoencoder, scale_factor=scale_factor)
     if decoding or not getattr(dataset, "latent", False):
-        codec._required()
+        codec.require_autoencoder()
     made_with = getattr(dataset, "autoencoder_sha256", None)
     if made_with and autoencoder and made_with != autoencoder.sha256:
         raise UserError(

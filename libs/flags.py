@@ -150,6 +150,22 @@ def config_file(text: str):
     raise NotImplementedError("parse_flags handles --config itself")
 
 
+# Flags of the training and of the evaluation scripts.
+TRAINING = {
+    "config": (config_file, REQUIRED, "config file; --config.<key>=<value> changes one value"),
+    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
+}
+EVALUATION = {
+    **TRAINING,
+    "nnet_path": (
+        str, REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
+    ),
+    "output_path": (
+        str, None, "json file of the result; otherwise evaluation.json in the run directory",
+    ),
+}  # fmt: skip
+
+
 def int_list(text: str) -> tuple[int, ...]:
     """Kind of flags such as --classes=3,7."""
     return tuple(int(item) for item in text.split(","))

@@ -4,7 +4,6 @@ On generated images and a tiny autoencoder, in this process, in processes that a
 accelerate launch.
 """
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -15,10 +14,14 @@ import pytest
 import runs
 import torch
 from PIL import Image
-from test_bad_input import assert_nothing_lost, assert_one_sentence, fresh_state, snapshot
+from test_bad_input import (  # noqa: F401
+    assert_nothing_lost,
+    assert_one_sentence,
+    in_process,
+    snapshot,
+)
 
 from datasets import get_dataset
-from libs import flags
 from libs.autoencoder import load_autoencoder, to_ldm
 from libs.features import Features
 from utils import UserError
@@ -74,44 +77,26 @@ def words_for(inputs, output, **changes):
 
 
 @pytest.fixture(scope="module")
-def in_process():
-    """in_process(words): the script's exit status, run in this process on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.chdir(runs.ROOT)
-        module = importlib.import_module("scripts.extract_imagenet_feature")
-
-        def call(words):
-            patch.setattr(sys, "argv", [SCRIPT, *words])
-            try:
-                flags.run_main(module.main, module.FLAGS)
-            except SystemExit as ended:
-                return ended.code
-            finally:
-                fresh_state()
-            return 0
-
-        yield call
-    torch.set_num_threads(threads)
+def extract(in_process):  # noqa: F811
+    """extract(words): the script's exit status, run in this process on one thread."""
+    return lambda words: in_process("scripts.extract_imagenet_feature", words)
 
 
 @pytest.fixture(scope="module")
-def whole(inputs, in_process):
+def whole(inputs, extract):
     """The latents as an undisturbed run writes them."""
-    assert in_process(words_for(inputs, inputs / "whole")) == 0
+    assert extract(words_for(inputs, inputs / "whole")) == 0
     return inputs / "whole"
 
 
 @pytest.fixture
-def refused(in_process, capsys, inputs, tmp_path):
+def refused(extract, capsys, inputs, tmp_path):
     """refused(words, *key words): the script's one sentence, everything being as it was."""
 
     def call(words, *says, expected=1):
         before = snapshot(tmp_path, inputs)
         capsys.readouterr()
-        status = in_process(words)
+        status = extract(words)
         captured = capsys.readouterr()
         assert snapshot(tmp_path, inputs) == before
         return assert_one_sentence(status, captured.out + captured.err, *says, expected=expected)
@@ -153,10 +138,10 @@ def test_they_are_read_as_a_data_set(whole):
     assert "centre crop to 32" in dataset.preprocessing
 
 
-def test_a_folder_without_classes(inputs, in_process, tmp_path, whole, capsys):
+def test_a_folder_without_classes(inputs, extract, tmp_path, whole, capsys):
     words = words_for(inputs, tmp_path / "out", dataset="folder", labels=False, flip=False,
                       images_per_shard=100, batch_size=100, num_workers=1)  # fmt: skip
-    assert in_process(words) == 0
+    assert extract(words) == 0
     captured = capsys.readouterr()
     assert "14 images, 14 records of (8, 4, 4) in 1 shards" in captured.out
     assert "img/s" in captured.out and "waiting for images" in captured.out
@@ -248,24 +233,24 @@ def test_two_processes_finish_what_one_began(inputs, whole, tmp_path):
     assert found == {path.relative_to(whole): data for path, data in snapshot(whole).items()}
 
 
-def test_what_is_complete_is_left_alone(inputs, whole, in_process, capsys):
+def test_what_is_complete_is_left_alone(inputs, whole, extract, capsys):
     before, times = snapshot(whole), {path: path.stat().st_mtime_ns for path in snapshot(whole)}
-    assert in_process(words_for(inputs, whole)) == 0
+    assert extract(words_for(inputs, whole)) == 0
     assert "complete already" in capsys.readouterr().out
     assert_nothing_lost(before)
     assert {path: path.stat().st_mtime_ns for path in snapshot(whole)} == times
 
 
-def test_damage_is_found_and_repaired(inputs, whole, in_process, refused, tmp_path, capsys):
+def test_damage_is_found_and_repaired(inputs, whole, extract, refused, tmp_path, capsys):
     output = copied(whole, tmp_path / "out")
-    assert in_process(["--verify", f"--output={output}"]) == 0
+    assert extract(["--verify", f"--output={output}"]) == 0
     assert "verified" in capsys.readouterr().out
     shard = output / "shard-00001.bin"
     shard.write_bytes(b"x" + shard.read_bytes()[1:])
     says = [f"{shard} is damaged", "SHA-256", f"delete it and run {SCRIPT} again"]
     refused(["--verify", f"--output={output}"], *says)
     shard.unlink()
-    assert in_process(words_for(inputs, output)) == 0
+    assert extract(words_for(inputs, output)) == 0
     assert snapshot(output).keys() == {output / path.relative_to(whole) for path in snapshot(whole)}
     assert shard.read_bytes() == (whole / "shard-00001.bin").read_bytes()
 
@@ -336,12 +321,12 @@ def test_wrong_flags(inputs, refused, tmp_path, changes, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_moments_that_float16_cannot_hold(inputs, refused, tmp_path, in_process):
+def test_moments_that_float16_cannot_hold(inputs, refused, tmp_path, extract):
     tensors = torch.load(inputs / "ae.pth", weights_only=True)
     tensors["quant_conv.bias"] += 1e6
     torch.save(tensors, tmp_path / "large.pth")
     words = words_for(inputs, tmp_path / "out", autoencoder=tmp_path / "large.pth")
-    assert in_process(words) == 1
+    assert extract(words) == 1
     assert not list((tmp_path / "out").glob("*shard*"))
     refused(words, "not finite in float16", "--precision=fp32")
 
@@ -360,12 +345,12 @@ def broken(inputs, tmp_path):
 
 
 def test_unreadable_images_are_named_and_the_rest_is_kept(
-    inputs, whole, broken, in_process, capsys, tmp_path
+    inputs, whole, broken, extract, capsys, tmp_path
 ):
     words = words_for(inputs, tmp_path / "out", path=tmp_path / "images", num_workers=1)
     for _ in range(2):  # again: it is not forgotten
         capsys.readouterr()
-        status = in_process(words)
+        status = extract(words)
         captured = capsys.readouterr()
         says = ["3 images cannot be read", *(str(broken[i]) for i in (1, 12, 13)), "no image",
                 "--skip_unreadable", "same names"]  # fmt: skip
@@ -376,14 +361,14 @@ def test_unreadable_images_are_named_and_the_rest_is_kept(
         Features(tmp_path / "out")
     for i, path in enumerate(sorted((inputs / "imagenet").rglob("*.JPEG"))):
         shutil.copy(path, broken[i])
-    assert in_process(words) == 0
+    assert extract(words) == 0
     for path in whole.glob("*.bin"):
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_the_next_image_stands_in_if_asked(inputs, whole, broken, in_process, capsys, tmp_path):
+def test_the_next_image_stands_in_if_asked(inputs, whole, broken, extract, capsys, tmp_path):
     words = words_for(inputs, tmp_path / "out", path=tmp_path / "images", skip_unreadable=True)
-    assert in_process(words) == 0
+    assert extract(words) == 0
     assert "3 images could not be read, the next stands in: 1, 12, 13" in capsys.readouterr().err
     features, original = Features(tmp_path / "out"), Features(whole)
     assert features.manifest["stand_ins"] == {"1": 2, "12": 0, "13": 0}

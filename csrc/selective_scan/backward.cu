@@ -1,4 +1,4 @@
-// Selective scan, the backward's walk from the last step to the first; gradients of all inputs but z.
+// Selective scan, the backward's walk from the last step to the first; gradients of every input.
 //
 // The walk goes kKept steps at a time. A warp takes the states before them, which the pass
 // kCheckpoints of forward.cu kept, makes those in between again, with their decays, and walks back:
@@ -11,8 +11,8 @@
 // (softplus, gate, outputs) is done by the one lane that owns it.
 //
 // dB and dC are added over a warp's lanes, then over warps in shared memory, and written as parts,
-// one a block; dA, dD and ddelta_bias, sums over steps, stay in registers and are written as parts,
-// one a batch entry and segment. sum_parts.cu adds the parts in a fixed order, so that the gradients
+// one a block; dA, dD and ddelta_bias, sums over steps, are written as parts at the end, one a batch
+// entry and segment. sum_parts.cu adds the parts in a fixed order, so that the gradients
 // are bit-equal in every run.
 //
 // -D: kInput, kStates (16, 32 or 64), kChannels (a multiple of 32), kTile (steps whose inputs are
