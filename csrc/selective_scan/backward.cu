@@ -69,9 +69,9 @@ struct Shared {
 struct Place {
   Int64 batch, segment;
   int block, warp, lane;
-  int quad;         // the thread's 4 channels are 4 quad .. of the warp's
+  int quad;         // the thread's 4 channels are at 4 quad .. of the warp's
   int first_state;  // and 4 states of each
-  int own;          // the channel, of the warp's, that this lane knows all about
+  int own;          // where the channel is that this lane knows all about
   int warp_channel, channel, channels;  // first of the warp's; own; of the whole problem
   int sum;                              // where in Quad's sums this lane's go (add_BC)
   int first, count;                     // steps of the segment
@@ -88,7 +88,7 @@ struct Place {
     first_state = lane % kLanes * 4;
     own = 4 * quad + lane % 4;
     warp_channel = block * kChannels + warp * kWarpChannels;
-    writes = warp_channel + own < channels && lane % kLanes < 4;
+    writes = warp_channel + in_warp(0) < channels && lane % kLanes < 4;
     channel = channel_of(0);
     const int value = quad * kSumsPerLane;
     sum = value / 4 * kStates + first_state;
@@ -96,12 +96,17 @@ struct Place {
     first = static_cast<int>(segment * p.segment_length);
     count = static_cast<int>(min(p.segment_length, p.length - first));
   }
-  // A thread's channel number c is another for each of its neighbours, the own one if c is 0: so what
-  // they have for one owner reaches it by one shuffle.
-  __device__ __forceinline__ int of_warp(int c) const { return own ^ c; }
+  // Where a thread's channel number c is in shared memory. It is another for each of its neighbours,
+  // the own one if c is 0: so what they have for one owner reaches it by one shuffle.
+  __device__ __forceinline__ int place(int c) const { return own ^ c; }
+  // Which of the warp's channels that is: lanes with the same states then have neighbouring channels,
+  // and a warp reads kept states from 4 lines of memory, not 16.
+  __device__ __forceinline__ int in_warp(int c) const {
+    return place(c) / 4 + 32 / kLanes * (place(c) % 4);
+  }
   // Channels that do not exist read the last one.
   __device__ __forceinline__ int channel_of(int c) const {
-    return min(warp_channel + of_warp(c), channels - 1);
+    return min(warp_channel + in_warp(c), channels - 1);
   }
   // Steps before the first and after the last repeat the nearest.
   __device__ __forceinline__ int row(const ScanParams& p, int step) const {
@@ -163,13 +168,13 @@ struct Inputs {
         if (has_g_y) copy16(&to[t].g_y[c], g_y.at(row) + c);
       }
     } else if (at.lane % kLanes < 4) {
-      const int from = at.channel - at.warp_channel;
+      const int from = at.channel - at.warp_channel, own = at.in_warp(0);
 #pragma unroll 1
       for (int t = 0; t < kTile; ++t) {
-        to[t].u[at.own] = u.at(rows[t])[from];
-        to[t].delta[at.own] = delta.at(rows[t])[from];
-        if (has_z) to[t].z[at.own] = z.at(rows[t])[from];
-        if (has_g_y) to[t].g_y[at.own] = g_y.at(rows[t])[from];
+        to[t].u[own] = u.at(rows[t])[from];
+        to[t].delta[own] = delta.at(rows[t])[from];
+        if (has_z) to[t].z[own] = z.at(rows[t])[from];
+        if (has_g_y) to[t].g_y[own] = g_y.at(rows[t])[from];
       }
     }
   }
@@ -209,18 +214,19 @@ struct Channel {
   __device__ __forceinline__ void prepare(Quad& quad, const Place& at, const RawStep* raw,
                                           int left) const {
     float delta[kKept], x[kKept], dy[kKept], y_to_z[kKept], slope[kKept];
+    const int own = at.in_warp(0);
 #pragma unroll
     for (int t = 0; t < kKept; ++t) {
       const bool real = writes && t < left;
-      const float sum = to_float(raw[t].delta[at.own]) + bias, z = to_float(raw[t].z[at.own]);
-      const float g_y = select(real && has_g_y, to_float(raw[t].g_y[at.own]), 0.0f);
+      const float sum = to_float(raw[t].delta[own]) + bias, z = to_float(raw[t].z[own]);
+      const float g_y = select(real && has_g_y, to_float(raw[t].g_y[own]), 0.0f);
       const float s = sigmoid(z);
       delta[t] = select(real, select(use_softplus, softplus(sum), sum), 0.0f);
       slope[t] = select(use_softplus, softplus_derivative(sum), 1.0f);
-      x[t] = delta[t] * to_float(raw[t].u[at.own]);
+      x[t] = delta[t] * to_float(raw[t].u[own]);
       dy[t] = g_y * select(has_z, z * s, 1.0f);
       y_to_z[t] = g_y * silu_derivative(z, s);
-      if (at.lane % kLanes < 4) quad.u[at.warp][t][at.own] = raw[t].u[at.own];
+      if (at.lane % kLanes < 4) quad.u[at.warp][t][at.own] = raw[t].u[own];
     }
     if (at.lane % kLanes >= 4) return;
     quad.delta[at.warp][at.own] = make_float4(delta[0], delta[1], delta[2], delta[3]);
@@ -308,7 +314,7 @@ __device__ __forceinline__ void start(const ScanParams& p, const Place& at, Shar
 // and dC to add to; sums: [step][g_B, g_decay or C h], parts of the channel's sums over states.
 __device__ __forceinline__ void walk(Shared& shared, const Quad& quad, const Place& at, int c,
                                      const float4& before, float* BC, float* sums) {
-  const int column = at.of_warp(c);
+  const int column = at.place(c);
   float A[4], g_h[4], g_A[4], h[kKept + 1][4], decay[kKept][4], delta[4], x[4], dy[4];
   unpack(A, shared.A[c][threadIdx.x]);
   unpack(h[0], before);
@@ -386,7 +392,7 @@ __device__ __forceinline__ void store_parts(const ScanParams& p, const Place& at
   const Int64 part = at.batch * p.segments + at.segment;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
-    const Int64 of = at.warp_channel + at.of_warp(c);
+    const Int64 of = at.warp_channel + at.in_warp(c);
     if (of >= p.channels) continue;
     float g_A[4];
     unpack(g_A, shared.g_A[c][threadIdx.x]);
