@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from libs import layers, scan_order
 from libs.mamba import Mamba
+from libs.ops.mamba_block import compute_dtype, is_fused, mamba_block
 from utils import UserError
 
 # Width and depth of the paper's models. Parameters: S 50,568,716 at 32x32x3 with 10
@@ -29,10 +30,14 @@ EXTRA_TOKENS = 2  # time, label
 class Block(nn.Module):
     """x + (1 + gate) * Mamba(RMSNorm(x) * (1 + scale) + shift), of x merged with a long skip if it
     has one. There is no MLP.
+
+    rounds: the output goes into matrix products next, so the fused block gives it their dtype; else
+    float32, the residual stream's.
     """
 
-    def __init__(self, dim, *, mamba, has_skip):
+    def __init__(self, dim, *, mamba, has_skip, rounds):
         super().__init__()
+        self.rounds = rounds
         self.skip = layers.SkipProjection(dim) if has_skip else None
         self.norm = layers.RMSNorm(dim)
         self.scale_shift_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
@@ -41,15 +46,35 @@ class Block(nn.Module):
     def forward(self, x, modulation, order, skip=None, keep=None):
         """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) or None -> (B, L, dim).
 
-        keep: None, or for stochastic depth (draws (B,), probability of keeping the branch).
+        keep: None, or for stochastic depth what the branch is multiplied by, (B,).
         """
         if self.skip is not None:
             x = self.skip(x, skip)
+        dtype = compute_dtype(self.mixer.in_proj.weight)
+        sizes = (x.shape[-1], self.mixer.d_state, self.mixer.conv_weight.shape[1])
+        if not is_fused(x.device, dtype, *sizes):
+            return self.composed(x, modulation, order, keep)
+        out_dtype = dtype if self.rounds else torch.float32
+        return mamba_block(x, modulation, keep, self.by_name(), order, dtype, out_dtype)
+
+    def composed(self, x, modulation, order, keep):
+        """The same, layer by layer."""
         modulation = (self.scale_shift_table + modulation)[:, :, None]
         shift, scale, gate = modulation.unbind(1)                               # (B, 1, dim) each
         branch = self.mixer(self.norm(x) * (1 + scale) + shift, order)          # (B, L, dim)
         branch = (1 + gate) * branch
-        return x + (branch if keep is None else layers.drop_path(branch, *keep))
+        return x + (branch if keep is None else branch * keep.to(branch.dtype).view(-1, 1, 1))
+
+    def by_name(self):
+        """The parameters by the names of libs.ops.mamba_block."""
+        mixer = self.mixer
+        return {
+            "table": self.scale_shift_table, "weight": self.norm.weight,
+            "in_proj": mixer.in_proj.weight, "conv_weight": mixer.conv_weight,
+            "conv_bias": mixer.conv_bias, "x_proj": mixer.x_proj.weight,
+            "dt_proj": mixer.dt_proj.weight, "dt_bias": mixer.dt_proj.bias,
+            "A_log": mixer.A_log, "D": mixer.D, "out_proj": mixer.out_proj.weight,
+        }  # fmt: skip
 
 
 class DiM(nn.Module):
@@ -112,7 +137,8 @@ class DiM(nn.Module):
         self.pad_tokens = nn.Parameter(torch.empty(self.pad, dim))
         self.first_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.blocks = nn.ModuleList(
-            Block(dim, mamba=mamba, has_skip=k > self.num_skips) for k in range(depth)
+            Block(dim, mamba=mamba, has_skip=k > self.num_skips, rounds=k >= self.num_skips)
+            for k in range(depth)
         )
         self.last_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
         self.norm_out = layers.RMSNorm(dim)
@@ -207,7 +233,7 @@ class DiM(nn.Module):
             scan_order.sequence_order(pattern, *grid, self.pad, front, x.device)
             for pattern in self.patterns
         ]
-        keeps = self.keep_probabilities(x, drop_path_draw)
+        keeps = self.kept_branches(x, drop_path_draw)
         skips = []
         for k, block in enumerate(self.blocks):
             skip = None
@@ -222,14 +248,15 @@ class DiM(nn.Module):
                 skips.append(x)
         return x
 
-    def keep_probabilities(self, x, draw):
-        """Per block None, or with stochastic depth (draw (B,), probability to keep the branch)."""
+    def kept_branches(self, x, draw):
+        """Per block None, or with stochastic depth what the branch is multiplied by, (B,)."""
         if not (self.training and self.drop_path):
             return [None] * self.depth
         draw = torch.rand(x.shape[0], self.depth, device=x.device) if draw is None else draw
         last = max(self.depth - 1, 1)
         return [
-            (draw[:, k], 1 - self.drop_path * k / last) if k else None for k in range(self.depth)
+            layers.drop_path(draw[:, k], 1 - self.drop_path * k / last) if k else None
+            for k in range(self.depth)
         ]
 
     def tune(self, x, skip, consumer, t, order):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from libs.ops.mamba_block import compute_dtype
 from utils import UserError
 
 
@@ -134,16 +135,20 @@ class SkipProjection(nn.Module):
         """x, skip (B, L, dim) -> (B, L, dim)."""
         if self.fused:
             of_x, of_skip = self.linear.weight.chunk(2, dim=1)
-            return F.linear(x, of_x, self.linear.bias) + F.linear(skip, of_skip)
-        return self.stream(x) + self.skip(skip)
+            bias = self.linear.bias
+        else:
+            of_x, of_skip = self.stream.weight, self.skip.weight
+            bias = self.stream.bias + self.skip.bias
+        dtype = compute_dtype(of_x)
+        merged = F.linear(x.to(dtype), of_x, bias).flatten(0, 1)
+        return torch.addmm(merged, skip.to(dtype).flatten(0, 1), of_skip.T).view(x.shape)
 
 
-def drop_path(branch, draw, keep_probability):
-    """Stochastic depth (Huang et al. 2016) of branch (B, ...): a sample keeps its branch where
-    `draw` (B,), uniform in [0, 1), is below `keep_probability`.
+def drop_path(draw, keep_probability):
+    """Stochastic depth (Huang et al. 2016): what each sample's branch is multiplied by, 1 over the
+    probability where `draw` (B,), uniform in [0, 1), is below it, else 0.
     """
-    keep = (draw < keep_probability).to(branch.dtype) / keep_probability
-    return branch * keep.view(-1, *[1] * (branch.dim() - 1))
+    return (draw < keep_probability).float() / keep_probability
 
 
 def freeu_skip(skip, scale):

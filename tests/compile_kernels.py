@@ -21,9 +21,7 @@ def all_kernels(launch_plan):
         for operator, sizes in (("scan", range(1, 65)), ("conv", range(2, 9))):
             for size, way in itertools.product(sizes, ("forward", "backward")):
                 plan = getattr(launch_plan, f"{operator}_{way}")(*shape, size, dtype, 132)
-                found |= {
-                    launch.kernel for launch in (*plan.launches, *(s.launch for s in plan.sums))
-                }
+                found |= plan.kernels()
     return found
 
 
@@ -31,9 +29,9 @@ def main(arch, which):
     sys.path.insert(0, str(ROOT))
     package = sys.modules["libs.ops"] = types.ModuleType("libs.ops")
     package.__path__ = [str(ROOT / "libs" / "ops")]  # without its __init__, which imports torch
-    from libs.ops import cuda_compile, launch_plan
+    from libs.ops import adaln_plan, cuda_compile, launch_plan
 
-    kernels = set(launch_plan.INSTANTIATIONS_OF_CONFIGS)
+    kernels = set(adaln_plan.INSTANTIATIONS_OF_CONFIGS)
     if which == "others":
         kernels = all_kernels(launch_plan) - kernels
     results = []

@@ -289,7 +289,6 @@ def driver(monkeypatch):
 def test_what_is_launched(driver):
     """Parameters arrive in their fields, scratch does not overlap, sums read the parts' memory."""
     kernel = launch_plan.Kernel("source.cu", "walk", ())
-    add = launch_plan.Kernel("sum.cu", "add", ())
     plan = launch_plan.Plan(
         launches=(launch_plan.Launch(kernel, (3, 2, 1), (64, 1, 1), 50000),),
         scratch=(
@@ -298,23 +297,25 @@ def test_what_is_launched(driver):
         ),
         integers={"segments": 2, "segment_length": 10},
         sums=(
-            launch_plan.Sum(
-                launch_plan.Launch(add, (1, 1, 1), (256, 1, 1), 0), "parts_A", "g_A", (5, 16),
-                "float32",
-            ),
+            launch_plan.Sum("parts_A", "g_A", (5, 16)),
+            launch_plan.Sum("parts_A", "g_B", (5, 2), "bfloat16"),
         ),
-    )  # fmt: skip
+    )
     prepared = cuda.prepare(plan, launch_plan.ScanParams, 0)
-    u, g_A = torch.randn(2, 19, 10)[..., 5:], torch.empty(5, 16)
+    u, g_A, g_B = torch.randn(2, 19, 10)[..., 5:], torch.empty(5, 16), torch.empty(0)
     driver.size = ctypes.sizeof(launch_plan.SumParams)
     cuda.run(
-        prepared, u.device, {"u": u, "z": None}, {"batch": 2, "D": g_A, "order": None}, {"g_A": g_A}
-    )
+        prepared, u.device, {"u": u, "z": None}, {"batch": 2, "D": g_A, "order": None},
+        {"g_A": g_A, "g_B": g_B},
+    )  # fmt: skip
     (config, _), (sum_config, sum_bytes) = driver.launches
     assert config == ("walk 50000", 3, 2, 1, 64, 1, 1, 50000, 77)
-    assert sum_config == ("add 0", 1, 1, 1, 256, 1, 1, 0, 77)
+    assert sum_config == ("sum_parts 0", 2, 1, 1, 256, 1, 1, 0, 77)
     sums = launch_plan.SumParams.from_buffer_copy(sum_bytes)
-    assert (sums.out, sums.count, sums.size) == (g_A.data_ptr(), 7, 80)
+    assert (sums.out_0, sums.count_0, sums.size_0, sums.is_float_0) == (g_A.data_ptr(), 7, 80, 1)
+    assert sums.parts_0 == sums.parts_1
+    assert (sums.size_1, sums.is_float_1) == (0, 0), "a result that is not wanted is not added"
+    assert sums.size_2 == 0
 
     driver.launches.clear()
     driver.size = ctypes.sizeof(launch_plan.ScanParams)
@@ -353,10 +354,6 @@ SHAPES = [
 ]
 
 
-def kernels(plan):
-    return cuda.kernels_of(plan)
-
-
 @pytest.mark.parametrize("name", ["forward", "backward"])
 @pytest.mark.parametrize("states", [1, 16, 17, 33, 64])
 def test_the_self_check_runs_every_kernel_of_a_plan(monkeypatch, name, states):
@@ -365,12 +362,13 @@ def test_the_self_check_runs_every_kernel_of_a_plan(monkeypatch, name, states):
     choose = getattr(launch_plan, f"{name}_variant")
     dtype = ("bfloat16",) if name == "backward" else ()
     for shape in SHAPES:
-        plan = getattr(launch_plan, f"scan_{name}")(*shape, states, "bfloat16", 132)
+        plan_of = getattr(launch_plan, f"scan_{name}")
+        plan = plan_of(*shape, states, "bfloat16", 132)
         _, _, checked = cuda_scan._small_problem(
-            gpu, f"scan_{name}", plan, choose(*shape, states, *dtype, 132), states,
+            gpu, plan_of, plan, choose(*shape, states, *dtype, 132), states,
             torch.bfloat16,
         )
-        assert kernels(plan) <= checked, shape
+        assert plan.kernels() <= checked, shape
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -383,7 +381,7 @@ def test_the_self_check_tells_right_from_wrong(monkeypatch, dtype):
     wrong = []  # by how much
 
     def spoilt(function):
-        def run(prepared, *args):
+        def run(prepared, *args, **places):
             results = function(*args)
             results = list(results) if isinstance(results, tuple) else [results]
             results[-1] = results[-1] + sum(wrong) * results[-1].abs().max()
@@ -394,15 +392,15 @@ def test_the_self_check_tells_right_from_wrong(monkeypatch, dtype):
     for module, forward, backward in (
         (cuda_scan, scan_fwd, scan_bwd), (cuda_conv, conv_fwd, conv_bwd)
     ):  # fmt: skip
-        monkeypatch.setattr(module, "_run_forward", spoilt(forward))
-        monkeypatch.setattr(module, "_run_backward", spoilt(backward))
+        monkeypatch.setattr(module, "run_forward", spoilt(forward))
+        monkeypatch.setattr(module, "run_backward", spoilt(backward))
         plans = ("scan_forward", "scan_backward", 16), ("conv_forward", "conv_backward", 3)
         forward, backward, size = plans[module is cuda_conv]
         shape = (2, 366, 64, size)
         for name, check in ((forward, module._check_forward), (backward, module._check_backward)):
             plan = getattr(launch_plan, name)(*shape, cuda.name_of(dtype), 132)
             wrong.clear()
-            assert kernels(plan) <= check(gpu, plan, shape, dtype)
+            assert plan.kernels() <= check(gpu, plan, shape, dtype)
             for error in (0.05, float("nan")):
                 wrong.append(error)
                 with pytest.raises(UserError, match="sm_90.* compute wrong numbers: .* is off by"):

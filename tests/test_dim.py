@@ -74,7 +74,7 @@ def test_activation_checkpointing_changes_nothing_but_memory():
 def test_stochastic_depth():
     """A branch is dropped where the draw reaches the probability of keeping it, by sample."""
     branch = torch.ones(3, 2, 2)
-    kept = drop_path(branch, torch.tensor([0.1, 0.74, 0.76]), 0.75)
+    kept = branch * drop_path(torch.tensor([0.1, 0.74, 0.76]), 0.75)[:, None, None]
     assert kept[:, 0, 0].tolist() == pytest.approx([4 / 3, 4 / 3, 0])
     x, t, y = inputs()
     torch.manual_seed(0)

@@ -13,9 +13,16 @@ __device__ __forceinline__ void copy16(void* to, const void* from) {
 #endif
 }
 
-// Waits for this thread's copies.
-__device__ __forceinline__ void wait_for_copies() {
+// Makes a group of this thread's copies since the last one.
+__device__ __forceinline__ void close_copies() {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits for this thread's copies but for the kLater newest groups.
+template <int kLater> __device__ __forceinline__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kLater) : "memory");
 #endif
 }

@@ -1,29 +1,76 @@
-// Sums of partial results in a fixed order, so that gradients are bit-equal in every run.
-// -D: kOutput (type of the result).
+// Sums of partial results in a fixed order, so that gradients are bit-equal in every run; up to kTasks
+// of them at once.
+// -D: kOutput (type of a result that is not float).
 #include "common/types.cuh"
 
-struct SumParams {
-  const float* parts;  // (count, size)
-  kOutput* out;        // (size)
-  Int64 count, size;
-};
-static_assert(sizeof(SumParams) == 32, "mirrored by libs/ops/launch_plan.py");
+constexpr int kTasks = 4;
 
-// Loads in flight together, and partial sums, which also keep the rounding error of long sums low.
+struct SumTask {
+  const float* parts;  // (count, size)
+  void* out;           // (size)
+  Int64 count, size;   // size 0: nothing to do
+  Int64 is_float;      // out is float, not kOutput
+};
+
+struct SumParams {
+  SumTask task[kTasks];
+};
+static_assert(sizeof(SumParams) == 40 * kTasks, "mirrored by libs/ops/launch_plan.py");
+
+// A block adds 32 or, where rows are vectors of 4, 128 neighbouring columns, each on kLanes threads.
 constexpr int kLanes = 8;
 
-extern "C" __global__ void __launch_bounds__(256) sum_parts(const __grid_constant__ SumParams p) {
-  const Int64 i = static_cast<Int64>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i >= p.size) return;
-  float lane[kLanes] = {};
-  for (Int64 first = 0; first < p.count; first += kLanes) {
+template <int kOwn>
+__device__ __forceinline__ void add(const SumTask& task, Int64 block, float (*shared)[32][kOwn]) {
+  struct alignas(4 * kOwn) Own {
+    float v[kOwn];
+  };
+  const int column = threadIdx.x % 32, lane = threadIdx.x / 32;
+  const Int64 first = (block * 32 + column) * kOwn;
+  Own sum = {};
+  if (first < task.size)
+#pragma unroll 4
+    for (Int64 k = lane; k < task.count; k += kLanes) {
+      const Own part = *reinterpret_cast<const Own*>(task.parts + k * task.size + first);
 #pragma unroll
-    for (int k = 0; k < kLanes; ++k)
-      if (first + k < p.count) lane[k] += p.parts[(first + k) * p.size + i];
+      for (int i = 0; i < kOwn; ++i) sum.v[i] += part.v[i];
+    }
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) shared[lane][column][i] = sum.v[i];
+#pragma unroll
+  for (int stride = kLanes / 2; stride > 0; stride /= 2) {
+    __syncthreads();
+    if (lane < stride)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) shared[lane][column][i] += shared[lane + stride][column][i];
   }
+  if (lane > 0 || first >= task.size) return;
 #pragma unroll
-  for (int stride = kLanes / 2; stride > 0; stride /= 2)
-#pragma unroll
-    for (int k = 0; k < stride; ++k) lane[k] += lane[k + stride];
-  p.out[i] = from_float<kOutput>(lane[0]);
+  for (int i = 0; i < kOwn; ++i) {
+    const float value = shared[0][column][i];
+    if (task.is_float)
+      static_cast<float*>(task.out)[first + i] = value;
+    else
+      static_cast<kOutput*>(task.out)[first + i] = from_float<kOutput>(value);
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(32 * kLanes)
+    sum_parts(const __grid_constant__ SumParams p) {
+  __shared__ float shared[kLanes * 32 * 4];
+  Int64 block = blockIdx.x;
+#pragma unroll 1
+  for (int t = 0; t < kTasks; ++t) {
+    const SumTask& task = p.task[t];
+    const int own = task.size % 4 == 0 ? 4 : 1;
+    const Int64 blocks = (task.size + 32 * own - 1) / (32 * own);
+    if (block < blocks) {
+      if (own == 4)
+        add<4>(task, block, reinterpret_cast<float(*)[32][4]>(shared));
+      else
+        add<1>(task, block, reinterpret_cast<float(*)[32][1]>(shared));
+      return;
+    }
+    block -= blocks;
+  }
 }

@@ -17,7 +17,8 @@
 //
 // -D: kInput, kStates (16, 32 or 64), kChannels (a multiple of 32), kTile (steps whose inputs are
 // staged together), kMinBlocks (blocks a multiprocessor that registers must allow), kSharedBytes
-// (sizeof Shared).
+// (sizeof Shared), kOutput (1: writes the forward's output y once more, which costs little here and
+// so need not be kept; 0: does not).
 #include "common/async_copy.cuh"
 #include "common/exchange.cuh"
 #include "common/math.cuh"
@@ -50,6 +51,7 @@ struct alignas(16) Quad {
   float4 y_to_z[kWarps][kWarpChannels];  // dz = y_to_z y
   float4 slope[kWarps][kWarpChannels];   // derivative of delta by its input
   kInput u[kWarps][kKept][kWarpChannels];
+  float4 gate[kOutput ? kWarps : 1][kOutput ? kWarpChannels : 1];
   union {
     float4 x[kWarpChannels];
     float sums[kKept][2 * kStates];  // of dB and dC over the channels, when x has been read
@@ -63,6 +65,7 @@ struct Shared {
   float4 g_A[4][kThreads];
   Quad quads[kQuads];          // the tile in work
   RawStep raw[kWarps][kTile];  // the next one
+  float4 kept[4][kThreads];    // a thread's own: the states before kKept steps, of each channel
   int rows[4][kTile];          // the tile in work, two to come, one for slow threads
 };
 
@@ -181,11 +184,11 @@ struct Inputs {
 };
 
 struct Outputs {
-  Column<kInput> g_u, g_delta, g_z;
+  Column<kInput> g_u, g_delta, g_z, y;
 
   __device__ __forceinline__ Outputs(const ScanParams& p, const Place& at)
       : g_u(p.g_u, at.batch, at.channel), g_delta(p.g_delta, at.batch, at.channel),
-        g_z(p.g_z, at.batch, at.channel) {}
+        g_z(p.g_z, at.batch, at.channel), y(p.y, at.batch, at.channel) {}
 };
 
 __device__ __forceinline__ void unpack(float* to, const float4& v) {
@@ -213,7 +216,7 @@ struct Channel {
   // that do not exist, so that nothing changes a state or adds to a sum.
   __device__ __forceinline__ void prepare(Quad& quad, const Place& at, const RawStep* raw,
                                           int left) const {
-    float delta[kKept], x[kKept], dy[kKept], y_to_z[kKept], slope[kKept];
+    float delta[kKept], x[kKept], dy[kKept], y_to_z[kKept], slope[kKept], gate[kKept];
     const int own = at.in_warp(0);
 #pragma unroll
     for (int t = 0; t < kKept; ++t) {
@@ -224,7 +227,8 @@ struct Channel {
       delta[t] = select(real, select(use_softplus, softplus(sum), sum), 0.0f);
       slope[t] = select(use_softplus, softplus_derivative(sum), 1.0f);
       x[t] = delta[t] * to_float(raw[t].u[own]);
-      dy[t] = g_y * select(has_z, z * s, 1.0f);
+      gate[t] = select(has_z, z * s, 1.0f);
+      dy[t] = g_y * gate[t];
       y_to_z[t] = g_y * silu_derivative(z, s);
       if (at.lane % kLanes < 4) quad.u[at.warp][t][at.own] = raw[t].u[own];
     }
@@ -234,16 +238,19 @@ struct Channel {
     quad.dy[at.warp][at.own] = make_float4(dy[0], dy[1], dy[2], dy[3]);
     quad.y_to_z[at.warp][at.own] = make_float4(y_to_z[0], y_to_z[1], y_to_z[2], y_to_z[3]);
     quad.slope[at.warp][at.own] = make_float4(slope[0], slope[1], slope[2], slope[3]);
+    if (kOutput)
+      quad.gate[kOutput * at.warp][kOutput * at.own] = make_float4(gate[0], gate[1], gate[2], gate[3]);
   }
   // Writes the gradients of u, delta and z for kKept steps. sums: [step][g_B, g_decay or C h], over
   // the channel's states.
   __device__ __forceinline__ void finish(const Outputs& outputs, const Quad& quad, const Place& at,
                                          const int* rows, const float* sums, int left) {
-    float delta[kKept], dy[kKept], y_to_z[kKept], slope[kKept];
+    float delta[kKept], dy[kKept], y_to_z[kKept], slope[kKept], gate[kKept];
     unpack(delta, quad.delta[at.warp][at.own]);
     unpack(dy, quad.dy[at.warp][at.own]);
     unpack(y_to_z, quad.y_to_z[at.warp][at.own]);
     unpack(slope, quad.slope[at.warp][at.own]);
+    unpack(gate, quad.gate[kOutput * at.warp][kOutput * at.own]);
 #pragma unroll
     for (int t = 0; t < kKept; ++t) {
       if (!writes || t >= left) break;
@@ -254,7 +261,9 @@ struct Channel {
       tile_bias += g_delta;
       *outputs.g_u.at(rows[t]) = from_float<kInput>(fmaf(delta[t], g_B, dy[t] * skip));
       *outputs.g_delta.at(rows[t]) = from_float<kInput>(g_delta);
-      if (has_z) *outputs.g_z.at(rows[t]) = from_float<kInput>(y_to_z[t] * fmaf(u, skip, y));
+      const float output = fmaf(u, skip, y);
+      if (has_z) *outputs.g_z.at(rows[t]) = from_float<kInput>(y_to_z[t] * output);
+      if (kOutput) *outputs.y.at(rows[t]) = from_float<kInput>(output * gate[t]);
     }
   }
   __device__ __forceinline__ void close_tile() {
@@ -264,7 +273,7 @@ struct Channel {
   }
 };
 
-// The states kept before a segment's steps kKept number ..
+// The states kept before a segment's steps kKept number .., on their way to shared memory.
 struct Kept {
   const float4* first;
 
@@ -274,9 +283,10 @@ struct Kept {
     first = reinterpret_cast<const float4*>(p.checkpoints) +
             (slot + at.first_state / 4) * at.channels;
   }
-  // Those of this thread of its channel c.
-  __device__ __forceinline__ float4 load(const Place& at, int c) const {
-    return first[at.channel_of(c)];
+  // Starts copying those of this thread's channel c, a group of copies of its own.
+  __device__ __forceinline__ void copy(Shared& shared, const Place& at, int c) const {
+    copy16(&shared.kept[c][threadIdx.x], first + at.channel_of(c));
+    close_copies();
   }
   __device__ __forceinline__ void step_back(const Place& at) {
     first -= static_cast<Int64>(kStates / 4) * at.channels;
@@ -313,11 +323,11 @@ __device__ __forceinline__ void start(const ScanParams& p, const Place& at, Shar
 // kKept steps of this thread's channel c, forwards and back. BC: [step][B or C][state], parts of dB
 // and dC to add to; sums: [step][g_B, g_decay or C h], parts of the channel's sums over states.
 __device__ __forceinline__ void walk(Shared& shared, const Quad& quad, const Place& at, int c,
-                                     const float4& before, float* BC, float* sums) {
+                                     float* BC, float* sums) {
   const int column = at.place(c);
   float A[4], g_h[4], g_A[4], h[kKept + 1][4], decay[kKept][4], delta[4], x[4], dy[4];
   unpack(A, shared.A[c][threadIdx.x]);
-  unpack(h[0], before);
+  unpack(h[0], shared.kept[c][threadIdx.x]);
   unpack(delta, quad.delta[at.warp][column]);
   unpack(x, quad.of_warp[at.warp].x[column]);
 #pragma unroll
@@ -362,6 +372,7 @@ __device__ __forceinline__ void walk(Shared& shared, const Quad& quad, const Pla
 __device__ __forceinline__ void add_BC(Quad& quad, const Place& at, float* BC) {
   exchange<32, 16, kLanes>(BC, at.lane);
   float* to = quad.of_warp[at.warp].sums[0] + at.sum;
+  __syncwarp();  // every lane has read x, which this overwrites
 #pragma unroll
   for (int i = 0; i < kSumsPerLane; i += 4)
     *reinterpret_cast<float4*>(to + i / 4 * kStates) =
@@ -413,7 +424,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   static_assert(sizeof(Shared) == kSharedBytes, "computed by libs/ops/launch_plan.py");
   const Place at(p);
-  const Inputs inputs(p, at);
   const Outputs outputs(p, at);
   Channel channel(p, at);
 #pragma unroll 1
@@ -429,9 +439,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   Staging staging;
   staging.load(p, at, shared.rows[last & 3]);
   RawStep* raw = shared.raw[at.warp];
-  inputs.copy(raw, at, shared.rows[last & 3]);
+  Inputs(p, at).copy(raw, at, shared.rows[last & 3]);
   Kept kept(p, at, (at.count - 1) / kKept);
-  float4 before = kept.load(at, 0);
+#pragma unroll 1
+  for (int c = 0; c < 4; ++c) kept.copy(shared, at, c);
 
   for (int tile = last; tile >= 0; --tile) {
     const int left = at.count - tile * kTile;
@@ -439,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     staging.store(shared);
     if (thread < kTile)
       shared.rows[(tile + 2) & 3][thread] = at.row(p, (tile - 2) * kTile + thread);
-    wait_for_copies();
+    wait_for_copies<3>();
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)
@@ -448,22 +459,27 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     if (tile > 0) {
       const int* next = shared.rows[(tile + 3) & 3];
       staging.load(p, at, next);
-      inputs.copy(raw, at, next);
+      Inputs(p, at).copy(raw, at, next);
     }
 
 #pragma unroll 1
     for (int q = min(left - 1, kTile - 1) / kKept; q >= 0; --q) {
       Quad& quad = shared.quads[q];
       float BC[32] = {}, sums[3 * kKept] = {};
+      if (tile + q > 0) kept.step_back(at);
 #pragma unroll 1
       for (int c = 0; c < 4; ++c) {
-        const float4 now = before;
-        if (c == 3 && tile + q > 0) kept.step_back(at);
-        before = kept.load(at, (c + 1) % 4);
+        wait_for_copies<3>();
         float part[3 * kKept];
-        walk(shared, quad, at, c, now, BC, part);
+        walk(shared, quad, at, c, BC, part);
+        kept.copy(shared, at, c);  // for the next kKept steps
+        if (c > 0) {  // to the owner; c = 0 is at home
 #pragma unroll
-        for (int i = 0; i < 3 * kKept; ++i) sums[i] += __shfl_xor_sync(0xffffffffu, part[i], c);
+          for (int i = 0; i < 3 * kKept; ++i)
+            part[i] = __shfl_xor_sync(0xffffffffu, part[i], c);
+        }
+#pragma unroll
+        for (int i = 0; i < 3 * kKept; ++i) sums[i] += part[i];
       }
       add_lanes<3 * kKept, 4, kLanes>(sums);
       add_BC(quad, at, BC);

@@ -179,7 +179,8 @@ class Prepared(NamedTuple):
     """A plan on a device, with everything that does not change from call to call worked out."""
 
     launches: tuple  # of (function, grid x, y, z, block x, y, z, shared bytes, name)
-    sums: tuple  # of (a launch as above, offset of the parts, count, size, name of the result)
+    sums: tuple  # of (offset of the parts, count, size, is it float32, name of the result)
+    sum_launch: tuple | None  # as in launches
     values: tuple  # the struct's 8-byte values, with the plan's integers
     scratch: tuple  # of (slot, offset)
     scratch_bytes: int
@@ -188,26 +189,22 @@ class Prepared(NamedTuple):
     index: int
 
 
-def prepared(index, plan_name, struct, shape, dtype, check):
-    """launch_plan's plan of this name for a device, ready to `run`; compiled, loaded and checked at
-    the first call.
+def prepared(index, plan_of, struct, shape, dtype, check):
+    """A plan for a device, ready to `run`; compiled, loaded and checked at the first call.
 
-    shape: the plan's integers. check: (gpu, plan, shape, dtype) -> kernels, runs a small problem on
-    the plan's kernels and raises if they compute wrong numbers.
+    plan_of: a function of launch_plan.py or adaln_plan.py; shape: its arguments up to the dtype.
+    check: (gpu, plan, shape, dtype) -> kernels, runs a small problem on the plan's kernels and
+    raises if they compute wrong numbers.
     """
     gpu = Gpu.of(index)
-    key = (plan_name, shape, dtype)
+    key = (plan_of, shape, dtype)
     if key not in gpu.prepared:
-        plan = getattr(launch_plan, plan_name)(*shape, name_of(dtype), gpu.multiprocessors)
+        plan = plan_of(*shape, name_of(dtype), gpu.multiprocessors)
         result = prepare(plan, struct, index)
-        if not kernels_of(plan) <= gpu.checked:
+        if not plan.kernels() <= gpu.checked:
             gpu.checked |= undisturbed(check, gpu, plan, shape, dtype)
         gpu.prepared[key] = result
     return gpu.prepared[key]
-
-
-def kernels_of(plan):
-    return {launch.kernel for launch in (*plan.launches, *(s.launch for s in plan.sums))}
 
 
 def forget():
@@ -234,11 +231,14 @@ def prepare(plan, struct, index):
 
     launches = tuple(loaded(launch) for launch in plan.launches)
     sums = tuple(
-        (loaded(s.launch), offsets[s.parts], counts[s.parts], math.prod(s.shape), s.out)
+        (offsets[s.parts], counts[s.parts], math.prod(s.shape), s.dtype == "float32", s.out)
         for s in plan.sums
     )
+    sum_launch = loaded(launch_plan.sum_launch(plan.sums)) if sums else None
     scratch = tuple((slots[name], offset) for name, offset in offsets.items())
-    return Prepared(launches, sums, tuple(values), scratch, end, slots, array, index)
+    return Prepared(
+        launches, sums, sum_launch, tuple(values), scratch, end, slots, array, index
+    )
 
 
 def run(prepared, device, rows, scalars, outputs=None):
@@ -273,10 +273,12 @@ def _run(prepared, device, values, outputs):
     params = prepared.array(*values)
     for launch in prepared.launches:
         _launch(launch, stream, params)
-    for launch, offset, count, size, name in prepared.sums:
+    tasks = []
+    for offset, count, size, is_float, name in prepared.sums:
         out = outputs[name]
-        if out.numel():
-            _launch(launch, stream, _SUM_ARRAY(base + offset, out.data_ptr(), count, size))
+        tasks += base + offset, out.data_ptr(), count, size if out.numel() else 0, is_float
+    if tasks:
+        _launch(prepared.sum_launch, stream, _SUM_ARRAY(*tasks))
 
 
 _SUM_ARRAY = _slots(launch_plan.SumParams)[1]

@@ -15,11 +15,14 @@ _library.define(f"causal_conv1d_bwd(Tensor g_y, {_INPUTS}) -> (Tensor, Tensor, T
 
 
 def _forward(x, weight, *rest):
-    prepared = _prepared("conv_forward", _check_forward, x, weight)
-    return _run_forward(prepared, x, weight, *rest)
+    return run_forward(forward_plan(x, weight), x, weight, *rest)
 
 
-def _run_forward(prepared, x, weight, bias, order, silu):
+def forward_plan(x, weight):
+    return _prepared(launch_plan.conv_forward, _check_forward, x, weight)
+
+
+def run_forward(prepared, x, weight, bias, order, silu):
     y = x.new_empty(x.shape)
     rows = {"x": cuda.as_rows(x), "y": y}
     cuda.run(prepared, x.device, rows, _scalars(x, weight, bias, order, silu))
@@ -27,12 +30,19 @@ def _run_forward(prepared, x, weight, bias, order, silu):
 
 
 def _backward(g_y, x, weight, *rest):
-    prepared = _prepared("conv_backward", _check_backward, x, weight)
-    return _run_backward(prepared, g_y, x, weight, *rest)
+    return run_backward(backward_plan(x, weight), g_y, x, weight, *rest)
 
 
-def _run_backward(prepared, g_y, x, weight, bias, order, silu):
-    g_x, g_weight, g_bias = _empty_gradients(g_y, x, weight, bias, order, silu)
+def backward_plan(x, weight):
+    return _prepared(launch_plan.conv_backward, _check_backward, x, weight)
+
+
+def run_backward(prepared, g_y, x, weight, bias, order, silu, g_x=None):
+    """Gradients as the operator returns them. g_x (B, L, D): where x's is to be written."""
+    own_g_x, g_weight, g_bias = _empty_gradients(
+        g_y, x if g_x is None else x[:0], weight, bias, order, silu
+    )
+    g_x = own_g_x if g_x is None else g_x
     rows = {"x": cuda.as_rows(x), "g_y": cuda.as_rows(g_y), "g_x": g_x}
     outputs = {"g_weight": g_weight, "g_bias": g_bias}
     cuda.run(prepared, x.device, rows, _scalars(x, weight, bias, order, silu), outputs)
@@ -52,11 +62,11 @@ def _empty_gradients(g_y, x, weight, bias, order, silu):
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(shape)
 
 
-def _prepared(plan_name, check, x, weight):
+def _prepared(plan_of, check, x, weight):
     """What to launch for tensors of these shapes."""
     shape = (*x.shape, weight.shape[1])
     return cuda.prepared(
-        x.device.index, plan_name, launch_plan.ConvParams, shape, x.dtype, check
+        x.device.index, plan_of, launch_plan.ConvParams, shape, x.dtype, check
     )
 
 
@@ -71,12 +81,12 @@ torch.library.register_fake("dim::causal_conv1d_bwd", _empty_gradients, lib=_lib
 # ---------------------------------------- self-check
 
 
-def _small_problems(gpu, plan_name, width, dtype):
+def _small_problems(gpu, plan_of, width, dtype):
     """Small problems for the kernels, one with rows of whole vectors and one without: (prepared,
     CPU inputs in the operators' order)."""
     for channels in (40, 37):
         shape = (2, cuda_check.LENGTH, channels, width)
-        plan = getattr(launch_plan, plan_name)(*shape, cuda.name_of(dtype), gpu.multiprocessors)
+        plan = plan_of(*shape, cuda.name_of(dtype), gpu.multiprocessors)
         shapes = {"x": shape[:3], "weight": (channels, width), "bias": channels}
         inputs = cuda_check.random_inputs(shapes, "x", dtype)
         inputs["order"] = cuda_check.random_order()
@@ -91,25 +101,25 @@ def _reference(inputs):
 
 
 def _check_forward(gpu, plan, shape, dtype):
-    for prepared, inputs in _small_problems(gpu, "conv_forward", shape[3], dtype):
-        actual = _run_forward(prepared, *(x.to(gpu.device) for x in inputs.values()), True)
+    for prepared, inputs in _small_problems(gpu, launch_plan.conv_forward, shape[3], dtype):
+        actual = run_forward(prepared, *(x.to(gpu.device) for x in inputs.values()), True)
         cuda_check.require_agreement(
             "causal_conv1d", gpu, {"y": actual}, {"y": _reference(inputs)[1].detach()}, dtype
         )
-    return cuda.kernels_of(plan)  # which no shape changes
+    return plan.kernels()  # which no shape changes
 
 
 def _check_backward(gpu, plan, shape, dtype):
-    for prepared, inputs in _small_problems(gpu, "conv_backward", shape[3], dtype):
+    for prepared, inputs in _small_problems(gpu, launch_plan.conv_backward, shape[3], dtype):
         exact, y = _reference(inputs)
         g = cuda_check.random_inputs({"y": y.shape}, "y", dtype, 1)["y"]
         expected = torch.autograd.grad(y, list(exact.values()), g.double())
-        actual = _run_backward(prepared, *(x.to(gpu.device) for x in (g, *inputs.values())), True)
+        actual = run_backward(prepared, *(x.to(gpu.device) for x in (g, *inputs.values())), True)
         cuda_check.require_agreement(
             "causal_conv1d's gradients", gpu, dict(zip(exact, actual, strict=True)),
             dict(zip(exact, expected, strict=True)), dtype,
         )  # fmt: skip
-    return cuda.kernels_of(plan)  # which no shape changes
+    return plan.kernels()  # which no shape changes
 
 
 # ---------------------------------------- autograd

@@ -6,6 +6,8 @@ one dtype, parameters (A, D, delta_bias) in float32, an int64 order. The backwar
 these inputs.
 """
 
+import functools
+
 import torch
 
 from libs.ops import cuda, cuda_check, launch_plan
@@ -34,11 +36,14 @@ def _empty_outputs(u, A, return_last_state):
 
 
 def _forward(u, delta, A, *rest):
-    prepared = _prepared("scan_forward", _check_forward, u, A)
-    return _run_forward(prepared, u, delta, A, *rest)
+    return run_forward(forward_plan(u, A), u, delta, A, *rest)
 
 
-def _run_forward(
+def forward_plan(u, A):
+    return _prepared(launch_plan.scan_forward, _check_forward, u, A)
+
+
+def run_forward(
     prepared, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus, return_last_state
 ):
     y, last_state = _empty_outputs(u, A, return_last_state)
@@ -58,11 +63,11 @@ def _scalars(u, A, D, delta_bias, order, delta_softplus):
     }  # fmt: skip
 
 
-def _prepared(plan_name, check, u, A):
+def _prepared(plan_of, check, u, A):
     """What to launch for tensors of these shapes."""
     shape = (*u.shape, A.shape[1])
     return cuda.prepared(
-        u.device.index, plan_name, launch_plan.ScanParams, shape, u.dtype, check
+        u.device.index, plan_of, launch_plan.ScanParams, shape, u.dtype, check
     )
 
 
@@ -70,20 +75,29 @@ def _prepared(plan_name, check, u, A):
 
 
 def _backward(g_y, g_last_state, u, delta, A, *rest):
-    prepared = _prepared("scan_backward", _check_backward, u, A)
-    return _run_backward(prepared, g_y, g_last_state, u, delta, A, *rest)
+    prepared = _prepared(launch_plan.scan_backward, _check_backward, u, A)
+    return run_backward(prepared, g_y, g_last_state, u, delta, A, *rest)
 
 
-def _run_backward(
-    prepared, g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus
-):
-    gradients = _empty_gradients(
-        g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus
-    )
-    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = gradients
+def backward_plan_with_output(u, A):
+    return _prepared(launch_plan.scan_backward_with_output, _check_backward_with_output, u, A)
+
+
+def run_backward(
+    prepared, g_y, g_last_state, u, delta, A, B, C, D, z, delta_bias, order, delta_softplus,
+    g_z=None, y=None,
+):  # fmt: skip
+    """Gradients as the operator returns them. g_z (B, L, D): where the gradient of z is to be
+    written; y (B, L, D): where, by a plan with output, the forward's output."""
+    g_u, g_delta, g_A, g_BC, g_D, own_g_z, g_bias = _empty_gradients(
+        g_y, g_last_state, u, delta, A, B, C, D, z if g_z is None else None, delta_bias, order,
+        delta_softplus,
+    )  # fmt: skip
+    g_z = own_g_z if g_z is None else g_z
+    gradients = g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias
     rows = {"u": u, "delta": delta, "z": z, "B": B, "C": C, "g_y": g_y}
     rows = {name: cuda.as_rows(x) for name, x in rows.items()}
-    rows |= {"g_u": g_u, "g_delta": g_delta, "g_z": None if z is None else g_z}
+    rows |= {"g_u": g_u, "g_delta": g_delta, "g_z": None if z is None else g_z, "y": y}
     scalars = _scalars(u, A, D, delta_bias, order, delta_softplus)
     if g_last_state is not None:
         scalars["g_last_state"] = g_last_state = g_last_state.float().contiguous()
@@ -116,13 +130,13 @@ torch.library.register_fake("dim::selective_scan_bwd", _empty_gradients, lib=_li
 # ---------------------------------------- self-check
 
 
-def _small_problem(gpu, plan_name, plan, variant, states, dtype):
+def _small_problem(gpu, plan_of, plan, variant, states, dtype):
     """The plan's kernels on a small problem: (prepared, CPU inputs in the operators' order,
     kernels)."""
     channels = variant.channels + 5
     shape = (2, cuda_check.LENGTH, channels, states)
     small = variant._replace(segments=min(2, plan.integers["segments"]))
-    small = getattr(launch_plan, plan_name)(
+    small = plan_of(
         *shape, cuda.name_of(dtype), gpu.multiprocessors, variant=small
     )
     sequence, outer = (2, cuda_check.LENGTH, channels), (2, cuda_check.LENGTH, states)
@@ -134,7 +148,7 @@ def _small_problem(gpu, plan_name, plan, variant, states, dtype):
     inputs["A"] = -inputs["A"].exp()
     inputs["order"] = cuda_check.random_order()
     prepared = cuda.prepare(small, launch_plan.ScanParams, gpu.index)
-    return prepared, inputs, cuda.kernels_of(small)
+    return prepared, inputs, small.kernels()
 
 
 def _reference(inputs):
@@ -148,9 +162,9 @@ def _reference(inputs):
 def _check_forward(gpu, plan, shape, dtype):
     variant = launch_plan.forward_variant(*shape, gpu.multiprocessors)
     prepared, inputs, kernels = _small_problem(
-        gpu, "scan_forward", plan, variant, shape[3], dtype
+        gpu, launch_plan.scan_forward, plan, variant, shape[3], dtype
     )
-    actual = _run_forward(prepared, *(x.to(gpu.device) for x in inputs.values()), True, True)
+    actual = run_forward(prepared, *(x.to(gpu.device) for x in inputs.values()), True, True)
     _, expected = _reference(inputs)
     names = ("y", "the last state")
     cuda_check.require_agreement(
@@ -160,26 +174,32 @@ def _check_forward(gpu, plan, shape, dtype):
     return kernels
 
 
-def _check_backward(gpu, plan, shape, dtype):
+def _check_backward(gpu, plan, shape, dtype, plan_of=launch_plan.scan_backward):
     variant = launch_plan.backward_variant(
         *shape, cuda.name_of(dtype), gpu.multiprocessors
     )
     prepared, inputs, kernels = _small_problem(
-        gpu, "scan_backward", plan, variant, shape[3], dtype
+        gpu, plan_of, plan, variant, shape[3], dtype
     )
     exact, outputs = _reference(inputs)
     g = cuda_check.random_inputs({"y": outputs[0].shape, "h": outputs[1].shape}, "y", dtype, 1)
     expected = dict(zip(exact, torch.autograd.grad(
         outputs, list(exact.values()), [x.double() for x in g.values()]
     ), strict=True))  # fmt: skip
-    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = _run_backward(
-        prepared, *(x.to(gpu.device) for x in (*g.values(), *inputs.values())), True
-    )
+    on_gpu = [x.to(gpu.device) for x in (*g.values(), *inputs.values())]
+    y = torch.empty_like(on_gpu[2])
+    g_u, g_delta, g_A, g_BC, g_D, g_z, g_bias = run_backward(prepared, *on_gpu, True, y=y)
     actual = (g_u, g_delta, g_A, g_BC[0], g_BC[1], g_D, g_z, g_bias)
-    cuda_check.require_agreement(
-        "selective_scan's gradients", gpu, dict(zip(exact, actual, strict=True)), expected, dtype
-    )
+    actual = dict(zip(exact, actual, strict=True))
+    if plan_of is launch_plan.scan_backward_with_output:
+        actual["y"], expected["y"] = y, outputs[0].detach()
+    cuda_check.require_agreement("selective_scan's gradients", gpu, actual, expected, dtype)
     return kernels
+
+
+_check_backward_with_output = functools.partial(
+    _check_backward, plan_of=launch_plan.scan_backward_with_output
+)
 
 
 # ---------------------------------------- autograd

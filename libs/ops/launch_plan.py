@@ -73,15 +73,21 @@ class ConvParams(ctypes.Structure):
     ]  # fmt: skip
 
 
+MAX_SUMS = 4
+
+
 class SumParams(ctypes.Structure):
-    """out[i] = sum over k < count of parts[k * size + i], in the order of k."""
+    """For each task, out[i] = sum over k < count of parts[k * size + i], in a fixed order; out is
+    float32 or, where is_float is 0, the kernel's kOutput."""
 
     _fields_ = [
-        ("parts", ctypes.c_void_p),
-        ("out", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-        ("size", ctypes.c_int64),
-    ]
+        (f"{name}_{task}", kind)
+        for task in range(MAX_SUMS)
+        for name, kind in (
+            ("parts", ctypes.c_void_p), ("out", ctypes.c_void_p),
+            ("count", ctypes.c_int64), ("size", ctypes.c_int64), ("is_float", ctypes.c_int64),
+        )
+    ]  # fmt: skip
 
 
 # ---------------------------------------- plans
@@ -111,20 +117,24 @@ class Scratch(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """A sum over the first axis of the scratch tensor `parts`, by a launch with SumParams."""
+    """A sum over the first axis of the scratch tensor `parts`."""
 
-    launch: Launch
     parts: str
     out: str  # what it is: 'g_BC' (2, B, L, N), 'g_A', 'g_D', 'g_delta_bias', 'g_weight', 'g_bias'
     shape: tuple
-    dtype: str
+    dtype: str = "float32"
 
 
 class Plan(NamedTuple):
     launches: tuple  # of Launch, in order
     scratch: tuple  # of Scratch, uninitialised
     integers: dict  # further fields of the struct
-    sums: tuple = ()  # of Sum, after the launches
+    sums: tuple = ()  # of Sum, in one launch after the others
+
+    def kernels(self):
+        """Every kernel that the plan launches."""
+        launches = [*self.launches, sum_launch(self.sums)] if self.sums else self.launches
+        return {launch.kernel for launch in launches}
 
 
 def _kernel(source, name, dtype, **defines):
@@ -140,11 +150,14 @@ def _round_up(n, multiple):
     return -(-n // multiple) * multiple
 
 
-def _sum(parts, out, shape, dtype="float32"):
-    kernel = Kernel("common/sum_parts.cu", "sum_parts", (("kOutput", CTYPE_OF_DTYPE[dtype]),))
-    threads = 256
-    launch = Launch(kernel, (_blocks(math.prod(shape), threads), 1, 1), (threads, 1, 1), 0)
-    return Sum(launch, parts, out, shape, dtype)
+def sum_launch(sums):
+    """The launch, with SumParams, that adds the parts of up to MAX_SUMS sums; of their dtypes one
+    at most is not float32."""
+    dtypes = sorted({s.dtype for s in sums} - {"float32"}) or ["float32"]
+    kernel = Kernel("common/sum_parts.cu", "sum_parts", (("kOutput", CTYPE_OF_DTYPE[dtypes[0]]),))
+    sizes = [math.prod(s.shape) for s in sums]
+    blocks = sum(_blocks(size, 128 if size % 4 == 0 else 32) for size in sizes)
+    return Launch(kernel, (blocks, 1, 1), (256, 1, 1), 0)
 
 
 # ---------------------------------------- selective scan
@@ -182,18 +195,21 @@ def _groups_needed(states):
 
 
 def forward_variant(batch, length, channels, states, multiprocessors):
-    """One thread a channel. Where that leaves the GPU empty, steps are cut into segments (their
-    exponentials are then done twice); where those would be short, the states of a channel are
-    split over 4 threads instead. H200, B 2, D 3072, N 16, bfloat16, in ms: L 4494 0.41 with states
-    split, 0.39 in 9 segments, 0.37 in 20, 0.40 in 48; L 9806 0.88, 0.81, 0.75, 0.80; L 366 0.035
-    with states split, 0.039 in 8 segments."""
+    """One thread a channel where that fills the GPU; else the states of a channel on 4 or 8 lanes
+    of a warp; for the few channels and many steps that leave even those idle, steps cut into
+    segments (their exponentials are then done twice). H200, D 3072, N 16, bfloat16, in ms, one
+    thread / 4 lanes / 8 lanes / segments: B 16 L 1230 0.436 / 0.451 / 0.510 / -, B 4 L 1230 0.260 /
+    0.122 / 0.138 / 0.202, B 2 L 9806 1.99 / 0.640 / 0.551 / 0.759, B 1 L 9806 1.98 / 0.454 / 0.408
+    / 0.403. More than 16 states: split over 4 threads."""
     if states > 16:
         return Variant(4, 32, 16, 1, 1)
     blocks = batch * _blocks(channels, 64)
-    if blocks >= 6 * multiprocessors:
+    if 2 * blocks >= 11 * multiprocessors:
         return Variant(1, 64, 8, 1, 8)
-    if length < 1024:
-        return Variant(4, 32, 16, 1, 1)
+    if batch * _blocks(channels, 32) >= 2 * multiprocessors:
+        return Variant(1, 32, 16, 1, 3, lanes=4)
+    if 3 * batch * _blocks(channels, 16) >= 4 * multiprocessors or length < 1536:
+        return Variant(1, 16, 16, 1, 4, lanes=8)
     segments = max(1, min(29 * multiprocessors // (2 * blocks) + 1, length // 128))
     return Variant(1, 64, 8, segments, 8)
 
@@ -231,7 +247,7 @@ def _segment_integers(length, segments):
 def _without_outputs(variant):
     """The variant for passes other than PASS_OUTPUT, which need fewer registers."""
     if variant.groups == 1:
-        return variant._replace(channels=128, min_blocks=5)
+        return variant._replace(channels=128, tile=16, min_blocks=4)
     return variant._replace(channels=32, min_blocks=1)
 
 
@@ -285,32 +301,35 @@ def scan_forward(batch, length, channels, states, dtype, multiprocessors, varian
     return Plan(tuple(launches), scratch, integers)
 
 
-def _backward_shared_bytes(channels, padded, dtype):
+def _backward_shared_bytes(channels, padded, dtype, output):
     """sizeof(Shared) of csrc/selective_scan/backward.cu."""
     threads = channels * padded // 16
     warps = threads // 32
-    own = 3 * 4 * threads * 16
+    own = 4 * 4 * threads * 16
     of_warp = max(16 * channels // warps, KEPT_STEPS * 2 * padded * 4)
     element = 4 if dtype == "float32" else 2
-    channel_vectors = channels * (4 * 16 + KEPT_STEPS * element)
+    channel_vectors = channels * (4 * 16 + KEPT_STEPS * element) + (16 * channels if output else 16)
     quad = 2 * KEPT_STEPS * padded * 4 + channel_vectors + warps * of_warp
     raw = BACKWARD_TILE * channels * 4 * element
     return own + BACKWARD_TILE // KEPT_STEPS * quad + raw + 4 * BACKWARD_TILE * 4
 
 
-def scan_backward(batch, length, channels, states, dtype, multiprocessors, variant=None):
-    """Plan of the backward: states kept every tile, then the walk back, then sums of parts. All
-    gradients are deterministic. Scratch: 16 bytes a token and channel for the states (N = 16)."""
+def scan_backward(
+    batch, length, channels, states, dtype, multiprocessors, variant=None, output=False
+):
+    """Plan of the backward: states kept every 4 steps, then the walk back, then sums of parts. All
+    gradients are deterministic. Scratch: 16 bytes a token and channel for the states (N = 16).
+    output: the walk also writes the forward's output y."""
     shape = (batch, length, channels, states)
     variant = variant or backward_variant(*shape, dtype, multiprocessors)
     padded = backward_states(states)
     integers = _segment_integers(length, variant.segments)
     segments = integers["segments"]
-    shared_bytes = _backward_shared_bytes(variant.channels, padded, dtype)
+    shared_bytes = _backward_shared_bytes(variant.channels, padded, dtype, output)
     kernel = _kernel(
         "selective_scan/backward.cu", "scan_backward", dtype, kStates=padded,
         kChannels=variant.channels, kTile=BACKWARD_TILE, kMinBlocks=variant.min_blocks,
-        kSharedBytes=shared_bytes,
+        kSharedBytes=shared_bytes, kOutput=int(output),
     )  # fmt: skip
     blocks = _blocks(channels, variant.channels)
     threads = variant.channels * padded // 16
@@ -333,12 +352,16 @@ def scan_backward(batch, length, channels, states, dtype, multiprocessors, varia
         scratch += _segment_scratch("segment", batch, channels, padded, segments)
         scratch += _segment_scratch("carry", batch, channels, padded, segments)
     sums = (
-        _sum("parts_BC", "g_BC", (2, batch, length, states), dtype),
-        _sum("parts_A", "g_A", (channels, states)),
-        _sum("parts_D", "g_D", (channels,)),
-        _sum("parts_bias", "g_delta_bias", (channels,)),
+        Sum("parts_BC", "g_BC", (2, batch, length, states), dtype),
+        Sum("parts_A", "g_A", (channels, states)),
+        Sum("parts_D", "g_D", (channels,)),
+        Sum("parts_bias", "g_delta_bias", (channels,)),
     )
     return Plan(tuple(launches), scratch, integers, sums)
+
+
+def scan_backward_with_output(*shape, **options):
+    return scan_backward(*shape, output=True, **options)
 
 
 # ---------------------------------------- causal convolution
@@ -380,8 +403,8 @@ def conv_backward(batch, length, channels, width, dtype, multiprocessors):
         Scratch("parts_bias", (parts, channels), "float32"),
     )
     sums = (
-        _sum("parts_weight", "g_weight", (channels, width)),
-        _sum("parts_bias", "g_bias", (channels,)),
+        Sum("parts_weight", "g_weight", (channels, width)),
+        Sum("parts_bias", "g_bias", (channels,)),
     )
     return Plan((launch,), scratch, integers, sums)
 
@@ -393,15 +416,17 @@ def _kernels_of_configs():
     """Every kernel of the shipped configs: N = 16, width 3, training and sampling, any batch."""
     kernels = set()
     for dtype in CTYPE_OF_DTYPE:
-        for batch, length, channels in ((1, 78, 256), (2, 1230, 3072), (96, 366, 3072)):
+        for batch, length, channels in (
+            (1, 78, 256), (1, 9806, 256), (4, 1230, 3072), (96, 366, 3072)
+        ):  # fmt: skip
             scan, conv = (batch, length, channels, 16), (batch, length, channels, 3)
             for plan in (
                 scan_forward(*scan, dtype, 132), scan_backward(*scan, dtype, 132),
+                scan_backward_with_output(*scan, dtype, 132),
                 conv_forward(*conv, dtype, 132), conv_backward(*conv, dtype, 132),
             ):  # fmt: skip
-                launches = [*plan.launches, *(s.launch for s in plan.sums)]
-                kernels |= {launch.kernel for launch in launches}
+                kernels |= plan.kernels()
     return sorted(kernels)
 
 
-INSTANTIATIONS_OF_CONFIGS = _kernels_of_configs()
+KERNELS_OF_OPERATORS = _kernels_of_configs()

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from libs.ops import cuda_compile, launch_plan
+from libs.ops import adaln_plan, cuda_compile
 from utils import UserError
 
 REPORT = cuda_compile.PREBUILT / "report.txt"
@@ -46,7 +46,7 @@ def main(text):
     try:
         if not archs or not all(arch.isdecimal() for arch in archs):
             raise UserError(f"DIM_PREBUILD_ARCHS must be like '90;100', got {text!r}")
-        lines, code = prebuild(archs, launch_plan.INSTANTIATIONS_OF_CONFIGS), 0
+        lines, code = prebuild(archs, adaln_plan.INSTANTIATIONS_OF_CONFIGS), 0
     except (UserError, OSError) as error:
         lines, code = [f"no CUDA kernels prebuilt: {error}"], 1
     print("\n".join(lines))

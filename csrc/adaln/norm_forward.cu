@@ -1,0 +1,39 @@
+// n = x / rms(x) * gain + shift; see adaln.cuh.
+#include "adaln/adaln.cuh"
+
+extern "C" __global__ void __launch_bounds__(kThreads)
+    norm_forward(const __grid_constant__ AdalnParams p) {
+  __shared__ float sums[2][kRows][kWarps];
+  const Place at(p);
+  const Sequence<kX> x(p.x, at);
+  const Sequence<kInput> n(p.n, at);
+  const Eight gain = gain_of(p, at), shift = modulation_of(p, at, 0);
+  const float mean = 1.0f / static_cast<float>(p.dim);
+  int buffer = 0;
+  for (int first = at.first; first < at.end; first += kRows, buffer ^= 1) {
+    Packet<kX> packets[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) packets[r] = x.load(min(first + r, at.end - 1));
+    float squares[kRows] = {};
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i) {
+        const float value = to_float(packets[r].v[i]);
+        squares[r] = fmaf(value, value, squares[r]);
+      }
+    if (!at.valid)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) squares[r] = 0.0f;
+    add_threads<kRows>(squares, sums[buffer]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const float scale = rsqrtf(fmaf(squares[r], mean, kEpsilon));
+      Eight value = widen(packets[r]);
+#pragma unroll
+      for (int i = 0; i < kOwn; ++i)
+        value.v[i] = fmaf(value.v[i] * scale, gain.v[i], shift.v[i]);
+      if (at.valid && first + r < at.end) n.store(first + r, value);
+    }
+  }
+}

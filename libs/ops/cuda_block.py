@@ -1,0 +1,187 @@
+"""A whole block of DiM on the GPU: `dim::mamba_block_fwd` and `dim::mamba_block_bwd`, and autograd.
+
+    n   = x / rms(x) weight (1 + scale) + shift
+    out = x + keep (1 + gate) out_proj(scan(conv(in_proj(n))))
+
+The forward keeps x, in_proj's and x_proj's outputs and the branch; the backward makes n, the
+convolution, the step sizes and the scan's output again, the last inside the scan's own walk. No
+activation is transposed, concatenated or copied in between.
+"""
+
+import torch
+
+from libs.ops import cuda, cuda_adaln, cuda_conv, cuda_scan
+from libs.ops.cuda_adaln import Adaln
+
+_library = torch.library.Library("dim", "FRAGMENT")
+PARAMETERS = (
+    "table", "weight", "in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias",
+    "A_log", "D", "out_proj",
+)  # fmt: skip
+_WEIGHTS = ", ".join(f"Tensor {name}" for name in PARAMETERS)
+_INPUTS = f"Tensor x, Tensor modulation, Tensor? keep, {_WEIGHTS}, Tensor? order, ScalarType dtype"
+# -> out, in_proj's output (B, L, 2 D), x_proj's output (B, L, rank + 2 N), the branch (B, L, dim)
+_library.define(
+    f"mamba_block_fwd({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+# -> gradients of x, modulation and the parameters, in their order
+_library.define(
+    f"mamba_block_bwd(Tensor g_out, Tensor xz, Tensor dtBC, Tensor branch, {_INPUTS}) -> "
+    f"({', '.join(['Tensor'] * (2 + len(PARAMETERS)))})"
+)
+
+
+def _product(x, weight):
+    """x (B, L, K) times the transpose of weight (M, K)."""
+    return torch.nn.functional.linear(x, weight)
+
+
+def _weight_gradient(g, x):
+    """Gradient of a product's weight: the sum over tokens of g (B, L, M) x (B, L, K)."""
+    return g.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+def _convolved(xz, conv_weight, conv_bias, order):
+    x = xz[..., : conv_weight.shape[0]]
+    plan = cuda_conv.forward_plan(x, conv_weight)
+    return cuda_conv.run_forward(plan, x, conv_weight, conv_bias, order, True)
+
+
+def _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order):
+    """What the scan's plans take, from u on."""
+    rank, states = dt_proj.shape[1], A_log.shape[1]
+    dt, B, C = dtBC.split([rank, states, states], dim=-1)
+    delta = _product(dt, dt_proj)
+    A = -torch.exp(A_log)
+    return u, delta, A, B, C, D, xz[..., D.shape[0] :], dt_bias, order, True
+
+
+def _forward(
+    x, modulation, keep, table, weight, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias,
+    A_log, D, out_proj, order, dtype, out_dtype,
+):  # fmt: skip
+    of = Adaln(modulation, table, weight, keep)
+    xz = _product(cuda_adaln.norm(x, of, dtype), in_proj)
+    u = _convolved(xz, conv_weight, conv_bias, order)
+    dtBC = _product(u, x_proj)
+    inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
+    y, _ = cuda_scan.run_forward(cuda_scan.forward_plan(u, A_log), *inputs, False)
+    branch = _product(y, out_proj)
+    return cuda_adaln.gate(x, branch, of, out_dtype), xz, dtBC, branch
+
+
+def _mixer_backward(
+    g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, order
+):
+    """Gradients of xz and of the mixer's parameters but in_proj, from conv_weight on."""
+    u = _convolved(xz, conv_weight, conv_bias, order)
+    inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
+    y, g_xz = torch.empty_like(u), torch.empty_like(xz)
+    channels = D.shape[0]
+    g_y = g_branch @ out_proj
+    g_u, g_delta, g_A, g_BC, g_D, _, g_bias = cuda_scan.run_backward(
+        cuda_scan.backward_plan_with_output(u, A_log), g_y, None, *inputs,
+        g_z=g_xz[..., channels:], y=y,
+    )  # fmt: skip
+    g_out_proj = _weight_gradient(g_branch, y)
+    del g_y, y
+    g_dt_proj = _weight_gradient(g_delta, dtBC[..., : dt_proj.shape[1]])
+    g_dtBC = torch.cat([g_delta @ dt_proj, g_BC[0], g_BC[1]], dim=-1)
+    g_x_proj = _weight_gradient(g_dtBC, u)
+    g_u.flatten(0, 1).addmm_(g_dtBC.flatten(0, 1), x_proj)
+    x = xz[..., :channels]
+    _, g_conv_weight, g_conv_bias = cuda_conv.run_backward(
+        cuda_conv.backward_plan(x, conv_weight), g_u, x, conv_weight, conv_bias, order, True,
+        g_x=g_xz[..., :channels],
+    )  # fmt: skip
+    g_A_log = g_A * inputs[2]  # A = -exp(A_log)
+    return (
+        g_xz, g_conv_weight, g_conv_bias, g_x_proj, g_dt_proj, g_bias, g_A_log, g_D, g_out_proj
+    )  # fmt: skip
+
+
+def _backward(
+    g_out, xz, dtBC, branch, x, modulation, keep, table, weight, in_proj, conv_weight, conv_bias,
+    x_proj, dt_proj, dt_bias, A_log, D, out_proj, order, dtype,
+):  # fmt: skip
+    of = Adaln(modulation, table, weight, keep)
+    g_out = g_out.contiguous()
+    g_branch, g_factor = cuda_adaln.gate_backward(g_out, branch, of)
+    g_xz, *of_mixer = _mixer_backward(
+        g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj,
+        order,
+    )  # fmt: skip
+    g_n = g_xz @ in_proj
+    g_x, n, g_shift, g_gain = cuda_adaln.norm_backward(g_n, g_out, x, of)
+    g_in_proj = _weight_gradient(g_xz, n)
+    _, scale, _ = of.parts()
+    g_gate = g_factor if keep is None else g_factor * keep[:, None]
+    g_modulation = torch.stack([g_shift, g_gain * weight, g_gate], dim=1)
+    g_weight = (g_gain * (1 + scale)).sum(0)
+    return g_x, g_modulation, g_modulation.sum(0), g_weight, g_in_proj, *of_mixer
+
+
+# ---------------------------------------- for torch.compile
+
+
+def _empty_outputs(x, modulation, keep, *rest):
+    *weights, _, dtype, out_dtype = rest
+    of = dict(zip(PARAMETERS, weights, strict=True))
+    rows = x.shape[:2]
+    return (
+        x.new_empty(x.shape, dtype=out_dtype),
+        x.new_empty((*rows, of["in_proj"].shape[0]), dtype=dtype),
+        x.new_empty((*rows, of["x_proj"].shape[0]), dtype=dtype),
+        x.new_empty(x.shape, dtype=dtype),
+    )
+
+
+def _empty_gradients(g_out, xz, dtBC, branch, x, modulation, keep, *rest):
+    return tuple(t.new_empty(t.shape) for t in (x, modulation, *rest[:-2]))
+
+
+_library.impl("mamba_block_fwd", _forward, "CUDA")
+_library.impl("mamba_block_bwd", _backward, "CUDA")
+torch.library.register_fake("dim::mamba_block_fwd", _empty_outputs, lib=_library)
+torch.library.register_fake("dim::mamba_block_bwd", _empty_gradients, lib=_library)
+
+
+# ---------------------------------------- autograd
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.dtype, _ = inputs
+    out, *kept = output
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*kept, *tensors)
+
+
+def _gradients(ctx, g_out, *_):
+    cuda.refuse_double_backward("mamba_block")
+    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+    g_x, g_modulation, *of_parameters = torch.ops.dim.mamba_block_bwd(g_out, *saved, ctx.dtype)
+    return g_x, g_modulation, None, *of_parameters, None, None, None
+
+
+torch.library.register_autograd(
+    "dim::mamba_block_fwd", _gradients, setup_context=_save, lib=_library
+)
+
+
+def mamba_block_cuda(x, modulation, keep, parameters, order, dtype, out_dtype):
+    """out (B, L, dim) in out_dtype, float32 or `dtype`, that of the products.
+
+    x (B, L, dim); modulation (B, 3, dim); keep (B,) or None; parameters: by the names PARAMETERS;
+    order (L,) or None."""
+    x = (x if x.dtype in (out_dtype, torch.float32) else x.to(out_dtype)).contiguous()
+    matrices = ("in_proj", "x_proj", "dt_proj", "out_proj")
+    parameters = [
+        parameters[name].to(dtype) if name in matrices else cuda.as_parameter(parameters[name])
+        for name in PARAMETERS
+    ]
+    keep = cuda.as_parameter(keep)
+    out, *_ = torch.ops.dim.mamba_block_fwd(
+        x, cuda.as_parameter(modulation), keep, *parameters, cuda.as_order(order), dtype, out_dtype
+    )
+    return out

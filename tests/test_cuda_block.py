@@ -1,0 +1,186 @@
+"""The block as one operator (libs/ops/cuda_block.py) on a GPU, against its definition,
+Block.composed, in float64. Oracle: see test_cuda_kernels.py; "plain" is the composed block on the
+reference operators in the same dtype.
+"""
+
+import copy
+import functools
+
+import pytest
+import test_ops
+import torch
+from test_cuda_kernels import error
+
+from libs.dim import Block, DiM
+from libs.ops.mamba_block import is_fused
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+# Two units in the last place of float32, as for the operators; of the products' dtype a quarter, as
+# an entry may round to the other side.
+FLOOR = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-10, torch.float16: 2.0**-13}
+DTYPES = list(FLOOR)
+
+
+@pytest.fixture(autouse=True)
+def exact_float32(monkeypatch):
+    """No TF32, no backend named by the environment; torch.empty returns NaN, in scratch too."""
+    for name in ("DIM_BACKEND", "DIM_FUSED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make_block(dim, rounds=False, seed=0):
+    torch.manual_seed(seed)
+    mamba = {"d_state": 16, "d_conv": 3, "expand": 2}
+    return Block(dim, mamba=mamba, has_skip=False, rounds=rounds).cuda()
+
+
+def make_inputs(B, L, dim, keep=False):
+    generator = torch.Generator().manual_seed(1)
+    x, g = (torch.randn(B, L, dim, generator=generator).cuda() for _ in range(2))
+    modulation = torch.randn(B, 3, dim, generator=generator).cuda() / 2
+    order = test_ops.make_order("permuted", L).cuda()
+    return x, modulation, order, torch.tensor([1.25, 0.0] * B)[:B].cuda() if keep else None, g
+
+
+def results_of(forward, block, dtype, x, modulation, order, keep, g, out=None):
+    """Output and the gradients of x, modulation and every parameter."""
+    x, modulation = (v.detach().requires_grad_() for v in (x, modulation))
+    block.zero_grad()
+    with torch.autocast("cuda", dtype=dtype, enabled=dtype != x.dtype):
+        y = forward(block, x, modulation, order, keep)
+    y.backward(g.to(y.dtype))
+    named = {f"gradient of {name}": p.grad.clone() for name, p in block.named_parameters()}
+    return {
+        "out": y.detach(), "gradient of x": x.grad, "gradient of modulation": modulation.grad,
+        **named,
+    }  # fmt: skip
+
+
+def fused(block, x, modulation, order, keep):
+    assert is_fused(x.device, x.dtype, x.shape[-1], 16, 3)
+    return block(x, modulation, order, keep=keep)
+
+
+def composed(block, x, modulation, order, keep):
+    return block.composed(x, modulation, order, keep)
+
+
+def check(monkeypatch, dtype, B=2, L=61, dim=64, keep=False, rounds=False, x_dtype=None):
+    block, (x, *rest, g) = make_block(dim, rounds), make_inputs(B, L, dim, keep)
+    x, g = x.to(x_dtype or torch.float32), g.bfloat16().float()
+    actual = results_of(fused, block, dtype, x, *rest, g)
+    monkeypatch.setenv("DIM_BACKEND", "reference")
+    plain = results_of(composed, block, dtype, x, *rest, g)
+    modulation, order, keep = rest
+    exact = results_of(
+        composed, copy.deepcopy(block).double(), torch.float64, x.double(), modulation.double(),
+        order, None if keep is None else keep.double(), g.double(),
+    )  # fmt: skip
+    for name in exact:
+        found, allowed = error(actual[name], exact[name]), error(plain[name], exact[name])
+        floor = FLOOR[dtype] * (4 if actual["out"].dtype == dtype != torch.float32 else 1)
+        assert found <= 2 * allowed + floor, f"{name}: {found:.3g}, reference {allowed:.3g}"
+    monkeypatch.delenv("DIM_BACKEND")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 61])
+def test_lengths(length, dtype, monkeypatch):
+    check(monkeypatch, dtype, L=length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [8, 248, 256, 264, 528, 2048])
+def test_widths(dim, dtype, monkeypatch):
+    check(monkeypatch, dtype, L=19, dim=dim)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dtypes_of_the_stream(dtype, monkeypatch):
+    check(monkeypatch, dtype, rounds=True)
+    check(monkeypatch, dtype, rounds=True, x_dtype=dtype)
+    check(monkeypatch, dtype, x_dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stochastic_depth(dtype, monkeypatch):
+    check(monkeypatch, dtype, B=3, keep=True)
+
+
+def test_many_tokens(monkeypatch):
+    check(monkeypatch, torch.bfloat16, B=4, L=366, dim=1536)
+
+
+def test_gradients_are_bit_equal():
+    block, (*inputs, g) = make_block(64), make_inputs(2, 61, 64)
+    first, second = (results_of(fused, block, torch.bfloat16, *inputs, g) for _ in range(2))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_opcheck():
+    block, (x, modulation, order, keep, _) = make_block(16), make_inputs(2, 9, 16, keep=True)
+    from libs.ops import cuda_block
+
+    assert is_fused(x.device, x.dtype, 16, 16, 3)
+    parameters = [block.by_name()[name].detach() for name in cuda_block.PARAMETERS]
+    arguments = [x, modulation, keep, *parameters]
+    arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
+    torch.library.opcheck(
+        torch.ops.dim.mamba_block_fwd, (*arguments, order.long(), torch.float32, torch.float32)
+    )
+
+
+def make_model():
+    torch.manual_seed(0)
+    return DiM(input_size=8, in_channels=3, dim=64, depth=5, num_classes=4).cuda()
+
+
+def model_inputs():
+    x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
+    return x.cuda(), t.cuda(), y.cuda()
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_compiles_without_graph_breaks(mode):
+    model, inputs = getattr(make_model(), mode)(), model_inputs()
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = model(*inputs)
+        actual = torch.compile(model, fullgraph=True)(*inputs)
+    assert error(actual.detach(), expected.detach().double()) < 2.0**-6
+
+
+def test_checkpointing_changes_nothing():
+    model, inputs = make_model().train(), model_inputs()
+
+    def gradients():
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            model(*inputs).float().square().sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    kept = gradients()
+    model.activation_checkpointing = True
+    assert all(map(functools.partial(torch.equal), kept, gradients()))
+
+
+def test_model_equals_the_composed_one(monkeypatch):
+    """Within the rounding of float32, forward; the gradient of the input image likewise."""
+    model, (x, t, y) = make_model(), model_inputs()
+
+    def run():
+        image = x.clone().requires_grad_()
+        out = model(image, t, y)
+        return out.detach(), torch.autograd.grad(out.square().sum(), image)[0]
+
+    actual = run()
+    monkeypatch.setenv("DIM_FUSED", "0")
+    for a, b in zip(actual, run(), strict=True):
+        assert error(a, b.double()) < 2e-5
