@@ -8,7 +8,7 @@ official code numbers so (DiM, arXiv 2405.14224, section 3.2):
     0 row-major    -2 row-major reversed    1 column-major    -1 column-major reversed
 """
 
-from functools import lru_cache
+from functools import lru_cache, wraps
 
 import torch
 
@@ -51,7 +51,23 @@ def grid_order(pattern, height, width):
     return order.flip(0) if pattern in (ROWS_REVERSED, COLUMNS_REVERSED) else order
 
 
-@lru_cache(maxsize=256)
+def kept(maxsize):
+    """Decorator: results are kept for the next call, and torch.compile takes them as constants."""
+
+    def decorate(function):
+        cached = lru_cache(maxsize)(function)
+
+        @torch.compiler.assume_constant_result
+        @wraps(function)
+        def call(*args):
+            return cached(*args)
+
+        return call
+
+    return decorate
+
+
+@kept(256)
 def sequence_order(pattern, height, width, pad, front, device):
     """Order of the whole sequence, `front` tokens and the padded grid: int64 (front +
     (height+pad)*(width+pad),), or None if raster.
@@ -71,7 +87,7 @@ def sequence_order(pattern, height, width, pad, front, device):
     return order.to(device)
 
 
-@lru_cache(maxsize=64)
+@kept(64)
 def pad_index(layout, height, width, pad, device):
     """Which pad token stands where: int64 (height+pad, width+pad), -1 on the image.
 

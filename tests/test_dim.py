@@ -163,3 +163,12 @@ def test_initialisation():
 def test_impossible_options_are_named(wrong, sentence):
     with pytest.raises(UserError, match=sentence):
         DiM(**{**TINY, **wrong})
+
+
+def test_compiles_without_graph_breaks(monkeypatch):
+    """The whole network, as torch.compile traces it; the operators are the reference's."""
+    monkeypatch.setenv("DIM_BACKEND", "reference")
+    model = DiM(input_size=4, in_channels=3, dim=16, depth=3, num_classes=4, patch_size=2)
+    inputs = torch.randn(2, 3, 4, 4), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*inputs), model(*inputs))

@@ -53,7 +53,7 @@ class Arguments:
             raise ValueError(f"{self.operator}: order must be a permutation of 0 .. {last}")
 
     def _shape(self, name, x, axes):
-        if x.dim() == len(axes) and self._fits(axes, x.shape):
+        if x.dim() == len(axes) and self._fits(axes, x.size()):
             self.sizes.update(zip(axes, x.shape, strict=True))
             return
         sizes = ", ".join(str(self.sizes.get(axis, "any")) for axis in axes)

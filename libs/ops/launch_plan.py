@@ -375,9 +375,14 @@ def _conv_launch(name, batch, length, channels, width, dtype, multiprocessors):
         kThreads=_CONV_THREADS,
     )  # fmt: skip
     columns = batch * _blocks(channels, _CONV_THREADS * _CONV_VECTOR)
-    # Enough chunks for 8 blocks a multiprocessor, none shorter than 16 steps: each rereads
-    # width - 1 rows.
-    wanted = max(1, min(-(-8 * multiprocessors // columns), length // 16))
+    # Enough chunks for 8 blocks a multiprocessor, none shorter than 16 steps, as each rereads
+    # width - 1 rows; for 16 if they stay longer than 80 (H200, B 96 L 366 D 3072, bfloat16: 0.131
+    # instead of 0.151 ms forward, 0.267 instead of 0.291 backward).
+    wanted = max(
+        1,
+        min(-(-8 * multiprocessors // columns), length // 16),
+        min(-(-16 * multiprocessors // columns), length // 80),
+    )
     chunk_length = -(-length // wanted)
     chunks = -(-length // chunk_length)
     launch = Launch(kernel, (columns, chunks, 1), (_CONV_THREADS, 1, 1), 0)
