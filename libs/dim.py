@@ -32,12 +32,12 @@ class Block(nn.Module):
     has one. There is no MLP.
 
     rounds: the output goes into matrix products next, so the fused block gives it their dtype; else
-    float32, the residual stream's.
+    float32, the residual stream's. in_fp8: see DiM.use_fp8.
     """
 
     def __init__(self, dim, *, mamba, has_skip, rounds):
         super().__init__()
-        self.rounds = rounds
+        self.rounds, self.in_fp8 = rounds, False
         self.skip = layers.SkipProjection(dim) if has_skip else None
         self.norm = layers.RMSNorm(dim)
         self.scale_shift_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
@@ -49,13 +49,16 @@ class Block(nn.Module):
         keep: None, or for stochastic depth what the branch is multiplied by, (B,).
         """
         if self.skip is not None:
-            x = self.skip(x, skip)
+            x = self.skip(x, skip, self.in_fp8)
         dtype = compute_dtype(self.mixer.in_proj.weight)
         sizes = (x.shape[-1], self.mixer.d_state, self.mixer.conv_weight.shape[1])
         if not is_fused(x.device, dtype, *sizes):
             return self.composed(x, modulation, order, keep)
         out_dtype = dtype if self.rounds else torch.float32
-        return mamba_block(x, modulation, keep, self.by_name(), order, dtype, out_dtype)
+        return mamba_block(
+            x, modulation, keep, self.by_name(), order, dtype,
+            self.in_fp8 and dtype != torch.float32, out_dtype,
+        )  # fmt: skip
 
     def composed(self, x, modulation, order, keep):
         """The same, layer by layer."""
@@ -145,6 +148,16 @@ class DiM(nn.Module):
         self.head_modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, patch_size**2 * in_channels)
         self.reset_parameters()
+
+    def use_fp8(self, device):
+        """From now on the products of in_proj, out_proj and the skips are in fp8 (libs/ops/fp8.py)
+        where the blocks are fused and autocast is on; UserError if this device cannot.
+        """
+        from libs.ops import fp8
+
+        fp8.require(torch.device(device), (self.dim, self.blocks[0].mixer.channels))
+        for block in self.blocks:
+            block.in_fp8 = True
 
     @torch.no_grad()
     def reset_parameters(self):

@@ -131,8 +131,8 @@ class SkipProjection(nn.Module):
         else:
             self.stream, self.skip = nn.Linear(dim, dim), nn.Linear(dim, dim)
 
-    def forward(self, x, skip):
-        """x, skip (B, L, dim) -> (B, L, dim)."""
+    def forward(self, x, skip, in_fp8=False):
+        """x, skip (B, L, dim) -> (B, L, dim); in_fp8: its products in fp8, libs/ops/fp8.py."""
         if self.fused:
             of_x, of_skip = self.linear.weight.chunk(2, dim=1)
             bias = self.linear.bias
@@ -140,6 +140,10 @@ class SkipProjection(nn.Module):
             of_x, of_skip = self.stream.weight, self.skip.weight
             bias = self.stream.bias + self.skip.bias
         dtype = compute_dtype(of_x)
+        if in_fp8 and dtype != torch.float32:
+            from libs.ops import fp8
+
+            return fp8.linear(x.to(dtype), of_x, bias) + fp8.linear(skip.to(dtype), of_skip)
         merged = F.linear(x.to(dtype), of_x, bias).flatten(0, 1)
         return torch.addmm(merged, skip.to(dtype).flatten(0, 1), of_skip.T).view(x.shape)
 

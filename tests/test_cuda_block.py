@@ -134,7 +134,7 @@ def test_opcheck():
     arguments = [x, modulation, keep, *parameters]
     arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
     torch.library.opcheck(
-        torch.ops.dim.mamba_block_fwd, (*arguments, order.long(), torch.float32, torch.float32)
+        torch.ops.dim.mamba_block_fwd, (*arguments, order.long(), torch.float32, False, torch.float32)
     )
 
 

@@ -10,7 +10,7 @@ activation is transposed, concatenated or copied in between.
 
 import torch
 
-from libs.ops import cuda, cuda_adaln, cuda_conv, cuda_scan
+from libs.ops import cuda, cuda_adaln, cuda_conv, cuda_scan, fp8
 from libs.ops.cuda_adaln import Adaln
 
 _library = torch.library.Library("dim", "FRAGMENT")
@@ -19,7 +19,10 @@ PARAMETERS = (
     "A_log", "D", "out_proj",
 )  # fmt: skip
 _WEIGHTS = ", ".join(f"Tensor {name}" for name in PARAMETERS)
-_INPUTS = f"Tensor x, Tensor modulation, Tensor? keep, {_WEIGHTS}, Tensor? order, ScalarType dtype"
+_INPUTS = (
+    f"Tensor x, Tensor modulation, Tensor? keep, {_WEIGHTS}, Tensor? order, ScalarType dtype, "
+    "bool in_fp8"
+)
 # -> out, in_proj's output (B, L, 2 D), x_proj's output (B, L, rank + 2 N), the branch (B, L, dim)
 _library.define(
     f"mamba_block_fwd({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
@@ -31,9 +34,14 @@ _library.define(
 )
 
 
-def _product(x, weight):
+def _product(x, weight, in_fp8=False):
     """x (B, L, K) times the transpose of weight (M, K)."""
-    return torch.nn.functional.linear(x, weight)
+    return fp8.product(x, weight) if in_fp8 else torch.nn.functional.linear(x, weight)
+
+
+def _through(g, weight, in_fp8=False):
+    """Gradient of a product's x: g (B, L, M) times weight (M, K)."""
+    return fp8.product(g, weight.t().contiguous()) if in_fp8 else g @ weight
 
 
 def _weight_gradient(g, x):
@@ -58,27 +66,28 @@ def _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order):
 
 def _forward(
     x, modulation, keep, table, weight, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias,
-    A_log, D, out_proj, order, dtype, out_dtype,
+    A_log, D, out_proj, order, dtype, in_fp8, out_dtype,
 ):  # fmt: skip
     of = Adaln(modulation, table, weight, keep)
-    xz = _product(cuda_adaln.norm(x, of, dtype), in_proj)
+    xz = _product(cuda_adaln.norm(x, of, dtype), in_proj, in_fp8)
     u = _convolved(xz, conv_weight, conv_bias, order)
     dtBC = _product(u, x_proj)
     inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
     y, _ = cuda_scan.run_forward(cuda_scan.forward_plan(u, A_log), *inputs, False)
-    branch = _product(y, out_proj)
+    branch = _product(y, out_proj, in_fp8)
     return cuda_adaln.gate(x, branch, of, out_dtype), xz, dtBC, branch
 
 
 def _mixer_backward(
-    g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, order
-):
+    g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, order,
+    in_fp8,
+):  # fmt: skip
     """Gradients of xz and of the mixer's parameters but in_proj, from conv_weight on."""
     u = _convolved(xz, conv_weight, conv_bias, order)
     inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
     y, g_xz = torch.empty_like(u), torch.empty_like(xz)
     channels = D.shape[0]
-    g_y = g_branch @ out_proj
+    g_y = _through(g_branch, out_proj, in_fp8)
     g_u, g_delta, g_A, g_BC, g_D, _, g_bias = cuda_scan.run_backward(
         cuda_scan.backward_plan_with_output(u, A_log), g_y, None, *inputs,
         g_z=g_xz[..., channels:], y=y,
@@ -86,7 +95,7 @@ def _mixer_backward(
     g_out_proj = _weight_gradient(g_branch, y)
     del g_y, y
     g_dt_proj = _weight_gradient(g_delta, dtBC[..., : dt_proj.shape[1]])
-    g_dtBC = torch.cat([g_delta @ dt_proj, g_BC[0], g_BC[1]], dim=-1)
+    g_dtBC = torch.cat([_through(g_delta, dt_proj), g_BC[0], g_BC[1]], dim=-1)
     g_x_proj = _weight_gradient(g_dtBC, u)
     g_u.flatten(0, 1).addmm_(g_dtBC.flatten(0, 1), x_proj)
     x = xz[..., :channels]
@@ -102,16 +111,16 @@ def _mixer_backward(
 
 def _backward(
     g_out, xz, dtBC, branch, x, modulation, keep, table, weight, in_proj, conv_weight, conv_bias,
-    x_proj, dt_proj, dt_bias, A_log, D, out_proj, order, dtype,
+    x_proj, dt_proj, dt_bias, A_log, D, out_proj, order, dtype, in_fp8,
 ):  # fmt: skip
     of = Adaln(modulation, table, weight, keep)
     g_out = g_out.contiguous()
     g_branch, g_factor = cuda_adaln.gate_backward(g_out, branch, of)
     g_xz, *of_mixer = _mixer_backward(
         g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj,
-        order,
+        order, in_fp8,
     )  # fmt: skip
-    g_n = g_xz @ in_proj
+    g_n = _through(g_xz, in_proj, in_fp8)
     g_x, n, g_shift, g_gain = cuda_adaln.norm_backward(g_n, g_out, x, of)
     g_in_proj = _weight_gradient(g_xz, n)
     _, scale, _ = of.parts()
@@ -125,7 +134,7 @@ def _backward(
 
 
 def _empty_outputs(x, modulation, keep, *rest):
-    *weights, _, dtype, out_dtype = rest
+    *weights, _, dtype, _, out_dtype = rest
     of = dict(zip(PARAMETERS, weights, strict=True))
     rows = x.shape[:2]
     return (
@@ -137,7 +146,7 @@ def _empty_outputs(x, modulation, keep, *rest):
 
 
 def _empty_gradients(g_out, xz, dtBC, branch, x, modulation, keep, *rest):
-    return tuple(t.new_empty(t.shape) for t in (x, modulation, *rest[:-2]))
+    return tuple(t.new_empty(t.shape) for t in (x, modulation, *rest[:-3]))
 
 
 _library.impl("mamba_block_fwd", _forward, "CUDA")
@@ -150,7 +159,7 @@ torch.library.register_fake("dim::mamba_block_bwd", _empty_gradients, lib=_libra
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.dtype, _ = inputs
+    *tensors, ctx.dtype, ctx.in_fp8, _ = inputs
     out, *kept = output
     ctx.mark_non_differentiable(*kept)
     ctx.set_materialize_grads(False)
@@ -160,8 +169,10 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, g_out, *_):
     cuda.refuse_double_backward("mamba_block")
     saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-    g_x, g_modulation, *of_parameters = torch.ops.dim.mamba_block_bwd(g_out, *saved, ctx.dtype)
-    return g_x, g_modulation, None, *of_parameters, None, None, None
+    g_x, g_modulation, *of_parameters = torch.ops.dim.mamba_block_bwd(
+        g_out, *saved, ctx.dtype, ctx.in_fp8
+    )
+    return g_x, g_modulation, None, *of_parameters, None, None, None, None
 
 
 torch.library.register_autograd(
@@ -169,11 +180,11 @@ torch.library.register_autograd(
 )
 
 
-def mamba_block_cuda(x, modulation, keep, parameters, order, dtype, out_dtype):
+def mamba_block_cuda(x, modulation, keep, parameters, order, dtype, in_fp8, out_dtype):
     """out (B, L, dim) in out_dtype, float32 or `dtype`, that of the products.
 
     x (B, L, dim); modulation (B, 3, dim); keep (B,) or None; parameters: by the names PARAMETERS;
-    order (L,) or None."""
+    order (L,) or None; in_fp8: in_proj's and out_proj's products."""
     x = (x if x.dtype in (out_dtype, torch.float32) else x.to(out_dtype)).contiguous()
     matrices = ("in_proj", "x_proj", "dt_proj", "out_proj")
     parameters = [
@@ -182,6 +193,7 @@ def mamba_block_cuda(x, modulation, keep, parameters, order, dtype, out_dtype):
     ]
     keep = cuda.as_parameter(keep)
     out, *_ = torch.ops.dim.mamba_block_fwd(
-        x, cuda.as_parameter(modulation), keep, *parameters, cuda.as_order(order), dtype, out_dtype
-    )
+        x, cuda.as_parameter(modulation), keep, *parameters, cuda.as_order(order), dtype, in_fp8,
+        out_dtype,
+    )  # fmt: skip
     return out

@@ -51,15 +51,16 @@ def describe(device):
     return f"mamba_block: {f'composed of single operators ({reason})' if reason else 'fused'}"
 
 
-def mamba_block(x, modulation, keep, parameters, order, dtype, out_dtype):
+def mamba_block(x, modulation, keep, parameters, order, dtype, in_fp8, out_dtype):
     """x + keep (1 + gate) mixer(RMSNorm(x) (1 + scale) + shift) in one operator; see
     libs/ops/cuda_block.py, whose PARAMETERS `parameters` (name -> tensor) lists.
 
     x (B, L, dim); modulation (B, 3, dim): shift, scale, gate, to which the parameter `table` is
-    added; keep (B,) or None; order (L,) or None. dtype: of the products; out_dtype: of the result,
-    dtype or float32. Differentiable in every tensor.
+    added; keep (B,) or None; order (L,) or None. dtype: of the products, those of in_proj and
+    out_proj in fp8 if in_fp8; out_dtype: of the result, dtype or float32. Differentiable in every
+    tensor.
     """
     # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
     from libs.ops.cuda_block import mamba_block_cuda
 
-    return mamba_block_cuda(x, modulation, keep, parameters, order, dtype, out_dtype)
+    return mamba_block_cuda(x, modulation, keep, parameters, order, dtype, in_fp8, out_dtype)

@@ -1,0 +1,104 @@
+"""Matrix products in fp8 (libs/ops/fp8.py): the definition on the CPU, kernel and products on a GPU."""
+
+import pytest
+import torch
+from test_cuda_kernels import error
+
+from libs.dim import DiM
+from libs.ops import fp8
+from utils import UserError
+
+cuda = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0),
+        reason="no GPU of compute capability 9.0 here",
+    ),
+]
+on_gpu = [pytest.param("cuda", marks=cuda)]
+UNIT = 2.0**-4  # half of e4m3's relative spacing
+
+
+def test_definition():
+    """Rows come back within half a unit of e4m3, or of its smallest step; zeros and NaN stay."""
+    x = torch.randn(5, 48) * torch.tensor([1e-6, 1e-2, 1.0, 1e4, 0.0])[:, None]
+    x8, scale = fp8.quantize_rows_ref(x)
+    again = x8.float() * scale
+    assert torch.all((again - x).abs() <= UNIT * x.abs() + 2.0**-10 * scale)
+    assert torch.equal(again[4], torch.zeros(48)) and torch.all(scale > 0)
+    x[2, 3] = float("nan")
+    x8, scale = fp8.quantize_rows_ref(x)
+    assert (x8.float() * scale).isnan().any(1).tolist() == [False, False, True, False, False]
+
+
+def test_refused_where_it_cannot_run():
+    model = DiM(input_size=4, in_channels=3, dim=16, depth=3, num_classes=4)
+    with pytest.raises(UserError, match="fp8 are asked for .*, but it needs a GPU, not cpu"):
+        model.use_fp8("cpu")
+    assert not any(block.in_fp8 for block in model.blocks)
+
+
+@pytest.mark.parametrize("device", on_gpu)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("columns", [16, 1536, 2048, 3072, 6144, 8192])
+def test_kernel_equals_the_definition(device, dtype, columns):
+    wide = torch.randn(37, columns + 16, device=device).to(dtype)
+    wide[3] = 0
+    x = wide[:, :columns]  # rows contiguous, with a stride
+    x8, scale = fp8.quantize_rows(x)
+    expected8, expected = fp8.quantize_rows_ref(x)
+    assert torch.equal(scale, expected)
+    different = (x8.float() - expected8.float()).abs()
+    assert torch.all(different <= 2 * UNIT * expected8.float().abs())  # one unit, at ties
+    assert (different > 0).float().mean() < 1e-2
+    x[5, 7] = float("nan")
+    assert fp8.quantize_rows(x)[1].isnan().flatten().nonzero().tolist() == [[5]]
+
+
+@pytest.mark.parametrize("device", on_gpu)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_and_its_gradients(device, dtype):
+    """Against float64: fp8's rounding, averaged over K terms, and no more."""
+    x = torch.randn(3, 37, 256, device=device).to(dtype).requires_grad_()
+    weight = torch.randn(128, 256, device=device, requires_grad=True)
+    bias = torch.randn(128, device=device, requires_grad=True)
+    g = torch.randn(3, 37, 128, device=device).to(dtype)
+    out = fp8.linear(x, weight, bias)
+    gradients = torch.autograd.grad(out, (x, weight, bias), g)
+    exact = [v.detach().double().requires_grad_() for v in (x, weight, bias)]
+    expected = torch.nn.functional.linear(*exact)
+    expected_gradients = torch.autograd.grad(expected, exact, g.double())
+
+    def relative(a, b):
+        return ((a.double() - b).norm() / b.norm()).item()
+
+    assert out.dtype == dtype
+    for a, b, bound in (
+        (out, expected, 0.05), (gradients[0], expected_gradients[0], 0.05),
+        (gradients[1], expected_gradients[1], 0.01), (gradients[2], expected_gradients[2], 0.01),
+    ):  # fmt: skip
+        assert relative(a.detach(), b.detach()) < bound
+    assert relative(out.detach(), expected.detach()) > 0.01, "not in fp8"
+
+
+@pytest.mark.parametrize("device", on_gpu)
+def test_model(device):
+    """A network in fp8 stays near the same one in bfloat16, forward and in its gradients."""
+    torch.manual_seed(0)
+    model = DiM(input_size=16, in_channels=3, dim=528, depth=5, num_classes=4).to(device)
+    x, t = torch.randn(2, 3, 16, 16, device=device), torch.tensor([3.0, 700.0], device=device)
+
+    def run():
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            out = model(x, t).float()
+        out.square().mean().backward()
+        return out.detach(), model.blocks[2].mixer.in_proj.weight.grad.clone()
+
+    expected = run()
+    model.use_fp8(device)
+    for a, b in zip(run(), expected, strict=True):
+        assert 1e-4 < (a - b).norm() / b.norm() < 0.1
+    with torch.autocast("cuda", torch.bfloat16), torch.no_grad():
+        compiled = torch.compile(model.eval(), fullgraph=True)(x, t)
+        assert error(compiled.float(), model(x, t).double()) < 2.0**-6
