@@ -155,7 +155,7 @@ class DiM(nn.Module):
         """
         from libs.ops import fp8
 
-        fp8.require(torch.device(device), (self.dim, self.blocks[0].mixer.channels))
+        fp8.require(torch.device(device), (self.dim, 2 * self.blocks[0].mixer.channels))
         for block in self.blocks:
             block.in_fp8 = True
 

@@ -8,7 +8,7 @@ official code numbers so (DiM, arXiv 2405.14224, section 3.2):
     0 row-major    -2 row-major reversed    1 column-major    -1 column-major reversed
 """
 
-from functools import lru_cache, wraps
+from functools import lru_cache
 
 import torch
 
@@ -40,54 +40,39 @@ def block_patterns(depth, num_directions=3):
     return tuple(forward + forward[-2::-1])
 
 
-def grid_order(pattern, height, width):
+def grid_order(pattern, height, width, device="cpu"):
     """Raster indices of a height x width grid in the order `pattern` visits them: int64 (height *
     width,).
     """
-    grid = torch.arange(height * width, device="cpu").view(height, width)
+    grid = torch.arange(height * width, device=device).view(height, width)
     if pattern in (COLUMNS, COLUMNS_REVERSED):
         grid = grid.T
     order = grid.reshape(-1)
     return order.flip(0) if pattern in (ROWS_REVERSED, COLUMNS_REVERSED) else order
 
 
-def kept(maxsize):
-    """Decorator: results are kept for the next call, and torch.compile takes them as constants."""
-
-    def decorate(function):
-        cached = lru_cache(maxsize)(function)
-
-        @torch.compiler.assume_constant_result
-        @wraps(function)
-        def call(*args):
-            return cached(*args)
-
-        return call
-
-    return decorate
-
-
-@kept(256)
+@lru_cache(maxsize=256)
 def sequence_order(pattern, height, width, pad, front, device):
     """Order of the whole sequence, `front` tokens and the padded grid: int64 (front +
     (height+pad)*(width+pad),), or None if raster.
 
     Checked here, once, to be a permutation, so that the operators need not look (which would cost a
-    host sync on a GPU).
+    host sync on a GPU; torch.compile, which traces this, could not follow it).
     """
     if pattern == ROWS:
         return None
-    order = torch.cat(
-        [torch.arange(front, device="cpu"), front + grid_order(pattern, height + pad, width + pad)]
-    )
-    if not torch.equal(order.sort().values, torch.arange(order.numel(), device="cpu")):
+    along_grid = grid_order(pattern, height + pad, width + pad, device)
+    order = torch.cat([torch.arange(front, device=device), front + along_grid])
+    if not torch.compiler.is_compiling() and not torch.equal(
+        order.sort().values, torch.arange(order.numel(), device=device)
+    ):
         raise AssertionError(
             f"scan order {pattern} of a {height}x{width} grid is not a permutation"
         )
-    return order.to(device)
+    return order
 
 
-@kept(64)
+@lru_cache(maxsize=64)
 def pad_index(layout, height, width, pad, device):
     """Which pad token stands where: int64 (height+pad, width+pad), -1 on the image.
 
@@ -98,13 +83,11 @@ def pad_index(layout, height, width, pad, device):
         raise ValueError(
             f"pad layout {layout!r} is unknown, expected one of {', '.join(PAD_LAYOUTS)}"
         )
-    index = torch.full((height + pad, width + pad), -1, device="cpu")
-    dealt = torch.arange((height + pad) * (width + pad), device="cpu") % pad
+    rows = torch.arange(height + pad, device=device)[:, None]
+    columns = torch.arange(width + pad, device=device)
+    image = (rows < height) & (columns < width)
     if layout == "lateral":
-        index[:, width:] = dealt[:pad]
-        index[height:, :] = dealt[:pad, None]
+        index = torch.where(rows < height, columns - width, rows - height)
     else:
-        outside = torch.ones_like(index, dtype=torch.bool)
-        outside[:height, :width] = False
-        index[outside] = dealt[: int(outside.sum())]
-    return index.to(device)
+        index = ((~image).view(-1).cumsum(0) - 1).view_as(image) % pad
+    return torch.where(image, -1, index)

@@ -133,9 +133,8 @@ def test_opcheck():
     parameters = [block.by_name()[name].detach() for name in cuda_block.PARAMETERS]
     arguments = [x, modulation, keep, *parameters]
     arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
-    torch.library.opcheck(
-        torch.ops.dim.mamba_block_fwd, (*arguments, order.long(), torch.float32, False, torch.float32)
-    )
+    options = (order.long(), torch.float32, False, torch.float32)
+    torch.library.opcheck(torch.ops.dim.mamba_block_fwd, (*arguments, *options))
 
 
 def make_model():

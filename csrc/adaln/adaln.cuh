@@ -16,8 +16,10 @@ struct AdalnParams {
   Rows x, n, branch, out, g_n, g_out, g_x, g_branch;  // (B, L, dim), rows aligned to 16 bytes
   const float *modulation, *table, *weight, *keep;    // (B, 3, dim), (3, dim), (dim), (B) or none
   float *parts_shift, *parts_gain, *parts_factor;     // (chunks, B, dim)
+  const float *g_shift, *g_gain, *g_factor;           // (B, dim)
+  float *g_modulation, *g_table, *g_weight;
 };
-static_assert(sizeof(AdalnParams) == 5 * 8 + 8 * 24 + 7 * 8, "mirrored by libs/ops/adaln_plan.py");
+static_assert(sizeof(AdalnParams) == 5 * 8 + 8 * 24 + 13 * 8, "mirrored by libs/ops/adaln_plan.py");
 
 constexpr int kOwn = 8;
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // at most; a block has dim / 8 threads

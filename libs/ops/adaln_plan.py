@@ -35,6 +35,7 @@ class AdalnParams(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (
             "modulation", "table", "weight", "keep",
             "parts_shift", "parts_gain", "parts_factor",  # plan.scratch
+            "g_shift", "g_gain", "g_factor", "g_modulation", "g_table", "g_weight",
         )),
     ]  # fmt: skip
 
@@ -75,10 +76,18 @@ def gate_backward(batch, length, dim, x, out, dtype, *gpu):
     return _plan("gate_backward", _ROWS, sums, batch, length, dim, dtype, out, dtype, *gpu)
 
 
+def modulation_backward(batch, dim, dtype, multiprocessors):
+    """Gradients of modulation, table and weight from those of shift, gain and factor; all float32,
+    whatever dtype says."""
+    defines = (("kInput", "float"), ("kOut", "float"), ("kRows", "1"), ("kX", "float"))
+    kernel = Kernel("adaln/modulation_backward.cu", "modulation_backward", defines)
+    return Plan((Launch(kernel, (-(-dim // 32), 1, 1), (256, 1, 1), 0),), (), {})
+
+
 def _kernels_of_configs():
     """Those of the operators, and every kernel that blocks of any width use: the stream is float32
     in the first half, and rounded where a long skip is merged."""
-    kernels = set(KERNELS_OF_OPERATORS)
+    kernels = {*KERNELS_OF_OPERATORS, *modulation_backward(2, 1536, "float32", 132).kernels()}
     for dtype in CTYPE_OF_DTYPE:
         for x, out in (("float32", "float32"), ("float32", dtype), (dtype, dtype)):
             for plan in (norm_forward, norm_backward, gate_forward, gate_backward):

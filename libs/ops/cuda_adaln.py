@@ -79,6 +79,24 @@ def gate_backward(g_out, branch, of, prepared=None):
     return g_branch, g_factor
 
 
+def modulation_backward(g_shift, g_gain, g_factor, of, prepared=None):
+    """(g_modulation (B, 3, dim), g_table (3, dim), g_weight (dim)) from the gradients (B, dim)."""
+    batch, dim = g_shift.shape
+    g_modulation = torch.empty_like(of.modulation)
+    g_table, g_weight = torch.empty_like(of.table), torch.empty_like(of.weight)
+    if prepared is None:
+        prepared = cuda.prepared(
+            g_shift.device.index, adaln_plan.modulation_backward, adaln_plan.AdalnParams,
+            (batch, dim), torch.float32, _check_modulation_backward,
+        )  # fmt: skip
+    scalars = {
+        "batch": batch, "dim": dim, "g_shift": g_shift, "g_gain": g_gain, "g_factor": g_factor,
+        "g_modulation": g_modulation, "g_table": g_table, "g_weight": g_weight, **of._asdict(),
+    }  # fmt: skip
+    cuda.run(prepared, g_shift.device, {}, scalars)
+    return g_modulation, g_table, g_weight
+
+
 # ---------------------------------------- the definition, and self-checks against it
 
 
@@ -139,6 +157,31 @@ def _check(plan_of, names, gpu, plan, shape, dtype):
         cuda_check.require_agreement(
             f"the block ({name})", gpu, {name: value}, {name: expected[name]}, value.dtype
         )
+    return plan.kernels()
+
+
+def _check_modulation_backward(gpu, plan, shape, dtype):
+    batch, dim = 19, 72
+    shapes = {"modulation": (batch, 3, dim), "table": (3, dim), "weight": dim, "keep": batch}
+    of = Adaln(**cuda_check.random_inputs(shapes, (), dtype))
+    shapes = dict.fromkeys(("shift", "gain", "factor"), (batch, dim))
+    g = cuda_check.random_inputs(shapes, (), dtype, 1)
+    exact = Adaln(*(v.double().requires_grad_() for v in of))
+    shift, scale, gate_ = exact.parts()
+    outputs = shift, exact.weight * (1 + scale), exact.keep[:, None] * (1 + gate_)
+    names = ("modulation", "table", "weight")
+    expected = torch.autograd.grad(
+        outputs, [getattr(exact, name) for name in names], [v.double() for v in g.values()]
+    )
+    small = adaln_plan.modulation_backward(batch, dim, "float32", gpu.multiprocessors)
+    prepared = cuda.prepare(small, adaln_plan.AdalnParams, gpu.index)
+    actual = modulation_backward(
+        *(v.to(gpu.device) for v in g.values()), Adaln(*(v.to(gpu.device) for v in of)), prepared
+    )
+    cuda_check.require_agreement(
+        "the block's modulation", gpu, dict(zip(names, actual, strict=True)),
+        dict(zip(names, expected, strict=True)), dtype,
+    )  # fmt: skip
     return plan.kernels()
 
 

@@ -13,23 +13,29 @@ import torch
 from libs.ops import cuda, cuda_adaln, cuda_conv, cuda_scan, fp8
 from libs.ops.cuda_adaln import Adaln
 
+# Products of half precision with a float32 result, which torch has since 2.8.
+_SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
 _library = torch.library.Library("dim", "FRAGMENT")
 PARAMETERS = (
     "table", "weight", "in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias",
     "A_log", "D", "out_proj",
 )  # fmt: skip
+MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")
 _WEIGHTS = ", ".join(f"Tensor {name}" for name in PARAMETERS)
 _INPUTS = (
     f"Tensor x, Tensor modulation, Tensor? keep, {_WEIGHTS}, Tensor? order, ScalarType dtype, "
     "bool in_fp8"
 )
-# -> out, in_proj's output (B, L, 2 D), x_proj's output (B, L, rank + 2 N), the branch (B, L, dim)
+# -> out; in_proj's output (B, L, 2 D), x_proj's output (B, L, rank + 2 N), the branch (B, L, dim);
+# the matrices in `dtype`, empty where they are so already
 _library.define(
-    f"mamba_block_fwd({_INPUTS}, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"mamba_block_fwd({_INPUTS}, ScalarType out_dtype) -> "
+    f"({', '.join(['Tensor'] * (4 + len(MATRICES)))})"
 )
 # -> gradients of x, modulation and the parameters, in their order
 _library.define(
-    f"mamba_block_bwd(Tensor g_out, Tensor xz, Tensor dtBC, Tensor branch, {_INPUTS}) -> "
+    "mamba_block_bwd(Tensor g_out, Tensor xz, Tensor dtBC, Tensor branch, "
+    f"{', '.join(f'Tensor cast_{name}' for name in MATRICES)}, {_INPUTS}) -> "
     f"({', '.join(['Tensor'] * (2 + len(PARAMETERS)))})"
 )
 
@@ -41,12 +47,24 @@ def _product(x, weight, in_fp8=False):
 
 def _through(g, weight, in_fp8=False):
     """Gradient of a product's x: g (B, L, M) times weight (M, K)."""
-    return fp8.product(g, weight.t().contiguous()) if in_fp8 else g @ weight
+    return fp8.product_back(g, weight) if in_fp8 else g @ weight
 
 
-def _weight_gradient(g, x):
+def _weight_gradient(g, x, weight):
     """Gradient of a product's weight: the sum over tokens of g (B, L, M) x (B, L, K)."""
-    return g.flatten(0, 1).T @ x.flatten(0, 1)
+    g, x = g.flatten(0, 1).T, x.flatten(0, 1)
+    if weight.dtype == torch.float32 != g.dtype and _SUMS_IN_FLOAT32:
+        return torch.mm(g, x, out_dtype=torch.float32)
+    return (g @ x).to(weight.dtype)
+
+
+def _cast(matrices, dtype):
+    """(the matrices in dtype; the same, but an empty one where nothing was cast)."""
+    if all(weight.dtype == dtype for weight in matrices):
+        return matrices, [weight.new_empty(0) for weight in matrices]
+    cast = [torch.empty_like(weight, dtype=dtype) for weight in matrices]
+    torch._foreach_copy_(cast, matrices)
+    return cast, cast
 
 
 def _convolved(xz, conv_weight, conv_bias, order):
@@ -69,20 +87,24 @@ def _forward(
     A_log, D, out_proj, order, dtype, in_fp8, out_dtype,
 ):  # fmt: skip
     of = Adaln(modulation, table, weight, keep)
+    matrices, kept = _cast([in_proj, x_proj, dt_proj, out_proj], dtype)
+    in_proj, x_proj, dt_proj, out_proj = matrices
     xz = _product(cuda_adaln.norm(x, of, dtype), in_proj, in_fp8)
     u = _convolved(xz, conv_weight, conv_bias, order)
     dtBC = _product(u, x_proj)
     inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
     y, _ = cuda_scan.run_forward(cuda_scan.forward_plan(u, A_log), *inputs, False)
     branch = _product(y, out_proj, in_fp8)
-    return cuda_adaln.gate(x, branch, of, out_dtype), xz, dtBC, branch
+    return cuda_adaln.gate(x, branch, of, out_dtype), xz, dtBC, branch, *kept
 
 
 def _mixer_backward(
     g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, order,
     in_fp8,
 ):  # fmt: skip
-    """Gradients of xz and of the mixer's parameters but in_proj, from conv_weight on."""
+    """Gradients of xz and of the mixer's parameters but in_proj, from conv_weight on. x_proj,
+    dt_proj, out_proj: pairs of the parameter and what the products use."""
+    (x_weight, x_proj), (dt_weight, dt_proj), (out_weight, out_proj) = x_proj, dt_proj, out_proj
     u = _convolved(xz, conv_weight, conv_bias, order)
     inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
     y, g_xz = torch.empty_like(u), torch.empty_like(xz)
@@ -92,11 +114,11 @@ def _mixer_backward(
         cuda_scan.backward_plan_with_output(u, A_log), g_y, None, *inputs,
         g_z=g_xz[..., channels:], y=y,
     )  # fmt: skip
-    g_out_proj = _weight_gradient(g_branch, y)
+    g_out_proj = _weight_gradient(g_branch, y, out_weight)
     del g_y, y
-    g_dt_proj = _weight_gradient(g_delta, dtBC[..., : dt_proj.shape[1]])
+    g_dt_proj = _weight_gradient(g_delta, dtBC[..., : dt_proj.shape[1]], dt_weight)
     g_dtBC = torch.cat([_through(g_delta, dt_proj), g_BC[0], g_BC[1]], dim=-1)
-    g_x_proj = _weight_gradient(g_dtBC, u)
+    g_x_proj = _weight_gradient(g_dtBC, u, x_weight)
     g_u.flatten(0, 1).addmm_(g_dtBC.flatten(0, 1), x_proj)
     x = xz[..., :channels]
     _, g_conv_weight, g_conv_bias = cuda_conv.run_backward(
@@ -110,24 +132,29 @@ def _mixer_backward(
 
 
 def _backward(
-    g_out, xz, dtBC, branch, x, modulation, keep, table, weight, in_proj, conv_weight, conv_bias,
-    x_proj, dt_proj, dt_bias, A_log, D, out_proj, order, dtype, in_fp8,
+    g_out, xz, dtBC, branch, cast_in_proj, cast_x_proj, cast_dt_proj, cast_out_proj, x, modulation,
+    keep, table, weight, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D,
+    out_proj, order, dtype, in_fp8,
 ):  # fmt: skip
     of = Adaln(modulation, table, weight, keep)
+    (in_weight, in_proj), *others = (
+        (weight_, cast if cast.numel() else weight_)
+        for weight_, cast in (
+            (in_proj, cast_in_proj), (x_proj, cast_x_proj), (dt_proj, cast_dt_proj),
+            (out_proj, cast_out_proj),
+        )
+    )  # fmt: skip
     g_out = g_out.contiguous()
     g_branch, g_factor = cuda_adaln.gate_backward(g_out, branch, of)
     g_xz, *of_mixer = _mixer_backward(
-        g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj,
+        g_branch, xz, dtBC, conv_weight, conv_bias, *others[:2], dt_bias, A_log, D, others[2],
         order, in_fp8,
     )  # fmt: skip
     g_n = _through(g_xz, in_proj, in_fp8)
     g_x, n, g_shift, g_gain = cuda_adaln.norm_backward(g_n, g_out, x, of)
-    g_in_proj = _weight_gradient(g_xz, n)
-    _, scale, _ = of.parts()
-    g_gate = g_factor if keep is None else g_factor * keep[:, None]
-    g_modulation = torch.stack([g_shift, g_gain * weight, g_gate], dim=1)
-    g_weight = (g_gain * (1 + scale)).sum(0)
-    return g_x, g_modulation, g_modulation.sum(0), g_weight, g_in_proj, *of_mixer
+    g_in_proj = _weight_gradient(g_xz, n, in_weight)
+    of_modulation = cuda_adaln.modulation_backward(g_shift, g_gain, g_factor, of)
+    return g_x, *of_modulation, g_in_proj, *of_mixer
 
 
 # ---------------------------------------- for torch.compile
@@ -142,10 +169,12 @@ def _empty_outputs(x, modulation, keep, *rest):
         x.new_empty((*rows, of["in_proj"].shape[0]), dtype=dtype),
         x.new_empty((*rows, of["x_proj"].shape[0]), dtype=dtype),
         x.new_empty(x.shape, dtype=dtype),
+        *_cast([of[name] for name in MATRICES], dtype)[1],
     )
 
 
-def _empty_gradients(g_out, xz, dtBC, branch, x, modulation, keep, *rest):
+def _empty_gradients(g_out, xz, dtBC, branch, *rest):
+    x, modulation, _, *rest = rest[len(MATRICES) :]
     return tuple(t.new_empty(t.shape) for t in (x, modulation, *rest[:-3]))
 
 
@@ -186,9 +215,8 @@ def mamba_block_cuda(x, modulation, keep, parameters, order, dtype, in_fp8, out_
     x (B, L, dim); modulation (B, 3, dim); keep (B,) or None; parameters: by the names PARAMETERS;
     order (L,) or None; in_fp8: in_proj's and out_proj's products."""
     x = (x if x.dtype in (out_dtype, torch.float32) else x.to(out_dtype)).contiguous()
-    matrices = ("in_proj", "x_proj", "dt_proj", "out_proj")
     parameters = [
-        parameters[name].to(dtype) if name in matrices else cuda.as_parameter(parameters[name])
+        parameters[name] if name in MATRICES else cuda.as_parameter(parameters[name])
         for name in PARAMETERS
     ]
     keep = cuda.as_parameter(keep)

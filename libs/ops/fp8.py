@@ -1,9 +1,10 @@
 """Matrix products in fp8 (e4m3, Micikevicius et al., arXiv 2209.05433), by torch's scaled product:
 an option for the blocks' in_proj, out_proj and skip projections (DiM.use_fp8).
 
-Every row of both factors is scaled by its largest value at every call. Forward products and the
-gradients of activations are in fp8; the gradients of weights, sums over all tokens, stay in the
-dtype of the activations. Needs a GPU of compute capability 9.0 or newer.
+Every row of both factors (backwards, the whole weight) is scaled by its largest value at every
+call. Forward products and the gradients of activations are in fp8; the gradients of weights, sums
+over all tokens, stay in the dtype of the activations. Needs a GPU of compute capability 9.0 or
+newer.
 """
 
 import torch
@@ -80,18 +81,57 @@ def _check(gpu, plan, shape, dtype):
     return plan.kernels()
 
 
+def quantize_transposed(x, scale, prepared=None):
+    """x (M, K) divided by the largest of scale (M, 1) and transposed, as e4m3 numbers (K, M)."""
+    rows, columns = x.shape
+    if prepared is None:
+        prepared = cuda.prepared(
+            x.device.index, fp8_plan.quantize_transposed, fp8_plan.QuantizeParams, (rows, columns),
+            x.dtype, _check_transposed,
+        )  # fmt: skip
+    out = torch.empty(columns, rows, dtype=E4M3, device=x.device)
+    scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
+    cuda.run(prepared, x.device, {"x": x[None]}, scalars)
+    return out
+
+
+def _check_transposed(gpu, plan, shape, dtype):
+    x = cuda_check.random_inputs({"x": (80, 112)}, "x", dtype)["x"]
+    scale = x.float().abs().amax(-1, keepdim=True) / 448.0
+    small = fp8_plan.quantize_transposed(80, 112, cuda.name_of(dtype), gpu.multiprocessors)
+    prepared = cuda.prepare(small, fp8_plan.QuantizeParams, gpu.index)
+    actual = quantize_transposed(x.to(gpu.device), scale.to(gpu.device), prepared)
+    expected = (x.float() / scale.max()).to(E4M3).t()
+    cuda_check.require_agreement(
+        "quantize_transposed", gpu, {"x": actual.float()}, {"x": expected.float()}, E4M3
+    )
+    return plan.kernels()
+
+
 # ---------------------------------------- products
 
 
-def product(x, weight):
-    """x (B, L, K) times the transpose of weight (N, K), in x's dtype."""
+def _scaled_product(x, w8, w_scale):
+    """x (B, L, K) times the transpose of w8 w_scale (N, K); w_scale (N, 1)."""
     x8, x_scale = quantize_rows(x.flatten(0, 1))
-    w8, w_scale = quantize_rows(weight)
     out = torch._scaled_mm(
         x8, w8.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:2], -1)
+
+
+def product(x, weight):
+    """x (B, L, K) times the transpose of weight (N, K), in x's dtype."""
+    return _scaled_product(x, *quantize_rows(weight))
+
+
+def product_back(g, weight):
+    """g (B, L, N) times weight (N, K), in g's dtype. The GPU wants the weight transposed in memory,
+    which one scale for all of it makes a single pass."""
+    _, scale = quantize_rows(weight)
+    w8 = quantize_transposed(weight, scale)
+    return _scaled_product(g, w8, scale.amax().expand(w8.shape[0], 1).contiguous())
 
 
 def _linear(x, weight, bias):
@@ -101,8 +141,7 @@ def _linear(x, weight, bias):
 
 def _linear_backward(g, x, weight):
     g = g.contiguous()
-    g_x = product(g, weight.t().contiguous())
-    return g_x, g.flatten(0, 1).T @ x.flatten(0, 1)
+    return product_back(g, weight), g.flatten(0, 1).T @ x.flatten(0, 1)
 
 
 _library.impl("fp8_linear", _linear, "CUDA")

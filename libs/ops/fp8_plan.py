@@ -5,7 +5,8 @@ import ctypes
 from libs.ops.launch_plan import CTYPE_OF_DTYPE, Kernel, Launch, Plan, Rows
 
 _THREADS = 256
-GRAIN, MAX_COLUMNS = 16, 8 * _THREADS * 4  # of torch's products; of the kernel
+_VECTORS = (2, 4, 6, 8, 12, 16, 24)  # of 8 elements that a lane of the kernel holds
+GRAIN, MAX_COLUMNS = 16, 256 * _VECTORS[-1]  # of torch's products; of the kernel
 
 
 class QuantizeParams(ctypes.Structure):
@@ -21,15 +22,27 @@ class QuantizeParams(ctypes.Structure):
 
 
 def quantize_rows(rows, columns, dtype, multiprocessors):
-    vectors = next(k for k in (1, 2, 4) if columns <= 8 * _THREADS * k)
+    vectors = next(k for k in _VECTORS if columns <= 256 * k)
     defines = (("kInput", CTYPE_OF_DTYPE[dtype]), ("kVectors", str(vectors)))
     kernel = Kernel("fp8/quantize_rows.cu", "quantize_rows", defines)
-    return Plan((Launch(kernel, (rows, 1, 1), (_THREADS, 1, 1), 0),), (), {})
+    return Plan((Launch(kernel, (-(-rows // 8), 1, 1), (_THREADS, 1, 1), 0),), (), {})
+
+
+def quantize_transposed(rows, columns, dtype, multiprocessors):
+    """Takes the scales that quantize_rows found."""
+    kernel = Kernel(
+        "fp8/quantize_transposed.cu", "quantize_transposed", (("kInput", CTYPE_OF_DTYPE[dtype]),)
+    )
+    grid = (-(-columns // 64), -(-rows // 64), 1)
+    return Plan((Launch(kernel, grid, (_THREADS, 1, 1), 0),), (), {})
 
 
 KERNELS = sorted(
     kernel
     for dtype in ("bfloat16", "float16")
-    for columns in (2048, 4096, 8192)
-    for kernel in quantize_rows(1, columns, dtype, 132).kernels()
+    for plan in (
+        *(quantize_rows(1, 256 * vectors, dtype, 132) for vectors in _VECTORS),
+        quantize_transposed(64, 64, dtype, 132),
+    )
+    for kernel in plan.kernels()
 )

@@ -1,0 +1,32 @@
+// What the quantising kernels share.
+#pragma once
+#include "common/types.cuh"
+
+struct QuantizeParams {
+  Int64 rows, columns;  // K: a multiple of 16
+  Rows x;               // (1, M, K), rows aligned to 16 bytes
+  unsigned char* out;   // (M, K) or, transposed, (K, M); contiguous
+  float* scale;         // (M); or read, (M), all of them
+};
+static_assert(sizeof(QuantizeParams) == 2 * 8 + 24 + 2 * 8, "mirrored by libs/ops/fp8_plan.py");
+
+constexpr int kThreads = 256, kOwn = 8;
+constexpr float kLargest = 448.0f;  // of e4m3
+
+struct alignas(sizeof(kInput) * kOwn) Packet {
+  kInput v[kOwn];
+};
+
+// The larger one; a NaN stays one.
+__device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }
+
+__device__ __forceinline__ float scale_of(float largest) {
+  return largest == 0.0f ? 1.0f : largest / kLargest;
+}
+
+// Two floats as two e4m3 numbers, rounded to nearest, b in the upper byte.
+__device__ __forceinline__ unsigned short e4m3x2(float a, float b) {
+  unsigned short packed;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(b), "f"(a));
+  return packed;
+}
