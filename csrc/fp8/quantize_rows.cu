@@ -1,19 +1,21 @@
 // Rows of x (M, K) as e4m3 numbers with a scale each: x8 = x / scale, scale = largest |x| of the row
-// over the largest e4m3 number. A warp has one row, a lane up to kVectors vectors of 8 elements.
+// over the largest e4m3 number. kWarps warps share a row, a lane has up to kVectors vectors of 8.
 //
-// -D: kInput, kVectors (K <= 256 * kVectors).
+// -D: kInput, kVectors, kWarps (K <= 256 * kVectors * kWarps).
 #include "fp8/quantize.cuh"
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     quantize_rows(const __grid_constant__ QuantizeParams p) {
-  const int lane = threadIdx.x % 32;
-  const Int64 row = static_cast<Int64>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (row >= p.rows) return;
+  __shared__ float largest[kThreads / 32];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const Int64 wanted = static_cast<Int64>(blockIdx.x) * (kThreads / 32 / kWarps) + warp / kWarps;
+  const Int64 row = min(wanted, p.rows - 1);  // those past the end do the last one again
+  const int offset = (warp % kWarps * kVectors * 32 + lane) * kOwn;
   const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride;
   Packet packets[kVectors];
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const int first = (k * 32 + lane) * kOwn;
+    const int first = offset + k * 32 * kOwn;
     packets[k] = Packet{};
     if (first < p.columns) packets[k] = *reinterpret_cast<const Packet*>(x + first);
   }
@@ -25,11 +27,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int stage = 16; stage > 0; stage /= 2)
     most = larger(most, __shfl_xor_sync(0xffffffffu, most, stage));
+  if (kWarps > 1) {
+    if (lane == 0) largest[warp] = most;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) most = larger(most, largest[warp / kWarps * kWarps + w]);
+  }
   const float scale = scale_of(most), inverse = 1.0f / scale;
   if (lane == 0) p.scale[row] = scale;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const int first = (k * 32 + lane) * kOwn;
+    const int first = offset + k * 32 * kOwn;
     if (first >= p.columns) break;
     alignas(8) unsigned short packed[kOwn / 2];
 #pragma unroll

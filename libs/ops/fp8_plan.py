@@ -5,8 +5,9 @@ import ctypes
 from libs.ops.launch_plan import CTYPE_OF_DTYPE, Kernel, Launch, Plan, Rows
 
 _THREADS = 256
-_VECTORS = (2, 4, 6, 8, 12, 16, 24)  # of 8 elements that a lane of the kernel holds
-GRAIN, MAX_COLUMNS = 16, 256 * _VECTORS[-1]  # of torch's products; of the kernel
+# (vectors of 8 elements that a lane of the kernel holds, warps that share a row)
+_SHAPES = ((2, 1), (4, 1), (6, 1), (4, 2), (6, 2), (4, 4), (6, 4), (4, 8))
+GRAIN, MAX_COLUMNS = 16, 256 * 4 * 8  # of torch's products; of the kernel
 
 
 class QuantizeParams(ctypes.Structure):
@@ -22,10 +23,11 @@ class QuantizeParams(ctypes.Structure):
 
 
 def quantize_rows(rows, columns, dtype, multiprocessors):
-    vectors = next(k for k in _VECTORS if columns <= 256 * k)
-    defines = (("kInput", CTYPE_OF_DTYPE[dtype]), ("kVectors", str(vectors)))
-    kernel = Kernel("fp8/quantize_rows.cu", "quantize_rows", defines)
-    return Plan((Launch(kernel, (-(-rows // 8), 1, 1), (_THREADS, 1, 1), 0),), (), {})
+    vectors, warps = next(s for s in _SHAPES if columns <= 256 * s[0] * s[1])
+    defines = {"kInput": CTYPE_OF_DTYPE[dtype], "kVectors": str(vectors), "kWarps": str(warps)}
+    kernel = Kernel("fp8/quantize_rows.cu", "quantize_rows", tuple(sorted(defines.items())))
+    blocks = -(-rows * warps // (_THREADS // 32))
+    return Plan((Launch(kernel, (blocks, 1, 1), (_THREADS, 1, 1), 0),), (), {})
 
 
 def quantize_transposed(rows, columns, dtype, multiprocessors):
@@ -41,7 +43,7 @@ KERNELS = sorted(
     kernel
     for dtype in ("bfloat16", "float16")
     for plan in (
-        *(quantize_rows(1, 256 * vectors, dtype, 132) for vectors in _VECTORS),
+        *(quantize_rows(1, 256 * vectors * warps, dtype, 132) for vectors, warps in _SHAPES),
         quantize_transposed(64, 64, dtype, 132),
     )
     for kernel in plan.kernels()
