@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench_model  # noqa: E402
 import model_report  # noqa: E402
+import profile_step  # noqa: E402
 import workloads  # noqa: E402
 from bench_model import Case  # noqa: E402
 
@@ -115,7 +116,7 @@ def test_training_step_trains(tiny_networks):
     torch.manual_seed(0)
     network = workloads.make_network("DiM-H", 64, "cpu", "bf16")
     step = workloads.training_step(network, 64, 8, "cpu", "bf16")
-    losses = [step().item() for _ in range(25)]
+    losses = [step().item() for _ in range(40)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
@@ -197,6 +198,61 @@ def test_bad_arguments_are_one_sentence(capsys):
     with pytest.raises(SystemExit):
         bench_model.main(["--models=DiM-X"])
     assert "'DiM-X' is none of DiM-S, DiM-L" in capsys.readouterr().err
+
+
+# ---------------------------------------- profile_step.py
+
+
+def test_kernels_are_grouped_by_name():
+    names = {
+        "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_NNT": "matrix products",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm>": "matrix products",
+        "scan_forward_lanes<16, 4>": "scan",
+        "sum_parts": "scan",
+        "conv_backward": "convolution",
+        "void at::native::conv_depthwise2d_forward_kernel": "convolution",
+        "norm_backward": "norm, modulation, gate",
+        "gate_forward": "norm, modulation, gate",
+        "multi_tensor_apply_kernel<LpNormFunctor>": "optimizer, clipping, average",
+        "at::native::FusedAdamMathFunctor": "optimizer, clipping, average",
+        "Memcpy HtoD (Pinned -> Device)": "copies, casts, fills",
+        "at::native::bfloat16_copy_kernel_cuda": "copies, casts, fills",
+        "pytorch_flash::flash_fwd_kernel": "attention",
+        "at::native::reduce_kernel<512, 1>": "other",
+    }
+    assert {name: profile_step.group_of(name) for name in names} == names
+
+
+def test_busy_time_is_the_union_of_kernels():
+    kernels = [("a", 0, 2000), ("b", 1000, 3000), ("c", 1500, 1600), ("d", 5000, 6000)]
+    assert profile_step.busy_ms(kernels) == 4.0
+
+
+def test_profile_of_steps_and_of_the_real_loop(tiny_networks):
+    text = profile_step.report(
+        [profile_step.Target("DiM-H", 64, 4)], "cpu", FACTS, workers=0
+    )
+    sections = text.split("###")[1:]
+    assert [s.splitlines()[0].split(",")[0] for s in sections] == [
+        " Training step", " Sampling", " The loop of libs/training.py",
+    ]  # fmt: skip
+    assert all("| matrix products |" in section for section in sections)
+    assert "optimizer, clipping" not in sections[1] and "| optimizer, clipping" in sections[2]
+    lines = [line.strip("| ") for line in sections[2].splitlines() if "| " in line]
+    rows = dict(line.split(" | ", 1) for line in lines)
+    assert rows["data loader"].startswith("1.0 |")  # one batch a step
+    assert float(rows["aten::item"].split(" | ")[0]) >= 1  # the loss is looked at once
+
+
+def test_loop_is_profiled_in_pixel_space(tiny_networks, monkeypatch):
+    monkeypatch.setitem(
+        workloads.NETWORKS, "DiM-S",
+        lambda pixels: DiM(input_size=8, in_channels=3, dim=16, depth=3, num_classes=10),
+    )  # fmt: skip
+    target = profile_step.target("DiM-S:8:2")
+    recording, ms = profile_step.profiled_loop(target, "cpu", workers=0, skipped=4)
+    assert ms > 0 and recording.seconds > 0
+    assert len(recording.host_calls()["aten::convolution"]) >= profile_step.STEPS
 
 
 @pytest.mark.cuda
