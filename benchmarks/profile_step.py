@@ -36,6 +36,7 @@ from libs.feature_writer import Packing, ShardWriter, make_settings  # noqa: E40
 from libs.training import train  # noqa: E402
 
 STEPS = 3  # profiled
+SKIPPED = 12  # of the loop before them; the later ones are timed without the profiler
 # The first pattern that a kernel's name holds says its group; on a CPU the names are operators'
 GROUPS = {
     "optimizer, clipping, average": r"multi_tensor_apply|adam|foreach|lpnorm",
@@ -232,8 +233,8 @@ class Finished(Exception):
     """Ends the loop once the steps are recorded: no checkpoint of gigabytes is written."""
 
 
-def watch(model, recording, skipped):
-    """Record STEPS steps of the loop after `skipped`; returns the list of the times of steps.
+def watch(model, recording):
+    """Record STEPS steps of the loop after SKIPPED; returns the list of the times of steps.
 
     A forward pass begins each step, so its hook sees them without a change to the loop.
     """
@@ -242,9 +243,9 @@ def watch(model, recording, skipped):
     def at_forward(module, inputs):
         times.append(time.perf_counter())
         n = next(number)
-        if n == skipped:
+        if n == SKIPPED:
             recording.start()
-        elif n == skipped + STEPS:
+        elif n == SKIPPED + STEPS:
             recording.stop()
             raise Finished
 
@@ -252,11 +253,11 @@ def watch(model, recording, skipped):
     return times
 
 
-def profiled_loop(target, device, workers=8, skipped=12):
+def profiled_loop(target, device, workers=8):
     """(Recording, milliseconds of a step before it): of libs.training's loop, batch and all."""
-    model = workloads.make_network(target.model, target.pixels, "cpu", "bf16")
+    model = workloads.make_network(target.model, target.pixels, device, "bf16")
     recording = Recording(device)
-    times = watch(model, recording, skipped)
+    times = watch(model, recording)
     with tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder, "data"), Path(folder, "run")
         data.mkdir()
@@ -270,7 +271,7 @@ def profiled_loop(target, device, workers=8, skipped=12):
             )  # fmt: skip
         except Finished:
             pass
-    steps = [b - a for a, b in itertools.pairwise(times[skipped // 3 : skipped])]
+    steps = [b - a for a, b in itertools.pairwise(times[SKIPPED // 3 : SKIPPED])]
     return recording, 1e3 * statistics.median(steps)
 
 
