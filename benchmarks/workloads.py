@@ -22,6 +22,7 @@ from libs.samplers import sample
 from libs.training import make_optimizer
 from libs.uvit import UViT
 from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
+from utils import UserError
 
 PIXEL_SPACE = 32  # up to this resolution the network sees pixels (CIFAR-10), above it latents
 MAX_NORM = 1.0
@@ -113,7 +114,10 @@ def use_fp8(network, model, device):
     """fp8 products in the blocks of a DiM; the rest stays as under bf16."""
     if not hasattr(network, "use_fp8"):
         raise Unavailable(f"{model} has no fp8 products")
-    network.use_fp8(device)
+    try:
+        network.use_fp8(device)
+    except UserError as error:
+        raise Unavailable(str(error)) from error
 
 
 def autocast_of(precision, device):
