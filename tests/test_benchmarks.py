@@ -103,13 +103,13 @@ def test_networks_follow_the_resolution():
 @pytest.mark.parametrize("task", bench_model.TASKS)
 def test_every_task_is_measured(model, task, tiny_networks):
     case = Case(model, task, 64, 2, "bf16")
-    records, problem = bench_model.attempt(case, "cpu", peak=1e12)
+    records, problem = bench_model.attempt(case, "cpu", peak=1e8)
     assert problem is None
     (r,) = records
     assert all(math.isfinite(r[k]) and r[k] > 0 for k in ("ms", "img_s", "mfu", "limit_ms"))
     network = TINY[model](64)
     factor = {"train": 3, "forward": 1, "sample": 2}[task]
-    limit_ms = 1e3 * 2 * factor * workloads.product_flops(network, 64) / 1e12
+    limit_ms = 1e3 * 2 * factor * workloads.product_flops(network, 64) / 1e8
     assert r["limit_ms"] == pytest.approx(limit_ms, abs=1e-3)
     steps = bench_model.IMAGE_STEPS if task == "sample" else 1
     assert r["img_s"] == pytest.approx(2e3 / r["ms"] / steps, rel=1e-2)
