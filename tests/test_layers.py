@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules by layer; a pattern takes what no line has by name. Each may import lower layers and,
 # without cycles, its own.
 LAYERS = {
-    0: ["configs", "configs.*", "utils", "sde", "libs", "libs.scan_order", "libs.ops.reference",
+    0: ["configs", "configs.*", "utils", "sde", "libs", "libs.graphs", "libs.loading",
+        "libs.scan_order", "libs.ops.reference",
         "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled"],
     1: ["libs.ops", "libs.ops.*", "datasets", "libs.guidance", "libs.samplers", "libs.metrics",
         "libs.precision_recall",
