@@ -1,10 +1,12 @@
 """Times the latent half on a GPU, with random weights: `python benchmarks/bench_latent.py`.
 
-Encoding 256 px images by Stable Diffusion's autoencoder, as in extraction; making 256 px images
-with DiM-H/2, 50 solver steps with guidance, decoded, as in evaluation; one 1536 px image by 3x
-upsampling, its peak memory. Writes benchmarks/results/latent_<gpu>.json and prints it.
+Encoding 256 px images by Stable Diffusion's autoencoder, as in extraction; a forward pass of
+DiM-H/2 at batch 2; making 256 px images with it, 50 solver steps with guidance, decoded, as in
+evaluation; one 1536 px image by 3x upsampling, its peak memory. All but the first with and without
+CUDA graphs and half matrices (`fast`). Writes benchmarks/results/latent_<gpu>.json and prints it.
 """
 
+import contextlib
 import json
 import re
 import subprocess
@@ -22,6 +24,7 @@ from configs import imagenet256_H_DiM, imagenet512_H_DiM_upsample_3x_test  # noq
 from libs import guidance  # noqa: E402
 from libs.autoencoder import Autoencoder  # noqa: E402
 from libs.codec import LatentCodec  # noqa: E402
+from libs.graphs import SamplingNetwork  # noqa: E402
 from libs.models import build_model  # noqa: E402
 from libs.samplers import sample  # noqa: E402
 from sde import DiscreteSchedule, eps_from_model  # noqa: E402
@@ -40,13 +43,15 @@ def stable_diffusion_autoencoder():
 
 
 def timed(call):
-    """(seconds, peak GiB) of a call, which was warmed up before."""
+    """(seconds, peak GiB) of a call, which was warmed up before; reserved ones, as a graph's memory
+    is allocated once, in its capture.
+    """
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     call()
     torch.cuda.synchronize()
-    return time.perf_counter() - start, torch.cuda.max_memory_allocated() / 2**30
+    return time.perf_counter() - start, torch.cuda.max_memory_reserved() / 2**30
 
 
 def record(**values):
@@ -68,27 +73,59 @@ def encoding(autoencoder, batch=64, repeats=8):
                img_s=round(batch * repeats / seconds, 1), gib=round(gib, 2))  # fmt: skip
 
 
-@torch.no_grad()
-def images(config, codec, n, steps, task):
+@contextlib.contextmanager
+def network_for_sampling(model, fast):
+    """The network as sampling calls it, under bf16; without `fast`, eager from float32 weights."""
+    with torch.autocast("cuda", torch.bfloat16):
+        if not fast:
+            yield model
+            return
+        with SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
+            yield network
+
+
+def forward(model, z_shape, batch=2, repeats=100):
+    """One evaluation of the network after another, as a sampler makes them."""
+    x, t = torch.randn(batch, *z_shape, device="cuda"), torch.rand(batch, device="cuda") * 999
+    y = torch.randint(1000, (batch,), device="cuda")
+    for fast in (False, True):
+        with network_for_sampling(model, fast) as network:
+            for _ in range(3):
+                network(x, t, y)
+            seconds, gib = timed(lambda network=network: [network(x, t, y) for _ in range(repeats)])
+        record(task="forward", pixels=z_shape[-1] * 8, batch=batch, precision="bf16", fast=fast,
+               ms=round(seconds / repeats * 1e3, 2), gib=round(gib, 2))  # fmt: skip
+
+
+def images(model, config, codec, n, steps, task, fast):
     """n images of random classes, in one batch, from noise to pixels."""
-    with torch.device("cuda"):
-        model = build_model(config.nnet).eval()
     process = DiscreteSchedule()
     y = torch.randint(1000, (n,), device="cuda")
     z = torch.randn(n, *config.z_shape, device="cuda")
-    predict = eps_from_model(model, process, config.pred)
-    eps_fn = guidance.guided_by(config, predict, process, y, model.num_classes)
 
-    def draw(steps):
-        with torch.autocast("cuda", torch.bfloat16):
-            z_0 = sample(eps_fn, process, z, algorithm=config.sample.algorithm, steps=steps)
-        return codec.decode(z_0)
+    def draw(network, steps):
+        predict = eps_from_model(network, process, config.pred)
+        eps_fn = guidance.guided_by(config, predict, process, y, model.num_classes)
+        algorithm = config.sample.algorithm
+        return codec.decode(sample(eps_fn, process, z, algorithm=algorithm, steps=steps))
 
-    draw(2)
-    seconds, gib = timed(lambda: draw(steps))
+    with network_for_sampling(model, fast) as network:
+        draw(network, 8)  # both of upsampling's sizes, at least twice
+        seconds, gib = timed(lambda: draw(network, steps))
     record(task=task, pixels=config.z_shape[-1] * 8, batch=n, steps=steps, precision="bf16",
-           guidance=config.sample.scale, img_s=round(n / seconds, 3),
-           seconds=round(seconds, 2), gib=round(gib, 2))  # fmt: skip
+           algorithm=config.sample.algorithm, guidance=config.sample.scale, fast=fast,
+           img_s=round(n / seconds, 3), seconds=round(seconds, 2), gib=round(gib, 2))  # fmt: skip
+
+
+@torch.no_grad()
+def sampling(config, codec, n, steps, task):
+    with torch.device("cuda"):
+        model = build_model(config.nnet).eval().requires_grad_(False)
+    if task == "evaluate":
+        forward(model, config.z_shape)
+    for fast in (False, True):
+        images(model, config, codec, n, steps, task, fast)
+        torch.cuda.empty_cache()
 
 
 def main():
@@ -99,9 +136,9 @@ def main():
     autoencoder = stable_diffusion_autoencoder()
     encoding(autoencoder)
     codec = LatentCodec(autoencoder, scale_factor=autoencoder.scale_factor)
-    images(imagenet256_H_DiM.get_config(), codec, n=64, steps=50, task="evaluate")
+    sampling(imagenet256_H_DiM.get_config(), codec, n=64, steps=50, task="evaluate")
     torch.cuda.empty_cache()
-    images(imagenet512_H_DiM_upsample_3x_test.get_config(), codec, n=1, steps=50, task="upsample")
+    sampling(imagenet512_H_DiM_upsample_3x_test.get_config(), codec, n=1, steps=50, task="upsample")
     name = re.sub(r"\W+", "_", gpu).lower()
     results = [
         {**values, "gpu": gpu, "torch": torch.__version__, "commit": commit} for values in RECORDS

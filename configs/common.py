@@ -130,6 +130,7 @@ def get_config():
         guidance_interval=config_dict.placeholder(tuple),  # (from, to) in process time, 0 to 1
         labels="random",  # or balanced
         vis_label=config_dict.placeholder(int),  # the one class of all images
+        cuda_graphs=True,  # on a GPU: replay the network's kernels, for some memory
         path=config_dict.placeholder(str),  # folder that keeps the PNG files
         adm_npz=config_dict.placeholder(str),  # file of all images for ADM's evaluation suite
         features="inception",  # or digits_classifier, or none: pictures without figures

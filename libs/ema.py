@@ -14,6 +14,20 @@ class EMA:
     def __init__(self, model, rate):
         self.rate = rate
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
+        self._followed, self._averages, self._parameters = None, [], []
+
+    def _follow(self, model):
+        """Look up the parameters of both, once for a model; a walk over its modules takes about as
+        long as a step of a small model's optimizer.
+        """
+        averages = dict(self.model.named_parameters())
+        parameters = dict(model.named_parameters())
+        if averages.keys() != parameters.keys():
+            different = sorted(averages.keys() ^ parameters.keys())
+            raise ValueError(f"only one of the model and its average has: {', '.join(different)}")
+        self._averages = list(averages.values())
+        self._parameters = [parameters[name] for name in averages]
+        self._followed = model
 
     @torch.no_grad()
     def update(self, model, rate=None):
@@ -22,13 +36,10 @@ class EMA:
         Rate 0 copies exactly. ValueError if the two have different parameters.
         """
         rate = self.rate if rate is None else rate
-        averages = dict(self.model.named_parameters())
-        parameters = dict(model.named_parameters())
-        if averages.keys() != parameters.keys():
-            different = sorted(averages.keys() ^ parameters.keys())
-            raise ValueError(f"only one of the model and its average has: {', '.join(different)}")
-        sources = [parameters[name].detach().float() for name in averages]
-        torch._foreach_lerp_(list(averages.values()), sources, 1 - rate)
+        if self._followed is not model:
+            self._follow(model)
+        sources = [parameter.float() for parameter in self._parameters]
+        torch._foreach_lerp_(self._averages, sources, 1 - rate)
 
     def state_dict(self):
         """The average as the model's own state dict."""

@@ -41,12 +41,13 @@ class Engine:
         self.scaler.unscale_(self.optimizer)
         return torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
-    def step(self):
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-
-    def skip(self):
-        """No step is made of these gradients."""
+    def step(self, bad):
+        """AdamW's step, or none where bad, 0-dim float32 on the device, is 1: the device decides,
+        so the host need not have heard of it yet.
+        """
+        self.optimizer.found_inf = bad  # read by torch's fused AdamW
+        self.optimizer.step()
+        del self.optimizer.found_inf
 
     def zero_grad(self):
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,11 +112,8 @@ class ZeroEngine(Engine):
         norm = torch.as_tensor(self.optimizer.scaled_global_norm(), device=self._flat.device)
         return torch.where(norm < 0, torch.inf, norm)  # -1: not finite
 
-    def step(self):
-        self.model.step()
-
-    def skip(self):
-        self.model.step()  # DeepSpeed, too, finds the gradients not finite, and drops them
+    def step(self, bad):
+        self.model.step()  # where `bad` is 1, DeepSpeed finds it, too, and drops the gradients
 
     def zero_grad(self):
         pass

@@ -2,11 +2,14 @@
 nothing is gathered to one. Resumable evaluations are libs.evaluation_run's.
 """
 
+import functools
+
 import torch
 from tqdm import tqdm
 
 import utils
 from libs import guidance, metrics, samplers
+from libs.graphs import SamplingNetwork
 from libs.launch import ranks
 from libs.real_images import as_saved, can_be_measured, halves_baseline, real_images
 from libs.real_images import require_statistics as require_statistics  # training asks it, too
@@ -34,6 +37,8 @@ class ImageGenerator:
         self.vis_label = self.settings.get("vis_label")  # checkpoints may be older than the key
         self.z_shape = codec.latent_shape(image_shape)
         self.device = next(model.parameters()).device
+        graphs = self.settings.get("cuda_graphs", True)  # checkpoints may be older than the key
+        self._network = SamplingNetwork(model, precision.dtype, graphs=graphs)
         self._check_labels()
         # Whatever the sampler cannot do is said here, not at the first grid of a long training.
         self._draw(lambda x, t, y: torch.zeros_like(x), [0], self.labels_of([0]))
@@ -98,9 +103,13 @@ class ImageGenerator:
         `labels_of`.
         """
         labels = self.labels_of(indices) if labels is None else labels
-        predict = eps_from_model(self.model, self.process, self.config.pred)
-        with self.precision.autocast():
+        with self._network.ready() as network, self.precision.autocast():
+            predict = eps_from_model(network, self.process, self.config.pred)
             return self.codec.decode(self._draw(predict, indices, labels, on_step))
+
+    def release(self):
+        """Give back the memory that makes sampling fast; the next call takes it again."""
+        self._network.release()
 
     def _draw(self, predict, indices, labels, on_step=None):
         """z (B, *z_shape) of `indices`, by the noise prediction predict(x, t, y)."""
@@ -118,6 +127,19 @@ class ImageGenerator:
             noise=noise,
             on_step=on_step,
         )
+
+
+def _releasing(function):
+    """Decorator: function(generator, ...) leaves the memory to the training around it."""
+
+    @functools.wraps(function)
+    def call(generator, *args, **keywords):
+        try:
+            return function(generator, *args, **keywords)
+        finally:
+            generator.release()
+
+    return call
 
 
 def batches_of_rank(n, mini_batch_size, accelerator):
@@ -146,6 +168,7 @@ def measured(generator, features, batches, *, quiet, stop=lambda: False):
             bar.update(len(indices))
 
 
+@_releasing
 def measure(generator, features, accelerator, *, n, stop=lambda: False):
     """Make images 0..n-1 and sum up their features.
 
@@ -170,6 +193,7 @@ def measure(generator, features, accelerator, *, n, stop=lambda: False):
     return moments, agreement
 
 
+@_releasing
 def make_grid_images(generator, accelerator, n, stop=lambda: False):
     """Images 0..n-1 on every process, (n, C, H, W), each made on one of them; None if `stop()` came
     true. For small n.

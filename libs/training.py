@@ -22,6 +22,7 @@ from libs import checkpoint, evaluation, metrics, run
 from libs.ema import EMA
 from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
+from libs.loading import Prefetcher
 from libs.lr import lr_factor
 from libs.ops import describe_backends
 from libs.weights import listed, load_strict
@@ -153,27 +154,61 @@ def accumulate_gradients(config, accelerator, precision, engine, process, codec,
     return total
 
 
-def update(config, precision, engine, ema, progress, loss, norm):
-    """One optimizer step if loss and gradient are finite; returns 'ok', 'overflow' or 'bad'.
+class Verdict:
+    """What a step's gradients came to, on its way from the device to the host.
+
+    bad: 0-dim float32 on the device, 1 if loss or gradient norm is not finite, else 0.
+    """
+
+    def __init__(self, accelerator, precision, loss, norm, stop):
+        summed = accelerator.reduce(torch.stack([loss, torch.full_like(loss, stop)]), "sum")
+        norm, scale = norm.to(summed), precision.scaler.scale(torch.ones_like(loss))
+        self.bad = (~(summed[0].isfinite() & norm.isfinite())).float()
+        self.num_processes = accelerator.num_processes
+        self._values = torch.cat([summed, torch.stack([norm, scale])]).to("cpu", non_blocking=True)
+        self._arrived = None
+        if loss.is_cuda:
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def read(self):
+        """(mean loss over the processes, gradient norm, whether any process was asked to stop, loss
+        scale).
+
+        The one host sync of a step: it waits for the gradients, not for the optimizer's work that
+        was queued since, which keeps the device busy until the host has gone on.
+        """
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        loss, stops, norm, scale = self._values.tolist()
+        return loss / self.num_processes, norm, stops > 0, scale
+
+
+def set_learning_rate(config, optimizer, step):
+    """That of the schedule for the step after `step` steps."""
+    schedule, n_steps = config.lr_scheduler, config.train.n_steps
+    factor = lr_factor(schedule.name, step, warmup_steps=schedule.warmup_steps, n_steps=n_steps)
+    for group in optimizer.param_groups:
+        group["lr"] = config.optimizer.lr * factor
+
+
+def update(precision, engine, ema, progress, loss, norm, scale):
+    """What follows from a step: if loss and gradient are finite, the optimizer has made it, and
+    average and counters go with it; returns 'ok', 'overflow' or 'bad'.
 
     Under fp16 a gradient that overflows while the loss is finite halves the loss scale, is not
     counted, and moves nothing but the data, as long as the scale stays at 1 or above; below it, and
-    for any non-finite loss, the step counts as bad.
+    for any non-finite loss, the step counts as bad. scale: that of this step's loss.
     """
     progress.batch += 1
-    scaler, scale = precision.scaler, precision.scaler.get_scale()
+    scaler = precision.scaler
     if math.isfinite(loss) and math.isfinite(norm):
-        schedule, step = config.lr_scheduler, progress.step
-        warmup_steps, n_steps = schedule.warmup_steps, config.train.n_steps
-        factor = lr_factor(schedule.name, step, warmup_steps=warmup_steps, n_steps=n_steps)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = config.optimizer.lr * factor
-        engine.step()
+        if scaler.is_enabled():
+            scaler.update()
         ema.update(engine.network)
         progress.step += 1
         progress.bad_in_a_row = 0
         return "ok"
-    engine.skip()
     if scaler.is_enabled():
         # A broken loss is not the scale's fault, and leaves it as it is.
         scaler.update(None if math.isfinite(loss) else scale)
@@ -181,16 +216,6 @@ def update(config, precision, engine, ema, progress, loss, norm):
             return "overflow"
     progress.bad_in_a_row += 1
     return "bad"
-
-
-def share(accelerator, loss, norm, stop):
-    """(mean loss over the processes, gradient norm, whether any process was asked to stop).
-
-    The one host sync of a step: its outcome decides whether there is a step at all.
-    """
-    summed = accelerator.reduce(torch.stack([loss, torch.full_like(loss, stop)]), "sum")
-    loss, stops, norm = torch.cat([summed, norm.to(summed)[None]]).tolist()
-    return loss / accelerator.num_processes, norm, stops > 0
 
 
 def report_bad_step(settings, outcome, progress, loss, norm, precision):
@@ -431,6 +456,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
     settings = config.train
     speed, stops = Speed(settings.batch_size, progress.batch), False
     main, device = accelerator.is_main_process, accelerator.device
+    batches = Prefetcher(batches, device)
     bar = tqdm(total=settings.n_steps, initial=progress.step, unit="step", disable=not main)
     while progress.step < settings.n_steps and not stops:
         draws = Draws(
@@ -441,8 +467,12 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
         loss = accumulate_gradients(
             config, accelerator, precision, engine, process, codec, batches, draws
         )
-        loss, norm, stops = share(accelerator, loss, engine.clip(), stop.requested)
-        outcome = update(config, precision, engine, ema, progress, loss, norm)
+        verdict = Verdict(accelerator, precision, loss, engine.clip(), stop.requested)
+        set_learning_rate(config, engine.optimizer, progress.step)
+        engine.step(verdict.bad)
+        batches.prefetch()
+        loss, norm, stops, scale = verdict.read()
+        outcome = update(precision, engine, ema, progress, loss, norm, scale)
         step, last = progress.step, progress.step == settings.n_steps
         if main and (outcome != "ok" or step % settings.log_interval == 0 or last):
             lr, img_s = engine.optimizer.param_groups[0]["lr"], speed(progress.batch)

@@ -18,12 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Modules by layer; a pattern takes what no line has by name. Each may import lower layers and,
 # without cycles, its own.
 LAYERS = {
-    0: ["configs", "configs.*", "utils", "sde", "libs", "libs.scan_order", "libs.ops.reference",
+    0: ["configs", "configs.*", "utils", "sde", "libs", "libs.loading",
+        "libs.scan_order", "libs.ops.reference",
         "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled"],
     1: ["libs.ops", "libs.ops.*", "datasets", "libs.guidance", "libs.samplers", "libs.metrics",
         "libs.precision_recall",
         "libs.flags", "libs.weights", "libs.autoencoder", "libs.cifar10", "libs.features",
-        "libs.feature_files", "libs.feature_writer", "libs.images"],
+        "libs.feature_files", "libs.feature_writer", "libs.graphs", "libs.images"],
     2: ["libs.layers", "libs.mamba", "libs.codec"],
     3: ["libs.dim", "libs.uvit", "libs.official", "libs.models"],
     4: ["libs.launch", "libs.engine", "libs.checkpoint", "libs.evaluation",

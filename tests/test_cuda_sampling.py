@@ -1,0 +1,265 @@
+"""Sampling and the training step on a GPU: graphs give the eager numbers and follow the weights,
+and the host waits for nothing.
+"""
+
+import contextlib
+import itertools
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from configs import digits_T_DiM
+from libs import guidance, samplers
+from libs.codec import PixelCodec
+from libs.dim import DiM
+from libs.ema import EMA
+from libs.engine import Engine
+from libs.graphs import CudaCapture, GraphedNetwork, SamplingNetwork
+from libs.launch import Precision
+from libs.loading import Prefetcher
+from libs.training import Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate
+from libs.training import update as update_after
+from sde import VPSDE, DiscreteSchedule, eps_from_model
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
+GPU = torch.device("cuda", 0)
+CLASSES = 10
+
+
+def make_dim(seed=0, channels=3):
+    torch.manual_seed(seed)
+    model = DiM(input_size=16, in_channels=channels, dim=128, depth=5, num_classes=CLASSES)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    return model.to(GPU).eval()
+
+
+def make_inputs(batch=2, side=16, labels=True, seed=0):
+    generator = torch.Generator().manual_seed(seed + batch)
+    x = torch.randn(batch, 3, side, side, generator=generator).to(GPU)
+    t = (999 * torch.rand(batch, generator=generator)).to(GPU)
+    return x, t, torch.randint(CLASSES, (batch,), generator=generator).to(GPU) if labels else None
+
+
+def autocast(dtype):
+    return torch.autocast("cuda", dtype) if dtype else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def number_captured(network):
+    return len(network._graphed.graphs)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("frozen", [True, False])  # autocast keeps casts of weights that train
+@torch.no_grad()
+def test_graphs_are_the_eager_network_bit_for_bit(dtype, frozen):
+    model = make_dim().requires_grad_(not frozen)
+    fast = SamplingNetwork(model, dtype, graphs=True)
+    shapes = [(2, 16, True), (2, 16, False), (3, 16, True), (2, 24, True)]
+    for repeat in range(4):
+        for shape in shapes:
+            inputs = make_inputs(*shape, seed=repeat)
+            with autocast(dtype):
+                expected = model(*inputs)
+            with fast.ready() as network, autocast(dtype):
+                found = network(*inputs)
+            assert found.dtype == expected.dtype and torch.equal(found, expected)
+            filler = torch.full((1 << 22,), float("nan"), device=GPU)  # over whatever was freed
+            del filler
+    assert number_captured(fast) == len(shapes)
+
+
+@torch.no_grad()
+def test_graphs_follow_the_average():
+    model = make_dim()
+    ema = EMA(model, 0.5)
+    fast, inputs = SamplingNetwork(ema.model, torch.bfloat16, graphs=True), make_inputs()
+    outputs = []
+    for _ in range(6):
+        for parameter in model.parameters():
+            parameter.data += 0.01 * torch.randn_like(parameter)
+        ema.update(model)
+        with autocast(torch.bfloat16):
+            expected = ema.model(*inputs)
+            with fast.ready() as network:
+                outputs.append(network(*inputs))
+        assert torch.equal(outputs[-1], expected)
+    assert number_captured(fast) == 1 and not torch.equal(outputs[-1], outputs[-2])
+
+
+class Unfit(nn.Module):
+    """Cannot be captured: it synchronises, always or only in a capture, or raises there."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.linear, self.how = nn.Linear(4, 4), how
+
+    def forward(self, x, t, y=None):
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self.how == "raises in capture" and capturing:
+            raise RuntimeError("not here")
+        if self.how == "always" or (self.how == "in capture" and capturing):
+            float(t.sum())
+        return self.linear(x) * t[:, None]
+
+
+@pytest.mark.parametrize("how", ["always", "in capture", "raises in capture"])
+@torch.no_grad()
+def test_what_cannot_be_captured_stays_eager(how, caplog):
+    """And the device is as good as before: streams, memory of other streams, random numbers,
+    further graphs.
+    """
+    network = Unfit(how).to(GPU)
+    fast = GraphedNetwork(network, CudaCapture(GPU))
+    x, t = torch.randn(3, 4, device=GPU), torch.rand(3, device=GPU)
+    stream = torch.cuda.current_stream()
+    for _ in range(4):
+        assert torch.equal(fast(x, t), network(x, t))
+    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and fast.failed
+    assert torch.cuda.current_stream() == stream and torch.randn(9, device=GPU).isfinite().all()
+    test_graphs_follow_the_average()
+    memory = []
+    for _ in range(20):  # memory that another stream uses comes back
+        tensor = torch.empty(1 << 24, device=GPU)
+        tensor.record_stream(torch.cuda.Stream())
+        del tensor
+        torch.cuda.synchronize()
+        memory.append(torch.cuda.memory_reserved())
+    assert memory[-1] <= memory[2]
+
+
+@torch.no_grad()
+def test_memory_is_given_back():
+    model, inputs = make_dim(), make_inputs(batch=64)
+    with autocast(torch.bfloat16):
+        model(*inputs)
+    fast = SamplingNetwork(model, torch.bfloat16, graphs=True)
+
+    def evaluation():
+        for _ in range(4):
+            with fast.ready() as network, autocast(torch.bfloat16):
+                network(*inputs)
+        held = torch.cuda.memory_allocated()
+        assert number_captured(fast) == 1
+        fast.release()
+        return held
+
+    evaluation()  # leaves the library's own workspaces behind
+    torch.cuda.empty_cache()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    assert evaluation() > allocated
+    assert torch.cuda.memory_allocated() == allocated
+    assert torch.cuda.memory_reserved() <= reserved
+
+
+@pytest.mark.parametrize("algorithm, process", [
+    ("dpm_solver", DiscreteSchedule()), ("dpm_solver_pp_2m", DiscreteSchedule()),
+    ("dpm_solver_upsample_g", DiscreteSchedule()), ("dpm_solver", VPSDE()),
+    ("dpm_solver_pp_2m", VPSDE()), ("euler_maruyama_sde", VPSDE()), ("DDIMScheduler", VPSDE()),
+    ("DPMSolverMultistepScheduler", DiscreteSchedule()),
+])  # fmt: skip
+@pytest.mark.parametrize("pred", ["noise_pred", "x0_pred"])
+def test_no_step_of_a_sampler_makes_the_host_wait(algorithm, process, pred):
+    """And graphs give the images of the eager network."""
+    model, (_, _, y) = make_dim(), make_inputs()
+    config = digits_T_DiM.get_config()
+    config.sample.scale = 0.7
+    if algorithm == "dpm_solver_upsample_g":
+        config.ug_m = 2
+
+    def draw(network):
+        noise = samplers.ImageNoise(0, range(2), (3, 16, 16))
+        z = noise.initial().to(GPU)
+        predict = eps_from_model(network, process, pred)
+        eps_fn = guidance.guided_by(config, predict, process, y, CLASSES)
+
+        def sample():
+            return samplers.sample(
+                eps_fn, process, z, algorithm=algorithm, steps=6, noise=noise
+            )
+
+        return sample
+
+    with autocast(torch.bfloat16):
+        expected = draw(model)()
+        with SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
+            draw(network)()
+            sample = draw(network)
+            with no_synchronisation():
+                found = sample()
+    assert torch.equal(found, expected)
+
+
+def pinned_batches():
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        x = torch.randn(4, 3, 16, 16, generator=generator)
+        yield x.pin_memory(), torch.randint(CLASSES, (4,), generator=generator).pin_memory()
+
+
+@pytest.mark.parametrize("name", ["no", "bf16", "fp16"])
+def test_a_training_step_waits_once_and_only_for_its_verdict(name):
+    """All of a step but reading the verdict, in which an event is waited for."""
+    config = digits_T_DiM.get_config()
+    config.update_from_flattened_dict({
+        "train.batch_size": 8, "gradient_accumulation_steps": 2, "dataset.cfg": True,
+        "optimizer.lr": 1e-4, "max_grad_norm": 1.0,
+    })  # fmt: skip
+    accelerator = types.SimpleNamespace(
+        device=GPU, num_processes=1, process_index=0, reduce=lambda tensor, how: tensor,
+        prepare_model=lambda model: model, no_sync=lambda model: contextlib.nullcontext(),
+    )  # fmt: skip
+    model, precision = make_dim().train(), Precision(name, GPU)
+    model.drop_path = 0.2
+    ema = EMA(model, 0.99)
+    engine = Engine(accelerator, model, make_optimizer(config, model), precision, 1.0)
+    batches, process, codec = Prefetcher(pinned_batches(), GPU), VPSDE(), PixelCodec()
+    progress, outcomes = types.SimpleNamespace(step=0, batch=0, bad_in_a_row=0), []
+    for k in itertools.count():
+        with no_synchronisation() if k > 1 else contextlib.nullcontext():
+            draws = Draws(
+                seed=1, batch=k, size=8, shape=(3, 16, 16), depth=5, device=GPU, encoding=False
+            )
+            engine.zero_grad()
+            loss = accumulate_gradients(
+                config, accelerator, precision, engine, process, codec, batches, draws
+            )
+            verdict = Verdict(accelerator, precision, loss, engine.clip(), False)
+            set_learning_rate(config, engine.optimizer, progress.step)
+            engine.step(verdict.bad)
+            batches.prefetch()
+            loss, norm, _, scale = verdict.read()
+            finite = loss < float("inf") and norm < float("inf")
+            with contextlib.nullcontext() if finite else synchronising():
+                outcomes.append(
+                    update_after(precision, engine, ema, progress, loss, norm, scale)
+                )
+        if outcomes.count("ok") == 4:
+            break
+        assert k < 30, outcomes
+    assert set(outcomes) <= ({"ok", "overflow"} if name == "fp16" else {"ok"})
+
+
+@contextlib.contextmanager
+def synchronising():
+    """An overflow is rare, and may ask for the new loss scale."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    yield
+    torch.cuda.set_sync_debug_mode(mode)

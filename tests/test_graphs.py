@@ -1,0 +1,245 @@
+"""Fast sampling without a GPU: half matrices, what a graph is captured for, and that it follows the
+weights. In place of a CUDA graph stands a trace of aten calls, which reads tensors by address, too.
+"""
+
+import types
+
+import pytest
+import runs
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from configs import digits_T_DiM
+from libs import evaluation, graphs
+from libs.codec import PixelCodec
+from libs.ema import EMA
+from libs.launch import Precision
+from libs.models import build_model
+from sde import VPSDE
+
+CPU = torch.device("cpu")
+
+
+def make_config(**changes):
+    config = digits_T_DiM.get_config()
+    config.update_from_flattened_dict({**runs.TINY, **changes})
+    return config
+
+
+def make_dim(seed=0):
+    """A tiny DiM none of whose parameters is zero."""
+    model = build_model(make_config().nnet, seed=seed).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape)
+    return model
+
+
+def make_inputs(batch=3, labels=True):
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, 1, 8, 8, generator=generator)
+    t = 999 * torch.rand(batch, generator=generator)
+    return x, t, torch.randint(10, (batch,), generator=generator) if labels else None
+
+
+def bits(module):
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same_bits(module, before):
+    after = module.state_dict()
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype and torch.equal(after[name], tensor), name
+
+
+# ---------------------------------------- half matrices
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_matrices_change_no_bit_of_the_output(dtype):
+    model = make_dim()
+    before, objects = bits(model), dict(model.named_parameters())
+    with torch.autocast("cpu", dtype):
+        expected = model(*make_inputs())
+        with graphs.HalfMatrices(model, dtype).installed():
+            found = model(*make_inputs())
+            half = {name for name, p in model.named_parameters() if p.dtype == dtype}
+    assert torch.equal(found, expected)
+    matrices = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d))
+    }
+    assert half == matrices and "blocks.0.mixer.in_proj.weight" in half
+    assert_same_bits(model, before)
+    assert all(parameter is objects[name] for name, parameter in model.named_parameters())
+
+
+def test_half_matrices_follow_at_the_same_addresses():
+    model = nn.Linear(4, 3)
+    matrices = graphs.HalfMatrices(model, torch.bfloat16)
+    with matrices.installed():
+        address, old = model.weight.data_ptr(), model.weight.clone()
+    nn.init.normal_(model.weight)
+    with matrices.installed():
+        assert model.weight.data_ptr() == address and not torch.equal(model.weight, old)
+        assert torch.equal(model.weight, matrices.network.weight)
+        half = model.weight.clone()
+    assert torch.equal(half, model.weight.bfloat16()) and model.weight.dtype == torch.float32
+
+
+def test_an_error_within_leaves_the_network_as_it_was():
+    model = nn.Linear(4, 3)
+    weight = model.weight
+    with pytest.raises(KeyError), graphs.HalfMatrices(model, torch.bfloat16).installed():
+        raise KeyError
+    assert model.weight is weight and weight.requires_grad
+
+
+def test_float32_has_none():
+    model = make_dim()
+    with graphs.HalfMatrices(model, None).installed():
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+# ---------------------------------------- graphs
+
+
+class Network(nn.Module):
+    """Counts its calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.embed, self.calls = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(11, 1), 0
+
+    def forward(self, x, t, y=None):
+        self.calls += 1
+        label = 0 if y is None else self.embed(y)[:, :, None, None]
+        return self.conv(x) * t[:, None, None, None] + label
+
+
+def traced(call):
+    """(replay, output) of a call, as graphs.CudaCapture gives them."""
+    trace = make_fx(call)()
+    output = trace().clone()
+    return lambda: output.copy_(trace()), output
+
+
+def graphed(capture=traced):
+    torch.manual_seed(0)
+    network = Network()
+    return network, graphs.GraphedNetwork(network, capture)
+
+
+@torch.no_grad()
+def test_eager_then_captured_then_replayed():
+    network, fast = graphed()
+    found = [fast(*make_inputs()) for _ in range(2)]
+    calls = network.calls
+    other = [tensor + 1 for tensor in make_inputs()]
+    found += [fast(*make_inputs()), fast(*other)]
+    assert network.calls == calls and len(fast.graphs) == 1
+    expected = network(*make_inputs())
+    # Each result is its caller's own: the replay after it did not write into it.
+    assert all(torch.equal(y, expected) for y in found[:3])
+    assert torch.equal(found[3], network(*other))
+
+
+@torch.no_grad()
+def test_a_graph_for_each_signature():
+    network, fast = graphed()
+    signatures = [(3, True, None), (3, False, None), (5, True, None), (3, True, torch.bfloat16)]
+    for batch, labels, dtype in signatures * 3:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            found = fast(*make_inputs(batch, labels))
+            expected = network(*make_inputs(batch, labels))
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+    assert len(fast.graphs) == 4
+
+
+@torch.no_grad()
+def test_graphs_are_bounded_and_released():
+    network, fast = graphed()
+    for batch in 2 * list(range(1, graphs.MAX_GRAPHS + 3)):
+        fast(*make_inputs(batch))
+    assert len(fast.graphs) == graphs.MAX_GRAPHS
+    beyond = make_inputs(graphs.MAX_GRAPHS + 2)
+    assert torch.equal(fast(*beyond), network(*beyond))
+    fast.release()
+    calls = network.calls
+    fast(*make_inputs(1))
+    assert not fast.graphs and network.calls == calls + 1
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@torch.no_grad()
+def test_a_graph_follows_the_weights(dtype):
+    """float32 ones in place, halves by their copies."""
+    network, fast = graphed()
+    matrices = graphs.HalfMatrices(network, dtype)
+
+    def both():
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            with matrices.installed():
+                found = fast(*make_inputs())
+            return found, network(*make_inputs())
+
+    for _ in range(3):
+        both()
+    before, _ = both()
+    for parameter in network.parameters():
+        parameter.data.mul_(1.5)
+    found, expected = both()
+    assert torch.equal(found, expected) and not torch.equal(found, before)
+
+
+@torch.no_grad()
+def test_a_failing_capture_is_said_once_and_sampling_goes_on(caplog):
+    def failing(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    network, fast = graphed(failing)
+    for batch in (2, 2, 2, 3, 3, 3):
+        assert torch.equal(fast(*make_inputs(batch)), network(*make_inputs(batch)))
+    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and said[0].endswith("not permitted when stream is capturing")
+
+
+def test_on_the_cpu_it_is_the_network_itself():
+    model = make_dim()
+    with graphs.SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
+        assert network is model
+
+
+# ---------------------------------------- in an evaluation
+
+
+def make_generator(ema, precision="bf16"):
+    return evaluation.ImageGenerator(
+        ema.model, VPSDE(), PixelCodec(), make_config(**{"sample.mini_batch_size": 3}),
+        image_shape=(1, 8, 8), precision=Precision(precision, CPU), seed=1,
+    )  # fmt: skip
+
+
+def test_an_evaluation_in_training_leaves_the_average_as_it_was():
+    model = make_dim()
+    ema = EMA(model, 0.9)
+    before, addresses = bits(ema.model), [p.data_ptr() for p in ema.model.parameters()]
+    generator = make_generator(ema)
+    first = generator([0, 1])
+    accelerator = types.SimpleNamespace(
+        device=CPU, process_index=0, num_processes=1, reduce=lambda tensor, how: tensor
+    )
+    grid = evaluation.make_grid_images(generator, accelerator, 5)
+    assert torch.equal(grid[:2], first)
+    assert_same_bits(ema.model, before)
+    assert addresses == [p.data_ptr() for p in ema.model.parameters()]
+    assert not generator._network.matrices._copies  # their memory is training's again
+    for parameter in model.parameters():
+        parameter.data += 0.1
+    ema.update(model)
+    again = generator([0, 1])
+    fresh = make_generator(ema)([0, 1])
+    assert torch.equal(again, fresh) and not torch.equal(again, first)

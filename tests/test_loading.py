@@ -1,0 +1,99 @@
+"""What surrounds a step's computation: copies to the device one ahead, a step that the device may
+refuse, and one reading of the outcome.
+"""
+
+import copy
+import itertools
+import types
+
+import pytest
+import torch
+
+from libs.engine import Engine
+from libs.loading import Prefetcher
+from libs.training import Verdict
+
+CPU = torch.device("cpu")
+
+
+def make_batches(pinned=False):
+    for k in itertools.count():
+        batch = torch.full((4, 3), float(k)), torch.full((4,), k)
+        yield tuple(tensor.pin_memory() for tensor in batch) if pinned else batch
+
+
+def test_on_the_cpu_nothing_is_read_ahead():
+    source = make_batches()
+    batches = Prefetcher(source, CPU)
+    assert next(batches)[1][0] == 0
+    batches.prefetch()
+    assert next(source)[1][0] == 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_copies_run_one_ahead_and_keep_their_order():
+    """Memory that is given back while the GPU still works on it is not written too early."""
+    source = make_batches(pinned=True)
+    batches, sums = Prefetcher(source, torch.device("cuda", 0)), []
+    for k in range(200):
+        x, y = next(batches)
+        torch.cuda._sleep(100_000)
+        sums.append(x.sum() + y.sum())
+        if k % 3:
+            batches.prefetch()
+            batches.prefetch()
+    assert x.is_cuda and torch.stack(sums).tolist() == [16.0 * k for k in range(200)]
+
+
+def make_engine():
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
+    accelerator = types.SimpleNamespace(prepare_model=lambda model: model)
+    precision = types.SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=False))
+    return Engine(accelerator, network, optimizer, precision, 1.0)
+
+
+def step(engine, scale, bad):
+    engine.zero_grad()
+    engine.backward((engine.model(torch.ones(4, 3)) ** 2).mean() * scale)
+    engine.step(torch.tensor(bad))
+
+
+def state_of(engine):
+    moments = [v for entry in engine.optimizer.state.values() for v in entry.values()]
+    return [tensor.clone() for tensor in (*engine.network.parameters(), *moments)]
+
+
+def test_a_refused_step_changes_no_bit_and_a_made_one_is_adamws():
+    engine = make_engine()
+    step(engine, 1.0, 0.0)
+    before = state_of(engine)
+    step(engine, float("nan"), 1.0)
+    assert len(before) == 8
+    assert all(map(torch.equal, before, state_of(engine)))
+    plain = copy.deepcopy((engine.network, engine.optimizer.state_dict()))
+    step(engine, 1.0, 0.0)
+    network, optimizer = plain[0], torch.optim.AdamW(plain[0].parameters(), lr=0.1, fused=True)
+    optimizer.load_state_dict(plain[1])
+    (network(torch.ones(4, 3)) ** 2).mean().backward()
+    optimizer.step()
+    assert all(map(torch.equal, network.parameters(), engine.network.parameters()))
+
+
+@pytest.mark.parametrize("loss, norm, bad", [
+    (1.5, 2.5, 0), (float("nan"), 2.5, 1), (1.5, float("inf"), 1), (float("-inf"), float("nan"), 1)
+])  # fmt: skip
+@pytest.mark.parametrize("fp16", [False, True])
+def test_verdict(loss, norm, bad, fp16):
+    """Two processes with the same loss, one of them asked to stop."""
+    accelerator = types.SimpleNamespace(
+        num_processes=2, reduce=lambda tensor, how: tensor + torch.stack([tensor[0], 1 - tensor[1]])
+    )
+    scaler = torch.amp.GradScaler("cpu", enabled=fp16, init_scale=512.0)
+    precision = types.SimpleNamespace(scaler=scaler)
+    verdict = Verdict(accelerator, precision, torch.tensor(loss), torch.tensor(norm), False)
+    assert verdict.bad.item() == bad and verdict.bad.dtype == torch.float32
+    expected = [loss, norm, True, 512.0 if fp16 else 1.0]
+    assert list(verdict.read()) == pytest.approx(expected, nan_ok=True)
