@@ -75,7 +75,7 @@ def make_model(size, classes, variant, seed):
 
 def captured_step(model, example):
     """(graph, batch, loss): replaying the graph makes the gradients of the loss of what `batch`,
-    (x0, y, t, eps), then holds. The definition launches 100,000 kernels a step: one by one, seconds.
+    (x0, y, t, eps), then holds. The definition launches 100,000 kernels a step.
     """
     process, batch = VPSDE(), [v.clone() for v in example]
 

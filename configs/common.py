@@ -106,6 +106,7 @@ def get_config():
         mixed_precision=config_dict.placeholder(
             str
         ),  # no, fp16 or bf16; without it, what accelerate launch says
+        fp8=False,  # matrix products of DiM's blocks in fp8; needs bf16 or fp16, and a Hopper GPU
         zero_stage=0,  # 2: DeepSpeed's ZeRO-2, as accelerate launch --use_deepspeed asks for too
         ema_rate=0.9999,
         num_workers=8,
@@ -130,6 +131,7 @@ def get_config():
         guidance_interval=config_dict.placeholder(tuple),  # (from, to) in process time, 0 to 1
         labels="random",  # or balanced
         vis_label=config_dict.placeholder(int),  # the one class of all images
+        fp8=False,  # as train.fp8
         cuda_graphs=True,  # on a GPU: replay the network's kernels, for some memory
         path=config_dict.placeholder(str),  # folder that keeps the PNG files
         adm_npz=config_dict.placeholder(str),  # file of all images for ADM's evaluation suite

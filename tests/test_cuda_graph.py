@@ -492,3 +492,17 @@ def test_peers_get_their_layout(monkeypatch):
         test_ops.run(causal_conv1d_ref, inputs, **options),
         1e-6,
     )
+
+
+def test_the_forward_is_divided_by_what_fills_the_gpu():
+    """The plan's choice, at the shapes of the README's models on a GPU of 132 multiprocessors."""
+    def lanes_and_segments(batch, length, channels=3072):
+        variant = launch_plan.forward_variant(batch, length, channels, 16, 132)
+        return variant.lanes, variant.segments > 1
+
+    assert lanes_and_segments(96, 366) == lanes_and_segments(16, 1230) == (1, False)
+    assert lanes_and_segments(8, 366) == lanes_and_segments(4, 4494) == (4, False)
+    assert lanes_and_segments(2, 366) == lanes_and_segments(2, 9806) == (8, False)
+    assert lanes_and_segments(1, 1230, 256) == (8, False)
+    assert lanes_and_segments(1, 9806, 256) == (1, True)
+    assert launch_plan.forward_variant(2, 366, 3072, 17, 132).groups == 4

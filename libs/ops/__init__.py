@@ -7,7 +7,7 @@ CUDA kernels are kept; DIM_CHECK=1 also checks that orders are permutations.
 
 import torch
 
-from libs.ops import backends
+from libs.ops import backends, mamba_block
 from libs.ops.causal_conv1d import BACKENDS as _CONV_BACKENDS
 from libs.ops.causal_conv1d import causal_conv1d
 from libs.ops.selective_scan import BACKENDS as _SCAN_BACKENDS
@@ -17,10 +17,12 @@ __all__ = ["causal_conv1d", "describe_backends", "selective_scan"]
 
 
 def describe_backends(device="cpu"):
-    """One line an operator: the backend that float32 tensors on this device would use, and why.
+    """One line an operator: the backend that float32 tensors on this device would use, and why;
+    and one for the blocks, fused or composed of operators.
 
     Raises utils.UserError if DIM_BACKEND asks for one that cannot run there.
     """
     device = torch.device(device)
     tables = {"selective_scan": _SCAN_BACKENDS, "causal_conv1d": _CONV_BACKENDS}
-    return [backends.describe(operator, table, device) for operator, table in tables.items()]
+    lines = [backends.describe(operator, table, device) for operator, table in tables.items()]
+    return [*lines, mamba_block.describe(device)]

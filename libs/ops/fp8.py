@@ -39,7 +39,17 @@ def require(device, widths):
     """UserError where products of these widths cannot run in fp8."""
     reason = unsupported(device, widths)
     if reason:
-        raise UserError(f"matrix products in fp8 are asked for (fp8=True), but {reason}")
+        raise UserError(f"matrix products in fp8 are asked for, but {reason}")
+
+
+def turn_on(network, dtype, key):
+    """Products of the network in fp8 from now on, as the config's `key` asks. dtype: autocast's, or
+    None. UserError where that cannot be."""
+    if not hasattr(network, "use_fp8"):
+        raise UserError(f"{key} is for DiM, not for {type(network).__name__}: leave it out")
+    if dtype is None:
+        raise UserError(f"{key} replaces products in half precision: add --mixed_precision bf16")
+    network.use_fp8(next(network.parameters()).device)
 
 
 # ---------------------------------------- quantising

@@ -7,6 +7,7 @@ from libs.ops.launch_plan import CTYPE_OF_DTYPE, Kernel, Launch, Plan, Rows
 _THREADS = 256
 # (vectors of 8 elements that a lane of the kernel holds, warps that share a row)
 _SHAPES = ((2, 1), (4, 1), (6, 1), (4, 2), (6, 2), (4, 4), (6, 4), (4, 8))
+OLDEST_ARCH = 90  # that torch's product of rows with scales runs on
 GRAIN, MAX_COLUMNS = 16, 256 * 4 * 8  # of torch's products; of the kernel
 
 
