@@ -106,7 +106,6 @@ def get_config():
         mixed_precision=config_dict.placeholder(
             str
         ),  # no, fp16 or bf16; without it, what accelerate launch says
-        zero_stage=0,  # 2: DeepSpeed's ZeRO-2, as accelerate launch --use_deepspeed asks for too
         ema_rate=0.9999,
         num_workers=8,
         max_bad_steps=10,  # non-finite steps in a row that end the run

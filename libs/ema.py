@@ -5,6 +5,11 @@ import copy
 import torch
 
 
+def _own(tensor):
+    """What this process holds of a tensor: its part of a DTensor (libs.sharding), else all."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class EMA:
     """A float32 copy of `model` that follows it: ema <- rate * ema + (1 - rate) * parameter.
 
@@ -27,8 +32,8 @@ class EMA:
         if averages.keys() != parameters.keys():
             different = sorted(averages.keys() ^ parameters.keys())
             raise ValueError(f"only one of the model and its average has: {', '.join(different)}")
-        sources = [parameters[name].detach().float() for name in averages]
-        torch._foreach_lerp_(list(averages.values()), sources, 1 - rate)
+        sources = [_own(parameters[name]).detach().float() for name in averages]
+        torch._foreach_lerp_([_own(tensor) for tensor in averages.values()], sources, 1 - rate)
 
     def state_dict(self):
         """The average as the model's own state dict."""

@@ -2,16 +2,72 @@
 
 import contextlib
 import datetime
+import importlib.util
 import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import utils
-from libs.engine import REQUEST
 from utils import UserError
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# How `accelerate launch` passes on what its configuration file or its words ask for.
+REQUESTS = {"ACCELERATE_USE_DEEPSPEED": "zero2", "ACCELERATE_USE_FSDP": "fsdp2"}
+CONFIGURATIONS = "configs/accelerate/{}.yaml"
+# Further settings of the launcher: what they must be, the value if they are not set, and the
+# reason. Whatever would be ignored is refused.
+_NEEDED = {
+    "zero2": {
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none", "none", "a file of DeepSpeed's is not read"),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("2", "2", "stage 2 is the one there is"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none", "none", "nothing is offloaded"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none", "none", "nothing is offloaded"),
+        "ACCELERATE_GRADIENT_CLIPPING": ("none", "none", "clipping is --config.max_grad_norm"),
+    },
+    "fsdp2": {
+        "FSDP_VERSION": ("2", "1", "fsdp_version 2 is the one there is"),
+        "FSDP_OFFLOAD_PARAMS": ("false", "false", "nothing is offloaded"),
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            "false", "false", "recomputing is --config.nnet.activation_checkpointing"
+        ),
+    },
+}  # fmt: skip
+
+
+def requested_engine():
+    """'zero2', 'fsdp2' or None, as `accelerate launch` was asked; nothing else chooses one.
+
+    Raises:
+        UserError: two engines, or a setting that would have no effect.
+    """
+    engines = [
+        engine
+        for name, engine in REQUESTS.items()
+        if os.environ.get(name, "false").lower() in ("true", "1")
+    ]
+    if len(engines) > 1:
+        raise UserError("DeepSpeed and FSDP are both asked for: give accelerate launch one of them")
+    engine = engines[0] if engines else None
+    for name, (needed, default, reason) in _NEEDED.get(engine, {}).items():
+        found = os.environ.get(name, default).lower()
+        if found != needed:
+            raise UserError(
+                f"accelerate launch says {name}={found}, but {reason}: use "
+                f"{CONFIGURATIONS.format(engine)} as it is, with {needed}"
+            )
+    return engine
+
+
+@contextlib.contextmanager
+def _requests_hidden():
+    """accelerate drops DeepSpeed and FSDP on the CPU, without a word; libs.engine has both."""
+    requests = {name: os.environ.pop(name) for name in REQUESTS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(requests)
 
 
 def make_accelerator():
@@ -21,24 +77,43 @@ def make_accelerator():
     from a broken step.
 
     Raises:
-        UserError: accelerate sees another number of processes than the launcher started.
+        UserError: accelerate sees another number of processes than the launcher started, or does
+            not run the engine that the launcher was asked for.
     """
     utils.check_launcher()
     utils.set_cpu_if_no_gpu()
-    # DeepSpeed, if asked for, is libs.engine's: accelerate would drop it on a CPU without a word.
-    requested = os.environ.pop(REQUEST, None)
-    accelerator = Accelerator(
-        mixed_precision="no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # A rank may save or sample while the others wait.
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
-        ],
-    )
-    if requested is not None:
-        os.environ[REQUEST] = requested
+    requested = requested_engine()
+    if requested == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "ZeRO-2 is asked for, but DeepSpeed is not installed: pip install deepspeed, or use "
+            f"{CONFIGURATIONS.format('ddp')} or {CONFIGURATIONS.format('fsdp2')}"
+        )
+    on_cpu = not torch.cuda.is_available()
+    with _requests_hidden() if on_cpu else contextlib.nullcontext():
+        accelerator = Accelerator(
+            mixed_precision="no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # A rank may save or sample while the others wait.
+                InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
+            ],
+        )
     utils.check_world_size(accelerator.num_processes)
+    if not on_cpu:
+        require_reported(requested, accelerator)
     return accelerator
+
+
+def require_reported(requested, accelerator):
+    """UserError unless accelerate reports the requested engine as active."""
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    active = {"DEEPSPEED": "zero2", "FSDP": "fsdp2"}.get(kind)
+    if active != requested:
+        raise UserError(
+            f"accelerate launch was asked for {requested or 'no sharding'}, but accelerate runs "
+            f"{kind}: start with --config_file {CONFIGURATIONS.format(requested or 'ddp')} and "
+            "--num_processes 2 or more"
+        )
 
 
 def ranks(accelerator):

@@ -24,6 +24,7 @@ from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
 from libs.lr import lr_factor
 from libs.ops import describe_backends
+from libs.sharding import whole_weights
 from libs.weights import listed, load_strict
 from sde import denoising_loss
 from utils import UserError
@@ -308,7 +309,8 @@ class Outputs:
     def grid(self, step, stop):
         """samples/<step>.png, from the averaged weights."""
         n = self.config.train.grid_samples
-        images = evaluation.make_grid_images(self.generator, self.accelerator, n, stop)
+        with whole_weights(self.generator.model):
+            images = evaluation.make_grid_images(self.generator, self.accelerator, n, stop)
         if images is not None and self.accelerator.is_main_process:
             (self.directory / "samples").mkdir(exist_ok=True)
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
@@ -334,10 +336,11 @@ class Outputs:
                 self.features = metrics.make_features(
                     settings.features, settings.fid_weights_path, self.accelerator.device
                 )
-            return evaluation.evaluate(
-                self.generator, self.features, self.dataset, self.config, self.accelerator,
-                n=self.fid_samples, stop=stop,
-            )  # fmt: skip
+            with whole_weights(self.generator.model):
+                return evaluation.evaluate(
+                    self.generator, self.features, self.dataset, self.config, self.accelerator,
+                    n=self.fid_samples, stop=stop,
+                )  # fmt: skip
         except UserError as error:
             log.info("no FID in this run: %s", error)
             self.fid_samples = 0
@@ -404,7 +407,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
     if found:
         progress = resume(found, network, ema, optimizer, precision)
         start = [f"resuming from {found[0]}"]
-    engine = make_engine(config, accelerator, network, optimizer, precision)
+    engine = make_engine(config, accelerator, network, ema, optimizer, precision)
     batches = micro_batches(config, dataset, accelerator, progress.batch)
     codec, z_shape = codec.to(accelerator.device), codec.latent_shape(dataset.shape)
     generator = evaluation.ImageGenerator(
@@ -414,7 +417,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
 
     def state():
         training = training_state(engine, precision, progress)
-        return network.state_dict(), ema.state_dict(), training
+        return engine.whole(network.state_dict()), engine.whole(ema.state_dict()), training
 
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
     metrics_log, all_ranks = None, ranks(accelerator)

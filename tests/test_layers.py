@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # without cycles, its own.
 LAYERS = {
     0: ["configs", "configs.*", "utils", "sde", "libs", "libs.scan_order", "libs.ops.reference",
-        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled"],
+        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled",
+        "libs.sharding"],
     1: ["libs.ops", "libs.ops.*", "datasets", "libs.guidance", "libs.samplers", "libs.metrics",
         "libs.precision_recall",
         "libs.flags", "libs.weights", "libs.autoencoder", "libs.cifar10", "libs.features",
