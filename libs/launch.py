@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import utils
+from libs import watch
 from utils import UserError
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,7 +83,7 @@ def make_accelerator():
     """
     utils.check_launcher()
     utils.set_cpu_if_no_gpu()
-    requested = requested_engine()
+    requested, timeout = requested_engine(), watch.timeout_s()
     if requested == "zero2" and importlib.util.find_spec("deepspeed") is None:
         raise UserError(
             "ZeRO-2 is asked for, but DeepSpeed is not installed: pip install deepspeed, or use "
@@ -94,13 +95,15 @@ def make_accelerator():
             mixed_precision="no",
             kwargs_handlers=[
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                # A rank may save or sample while the others wait.
-                InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
+                # libs.watch, which can name a rank, speaks first.
+                InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout + 60)),
             ],
         )
     utils.check_world_size(accelerator.num_processes)
     if not on_cpu:
         require_reported(requested, accelerator)
+    if accelerator.num_processes > 1:
+        watch.start(timeout)
     return accelerator
 
 

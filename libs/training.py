@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import utils
 from datasets import GlobalBatchSampler
-from libs import checkpoint, evaluation, metrics, run
+from libs import checkpoint, evaluation, metrics, run, watch
 from libs.ema import EMA
 from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
@@ -137,7 +137,9 @@ def accumulate_gradients(config, accelerator, precision, engine, process, codec,
     total = torch.zeros((), device=accelerator.device)
     for m in range(accumulation):
         rows = rows_of(config, accelerator, m)
+        watch.beat("reading data")
         x, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        watch.beat("computing")
         y = training_labels(config, y, draws.label[rows], null_label)
         t = process.time_from_uniform(draws.time[rows])
         drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
@@ -297,6 +299,7 @@ class Outputs:
 
     def save(self, step):
         """A checkpoint of `step`, written by the main process."""
+        watch.beat("saving a checkpoint")
         network, ema, training = self.state()
         if self.accelerator.is_main_process:
             path = checkpoint.save(
@@ -304,6 +307,7 @@ class Outputs:
                 config=self.config.to_dict(), keep_last=self.config.train.keep_last,
             )  # fmt: skip
             log.info("saved %s", path)
+        watch.beat(watch.WAITING)
         self.accelerator.wait_for_everyone()
 
     def grid(self, step, stop):
