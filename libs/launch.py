@@ -62,9 +62,12 @@ def requested_engine():
 
 
 @contextlib.contextmanager
-def _requests_hidden():
-    """accelerate drops DeepSpeed and FSDP on the CPU, without a word; libs.engine has both."""
-    requests = {name: os.environ.pop(name) for name in REQUESTS if name in os.environ}
+def _hidden_from_accelerate(on_cpu):
+    """Hide the requests that accelerate cannot serve, and libs.engine does: its DeepSpeed needs
+    transformers, and on the CPU it drops DeepSpeed and FSDP without a word.
+    """
+    names = REQUESTS if on_cpu else ("ACCELERATE_USE_DEEPSPEED",)
+    requests = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
@@ -90,7 +93,7 @@ def make_accelerator():
             f"{CONFIGURATIONS.format('ddp')} or {CONFIGURATIONS.format('fsdp2')}"
         )
     on_cpu = not torch.cuda.is_available()
-    with _requests_hidden() if on_cpu else contextlib.nullcontext():
+    with _hidden_from_accelerate(on_cpu):
         accelerator = Accelerator(
             mixed_precision="no",
             kwargs_handlers=[
@@ -108,14 +111,16 @@ def make_accelerator():
 
 
 def require_reported(requested, accelerator):
-    """UserError unless accelerate reports the requested engine as active."""
+    """UserError unless accelerate reports FSDP as active where it is requested, and only there.
+
+    That ZeRO-2 is active is for DeepSpeed to say: see libs.engine.
+    """
     kind = str(accelerator.distributed_type).rpartition(".")[2]
-    active = {"DEEPSPEED": "zero2", "FSDP": "fsdp2"}.get(kind)
-    if active != requested:
+    if (kind == "FSDP") != (requested == "fsdp2") or kind == "DEEPSPEED":
+        name = requested or "ddp"
         raise UserError(
-            f"accelerate launch was asked for {requested or 'no sharding'}, but accelerate runs "
-            f"{kind}: start with --config_file {CONFIGURATIONS.format(requested or 'ddp')} and "
-            "--num_processes 2 or more"
+            f"accelerate launch was asked for {name}, but accelerate runs {kind}: start with "
+            f"--config_file {CONFIGURATIONS.format(name)} and --num_processes 2 or more"
         )
 
 

@@ -287,18 +287,18 @@ def test_zero_is_refused_in_fp16_and_without_deepspeed(no_request):
 
 
 @pytest.mark.parametrize("requested, kind", [
-    ("fsdp2", "MULTI_GPU"), ("zero2", "NO"), (None, "FSDP"), ("fsdp2", "DEEPSPEED"),
+    ("fsdp2", "MULTI_GPU"), ("fsdp2", "NO"), (None, "FSDP"), ("zero2", "DEEPSPEED"),
 ])  # fmt: skip
 def test_what_accelerate_does_not_run_is_refused(requested, kind):
     report = types.SimpleNamespace(distributed_type=f"DistributedType.{kind}")
     with pytest.raises(UserError, match=f"but accelerate runs {kind}"):
         launch.require_reported(requested, report)
-    for fine in (("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), (None, "MULTI_GPU"), (None, "NO")):
+    for fine in (("fsdp2", "FSDP"), ("zero2", "MULTI_GPU"), (None, "MULTI_GPU"), (None, "NO")):
         launch.require_reported(fine[0], types.SimpleNamespace(distributed_type=fine[1]))
 
 
 def test_an_engine_that_is_not_what_runs_is_refused(no_request):
-    """Two processes, and accelerate wraps nothing."""
+    """Two processes, and accelerate wraps nothing; a ZeRO stage that DeepSpeed did not take."""
     accelerator = types.SimpleNamespace(num_processes=2, prepare_model=lambda network: network)
     precision = types.SimpleNamespace(scaler=None)
     config = types.SimpleNamespace(max_grad_norm=None)
@@ -306,6 +306,10 @@ def test_an_engine_that_is_not_what_runs_is_refused(no_request):
     with pytest.raises(UserError, match="DDP is asked for, but is not what runs"):
         engine.make_engine(config, accelerator, network, None, None, precision)
     assert not engine.sharding.is_sharded(network)
+    zero = object.__new__(engine.ZeroEngine)
+    for stage in (0, 2):
+        zero.model = types.SimpleNamespace(zero_optimization_stage=lambda stage=stage: stage)
+        assert zero.is_active() == (stage == 2)
 
 
 def test_the_launcher_s_request_for_one_process_is_refused(tmp_path):
