@@ -244,8 +244,8 @@ def evaluation_record(job, config, accelerator):
     if job["latents"]:
         from bench_latent import stable_diffusion_autoencoder
 
-        scale = config.autoencoder.scale_factor
-        codec = LatentCodec(stable_diffusion_autoencoder(), scale_factor=scale)
+        autoencoder = stable_diffusion_autoencoder(accelerator.device)
+        codec = LatentCodec(autoencoder, scale_factor=config.autoencoder.scale_factor)
     with accelerator.device:
         model = build_model(config.nnet, seed=config.seed).eval()
     generator = ImageGenerator(
@@ -323,7 +323,7 @@ def command_of(job):
 
 
 def launch(job):
-    """The records of a job, or OUT_OF_MEMORY; raises where the processes failed otherwise."""
+    """The records of a job, OUT_OF_MEMORY, or none, with the reason, where its processes failed."""
     record = Path(job["record"])
     record.unlink(missing_ok=True)
     done = subprocess.run(
@@ -331,7 +331,8 @@ def launch(job):
         stderr=subprocess.STDOUT, text=True, timeout=FAILED_S,
     )  # fmt: skip
     if not record.exists():
-        raise SystemExit(f"{job['model']} {job['launch']} on {job['gpus']} failed:\n{done.stdout}")
+        print(f"{job['model']} {job['launch']} on {job['gpus']} failed:\n{done.stdout[-6000:]}")
+        return []
     return json.loads(record.read_text(encoding="utf-8"))
 
 
@@ -483,7 +484,7 @@ def main(arguments):
         print("DeepSpeed is not installed: ZeRO-2 is left out")
         arguments.engines.remove("zero2")
     origin = dict(gpu=name_of_device(), torch=torch.__version__, commit=commit())
-    made, path = [], None
+    made, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         latents = Path(folder) / "latents"
         if set(arguments.models) - {"tiny"}:
@@ -495,15 +496,19 @@ def main(arguments):
             new = [{**origin, "launch": job["launch"], **record} for record in found]
             for record in new:
                 record["launch"] = "-" if record["mode"] == "evaluation" else record["launch"]
-            path, _ = write_results(arguments.out, new)
+            path, records = write_results(arguments.out, new)
             made += map(key_of, new)
+            failed |= not found
             seconds = time.monotonic() - begin
             print(f"{job['model']} {job['launch']} on {job['gpus']}: {seconds:.0f} s", flush=True)
-    records = json.loads(path.read_text(encoding="utf-8"))
     print(table([record for record in records if key_of(record) in made]))
     print(f"wrote {path}")
+    return failed
 
 
 if __name__ == "__main__":
     ARGUMENTS = parse_arguments()
-    work_or_say_that_memory_ended(ARGUMENTS.job) if ARGUMENTS.job else main(ARGUMENTS)
+    if ARGUMENTS.job:
+        work_or_say_that_memory_ended(ARGUMENTS.job)
+    else:
+        sys.exit(main(ARGUMENTS))

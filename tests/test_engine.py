@@ -10,9 +10,11 @@ import json
 import shutil
 import types
 
+import numpy as np
 import pytest
 import runs
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from libs import engine, launch
@@ -119,7 +121,11 @@ def test_accumulation_makes_the_steps_of_the_whole_batch(device, one, tmp_path):
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_makes_the_steps_of_one_process_at_twice_the_batch(device, one, made, name):
+    """And the same grid of samples, within a level of 255."""
     assert_same(device, checkpoint(made(name), STEPS), checkpoint(one, STEPS))
+    grids = (Image.open(folder / "samples" / f"{STEPS}.png") for folder in (made(name), one))
+    found, expected = (np.asarray(grid, float) for grid in grids)
+    assert np.abs(found - expected).max() <= 1 and expected.std() > 5
 
 
 def test_a_checkpoint_of_half_the_steps_is_not_the_same(device, one):
@@ -220,7 +226,7 @@ def test_fsdp2_keeps_parts_and_gives_them_back_whole(device, tmp_path):
     for _, _, found in said:
         assert found["engine"] == "FSDP2" and found["dtensors"] and found["after"]
         assert 0.4 < found["share"] < 0.6
-        assert found["average"] == 0 and found["images"] == 0
+        assert found["average"] == 0 and found["images"] <= 1e-5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -312,6 +318,7 @@ def test_an_engine_that_is_not_what_runs_is_refused(no_request):
         assert zero.is_active() == (stage == 2)
 
 
+@pytest.mark.slow
 def test_the_launcher_s_request_for_one_process_is_refused(tmp_path):
     words = words_of("fsdp2")
     words[words.index("2")] = "1"
