@@ -21,7 +21,8 @@ warm-up, by the slowest process:
 
 Evaluation: images by index as eval_ldm_discrete.py draws them, with guidance, few solver steps
 (--sample_steps) and decoding by an autoencoder of Stable Diffusion's size, random weights.
-`efficiency` is img/s over `ideal`, the number of GPUs times img/s of one.
+`efficiency` is img/s over `ideal`, the number of GPUs times img/s of one; `gib` the largest peak of
+memory that torch allocated in training on a GPU.
 """
 
 import argparse

@@ -204,6 +204,7 @@ def main(args):
     for nnet in digits_T_DiM.get_config().nnet, U_VIT:
         said = json.dumps(["said", accelerator.process_index, examine(nnet, accelerator)])
         print("\\n" + said + "\\n", end="", flush=True)
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 flags.run_main(main, {{}})
