@@ -36,10 +36,10 @@ def random_moments(rng, count, side):
     return rng.standard_normal((count, 8, side, side), np.float32).astype(np.float16)
 
 
-def write_packed(folder, resolution, flips):
-    """PACKED_BYTES of records in shards of 64 MiB, written as an extraction writes them."""
+def write_packed(folder, resolution, flips, size=PACKED_BYTES):
+    """`size` bytes of records in eight shards, written as an extraction writes them."""
     side = resolution // 8
-    records = PACKED_BYTES // (2 * 8 * side * side)
+    records = size // (2 * 8 * side * side)
     num_images = records // (1 + flips)
     settings = make_settings(
         record_shape=(8, side, side), scale_factor=0.18215, resolution=resolution,

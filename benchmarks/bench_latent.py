@@ -32,9 +32,9 @@ from sde import DiscreteSchedule, eps_from_model  # noqa: E402
 RECORDS = []
 
 
-def stable_diffusion_autoencoder():
-    """Its network at full size, on the GPU, with random weights."""
-    with torch.device("cuda"):
+def stable_diffusion_autoencoder(device="cuda"):
+    """Its network at full size, with random weights."""
+    with torch.device(device):
         network = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
             block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,

@@ -107,7 +107,6 @@ def get_config():
             str
         ),  # no, fp16 or bf16; without it, what accelerate launch says
         fp8=False,  # matrix products of DiM's blocks in fp8; needs bf16 or fp16, and a Hopper GPU
-        zero_stage=0,  # 2: DeepSpeed's ZeRO-2, as accelerate launch --use_deepspeed asks for too
         ema_rate=0.9999,
         num_workers=8,
         max_bad_steps=10,  # non-finite steps in a row that end the run

@@ -5,6 +5,11 @@ import copy
 import torch
 
 
+def _own(tensor):
+    """What this process holds of a tensor: its part of a DTensor (libs.sharding), else all."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 class EMA:
     """A float32 copy of `model` that follows it: ema <- rate * ema + (1 - rate) * parameter.
 
@@ -38,8 +43,8 @@ class EMA:
         rate = self.rate if rate is None else rate
         if self._followed is not model:
             self._follow(model)
-        sources = [parameter.float() for parameter in self._parameters]
-        torch._foreach_lerp_(self._averages, sources, 1 - rate)
+        sources = [_own(parameter).float() for parameter in self._parameters]
+        torch._foreach_lerp_([_own(average) for average in self._averages], sources, 1 - rate)
 
     def state_dict(self):
         """The average as the model's own state dict."""

@@ -1,18 +1,19 @@
-"""How gradients become one optimizer step: torch's own way, or DeepSpeed's ZeRO-2 where it is asked
-for, which shards gradients and optimizer state over the processes.
+"""How gradients become one optimizer step: in one process or by DistributedDataParallel; by
+DeepSpeed's ZeRO-2 or by FSDP2 where `accelerate launch` is asked for them (configs/accelerate).
 
-Both hold the same plain values: their checkpoints are each other's.
+All hold the same plain values: their checkpoints are each other's, whatever the number of
+processes.
 """
 
 import contextlib
-import importlib.util
 import os
 
 import torch
+import torch.distributed.fsdp
 
+from libs import sharding
+from libs.launch import requested_engine
 from utils import UserError
-
-REQUEST = "ACCELERATE_USE_DEEPSPEED"  # what `accelerate launch --use_deepspeed` sets
 
 
 class Engine:
@@ -21,12 +22,19 @@ class Engine:
     model: what to call; network: its parameters' owner; optimizer: over them.
     """
 
-    name = "torch"
+    @property
+    def name(self):
+        return "DDP" if self.accelerator.num_processes > 1 else "one process"
 
     def __init__(self, accelerator, network, optimizer, precision, max_norm):
         self.accelerator, self.network, self.optimizer = accelerator, network, optimizer
         self.scaler, self.max_norm = precision.scaler, max_norm
         self.model = accelerator.prepare_model(network)
+
+    def is_active(self):
+        """Whether the engine is what it says it is, asked of what it made."""
+        wrapped = isinstance(self.model, torch.nn.parallel.DistributedDataParallel)
+        return wrapped == (self.accelerator.num_processes > 1)
 
     def backward(self, loss):
         """Adds this micro-batch's gradients."""
@@ -53,8 +61,16 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
 
     def optimizer_state(self):
-        """The optimizer's whole state_dict, on every process that asks; all must ask."""
-        return self.optimizer.state_dict()
+        """The optimizer's state_dict over the single parameters; all processes must ask, and the
+        main process has it whole (see `whole`).
+        """
+        return self.whole(self.optimizer.state_dict())
+
+    def whole(self, state):
+        """`state`, of the network, its average or the optimizer, as one process would have it; all
+        must ask, and the main process is the one that can rely on the answer.
+        """
+        return state
 
 
 class ZeroEngine(Engine):
@@ -87,6 +103,9 @@ class ZeroEngine(Engine):
             },
         )
         self._install(state)
+
+    def is_active(self):
+        return self.model.zero_optimization_stage() == 2
 
     @property
     def _flat(self):
@@ -162,51 +181,78 @@ class ZeroEngine(Engine):
         return {"state": dict(sorted(state.items())), "param_groups": groups}
 
 
-def zero_requested(config):
-    """Whether ZeRO-2 is asked for: by train.zero_stage=2 or by `accelerate launch --use_deepspeed`.
+class ShardedEngine(Engine):
+    """FSDP2 (torch's fully_shard): weights, their average, gradients and optimizer state in parts.
 
-    Nothing else turns it on. UserError for another stage, or a DeepSpeed configuration file.
+    Weights stay float32 under autocast, as elsewhere: they are gathered and gradients are averaged
+    in float32. Gradients meet with every micro-batch, which keeps them in parts; without, the sum
+    of an accumulation would be whole on every process.
     """
-    launcher = os.environ.get(REQUEST, "false").lower() in ("true", "1")
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") if launcher else None
-    stage = int(stage) if launcher and stage.isdigit() else config.train.zero_stage
-    if launcher and os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
-        raise UserError(
-            "a DeepSpeed configuration file has no effect here: give --use_deepspeed --zero_stage "
-            "2 alone; everything else is in the config"
-        )
-    if stage not in (0, 2):
-        raise UserError(
-            f"DeepSpeed's ZeRO stage is {stage}, expected 2, which shards gradients and optimizer "
-            "state, or 0, which is off"
-        )
-    return stage == 2
+
+    name = "FSDP2"
+
+    def __init__(self, accelerator, network, ema, optimizer, precision, max_norm):
+        self.accelerator, self.network, self.optimizer = accelerator, network, optimizer
+        self.scaler, self.max_norm = precision.scaler, max_norm
+        mesh = sharding.make_mesh(accelerator.device, accelerator.num_processes)
+        keep = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "false"
+        sharding.shard(network, network.blocks, mesh, reshard_after_forward=not keep)
+        sharding.shard_average(ema.model, network)
+        sharding.shard_optimizer(optimizer, network.parameters())
+        self.model = network
+
+    def is_active(self):
+        return sharding.is_sharded(self.network)
+
+    def accumulating(self, last):
+        return contextlib.nullcontext()
+
+    def clip(self):
+        return super().clip().full_tensor()
+
+    def whole(self, state):
+        return sharding.whole(state, keep=self.accelerator.is_main_process)
 
 
-def make_engine(config, accelerator, network, optimizer, precision):
-    """The Engine that config and launcher ask for, around a network and its optimizer, both with
-    what was resumed.
+def make_engine(config, accelerator, network, ema, optimizer, precision):
+    """The Engine that `accelerate launch` asks for (libs.launch.requested_engine), around a
+    network, its average and its optimizer, all with what was resumed.
 
     Raises:
-        UserError: ZeRO-2 without DeepSpeed, in one process, or in fp16.
+        UserError: an engine that cannot run so, or that turns out not to be active.
     """
     max_norm = config.max_grad_norm or float("inf")
-    if not zero_requested(config):
-        return Engine(accelerator, network, optimizer, precision, max_norm)
-    if importlib.util.find_spec("deepspeed") is None:
+    requested = requested_engine()
+    require_possible(requested, accelerator, precision)
+    if requested == "zero2":
+        accumulation = config.gradient_accumulation_steps
+        engine = ZeroEngine(accelerator, network, optimizer, max_norm, accumulation)
+    elif requested == "fsdp2":
+        engine = ShardedEngine(accelerator, network, ema, optimizer, precision, max_norm)
+    else:
+        engine = Engine(accelerator, network, optimizer, precision, max_norm)
+    if not engine.is_active():
         raise UserError(
-            "ZeRO-2 is asked for, but DeepSpeed is not installed: pip install deepspeed, or leave "
-            "out --use_deepspeed and train.zero_stage"
+            f"{engine.name} is asked for, but is not what runs: check the versions of torch, "
+            "accelerate and deepspeed, or use another file of configs/accelerate"
         )
+    return engine
+
+
+def require_possible(requested, accelerator, precision):
+    """UserError for an engine that has nothing to run on."""
+    if requested is None:
+        return
+    name = {"zero2": ZeroEngine.name, "fsdp2": ShardedEngine.name}[requested]
     if accelerator.num_processes == 1:
         raise UserError(
-            "ZeRO-2 shards over processes, but there is one: use accelerate launch with "
-            "--num_processes 2 or more, or leave out --use_deepspeed and train.zero_stage"
+            f"{name} shards over processes, but there is one: give accelerate launch "
+            "--num_processes 2 or more, or start with plain python"
         )
-    if precision.scaler.is_enabled():
+    if requested == "zero2" and precision.scaler.is_enabled():
         raise UserError(
-            "ZeRO-2 runs in bf16 or without mixed precision, not in fp16: pass "
+            f"{name} runs in bf16 or without mixed precision, not in fp16: pass "
             "--mixed_precision bf16"
         )
-    accumulation = config.gradient_accumulation_steps
-    return ZeroEngine(accelerator, network, optimizer, max_norm, accumulation)
+    if requested == "fsdp2" and not hasattr(torch.distributed.fsdp, "fully_shard"):
+        raise UserError(f"{name} needs torch 2.6 or newer, and this is {torch.__version__}")

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from libs import guidance, metrics, samplers
+from libs import guidance, metrics, samplers, watch
 from libs.graphs import SamplingNetwork
 from libs.launch import ranks
 from libs.real_images import as_saved, can_be_measured, halves_baseline, real_images
@@ -160,6 +160,7 @@ def measured(generator, features, batches, *, quiet, stop=lambda: False):
         for indices in batches:
             if stop():
                 return
+            watch.beat("sampling")
             images, agrees = as_saved(generator(indices)), None
             if classify is not None:
                 found = classify(images)
@@ -184,6 +185,7 @@ def measure(generator, features, accelerator, *, n, stop=lambda: False):
         moments.update(rows)
         if agrees is not None:
             agreeing += agrees.sum()
+    watch.beat(watch.WAITING)
     for tensor in (moments.count, moments.sum, moments.outer, agreeing):
         tensor.copy_(accelerator.reduce(tensor, "sum"))
     if moments.count.item() < n:
@@ -204,7 +206,9 @@ def make_grid_images(generator, accelerator, n, stop=lambda: False):
         if stop():
             stopped += 1
             break
+        watch.beat("sampling")
         images[indices] = generator(indices)
+    watch.beat(watch.WAITING)
     stopped = accelerator.reduce(stopped, "sum")
     images = accelerator.reduce(images, "sum")
     return None if stopped.item() else images

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import utils
-from libs import metrics
+from libs import metrics, watch
 from libs.evaluation import ImageGenerator, describe, figures_of, measured, recipe_of
 from libs.image_store import (
     RECIPE,
@@ -203,6 +203,7 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
         store, began = ImageStore(folder, png_folder), time.monotonic()
         own = batches[accelerator.process_index :: accelerator.num_processes]
         make_images(store, generator, features, own, quiet=not main)
+        watch.beat(watch.WAITING)
         accelerator.wait_for_everyone()
         # With gloo, a process that exits without this aborts now and then (4 of 14 tries).
         accelerator.end_training()

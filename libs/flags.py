@@ -6,6 +6,7 @@ torch is imported by nothing here, so that a wrong flag is reported in a fractio
 
 import difflib
 import errno
+import functools
 import importlib.util
 import operator
 import os
@@ -20,6 +21,7 @@ from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import tuple_parser
 
+from libs import watch
 from utils import UserError, flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -105,8 +107,7 @@ _RANGES = {
     "nnet.num_classes": _NOT_NEGATIVE, "nnet.mamba.d_state": _WHOLE, "nnet.mamba.d_conv": _WHOLE,
     "nnet.mamba.expand": _WHOLE, "optimizer.lr": _NOT_NEGATIVE, "optimizer.eps": _NOT_NEGATIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE, "optimizer.betas": (0, 0.999999),
-    "train.n_steps": _WHOLE, "train.zero_stage": (0, 2), "train.ema_rate": _SHARE,
-    "train.num_workers": _NOT_NEGATIVE,
+    "train.n_steps": _WHOLE, "train.ema_rate": _SHARE, "train.num_workers": _NOT_NEGATIVE,
     "train.max_bad_steps": _WHOLE, "train.log_interval": _WHOLE, "train.eval_interval": _WHOLE,
     "train.save_interval": _WHOLE, "train.keep_last": _WHOLE, "train.fid_samples": _NOT_NEGATIVE,
     "train.grid_samples": _NOT_NEGATIVE, "sample.sample_steps": _WHOLE,
@@ -364,20 +365,32 @@ def _report(error: UserError) -> None:
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
 
 
+def _disk_error(error):
+    """A UserError for a file that cannot be written; None for any other exception."""
+    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+        return None
+    where = f" {error.filename}" if error.filename else ""
+    return UserError(f"cannot write{where}: {error.strerror}; make room or use another disk")
+
+
 def run_main(main, spec: dict) -> None:
     """Call main(flags) with the parsed command line; a UserError becomes one line on stderr, and so
-    does a disk that is full or cannot be written.
+    does a disk that is full or cannot be written, and the end of another process (libs.watch).
 
     Exit code 1 for a UserError, 2 for a FlagError; other exceptions keep their traceback.
     """
     try:
         main(parse_flags(sys.argv, spec))
     except UserError as error:
-        _report(error)
+        watch.fail(functools.partial(_report, error))
         sys.exit(error.exit_code)
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS:
+    except Exception as error:
+        said = _disk_error(error)
+        if said is not None:
+            watch.fail(functools.partial(_report, said))
+        elif sentence := watch.ended_by_others(error):
+            watch.say(sentence, int(os.environ.get("RANK", "0")))
+        else:
+            watch.fail()
             raise
-        where = f" {error.filename}" if error.filename else ""
-        _report(UserError(f"cannot write{where}: {error.strerror}; make room or use another disk"))
         sys.exit(UserError.exit_code)

@@ -2,16 +2,76 @@
 
 import contextlib
 import datetime
+import importlib.util
 import os
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 import utils
-from libs.engine import REQUEST
+from libs import watch
 from utils import UserError
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# How `accelerate launch` passes on what its configuration file or its words ask for.
+REQUESTS = {"ACCELERATE_USE_DEEPSPEED": "zero2", "ACCELERATE_USE_FSDP": "fsdp2"}
+CONFIGURATIONS = "configs/accelerate/{}.yaml"
+# Further settings of the launcher: what they must be, the value if they are not set, and the
+# reason. Whatever would be ignored is refused.
+_NEEDED = {
+    "zero2": {
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": ("none", "none", "a file of DeepSpeed's is not read"),
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": ("2", "2", "stage 2 is the one there is"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": ("none", "none", "nothing is offloaded"),
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": ("none", "none", "nothing is offloaded"),
+        "ACCELERATE_GRADIENT_CLIPPING": ("none", "none", "clipping is --config.max_grad_norm"),
+    },
+    "fsdp2": {
+        "FSDP_VERSION": ("2", "1", "fsdp_version 2 is the one there is"),
+        "FSDP_OFFLOAD_PARAMS": ("false", "false", "nothing is offloaded"),
+        "FSDP_ACTIVATION_CHECKPOINTING": (
+            "false", "false", "recomputing is --config.nnet.activation_checkpointing"
+        ),
+    },
+}  # fmt: skip
+
+
+def requested_engine():
+    """'zero2', 'fsdp2' or None, as `accelerate launch` was asked; nothing else chooses one.
+
+    Raises:
+        UserError: two engines, or a setting that would have no effect.
+    """
+    engines = [
+        engine
+        for name, engine in REQUESTS.items()
+        if os.environ.get(name, "false").lower() in ("true", "1")
+    ]
+    if len(engines) > 1:
+        raise UserError("DeepSpeed and FSDP are both asked for: give accelerate launch one of them")
+    engine = engines[0] if engines else None
+    for name, (needed, default, reason) in _NEEDED.get(engine, {}).items():
+        found = os.environ.get(name, default).lower()
+        if found != needed:
+            raise UserError(
+                f"accelerate launch says {name}={found}, but {reason}: use "
+                f"{CONFIGURATIONS.format(engine)} as it is, with {needed}"
+            )
+    return engine
+
+
+@contextlib.contextmanager
+def _hidden_from_accelerate(on_cpu):
+    """Hide the requests that accelerate cannot serve, and libs.engine does: its DeepSpeed needs
+    transformers, and on the CPU it drops DeepSpeed and FSDP without a word.
+    """
+    names = REQUESTS if on_cpu else ("ACCELERATE_USE_DEEPSPEED",)
+    requests = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(requests)
 
 
 def make_accelerator():
@@ -21,24 +81,47 @@ def make_accelerator():
     from a broken step.
 
     Raises:
-        UserError: accelerate sees another number of processes than the launcher started.
+        UserError: accelerate sees another number of processes than the launcher started, or does
+            not run the engine that the launcher was asked for.
     """
     utils.check_launcher()
     utils.set_cpu_if_no_gpu()
-    # DeepSpeed, if asked for, is libs.engine's: accelerate would drop it on a CPU without a word.
-    requested = os.environ.pop(REQUEST, None)
-    accelerator = Accelerator(
-        mixed_precision="no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            # A rank may save or sample while the others wait.
-            InitProcessGroupKwargs(timeout=datetime.timedelta(minutes=30)),
-        ],
-    )
-    if requested is not None:
-        os.environ[REQUEST] = requested
+    requested, timeout = requested_engine(), watch.timeout_s()
+    if requested == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "ZeRO-2 is asked for, but DeepSpeed is not installed: pip install deepspeed, or use "
+            f"{CONFIGURATIONS.format('ddp')} or {CONFIGURATIONS.format('fsdp2')}"
+        )
+    on_cpu = not torch.cuda.is_available()
+    with _hidden_from_accelerate(on_cpu):
+        accelerator = Accelerator(
+            mixed_precision="no",
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # libs.watch, which can name a rank, speaks first.
+                InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=timeout + 60)),
+            ],
+        )
     utils.check_world_size(accelerator.num_processes)
+    if not on_cpu:
+        require_reported(requested, accelerator)
+    if accelerator.num_processes > 1:
+        watch.start(timeout)
     return accelerator
+
+
+def require_reported(requested, accelerator):
+    """UserError unless accelerate reports FSDP as active where it is requested, and only there.
+
+    That ZeRO-2 is active is for DeepSpeed to say: see libs.engine.
+    """
+    kind = str(accelerator.distributed_type).rpartition(".")[2]
+    if (kind == "FSDP") != (requested == "fsdp2") or kind == "DEEPSPEED":
+        name = requested or "ddp"
+        raise UserError(
+            f"accelerate launch was asked for {name}, but accelerate runs {kind}: start with "
+            f"--config_file {CONFIGURATIONS.format(name)} and --num_processes 2 or more"
+        )
 
 
 def ranks(accelerator):

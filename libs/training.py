@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 import utils
 from datasets import GlobalBatchSampler
-from libs import checkpoint, evaluation, metrics, run
+from libs import checkpoint, evaluation, metrics, run, watch
 from libs.ema import EMA
 from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
 from libs.loading import Prefetcher
 from libs.lr import lr_factor
 from libs.ops import describe_backends
+from libs.sharding import whole_weights
 from libs.weights import listed, load_strict
 from sde import denoising_loss
 from utils import UserError
@@ -137,7 +138,9 @@ def accumulate_gradients(config, accelerator, precision, engine, process, codec,
     total = torch.zeros((), device=accelerator.device)
     for m in range(accumulation):
         rows = rows_of(config, accelerator, m)
+        watch.beat("reading data")
         x, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        watch.beat("computing")
         y = training_labels(config, y, draws.label[rows], null_label)
         t = process.time_from_uniform(draws.time[rows])
         drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
@@ -321,6 +324,7 @@ class Outputs:
 
     def save(self, step):
         """A checkpoint of `step`, written by the main process."""
+        watch.beat("saving a checkpoint")
         network, ema, training = self.state()
         if self.accelerator.is_main_process:
             path = checkpoint.save(
@@ -328,12 +332,14 @@ class Outputs:
                 config=self.config.to_dict(), keep_last=self.config.train.keep_last,
             )  # fmt: skip
             log.info("saved %s", path)
+        watch.beat(watch.WAITING)
         self.accelerator.wait_for_everyone()
 
     def grid(self, step, stop):
         """samples/<step>.png, from the averaged weights."""
         n = self.config.train.grid_samples
-        images = evaluation.make_grid_images(self.generator, self.accelerator, n, stop)
+        with whole_weights(self.generator.model):
+            images = evaluation.make_grid_images(self.generator, self.accelerator, n, stop)
         if images is not None and self.accelerator.is_main_process:
             (self.directory / "samples").mkdir(exist_ok=True)
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
@@ -359,10 +365,11 @@ class Outputs:
                 self.features = metrics.make_features(
                     settings.features, settings.fid_weights_path, self.accelerator.device
                 )
-            return evaluation.evaluate(
-                self.generator, self.features, self.dataset, self.config, self.accelerator,
-                n=self.fid_samples, stop=stop,
-            )  # fmt: skip
+            with whole_weights(self.generator.model):
+                return evaluation.evaluate(
+                    self.generator, self.features, self.dataset, self.config, self.accelerator,
+                    n=self.fid_samples, stop=stop,
+                )  # fmt: skip
         except UserError as error:
             log.info("no FID in this run: %s", error)
             self.fid_samples = 0
@@ -429,7 +436,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
     if found:
         progress = resume(found, network, ema, optimizer, precision)
         start = [f"resuming from {found[0]}"]
-    engine = make_engine(config, accelerator, network, optimizer, precision)
+    engine = make_engine(config, accelerator, network, ema, optimizer, precision)
     batches = micro_batches(config, dataset, accelerator, progress.batch)
     codec, z_shape = codec.to(accelerator.device), codec.latent_shape(dataset.shape)
     generator = evaluation.ImageGenerator(
@@ -439,7 +446,7 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
 
     def state():
         training = training_state(engine, precision, progress)
-        return network.state_dict(), ema.state_dict(), training
+        return engine.whole(network.state_dict()), engine.whole(ema.state_dict()), training
 
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
     metrics_log, all_ranks = None, ranks(accelerator)

@@ -102,6 +102,11 @@ class UViT(nn.Module):
         self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else None
         self.reset_parameters()
 
+    @property
+    def blocks(self):
+        """All blocks, in the order of the forward pass."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
     @torch.no_grad()
     def reset_parameters(self):
         """Linear weights and positions truncated normal 0.02, Linear biases zero."""

@@ -671,6 +671,20 @@ def test_an_epoch_reads_every_image_once_across_batch_borders():
     assert len(orders) == 6
 
 
+def test_other_numbers_of_processes_go_on_within_the_epoch():
+    """13 batches of 12 are 12 epochs of 13, read by 1, 4, then 2 processes, each going on where the
+    one before it stopped.
+    """
+    layouts = [(1, 1, 3), (4, 1, 5), (2, 3, 5)]  # processes, accumulation, batches
+    keys, start = [], 0
+    for processes, accumulation, batches in layouts:
+        found = global_batches(13, 12, processes, accumulation, batches, start_batch=start)
+        keys += itertools.chain(*found)
+        start += batches
+    for epoch in range(12):
+        assert sorted(index for e, index in keys if e == epoch) == list(range(13))
+
+
 def test_the_permutation_is_a_fixed_function():
     """Numbers written down once: a checkpoint resumes with any later version and machine."""
     assert permutation(10, seed=0, epoch=0).tolist() == [5, 3, 7, 8, 2, 4, 1, 0, 6, 9]

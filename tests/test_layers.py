@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     0: ["configs", "configs.*", "utils", "sde", "libs", "libs.loading",
         "libs.scan_order", "libs.ops.reference",
-        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled"],
+        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled",
+        "libs.sharding"],
     1: ["libs.ops", "libs.ops.*", "datasets", "libs.guidance", "libs.samplers", "libs.metrics",
-        "libs.precision_recall",
+        "libs.precision_recall", "libs.watch",
         "libs.flags", "libs.weights", "libs.autoencoder", "libs.cifar10", "libs.features",
         "libs.feature_files", "libs.feature_writer", "libs.graphs", "libs.images"],
     2: ["libs.layers", "libs.mamba", "libs.codec"],

@@ -3,7 +3,7 @@
 import torch
 
 from libs.ops import cpu
-from libs.ops.cpu_scan import as_kernel_input, as_kernel_order, refuse_double_backward, total
+from libs.ops.cpu_scan import as_kernel_input, as_kernel_order, own, refuse_double_backward, total
 from libs.ops.cpu_threads import run_tasks
 
 
@@ -12,7 +12,7 @@ class _CausalConv1d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, silu, order):
         batch, length, channels = x.shape
         bias = x.new_zeros(channels) if bias is None else bias
-        tensors = [as_kernel_input(x), as_kernel_input(weight.t()), as_kernel_input(bias)]
+        tensors = [as_kernel_input(x) for x in (x, own(weight).t(), own(bias))]
         order = as_kernel_order(order, length)
         y = torch.empty(batch, length, channels)
         run_tasks(

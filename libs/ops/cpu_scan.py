@@ -11,6 +11,11 @@ def as_kernel_input(x):
     return x.detach().to(torch.float32).contiguous()
 
 
+def own(parameter):
+    """A copy: numpy would pin the memory of a parameter, which FSDP2 frees between its uses."""
+    return parameter.detach().clone()
+
+
 def as_kernel_order(order, length):
     """Contiguous int64 (L,), the identity for None."""
     return torch.arange(length) if order is None else order.to(torch.int64).contiguous()
@@ -45,7 +50,8 @@ class _SelectiveScan(torch.autograd.Function):
         D = u.new_zeros(channels) if D is None else D
         delta_bias = u.new_zeros(channels) if delta_bias is None else delta_bias
         gate = u.new_empty(0, 0, 0) if z is None else z
-        tensors = [as_kernel_input(x) for x in (u, delta, A.t(), B, C, D, gate, delta_bias)]
+        tensors = (u, delta, own(A).t(), B, C, own(D), gate, own(delta_bias))
+        tensors = [as_kernel_input(x) for x in tensors]
         order = as_kernel_order(order, length)
 
         y = torch.empty(batch, length, channels)
