@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 # without cycles, its own.
 LAYERS = {
     0: ["configs", "configs.*", "utils", "sde", "libs", "libs.scan_order", "libs.ops.reference",
-        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled"],
+        "libs.ema", "libs.lr", "libs.dpm_solver", "libs.run", "libs.pickled", "libs.arrays"],
     1: ["libs.ops", "libs.ops.*", "datasets", "libs.guidance", "libs.samplers", "libs.metrics",
         "libs.precision_recall",
-        "libs.flags", "libs.weights", "libs.autoencoder", "libs.cifar10", "libs.features",
-        "libs.feature_files", "libs.feature_writer", "libs.images"],
+        "libs.flags", "libs.torch_files", "libs.weights", "libs.autoencoder", "libs.cifar10",
+        "libs.features", "libs.feature_files", "libs.feature_writer", "libs.images"],
     2: ["libs.layers", "libs.mamba", "libs.codec"],
     3: ["libs.dim", "libs.uvit", "libs.official", "libs.models"],
     4: ["libs.launch", "libs.engine", "libs.checkpoint", "libs.evaluation",
