@@ -12,7 +12,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".
 # PIL's decoders of those, and of GIF, which often has another's name; of any other file PIL would
 # try them all, Ghostscript among them, which runs PostScript.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-MAX_PIXELS = 1 << 27  # 16384 x 8192; ImageNet's largest image has an eighth of them
+MAX_PIXELS = 1 << 27  # 16384 x 8192, in PIL half a GiB, and a few times that while converted
 MIN_CROP_SHARE = 0.8  # a random crop has this share of the short side, or more
 
 # ------------------------------------------------------------ pixels
