@@ -31,7 +31,10 @@ class UserError(ValueError):
 
     def __init__(self, text=""):
         # Out of a DataLoader's worker, torch makes the exception anew from its traceback as text.
-        super().__init__(text.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+        # Any other text is left alone: a file may hold this name to hide its own from the sentence.
+        if text.startswith("Caught "):
+            text = text.rsplit(f"\n{type(self).__module__}.{type(self).__name__}: ", 1)[-1]
+        super().__init__(text.strip())
 
 
 # ---------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def _strided(flat, offset, size, stride):
 
 
 class _Builder:
-    """Recorded values -> tensors and plain ones; `read(key, dtype, numel)` gives a storage, (n,)."""
+    """Recorded values -> tensors and plain ones; read(key, dtype, numel) gives a storage, (n,)."""
 
     def __init__(self, read):
         self.read, self.storages, self.built = read, {}, {}
