@@ -109,9 +109,9 @@ class Packing:
 
     def _can_stand_in(self, number, stand_ins):
         """Whether all are images of the shard, by name, and images that there are."""
-        every = range(self.settings["num_images"])
         known = stand_ins.keys() <= set(map(str, self.images(number)))
-        return known and all(source in every for source in stand_ins.values())
+        every, sources = range(self.settings["num_images"]), stand_ins.values()
+        return known and all(type(source) is int and source in every for source in sources)
 
     def state(self, number):
         """What `write_state` wrote; None if there is none, or its shard has another size."""

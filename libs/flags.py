@@ -240,7 +240,7 @@ def _check_key(key: str, config) -> None:
 
 def _check_overrides(arguments, config) -> None:
     for argument in arguments:
-        match = re.match(r"--?(no)?config\.([^=]+)", argument)
+        match = re.match(r"--?(no)?config\.([^=]*)", argument)
         if match and config is None:
             raise FlagError(f"{argument} overrides a config, but no --config was given")
         if match:

@@ -73,6 +73,15 @@ def scrubbed(text: str) -> str:
     return _SECRETS.sub("***", text)
 
 
+# wandb's settings for the numbers and nothing else: left to itself it sends the command line,
+# paths, the host's name, packages, the state of git and whatever is printed.
+WANDB_SETTINGS = dict(
+    console="off", disable_git=True, save_code=False, disable_code=True,
+    disable_job_creation=True, x_disable_meta=True, x_disable_machine_info=True,
+    x_disable_stats=True, x_save_requirements=False, program="", program_relpath="", host="",
+)  # fmt: skip
+
+
 def environment() -> dict:
     """Commit, package versions, Python, platform, devices, torch's threads, the command line; no
     home directory and no secrets, since results are published.
@@ -166,15 +175,8 @@ class MetricsLog:
 
     def _start_wandb(self):
         import wandb
-        # The numbers and nothing else: left to itself wandb sends the command line, paths, host
-        # name, packages, the state of git and whatever is printed.
-        silent = wandb.Settings(
-            console="off", disable_git=True, save_code=False, disable_code=True,
-            x_disable_meta=True, x_disable_machine_info=True, x_disable_stats=True,
-            x_save_requirements=False, program="", program_relpath="", host="", root_dir="",
-            disable_job_creation=True,
-        )  # fmt: skip
-        self._wandb_run = wandb.init(project="DiM", dir=str(self._directory), settings=silent,
+        self._wandb_run = wandb.init(project="DiM", dir=str(self._directory),
+                                     settings=dict(WANDB_SETTINGS),
                                      mode=os.environ.get("WANDB_MODE", "offline"))
 
     def _guard_wandb(self, call, *arguments, **keywords):

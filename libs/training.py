@@ -258,10 +258,16 @@ def resume(found, network, ema, optimizer, precision):
     load_strict(network, saved.nnet, found[0])
     load_strict(ema.model, saved.ema, found[0])
     state = saved.training_state
-    optimizer.load_state_dict(state["optimizer"])
-    if precision.scaler.is_enabled() and state["scaler"]:
-        precision.scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        if precision.scaler.is_enabled() and state["scaler"]:
+            precision.scaler.load_state_dict(state["scaler"])
+        return Progress(**state["progress"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{found[0] / 'training.pt'} is not the state of a run like this one ({error!r}); go "
+            "on with the version and config that saved it, or move the checkpoint away"
+        ) from error
 
 
 def find_checkpoint(directory, accelerator):
