@@ -85,7 +85,7 @@ def write_json(path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-MAX_JSON_BYTES = 1 << 26  # a manifest of 300,000 shards; in memory, up to 30 times as much
+MAX_JSON_BYTES = 1 << 24  # a manifest of 80,000 shards; in memory, up to 60 times as much
 
 
 def read_json(path):

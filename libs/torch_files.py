@@ -155,7 +155,7 @@ def _read_old(file, size):
 
 def load(path):
     """What torch.save wrote to `path`: tensors on the CPU, in dicts, lists and tuples, with plain
-    values. Needs as much memory as the file is large, and 16 times what is no tensor.
+    values. Needs as much memory as the file is large, 4 times what is no tensor, and 256 MiB.
 
     Raises:
         libs.pickled.ForbiddenName: it asks for anything to be called, which is not done.

@@ -232,10 +232,12 @@ def read_checkpoint(folder):
     path = folder / "4.ckpt"
     model = tiny_model()
     precision = types.SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=False))
+    optimizer = optimizer_of(model)
     refusals = []
     for read in (
         lambda: resume((path, 4), model, types.SimpleNamespace(model=tiny_model()),
-                       optimizer_of(model), precision),
+                       optimizer, precision),
+        optimizer.step,
         lambda: load_into(build_model(config_beside(path).nnet), path),
     ):  # fmt: skip
         try:

@@ -274,7 +274,7 @@ def test_json(tmp_path):
             read_json(path)
     with open(path, "wb") as file:
         file.truncate(MAX_JSON_BYTES * 100)
-    with refused(path, "over 64 MiB", mib=2 * MAX_JSON_BYTES // MIB):
+    with refused(path, "over 16 MiB", mib=2 * MAX_JSON_BYTES // MIB):
         read_json(path)
 
 

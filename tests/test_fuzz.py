@@ -92,11 +92,10 @@ JSON = st.recursive(
 def places(document, path=()):
     """Paths of all nodes of a JSON document."""
     yield path
-    items = document.items() if isinstance(document, dict) else enumerate(document)
-    for key, value in items if isinstance(document, (dict, list)) else ():
-        yield from (
-            places(value, (*path, key)) if isinstance(value, (dict, list)) else [(*path, key)]
-        )
+    if isinstance(document, (dict, list, tuple)):
+        items = document.items() if isinstance(document, dict) else enumerate(document)
+        for key, value in items:
+            yield from places(value, (*path, key))
 
 
 def replaced(document, path, value):
@@ -126,6 +125,29 @@ def test_any_value_at_any_place_of_a_json_file(name, file, tmp_path):
     def one(path, value):
         fuzzer.reset()
         (fuzzer.work / file).write_text(json.dumps(replaced(document, path, value)))
+        fuzzing.outcome(fuzzer.format.read, fuzzer.work)
+
+    one()
+
+
+TENSORS = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
+)
+
+
+def test_any_value_at_any_place_of_a_training_state(tmp_path):
+    """Resumed, and a step made: what does not fit is said before."""
+    fuzzer = fuzzing.Fuzzer("checkpoint directory", tmp_path)
+    state = torch_files.load(fuzzer.sample / "4.ckpt" / "training.pt")
+
+    @examples(2)
+    @given(st.sampled_from(list(places(state))), JSON | TENSORS)
+    def one(path, value):
+        fuzzer.reset()
+        torch.save(replaced(state, path, value), fuzzer.work / "4.ckpt" / "training.pt")
+        fuzzing.forge_manifest(fuzzer.work)
         fuzzing.outcome(fuzzer.format.read, fuzzer.work)
 
     one()
