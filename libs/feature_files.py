@@ -54,6 +54,8 @@ def _parse_npy(path):
 def read_feature_file(path):
     """float32 moments (2C, h, w) and the label, or None, of one file; UserError if it is broken."""
     try:
+        if not os.path.isfile(path):  # a pipe would never be read to its end
+            raise ValueError("it is no plain file")
         return _parse_npz(path) if str(path).endswith(".npz") else _parse_npy(path)
     except Exception as error:  # broken and hostile files raise almost any kind
         reason = str(error) or type(error).__name__

@@ -66,10 +66,10 @@ class _Machine:
                 raise ValueError(f"it has more than {MAX_OPCODES} opcodes")
             if opcode.name in _CONSTANTS:
                 self.stack.append(arg)
-            elif (method := getattr(self, f"op_{opcode.name.lower()}", None)) is None:
-                raise ValueError(f"it has the opcode {opcode.name}, which no data file needs")
+            elif opcode.name in _OPERATIONS:
+                _OPERATIONS[opcode.name](self, arg)
             else:
-                method(arg)
+                raise ValueError(f"it has the opcode {opcode.name}, which no data file needs")
 
     def marked(self):
         """Take everything after the last mark from the stack."""
@@ -191,6 +191,13 @@ class _Machine:
             self.stack[-1].state = state
         elif type(self.stack[-1]) is not dict:  # an OrderedDict's attributes are left out
             raise ValueError("it sets the state of what has none")
+
+
+_OPERATIONS = {
+    name.removeprefix("op_").upper(): function
+    for name, function in vars(_Machine).items()
+    if name.startswith("op_")
+}
 
 
 def _plain_bytes(name, args):

@@ -486,3 +486,9 @@ def test_states_of_an_extraction_name_only_its_images(tmp_path):
         packing = fuzzing.Packing(folder, fuzzing.latent_settings())
         packing.begin()
         assert packing.missing() == [0]
+
+
+def test_a_pipe_by_the_name_of_latents(tmp_path):
+    os.mkfifo(tmp_path / "0.npy")
+    with fuzzing.time_limit(60), pytest.raises(UserError, match="no plain file"):
+        read_feature_file(tmp_path / "0.npy")
