@@ -5,6 +5,7 @@ imports nothing of ours.
 """
 
 import math
+import sys
 import zipfile
 
 import numpy as np
@@ -32,12 +33,17 @@ def read_npy(file, max_bytes):
     shape, fortran_order, dtype = read_header(file)
     if dtype.hasobject:
         raise ValueError("it holds pickled objects, which are never read")
+    if dtype.kind not in "biufU":
+        raise ValueError(f"it is of type {dtype}")
     size = math.prod(shape) * dtype.itemsize
     if not 0 <= size <= max_bytes:
         raise ValueError(f"it claims to be of shape {shape}, more than {max_bytes >> 20} MiB")
     data = file.read(size)
     if len(data) != size:
         raise ValueError("it is cut short")
+    characters = np.frombuffer(data, dtype.byteorder + "u4") if dtype.kind == "U" else ()
+    if len(characters) and characters.max() > sys.maxunicode:  # of which Python makes no text
+        raise ValueError("its text is none")
     return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
 
 

@@ -36,9 +36,11 @@ def _storage_of(record):
     """(key, dtype, number of elements) that a persistent id asks for."""
     if type(record) is not Record or record.name != "persistent":
         raise ValueError("a tensor in it has no storage")
-    kind, storage, key, _, numel = record.args[:5]
+    kind, storage, key, _, numel, *views = record.args
     if kind != "storage" or type(key) is not str or type(numel) is not int or numel < 0:
         raise ValueError("a storage in it is none")
+    if any(views):  # of torch before 0.4
+        raise ValueError("a storage in it is a part of another")
     return key, _DTYPES[storage.name], numel
 
 

@@ -216,6 +216,17 @@ def test_any_header_of_an_array_in_an_npz(name, file, tmp_path):
     one()
 
 
+@pytest.mark.parametrize("order", "<>")
+def test_text_of_characters_that_are_none(tmp_path, order):
+    """numpy reads them, and Python's SystemError is what they become there."""
+    fuzzer = fuzzing.Fuzzer("FID statistics", tmp_path)
+    with zipfile.ZipFile(fuzzer.work / "stats.npz", "a") as archive, pytest.warns(UserWarning):
+        archive.writestr("extractor.npy", npy(f"{order}U1", False, (), b"\xff" * 4))
+    assert fuzzing.outcome(fuzzer.format.read, fuzzer.work) == "refused"
+    with np.load(fuzzer.work / "stats.npz") as file, pytest.raises(SystemError):
+        file["extractor"].item()
+
+
 # ---------------------------------------------------------------------------------------------
 # Pickles: any opcodes, with any arguments
 

@@ -73,10 +73,10 @@ def test_what_wandb_gets_is_all_that_it_uploads(logged):
 @pytest.mark.parametrize(
     "word, expected",
     [
-        ("--config.dataset.path=/home/ada/data", "--config.dataset.path=~/data"),
-        ("/home/ada", "~"),
-        ("/home/adam/data", "/home/adam/data"),
-        ("/home/ada-2", "/home/ada-2"),
+        ("--config.dataset.path=/srv/ada/data", "--config.dataset.path=~/data"),
+        ("/srv/ada", "~"),
+        ("/srv/adam/data", "/srv/adam/data"),
+        ("/srv/ada-2", "/srv/ada-2"),
         (f"--token={HUB_TOKEN}", "--token=***"),
         (f"x{HUB_TOKEN}", f"x{HUB_TOKEN}"),
         (f"key {HUB_TOKEN}", "key ***"),
@@ -89,11 +89,11 @@ def test_what_wandb_gets_is_all_that_it_uploads(logged):
     ],
 )
 def test_home_and_keys_are_scrubbed(monkeypatch, word, expected):
-    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("HOME", "/srv/ada")
     assert run.scrubbed(word) == expected
 
 
 def test_the_recorded_command_line_is_scrubbed(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ada")
-    monkeypatch.setattr(sys, "argv", ["/home/ada/train.py", f"--x={HUB_TOKEN}", "--seed=1"])
+    monkeypatch.setenv("HOME", "/srv/ada")
+    monkeypatch.setattr(sys, "argv", ["/srv/ada/train.py", f"--x={HUB_TOKEN}", "--seed=1"])
     assert run.environment()["argv"] == ["~/train.py", "--x=***", "--seed=1"]
