@@ -577,7 +577,7 @@ def main():
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"{name}: {dict(counts)}, {time.monotonic() - began:.0f} s, peak {peak:.2f} GiB",
               flush=True)  # fmt: skip
-    print(f"{total} cases of {len(FORMATS)} formats, {findings} findings")
+    print(f"{total} cases of {1 if args.format else len(FORMATS)} formats, {findings} findings")
     sys.exit(bool(findings))
 
 
