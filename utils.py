@@ -31,7 +31,10 @@ class UserError(ValueError):
 
     def __init__(self, text=""):
         # Out of a DataLoader's worker, torch makes the exception anew from its traceback as text.
-        super().__init__(text.rsplit(f"{type(self).__name__}: ", 1)[-1].strip())
+        # Any other text is left alone: a file may hold this name to hide its own from the sentence.
+        if text.startswith("Caught "):
+            text = text.rsplit(f"\n{type(self).__module__}.{type(self).__name__}: ", 1)[-1]
+        super().__init__(text.strip())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -82,16 +85,24 @@ def write_json(path, value) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+MAX_JSON_BYTES = 1 << 24  # a manifest of 80,000 shards; in memory, up to 60 times as much
+
+
 def read_json(path):
     """Read what `write_json` wrote; every JSON array comes back as a tuple.
 
-    Raises UserError for a file that is missing or is not JSON.
+    Raises UserError for a file that is missing, is not JSON or has over MAX_JSON_BYTES.
     """
     try:
-        return _tuples(json.loads(Path(path).read_text(encoding="utf-8")))
+        with open(path, "rb") as file:
+            text = file.read(MAX_JSON_BYTES + 1)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
+    if len(text) > MAX_JSON_BYTES:
+        raise UserError(f"{path} is no file of ours: it has over {MAX_JSON_BYTES >> 20} MiB")
+    try:
+        return _tuples(json.loads(text))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from libs.weights import read_safetensors, read_torch, sha256_of
+from libs.weights import manifest_of, read_safetensors, read_torch, sha256_of
 from utils import UserError, read_json, write_json
 
 FORMAT = 1
@@ -228,23 +228,20 @@ def verify(path) -> int:
     Reads every byte. Raises UserError naming the file and what is wrong with it.
     """
     path = Path(path)
-    manifest = path / "manifest.json"
     if not path.is_dir():
         raise UserError(f"{path} is not a checkpoint directory")
-    if not manifest.is_file():
+    if not (path / "manifest.json").is_file():
         raise UserError(f"{path} has no manifest.json: it was not saved to the end")
-    entries = read_json(manifest)
-    try:
-        version, step, files = entries["format"], int(entries["step"]), entries["files"]
-        checks = [(path / name, {"size": files[name]["size"], "sha256": files[name]["sha256"]})
-                  for name in _FILES]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{manifest} is damaged: {error!r}") from error
+    manifest = manifest_of(path)
+    version, step, files = manifest.get("format"), manifest.get("step"), manifest["files"]
     if version != FORMAT:
         raise UserError(f"{path} has checkpoint format {version}; this version of DiM reads "
                         f"format {FORMAT}")
-    for file, entry in checks:
-        _check_file(file, entry)
+    if type(step) is not int or not set(_FILES) <= files.keys():
+        raise UserError(f"{path / 'manifest.json'} is damaged: it has no step, or not all of "
+                        f"{', '.join(_FILES)}")
+    for name in _FILES:
+        _check_file(path / name, files[name])
     return step
 
 
@@ -277,7 +274,11 @@ def load(path) -> Checkpoint:
     """
     path = Path(path)
     step = verify(path)
-    return Checkpoint(step=step, nnet=read_safetensors(path / "nnet.safetensors"),
-                      ema=read_safetensors(path / "nnet_ema.safetensors"),
-                      training_state=read_torch(path / "training.pt"),
-                      config=read_json(path / "config.json"))
+    saved = Checkpoint(step=step, nnet=read_safetensors(path / "nnet.safetensors"),
+                       ema=read_safetensors(path / "nnet_ema.safetensors"),
+                       training_state=read_torch(path / "training.pt"),
+                       config=read_json(path / "config.json"))
+    for name, value in ("training.pt", saved.training_state), ("config.json", saved.config):
+        if not isinstance(value, dict):
+            raise UserError(f"{path / name} is damaged: it holds no entries by name")
+    return saved

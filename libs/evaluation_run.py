@@ -19,6 +19,7 @@ from libs.image_store import (
     compared,
     create,
     pending,
+    read_recipe,
     require_same_recipe,
 )
 from libs.launch import Precision, ranks
@@ -47,7 +48,7 @@ def whole_recipe(generator, features, real, config, nnet_path, changes):
 def require_own_place(output_path, png_folder, recipe):
     """UserError if result or pictures of another recipe, or of none, lie where ours would go."""
     if output_path.exists():
-        found = utils.read_json(output_path)
+        found = read_recipe(output_path, "give another --output_path, or move it away")
         found = {key: value for key, value in found.items() if key in recipe}
         if lines := utils.config_differences(compared(found), compared(recipe)):
             raise UserError(

@@ -8,42 +8,18 @@ images and their flipped copies are files of their own. Nothing that a pickle na
 import math
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from libs import pickled
+from libs.arrays import read_header, read_npy, read_npz
 from libs.features import MAKE, MANIFEST, MAX_RECORD_BYTES, PROGRESS, Features
 from utils import UserError
 
 LAYOUTS = (".npy", ".npy.npz")
 FLOATS = ("f4", "f2", "f8")
 MAX_PICKLE_BYTES = MAX_RECORD_BYTES + 4096
-
-
-def _read_npy(file):
-    """An open .npy file -> an array, or what its pickle holds as libs.pickled gives it.
-
-    The size that the header claims is checked before anything is allocated.
-    """
-    version = np.lib.format.read_magic(file)
-    headers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in headers:
-        raise ValueError(f"its .npy version is {version}")
-    shape, fortran_order, dtype = headers[version](file)
-    if dtype.hasobject:
-        return pickled.load(file.read(MAX_PICKLE_BYTES))
-    size = math.prod(shape) * dtype.itemsize
-    if not 0 <= size <= MAX_RECORD_BYTES:
-        raise ValueError(f"it claims to be of shape {shape}")
-    data = file.read(size)
-    if len(data) != size:
-        raise ValueError("it is cut short")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
 def _as_moments(value):
@@ -61,26 +37,25 @@ def _as_label(value):
 
 
 def _parse_npz(path):
-    with zipfile.ZipFile(path) as archive:
-        members = {}
-        for name in ("z", "label"):
-            with archive.open(f"{name}.npy") as file:
-                members[name] = _read_npy(file)
-    return _as_moments(members["z"]), _as_label(members["label"])
+    arrays = read_npz(path, ("z", "label"), MAX_RECORD_BYTES)
+    return _as_moments(arrays["z"]), _as_label(arrays["label"])
 
 
 def _parse_npy(path):
     with open(path, "rb") as file:
-        value = _read_npy(file)
-    if isinstance(value, np.ndarray):
-        return _as_moments(value), None
-    moments, label = pickled.elements(value)
+        _, _, dtype = read_header(file)
+        if not dtype.hasobject:
+            file.seek(0)
+            return _as_moments(read_npy(file, MAX_RECORD_BYTES)), None
+        moments, label = pickled.elements(pickled.load(file.read(MAX_PICKLE_BYTES)))
     return _as_moments(moments), _as_label(label)
 
 
 def read_feature_file(path):
     """float32 moments (2C, h, w) and the label, or None, of one file; UserError if it is broken."""
     try:
+        if not os.path.isfile(path):  # a pipe would never be read to its end
+            raise ValueError("it is no plain file")
         return _parse_npz(path) if str(path).endswith(".npz") else _parse_npy(path)
     except Exception as error:  # broken and hostile files raise almost any kind
         reason = str(error) or type(error).__name__

@@ -30,6 +30,7 @@ from libs.weights import listed, sha256_of
 from utils import UserError, config_differences, make_directory, read_json, replacing, write_json
 
 PLAN = "plan.json"
+_STATE = {**SHARD_ENTRY, "stand_ins": dict}
 
 
 def _names_in(folder):
@@ -106,6 +107,12 @@ class Packing:
         """Remove what `write_state` wrote."""
         self._state_path(number).unlink(missing_ok=True)
 
+    def _can_stand_in(self, number, stand_ins):
+        """Whether all are images of the shard, by name, and images that there are."""
+        known = stand_ins.keys() <= set(map(str, self.images(number)))
+        every, sources = range(self.settings["num_images"]), stand_ins.values()
+        return known and all(type(source) is int and source in every for source in sources)
+
     def state(self, number):
         """What `write_state` wrote; None if there is none, or its shard has another size."""
         path, expected = self._state_path(number), shard_records(self.settings, number)
@@ -114,9 +121,11 @@ class Packing:
         with contextlib.suppress(UserError, OSError):  # a file cut short by a loss of power
             state = read_json(path)
             shard = self.folder / shard_name(number)
-            if "unreadable" in state:
+            if has_types(state, {"unreadable": dict}):
                 return state
-            if has_types(state, SHARD_ENTRY) and state["records"] == expected:
+            if not has_types(state, _STATE) or not self._can_stand_in(number, state["stand_ins"]):
+                return None
+            if state["records"] == expected:
                 return state if os.lstat(shard).st_size == state["bytes"] else None
         return None
 

@@ -113,7 +113,8 @@ def _manifest_fault(manifest):
     if (labels is None) != (manifest["class_names"] is None):
         return "labels and class_names do not agree"
     if labels is not None and (
-        labels.get("file") != LABELS or labels.get("bytes") != 8 * manifest["num_images"]
+        not has_types(labels, {"file": str, "bytes": int, "sha256": str})
+        or (labels["file"], labels["bytes"]) != (LABELS, 8 * manifest["num_images"])
     ):
         return f"labels are {labels}, expected {LABELS} with 8 bytes an image"
     return None

@@ -94,23 +94,25 @@ def load_config(path: str) -> config_dict.ConfigDict:
 
 _LARGEST = 2**63 - 1
 _WHOLE, _NOT_NEGATIVE, _SHARE = (1, _LARGEST), (0, _LARGEST), (0, 1)
+# Far beyond any network, near enough that a config.json from somebody else fills no memory.
+_SIZE, _SIDE, _COUNT = (1, 1 << 16), (1, 1 << 14), (1, 1 << 10)
 
 # What a run would stumble over only later or never, key -> (lowest, highest), of each entry of a
 # tuple. Every other value is checked where it is used.
 _RANGES = {
     "seed": (-_LARGEST, _LARGEST), "gradient_accumulation_steps": _WHOLE,
-    "max_grad_norm": _NOT_NEGATIVE, "ug_m": (2, _LARGEST), "ug_theta": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE, "ug_m": (2, 64), "ug_theta": _NOT_NEGATIVE,
     "ug_eta": _SHARE, "ug_T": _SHARE, "autoencoder.scale_factor": (1e-6, 1e6),
-    "dataset.resolution": _WHOLE, "dataset.p_uncond": _SHARE,
-    "nnet.input_size": _WHOLE, "nnet.in_channels": _WHOLE, "nnet.patch_size": _WHOLE,
-    "nnet.dim": _WHOLE, "nnet.depth": _WHOLE, "nnet.heads": _WHOLE, "nnet.mlp_ratio": _WHOLE,
-    "nnet.num_classes": _NOT_NEGATIVE, "nnet.mamba.d_state": _WHOLE, "nnet.mamba.d_conv": _WHOLE,
-    "nnet.mamba.expand": _WHOLE, "optimizer.lr": _NOT_NEGATIVE, "optimizer.eps": _NOT_NEGATIVE,
+    "dataset.resolution": _SIDE, "dataset.p_uncond": _SHARE,
+    "nnet.input_size": _SIDE, "nnet.in_channels": _SIZE, "nnet.patch_size": _SIDE,
+    "nnet.dim": _SIZE, "nnet.depth": _COUNT, "nnet.heads": _SIZE, "nnet.mlp_ratio": _COUNT,
+    "nnet.num_classes": (0, 1 << 24), "nnet.mamba.d_state": _COUNT, "nnet.mamba.d_conv": _COUNT,
+    "nnet.mamba.expand": _COUNT, "optimizer.lr": _NOT_NEGATIVE, "optimizer.eps": _NOT_NEGATIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE, "optimizer.betas": (0, 0.999999),
     "train.n_steps": _WHOLE, "train.ema_rate": _SHARE, "train.num_workers": _NOT_NEGATIVE,
     "train.max_bad_steps": _WHOLE, "train.log_interval": _WHOLE, "train.eval_interval": _WHOLE,
     "train.save_interval": _WHOLE, "train.keep_last": _WHOLE, "train.fid_samples": _NOT_NEGATIVE,
-    "train.grid_samples": _NOT_NEGATIVE, "sample.sample_steps": _WHOLE,
+    "train.grid_samples": _NOT_NEGATIVE, "sample.sample_steps": (1, 1 << 20),
     "sample.n_samples": (2, _LARGEST), "sample.mini_batch_size": _WHOLE,
     "sample.guidance_interval": _SHARE, "sample.vis_label": _NOT_NEGATIVE,
 }  # fmt: skip
@@ -121,7 +123,7 @@ _CHOICES = {
 }  # fmt: skip
 
 
-def _check_values(config) -> None:
+def check_values(config) -> None:
     """FlagError for a value that no run can use; a placeholder without a value is none."""
     values = {key: value for key, value in flatten(config).items() if value is not None}
     for key, value in values.items():
@@ -134,7 +136,8 @@ def _check_values(config) -> None:
         elif key in _RANGES and not all(
             isinstance(entry, (int, float)) and low <= entry <= high for entry in entries
         ):
-            expected = f"{low} or more" if high == _LARGEST else f"{low} to {high}"
+            expected = f"{low} to {high}" if high <= 1 else f"{low} or more"
+            expected += f", at most {high}" if 1 < high < _LARGEST else ""
         else:
             continue
         raise FlagError(f"--config.{key} is {value!r}, expected {expected}")
@@ -144,6 +147,7 @@ def _check_values(config) -> None:
 # Flags
 
 REQUIRED = object()
+MAX_MESSAGE = 10_000  # characters of a sentence on the console
 
 
 def config_file(text: str):
@@ -237,14 +241,14 @@ def _check_key(key: str, config) -> None:
 
 def _check_overrides(arguments, config) -> None:
     for argument in arguments:
-        match = re.match(r"--?(no)?config\.([^=]+)", argument)
+        match = re.match(r"--?(no)?config\.([^=]*)", argument)
         if match and config is None:
             raise FlagError(f"{argument} overrides a config, but no --config was given")
         if match:
             _check_key(match[2], config)
 
 
-def _check_elements(overrides: dict, defaults: dict) -> None:
+def check_elements(overrides: dict, defaults: dict) -> None:
     """The entries of a tuple or list must have a type that an entry of the default has; of a
     placeholder, which has none, they are numbers.
     """
@@ -338,14 +342,20 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
     parsed = {name: values[name].value for name in spec if name != "config"}
     if "config" in spec:
         overrides = config_flags.get_override_values(values["config"]) if path else {}
-        _check_elements(overrides, defaults)
+        check_elements(overrides, defaults)
         if config is not None:
-            _check_values(config)
+            check_values(config)
         parsed.update(config=config, config_path=path, overrides=overrides)
     for name, (_, default, text) in spec.items():
         if default is REQUIRED and parsed[name] is None:
             raise FlagError(f"--{name} is required: {text}")
     return types.SimpleNamespace(**parsed)
+
+
+def _one_line(text: str) -> str:
+    """Names out of files may hold line ends, a terminal's control sequences, or a megabyte."""
+    line = " ".join(text[:MAX_MESSAGE].split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _report(error: UserError) -> None:
@@ -358,7 +368,7 @@ def _report(error: UserError) -> None:
     if "tqdm" in sys.modules:  # a bar that is drawn would be the start of our line
         for bar in list(sys.modules["tqdm"].tqdm._instances):
             bar.close()
-    print(f"error{where}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(f"error{where}: {_one_line(str(error))}", file=sys.stderr, flush=True)
 
 
 # Files that cannot be written, wherever it happens.

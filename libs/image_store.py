@@ -5,6 +5,7 @@ byte an image) and, for the evaluation suite of ADM, pixels.npy. An image is don
 else of it has been written; what is done is not made again.
 """
 
+import math
 import os
 import shutil
 import zipfile
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 import utils
+from libs.arrays import read_header
 from utils import UserError
 
 # Values of done.npy. AGREES: made, and classified as what it was to be.
@@ -32,14 +34,20 @@ def compared(recipe):
     }
 
 
+def read_recipe(path, remedy):
+    """The dict in a json file of an evaluation; UserError, with what to do, if it holds none."""
+    found = utils.read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is not of an evaluation: {remedy}")
+    return found
+
+
 def require_same_recipe(folder, recipe, remedy):
     """UserError naming the first difference if `folder` belongs to another recipe than this one."""
     path = Path(folder) / RECIPE
     if not path.exists():
         return
-    found = utils.read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path} is not the recipe of an evaluation: {remedy}")
+    found = read_recipe(path, remedy)
     if lines := utils.config_differences(compared(found), compared(recipe)):
         raise UserError(f"{folder} holds images of another recipe ({lines[0]}): {remedy}")
 
@@ -54,6 +62,8 @@ def create(folder, recipe, arrays):
         folder, recipe, "delete it to start anew, or give another --output_path to keep it"
     )
     if (folder / RECIPE).exists():
+        for name, (shape, dtype) in arrays.items():
+            RowFile(folder / f"{name}.npy").require(shape, dtype)
         return
     for name, (shape, dtype) in arrays.items():
         np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype, shape)  # zeros, and sparse
@@ -75,15 +85,30 @@ class RowFile:
     """
 
     def __init__(self, path):
+        self.path = path
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}): delete {Path(path).parent} to start anew"
-            ) from error
-        self.path, self.dtype, self._start = path, array.dtype, array.offset
-        self._row_bytes = array.nbytes // len(array)
-        self._file = open(path, "r+b")
+            with open(path, "rb") as file:
+                self.shape, fortran_order, self.dtype = read_header(file)
+                self._start, size = file.tell(), os.fstat(file.fileno()).st_size
+            self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+            if self.dtype.hasobject or fortran_order or not self.shape or 0 in self.shape:
+                raise ValueError(f"it holds {self.dtype} of shape {self.shape}")
+            if size != self._start + self.shape[0] * self._row_bytes:
+                raise ValueError(f"it has {size} bytes, which its shape {self.shape} has not")
+            self._file = open(path, "r+b")
+        except Exception as error:  # broken headers raise many kinds
+            self._refuse(error, error)
+
+    def _refuse(self, reason, cause=None):
+        raise UserError(
+            f"{self.path} is damaged ({reason}): delete {Path(self.path).parent} to start anew"
+        ) from cause
+
+    def require(self, shape, dtype):
+        """UserError if the file is of another shape or type."""
+        self.close()
+        if (self.shape, self.dtype) != (shape, dtype):
+            self._refuse(f"it holds {self.dtype} of shape {self.shape}, not {dtype} of {shape}")
 
     def write(self, first, rows):
         """Rows (B, ...) of images first, first + 1, ..; on the disk when this returns."""
@@ -94,7 +119,7 @@ class RowFile:
 
     def read(self):
         """The rows as a read-only memory map."""
-        return np.load(self.path, mmap_mode="r", allow_pickle=False)
+        return np.memmap(self.path, self.dtype, "r", self._start, self.shape)
 
     def close(self):
         self._file.close()

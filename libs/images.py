@@ -9,6 +9,10 @@ from PIL import Image, UnidentifiedImageError
 from utils import UserError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+# PIL's decoders of those, and of GIF, which often has another's name; of any other file PIL would
+# try them all, Ghostscript among them, which runs PostScript.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+MAX_PIXELS = 1 << 27  # 16384 x 8192, in PIL half a GiB, and a few times that while converted
 MIN_CROP_SHARE = 0.8  # a random crop has this share of the short side, or more
 
 # ------------------------------------------------------------ pixels
@@ -19,8 +23,10 @@ def _to_rgb(image):
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL's convert would clip at 255
-        values = np.asarray(image).astype(np.int64).clip(0, 65535)
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        values = np.asarray(image).astype(np.int32).clip(0, 65535)
+        values += 128
+        values //= 257
+        image = Image.fromarray(values.astype(np.uint8))
     if image.mode == "P":  # by RGBA, since `convert("RGB")` warns of transparent palette entries
         image = image.convert("RGBA")
     return image.convert("RGB")
@@ -35,7 +41,7 @@ def _resize(image, short_side):
         image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
     scale = short_side / min(image.size)
     width, height = (round(side * scale) for side in image.size)
-    if width * height > Image.MAX_IMAGE_PIXELS:
+    if width * height > MAX_PIXELS:
         raise ValueError(f"too narrow, the short side at {short_side} makes it {width}x{height}")
     return image.resize((width, height), Image.Resampling.BICUBIC)
 
@@ -68,9 +74,14 @@ def random_crop(image, resolution, words):
 def read_image(path, crop):
     """The image file as uint8 (3, H, W), RGB; crop: PIL image -> PIL image.
 
-    PIL raises many kinds of exceptions for broken files, for those too large as well.
+    PIL raises many kinds of exceptions for broken files. ValueError for more than MAX_PIXELS, and
+    for what is no plain file, such as a pipe, which would never be read to its end.
     """
-    with Image.open(path) as image:
+    if not os.path.isfile(path):
+        raise ValueError("no plain file")
+    with Image.open(path, formats=FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
         return np.ascontiguousarray(np.asarray(crop(_to_rgb(image))).transpose(2, 0, 1))
 
 
@@ -91,11 +102,16 @@ def _is_image(name):
 def list_images(root):
     """Paths of the images below `root`, relative to it and sorted; hidden names are left out.
 
-    Raises UserError if there are none. ImageNet's 1.28 million take about two seconds.
+    Links are followed, and a directory is read once, however many links lead to it. Raises
+    UserError if there are none. ImageNet's 1.28 million take about two seconds.
     """
-    found = []
+    found, visited = [], set()
     for directory, subdirectories, files in os.walk(root, followlinks=True):
-        subdirectories[:] = [name for name in subdirectories if not name.startswith(".")]
+        if (real := os.path.realpath(directory)) in visited:
+            subdirectories.clear()
+            continue
+        visited.add(real)
+        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
         relative = os.path.relpath(directory, root)
         prefix = "" if relative == os.curdir else relative + os.sep
         found += [prefix + name for name in files if _is_image(name)]

@@ -6,7 +6,6 @@ arXiv 1706.08500, eq. 6), in the features of pytorch-fid's Inception or of our d
 
 import hashlib
 import http.client
-import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,12 @@ from unittest import mock
 
 import numpy as np
 import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.weights import sha256_of
+from libs.arrays import read_npz
+from libs.weights import read_safetensors, read_torch, sha256_of
 from utils import UserError, replacing
 
 # ------------------------------------------------------------ Inception
@@ -50,12 +49,12 @@ def _load_inception(path):
     """pytorch-fid's network with the weights of `path`, of which only tensors are read."""
     from pytorch_fid import inception
 
+    state_dict = read_torch(path)
     try:
-        state_dict = torch.load(path, map_location="cpu", weights_only=True)
         # pytorch-fid downloads in its constructor: it is handed the checked weights instead.
         with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state_dict):
             return inception.InceptionV3([inception.InceptionV3.DEFAULT_BLOCK_INDEX])
-    except Exception as error:  # pickle, zip and state dict errors are of many kinds
+    except Exception as error:  # state dict errors are of many kinds
         reason = str(error).strip().split("\n")[0]
         raise UserError(
             f"{path} does not hold pytorch-fid's Inception weights: {reason}"
@@ -145,8 +144,8 @@ class DigitsClassifierFeatures:
         try:
             with safetensors.safe_open(path, "pt") as file:
                 self.metadata = file.metadata() or {}
-            self.network.load_state_dict(safetensors.torch.load_file(path))
-        except (safetensors.SafetensorError, RuntimeError, OSError) as error:
+            self.network.load_state_dict(read_safetensors(path))
+        except Exception as error:  # of a broken file or another network: of many kinds
             reason = str(error).strip().split("\n")[0]
             raise UserError(f"{path} is not a digits classifier of ours: {reason}") from error
         # Of the tensors: safetensors writes its metadata in random order, so files differ.
@@ -263,6 +262,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # ------------------------------------------------------------ statistics files
 
 
+MAX_STATISTICS_BYTES = 1 << 30  # Inception's moments and 10,000 features have 110 MiB
+_ARRAYS = ("mu", "sigma", "count", "extractor", "resolution", "preprocessing", "features")
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Moments of a data set's features, and how they were made (None where the file is silent)."""
@@ -305,21 +308,17 @@ def save_statistics(
         np.savez(file, **arrays)
 
 
-def _read_npz(path):
+def _read_arrays(path):
     """The file's arrays by name, pickled objects refused, and its sha256."""
-    try:
-        data = Path(path).read_bytes()
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}, hashlib.sha256(data).hexdigest()
-    except FileNotFoundError as error:
+    if not Path(path).is_file():
         raise UserError(
             f"the statistics {path} do not exist: scripts/compute_fid_stats.py makes them"
-        ) from error
+        )
+    try:
+        return read_npz(path, _ARRAYS, MAX_STATISTICS_BYTES), sha256_of(path)
     except Exception as error:  # broken zip members and array headers raise many kinds
-        # numpy takes what is neither .npz nor .npy for a pickle, and advises to load it unsafely.
-        reason = "it is another kind of file" if "allow_pickle" in str(error) else error
         raise UserError(
-            f"{path} is not a whole .npz file of plain arrays ({reason}): make it again with "
+            f"{path} is not a whole .npz file of plain arrays ({error}): make it again with "
             "scripts/compute_fid_stats.py"
         ) from error
 
@@ -370,7 +369,7 @@ def load_statistics(path, *, extractor, resolution, dim=None):
     silently. Raises UserError if the file is
     missing, broken, has other shapes than `dim` asks, or was made otherwise than expected.
     """
-    arrays, sha256 = _read_npz(path)
+    arrays, sha256 = _read_arrays(path)
     _require_moments(path, arrays, dim)
     kinds = {"count": int, "extractor": str, "resolution": int, "preprocessing": str}
     statistics = Statistics(

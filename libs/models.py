@@ -5,16 +5,18 @@ import inspect
 from pathlib import Path
 
 import torch
-from ml_collections import ConfigDict
 
+from configs import common
+from libs import flags
 from libs.dim import DiM
 from libs.mamba import Mamba
 from libs.official import from_official, is_official, load_checkpoint, resize_state
 from libs.uvit import UViT
-from libs.weights import load_strict
-from utils import UserError, read_json
+from libs.weights import listed, load_strict, weights_file
+from utils import UserError, flatten, read_json
 
 NETWORKS = {"dim": DiM, "uvit": UViT}
+_SECTIONS = {"dim": common.dim_nnet, "uvit": common.uvit_nnet}
 
 
 def build_model(nnet, seed=None):
@@ -46,7 +48,14 @@ def build_model(nnet, seed=None):
         raise UserError(f"the nnet section has {what}; {name} takes {', '.join(parameters)}")
     if seed is not None:
         torch.manual_seed(seed)
-    return NETWORKS[name](**{key: value for key, value in keywords.items() if value is not None})
+    try:
+        return NETWORKS[name](**{key: item for key, item in keywords.items() if item is not None})
+    except (RuntimeError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"this machine cannot make the network of the nnet section ({reason}): give it a "
+            "smaller nnet.dim, nnet.depth or nnet.input_size"
+        ) from error
 
 
 def check_data(model, dataset, z_shape):
@@ -99,21 +108,56 @@ def check_kind(config, *, latent):
         raise UserError(f"this is a config for {kind}: its scripts are {scripts}")
 
 
+def _as_config(values):
+    """The ConfigDict of what a config.json holds: every key, typed and in its range as if it came
+    from a command line; keys that are newer than the file have their defaults.
+    """
+    if not isinstance(values, dict) or not {"nnet", "pred", "sample", "train"} <= values.keys():
+        raise UserError("it has not all of nnet, pred, sample and train")
+    config = common.get_config()
+    config.nnet = _SECTIONS[values["nnet"]["name"]]()
+    defaults = flatten(config)
+    config.update(values)
+    found = flatten(config)
+    missing = [key for key, value in defaults.items() if value is not None and found[key] is None]
+    if missing:
+        raise UserError(f"it has no value for {listed(missing)}")
+    flags.check_elements({key: found[key] for key in defaults}, defaults)
+    flags.check_values(config)
+    return config
+
+
+def _check_size(nnet, weights):
+    """UserError where a network has more numbers than the file `weights` has bytes: nothing of the
+    size that a config.json from somebody else asks for is allocated.
+    """
+    with torch.device("meta"):
+        numbers = sum(tensor.numel() for tensor in build_model(nnet).state_dict().values())
+    if numbers > weights.stat().st_size:
+        raise UserError(f"its network has {numbers} parameters, {weights} is smaller")
+
+
 def config_beside(path):
     """The ConfigDict of the run that wrote the weights at `path`: config.json in the `<step>.ckpt`
     directory, or beside the file; UserError if there is none.
     """
     path = Path(path)
-    if not path.exists():
+    if not weights_file(path).is_file():
         raise UserError(f"checkpoint {path} does not exist; give a <step>.ckpt directory or a file")
     beside = (path if path.is_dir() else path.parent) / "config.json"
     needs = "give --config=<config file> of the model"
     if not beside.is_file():
         raise UserError(f"there is no {beside}: {needs} that {path} holds")
-    config = read_json(beside)
-    if not isinstance(config, dict) or not {"nnet", "pred", "sample", "train"} <= config.keys():
-        raise UserError(f"{beside} is not the config of a run: {needs} that {path} holds")
-    return ConfigDict(config)
+    values = read_json(beside)
+    try:
+        config = _as_config(values)
+        _check_size(config.nnet, weights_file(path))
+    except Exception as error:  # ConfigDict's of a wrong type, and ours
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{beside} is not the config of a run ({reason}): {needs} that {path} holds"
+        ) from error
+    return config
 
 
 def load_into(model, path):

@@ -468,13 +468,32 @@ def _read_pth(path):
     return state
 
 
+def _check_resizable(tensors, model):
+    """UserError unless what is resized has the model's shapes but for the patch's side and the
+    grid's: everything else that a file claims there would be multiplied.
+    """
+    names = ("patch_embed.weight", "head.weight", "head.bias", "pos_embed")
+    shapes = [tuple(tensors[name].shape) if name in tensors else () for name in names]
+    patch, tokens = shapes[0][-1:], shapes[3][1:2]
+    out = model.in_channels * math.prod(patch * 2)
+    expected = [
+        (model.dim, model.in_channels, *patch, *patch), (out, model.dim), (out,),
+        (1, *tokens, model.dim),
+    ]  # fmt: skip
+    if shapes != expected or math.prod(tokens) <= EXTRA_TOKENS:
+        raise UserError(
+            f"the weights are of another network: {', '.join(names)} have the shapes {shapes}, "
+            f"expected {expected} for any patch and grid"
+        )
+
+
 def resize_state(state_dict, model):
     """Fit DiM weights of another resolution or patch size to `model`, as the official fine-tuning
     does.
 
     The position table is interpolated (its grid is taken to be square); for another patch size the
     [0, 0] tap of the patch embedding and of the output head are repeated over the new patch (golden
-    item 12b). Everything else must fit.
+    item 12b). Everything else must fit; UserError where that shows here.
 
     Args:
         state_dict: official or our names -> tensor.
@@ -484,9 +503,10 @@ def resize_state(state_dict, model):
         (our names -> tensor, list of sentences on what changed).
     """
     tensors = dict(from_official(model, state_dict) if is_official(state_dict) else state_dict)
+    _check_resizable(tensors, model)
     changes = []
-    weight = tensors.get("patch_embed.weight")
-    if weight is not None and weight.dim() == 4 and weight.shape[-1] != model.patch_size:
+    weight = tensors["patch_embed.weight"]
+    if weight.shape[-1] != model.patch_size:
         old, new = weight.shape[-1], model.patch_size
         tensors["patch_embed.weight"] = weight[:, :, :1, :1].repeat(1, 1, new, new)
         for name in ("head.weight", "head.bias"):
@@ -497,8 +517,8 @@ def resize_state(state_dict, model):
                 .flatten(0, 1)
             )
         changes.append(f"patch size {old} -> {new}: patch_embed and head repeat their [0, 0] tap")
-    table = tensors.get("pos_embed")
-    if table is not None and table.shape[1] != model.pos_embed.shape[1]:
+    table = tensors["pos_embed"]
+    if table.shape[1] != model.pos_embed.shape[1]:
         side = math.isqrt(table.shape[1] - EXTRA_TOKENS)
         if side**2 + EXTRA_TOKENS != table.shape[1]:
             raise UserError(

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -58,15 +59,40 @@ def _cpu_model() -> str:
     return models[0] if models else platform.processor() or platform.machine()
 
 
+# Keys of Hugging Face, GitHub, OpenAI, Slack, Amazon, GitLab, wandb (40 hexadecimal digits), and
+# whatever follows a word such as token or is the password in an address.
+_SECRETS = re.compile(
+    r"\b(?:hf_|gh[a-z]_|github_pat_|sk-|xox[a-z]-|AKIA|glpat-)[\w-]{8,}|\b[0-9a-fA-F]{40}\b"
+    r"|(?<=://)[^/\s@]+(?=@)|(?i:(?<=token=)|(?<=secret=)|(?<=password=)|(?<=key=))\S+")
+
+
+def scrubbed(text: str) -> str:
+    """`text` with ~ for the home directory and *** for what looks like a key or a password."""
+    home = os.path.expanduser("~").rstrip("/")
+    text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text) if home else text
+    return _SECRETS.sub("***", text)
+
+
+# wandb's settings for the numbers and nothing else: left to itself it sends the command line,
+# paths, the host's name, packages, the state of git and whatever is printed.
+WANDB_SETTINGS = dict(
+    console="off", disable_git=True, save_code=False, disable_code=True,
+    disable_job_creation=True, x_disable_meta=True, x_disable_machine_info=True,
+    x_disable_stats=True, x_save_requirements=False, program="", program_relpath="", host="",
+)  # fmt: skip
+
+
 def environment() -> dict:
-    """Commit, package versions, Python, platform, devices, torch's threads, the command line."""
+    """Commit, package versions, Python, platform, devices, torch's threads, the command line; no
+    home directory and no secrets, since results are published.
+    """
     import torch
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     packages = {**_package_versions(), "torch": torch.__version__}  # with its CUDA version
     return {"commit": _commit(), "packages": packages,
             "python": platform.python_version(), "platform": platform.platform(),
             "devices": devices or [_cpu_model()], "torch_threads": torch.get_num_threads(),
-            "argv": list(sys.argv)}
+            "argv": [scrubbed(word) for word in sys.argv]}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,6 +176,7 @@ class MetricsLog:
     def _start_wandb(self):
         import wandb
         self._wandb_run = wandb.init(project="DiM", dir=str(self._directory),
+                                     settings=dict(WANDB_SETTINGS),
                                      mode=os.environ.get("WANDB_MODE", "offline"))
 
     def _guard_wandb(self, call, *arguments, **keywords):

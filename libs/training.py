@@ -280,16 +280,48 @@ def training_state(engine, precision, progress):
     }
 
 
+def check_optimizer_state(state, optimizer):
+    """ValueError for a state of another optimizer, which torch takes and stumbles over later."""
+
+    def kind(value):
+        return tuple(map(kind, value)) if isinstance(value, (tuple, list)) else (
+            float if type(value) is int else type(value)
+        )  # fmt: skip
+
+    groups = optimizer.state_dict()["param_groups"]
+    for group, own in zip(state["param_groups"], groups, strict=True):
+        for key in own.keys() & group.keys() - {"fused"}:
+            if kind(group[key]) != kind(own[key]):
+                raise ValueError(f"its {key} is {group[key]!r}")
+        if list(group["params"]) != own["params"]:
+            raise ValueError("its parameters are others")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, averages in state["state"].items():
+        own = {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[index].shape)}
+        found = {name: x.shape for name, x in averages.items() if x.is_floating_point()}
+        if found != own or found.keys() != averages.keys():
+            raise ValueError(f"its averages of parameter {index} do not fit")
+
+
 def resume(found, network, ema, optimizer, precision):
     """Load the checkpoint at `found` (path, step) everywhere. Returns its Progress."""
     saved = checkpoint.load(found[0])
     load_strict(network, saved.nnet, found[0])
     load_strict(ema.model, saved.ema, found[0])
     state = saved.training_state
-    optimizer.load_state_dict(state["optimizer"])
-    if precision.scaler.is_enabled() and state["scaler"]:
-        precision.scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    try:
+        check_optimizer_state(state["optimizer"], optimizer)
+        optimizer.load_state_dict(state["optimizer"])
+        if precision.scaler.is_enabled() and state["scaler"]:
+            precision.scaler.load_state_dict(state["scaler"])
+        if not all(type(count) is int and count >= 0 for count in state["progress"].values()):
+            raise ValueError(f"its progress is {state['progress']}")
+        return Progress(**state["progress"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{found[0] / 'training.pt'} is not the state of a run like this one ({error!r}); go "
+            "on with the version and config that saved it, or move the checkpoint away"
+        ) from error
 
 
 def find_checkpoint(directory, accelerator):

@@ -1,13 +1,11 @@
 """Tensors from files, without running code from them, and into modules, strictly."""
 
 import hashlib
-import pickle
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from libs import pickled, torch_files
 from utils import UserError, read_json
 
 USE_ANOTHER = "use another checkpoint"
@@ -28,14 +26,31 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
+def manifest_of(folder):
+    """{file name: {'size': int, 'sha256': str}} and the other entries of a checkpoint's
+    manifest.json, as a dict; UserError if it is no such file.
+    """
+    path = Path(folder) / "manifest.json"
+    manifest = read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(
+        isinstance(entry, dict) and type(entry.get("size")) is int
+        and isinstance(entry.get("sha256"), str)
+        for entry in files.values()
+    ):  # fmt: skip
+        raise UserError(f"{path} is damaged: it has no size and sha256 of files; {USE_ANOTHER}")
+    return manifest
+
+
 def check_manifest(path):
     """UserError where the manifest of the checkpoint that holds the file `path` has another hash.
 
     A file without a manifest beside it, such as one that was copied alone, passes.
     """
-    manifest = path.with_name("manifest.json")
-    entries = read_json(manifest).get("files", {}) if manifest.is_file() else {}
-    if path.name in entries and sha256_of(path) != entries[path.name]["sha256"]:
+    if not path.with_name("manifest.json").is_file():
+        return
+    entry = manifest_of(path.parent)["files"].get(path.name)
+    if entry and sha256_of(path) != entry["sha256"]:
         raise UserError(
             f"{path} is damaged: its SHA-256 is not the one in manifest.json; use another "
             "checkpoint"
@@ -46,36 +61,24 @@ def read_safetensors(path):
     """name -> CPU tensor of a .safetensors file; UserError if it is damaged or none."""
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # broken and hostile files raise several kinds
         raise UserError(
             f"{path} is damaged or no safetensors file ({error}); {USE_ANOTHER}"
         ) from error
 
 
 def read_torch(path):
-    """What torch.save wrote, tensors on the CPU; UserError if it is damaged, or holds pickled code,
-    which is never run.
+    """What torch.save wrote, tensors on the CPU; UserError if it is damaged, or asks for code to be
+    run, which is never done.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        with open(path, "rb") as file:
-            if file.read(1) not in (b"P", b"\x80"):  # neither a zip archive nor a pickle
-                raise UserError(f"{path} is damaged or no torch file; {USE_ANOTHER}") from error
+        return torch_files.load(path)
+    except pickled.ForbiddenName as error:
         raise UserError(
-            f"{path} contains pickled code or objects, which are never executed; only plain "
-            "tensors and values are read, so use a "
-            "checkpoint from a source you trust"
+            f"{path} contains pickled code or objects, which are never executed ({error}); only "
+            "plain tensors and values are read, so use a checkpoint from a source you trust"
         ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:
+    except Exception as error:  # broken and hostile files raise almost any kind
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         raise UserError(f"{path} is damaged or no torch file ({reason}); {USE_ANOTHER}") from error
 

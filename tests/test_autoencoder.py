@@ -260,6 +260,10 @@ DAMAGES = {
         lambda ldm: ldm | {"encoder.down.0.block.0.conv1.weight": torch.zeros(1, 1, 1, 1).expand(
             2**24, 2**24, 3, 3
         )},
+        "claims more than its 1 numbers",
+    ),
+    "shared": (  # one tensor by many names, each of which would become a copy
+        lambda ldm: ldm | dict.fromkeys(map(str, range(3000)), ldm["decoder.conv_in.weight"]),
         "its tensors claim more than it holds",
     ),
     "absurd": (  # within what the file holds, but not the network that it asks for

@@ -555,7 +555,7 @@ def test_statistics_that_do_not_belong(refused, trained, tmp_path, marker):
         np.savez(path, **arrays)
         refused("eval", words, str(path), *says)
     path.write_bytes(b"not numpy")
-    assert "unsafely" not in refused("eval", words, str(path), "another kind of file")
+    assert "unsafely" not in refused("eval", words, str(path), "not a zip file")
     assert not marker.exists() and not (tmp_path / "result.json").exists()
 
 

@@ -322,13 +322,17 @@ def test_inception_weights_are_checksummed(inception_weights, tmp_path):
 
 def test_files_that_are_not_inception_weights_are_refused(tmp_path):
     path, victim = tmp_path / "weights.pth", tmp_path / "executed"
-    contents = [{"conv.weight": torch.zeros(3)}, [1, 2], MakesDirectory(victim)]
-    for content in contents:
-        torch.save(content, path)
-        with pytest.raises(UserError, match="weights.pth does not hold pytorch-fid's Inception"):
-            InceptionFeatures(path, sha256_prefix=None)
+    contents = {
+        "weights.pth does not hold pytorch-fid's Inception": [{"conv.weight": torch.zeros(3)}, [1]],
+        "weights.pth contains pickled code.*mkdir": [MakesDirectory(victim)],
+    }
+    for says, values in contents.items():
+        for value in values:
+            torch.save(value, path)
+            with pytest.raises(UserError, match=says):
+                InceptionFeatures(path, sha256_prefix=None)
     path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(UserError, match="weights.pth does not hold pytorch-fid's Inception"):
+    with pytest.raises(UserError, match="weights.pth is damaged or no torch file"):
         InceptionFeatures(path, sha256_prefix=None)
     assert not victim.exists()
 
