@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from datasets import GlobalBatchSampler
 from libs import checkpoint, evaluation, metrics, run
+from libs.batches import micro_batches
 from libs.ema import EMA
 from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
@@ -77,33 +76,6 @@ def make_optimizer(config, model):
         weight_decay=settings.weight_decay,
         fused=True,
     )
-
-
-def micro_batches(config, dataset, accelerator, start_batch):
-    """Endless iterator over this rank's micro-batches (x, y) from global batch `start_batch` on.
-
-    Our sampler shards and resumes, so the loader is not given to accelerate.
-    """
-    sampler = GlobalBatchSampler(
-        len(dataset),
-        config.train.batch_size,
-        num_processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        start_batch=start_batch,
-    )
-    workers = config.train.num_workers
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=run.detach_worker,
-    )
-    with run.starting_workers():
-        return iter(loader)
 
 
 def rows_of(config, accelerator, micro_batch):
@@ -258,10 +230,16 @@ def resume(found, network, ema, optimizer, precision):
     load_strict(network, saved.nnet, found[0])
     load_strict(ema.model, saved.ema, found[0])
     state = saved.training_state
-    optimizer.load_state_dict(state["optimizer"])
-    if precision.scaler.is_enabled() and state["scaler"]:
-        precision.scaler.load_state_dict(state["scaler"])
-    return Progress(**state["progress"])
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        if precision.scaler.is_enabled() and state["scaler"]:
+            precision.scaler.load_state_dict(state["scaler"])
+        return Progress(**state["progress"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{found[0] / 'training.pt'} is not the state of a run like this one ({error!r}); go "
+            "on with the version and config that saved it, or move the checkpoint away"
+        ) from error
 
 
 def find_checkpoint(directory, accelerator):
@@ -273,6 +251,9 @@ def find_checkpoint(directory, accelerator):
     found = [None]
     if accelerator.is_main_process:
         found = [checkpoint.latest(directory, report=log.warning)]
+        checkpoint.clean(directory)
+        if found[0] and not found[0][0].is_dir():  # it has got its name back
+            found = [checkpoint.latest(directory, report=log.warning)]
         damaged = sorted(path.name for path in directory.glob("*.ckpt")) if not found[0] else []
         if damaged:
             raise UserError(
@@ -383,18 +364,25 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     lock = utils.RunLock(directory) if accelerator.is_main_process else contextlib.nullcontext()
-    with lock, run.StopRequest() as stop:
+    with lock, run.StopRequest() as stop, contextlib.ExitStack() as at_end:
         run.get_logger(directory, accelerator.process_index)
+        if accelerator.is_main_process:
+            utils.remove_leftovers(directory, directory / "samples")
         finished = loop(
-            config, directory, accelerator, stop, model, process, codec, dataset, start_weights
-        )
+            config, directory, accelerator, stop, at_end, model, process, codec, dataset,
+            start_weights,
+        )  # fmt: skip
     accelerator.end_training()  # else gloo's threads now and then abort the process at its end
     if not finished:
         sys.exit(STOPPED)
 
 
-def loop(config, directory, accelerator, stop, model, process, codec, dataset, start_weights):
-    """The body of `train`, flat; returns whether it came to the end."""
+def loop(
+    config, directory, accelerator, stop, at_end, model, process, codec, dataset, start_weights
+):  # fmt: skip
+    """The body of `train`, flat; returns whether it came to the end. at_end: what is to be closed,
+    however it ends.
+    """
     precision = Precision(config.train.mixed_precision, accelerator.device)
     start = start_weights() if not any((directory / "ckpts").glob("*.ckpt")) else []
     network = model.to(accelerator.device).train()
@@ -424,7 +412,8 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
         metrics_log = run.MetricsLog(
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
         )
-        metrics_log.truncate_after(progress.step)
+        at_end.callback(metrics_log.close)
+        metrics_log.truncate_after(progress.step, progress.batch)
         announce(config, directory, accelerator, all_ranks, precision, engine, dataset, start)
 
     depth = network.depth if getattr(network, "drop_path", 0) else 0
@@ -446,7 +435,9 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
         step, last = progress.step, progress.step == settings.n_steps
         if main and (outcome != "ok" or step % settings.log_interval == 0 or last):
             lr, img_s = engine.optimizer.param_groups[0]["lr"], speed(progress.batch)
-            line = dict(loss=loss, grad_norm=norm, lr=lr, img_s=img_s, outcome=outcome)
+            line = dict(
+                batch=progress.batch, loss=loss, grad_norm=norm, lr=lr, img_s=img_s, outcome=outcome
+            )
             metrics_log.write(step, line)
             bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{img_s:.0f}")
         if outcome == "ok":
@@ -459,8 +450,6 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
             with speed.paused():
                 outputs.at_intervals(step, last, metrics_log, lambda: stop.requested)
     bar.close()
-    if main:
-        metrics_log.close()
     if progress.step < settings.n_steps:
         log.info("stopped at step %d as asked; the same command goes on from here", progress.step)
         return False

@@ -140,7 +140,8 @@ def _load_kernels():
     torch.set_num_threads(1)
     nnet = dict(name="dim", input_size=8, in_channels=1, dim=16, depth=3, num_classes=10)
     model = build_model({**nnet, "mamba": {"d_state": 16, "d_conv": 2, "expand": 2}})
-    model(torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)).sum().backward()
+    x, y = torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.long)
+    model(x, torch.zeros(1), y).sum().backward()
 
 
 def _become_a_run(request):
@@ -205,17 +206,17 @@ class Run:
     def __init__(self, pid, output, wait):
         self.pid, self.output, self._wait = pid, Path(output), wait
         self.began, self._from = time.monotonic(), self._size()
-        self.seconds = None
+        self.status = self.seconds = None
 
     def _size(self):
         return self.output.stat().st_size if self.output.exists() else 0
 
     def wait(self, seconds=WAIT_S):
         """Its exit status, negative for a signal; None if it still runs after so long."""
-        status = self._wait(seconds)
-        if status is not None:
+        if self.status is None:
+            self.status = self._wait(seconds)
             self.seconds = time.monotonic() - self.began
-        return status
+        return self.status
 
     def finish(self):
         """(exit status, what it printed); kills and complains of one that does not end."""
