@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import faults
-import runs
+import numpy as np
 
 LAST = 12  # steps of these runs; checkpoints at 3, 6, 9, 12
 FILES = ("nnet.safetensors", "nnet_ema.safetensors", "training.pt", "config.json", "manifest.json")
@@ -298,6 +298,66 @@ def no_network(lab, kind):
         if not any(f"WARNING {logger} " in line for line in text.splitlines()):
             said.append(f"the log does not speak of {logger}")
     return dict(complaints=said, seconds=run.seconds)
+
+
+# ---------------------------------------------------------------------------------------------
+# Cached latents
+
+
+def write_latents(folder, count=64, shape=(8, 8, 8)):
+    """Packed latents of `count` images without classes, 32 of them in a shard."""
+    from libs.feature_writer import Packing, ShardWriter, make_settings
+
+    records = np.random.default_rng(0).standard_normal((count, *shape)).astype(np.float16)
+    packing = Packing(folder, make_settings(
+        record_shape=shape, scale_factor=0.18215, resolution=64, flips=False,
+        autoencoder_sha256="a" * 64, precision="fp32", crop="centre crop", source="folder",
+        images_sha256="b" * 64, num_images=count, images_per_shard=32, class_names=None,
+    ))  # fmt: skip
+    packing.begin()
+    for number in packing.missing():
+        images = packing.images(number)
+        with ShardWriter(packing, number) as writer:
+            writer.write(records[images.start : images.stop])
+            writer.commit({})
+    packing.finish(None)
+    return folder
+
+
+def start_on_latents(lab, workdir, latents, workers=0, **doing):
+    words = lab.words(
+        workdir, z_shape="(4,8,8)", dataset__name="folder_features", dataset__path=latents,
+        dataset__cfg=False, train__mode="uncond", nnet__in_channels=4, train__grid_samples=0,
+        sample__algorithm="dpm_solver",
+        train__num_workers=workers,
+    )  # fmt: skip
+    output = lab.folder / "output"
+    return lab.warm.start(words, output, script="train_ldm_discrete", **doing)
+
+
+def truncated_shard(lab, when, workers):
+    """A shard is cut short before the run starts, or while it reads; then it is repaired."""
+    latents, name = write_latents(lab.new()), "shard-00001.bin"
+    reference, workdir = lab.new(), lab.new()
+    status, text = start_on_latents(lab, reference, latents).finish()
+    assert status == 0, text
+    whole = (latents / name).read_bytes()
+    began = time.monotonic()
+    if when == "before":
+        cut(latents / name, 0.5)
+        run = start_on_latents(lab, workdir, latents, workers)
+    else:
+        run = start_on_latents(lab, workdir, latents, workers, slow=dict(seconds=0.1))
+        faults.wait_until(lambda: faults.last_step(workdir) >= 4)
+        began = time.monotonic()
+        cut(latents / name, 0)
+    line, said = message(*run.finish(), "data set" if when == "while" else name)
+    seconds = time.monotonic() - began
+    (latents / name).write_bytes(whole)
+    status, text = start_on_latents(lab, workdir, latents, workers).finish()
+    said += [] if status == 0 else [f"status {status}: {text[-2000:]}"]
+    said += faults.Undisturbed(reference).complaints(workdir, ended=LAST)
+    return dict(complaints=said, seconds=seconds, message=line)
 
 
 def random_places(count, seed):

@@ -244,12 +244,13 @@ class Run:
             return file.read().decode(errors="replace")
 
 
-def start_command(words, output, script="train", **extra):
-    """A Run of the real command `python train.py ...`."""
+def start_command(words, output, script="train", num_processes=0, **extra):
+    """A Run of the real command `python train.py ...`, or of its launcher."""
     with open(output, "ab") as file:
         began = time.monotonic()
+        command = [*runs.launcher(num_processes), f"{script}.py", *map(str, words)]
         process = subprocess.Popen(
-            [sys.executable, f"{script}.py", *map(str, words)], cwd=runs.ROOT,
+            command, cwd=runs.ROOT,
             env=runs.environment(**extra), stdin=subprocess.DEVNULL, stdout=file,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
