@@ -149,7 +149,7 @@ def loggers(lab, count):
 
 
 def shards(lab, count):
-    how = [("before", 0), ("before", 2), ("while", 2)][:count]
+    how = [("before", 0), ("before", 2), ("while", 2), ("while", 0)][:count]
     return repeat(cases.truncated_shard, [(lab, *values) for values in how])
 
 
@@ -182,7 +182,7 @@ PARTS = {
     "nan_data": ("NaN images, some or all", nan_data, 4),
     "worker_deaths": ("kill -9 of loader workers", worker_deaths, 8),
     "loggers": ("wandb's server down, silent or broken; TensorBoard's folder taken", loggers, 3),
-    "shards": ("a shard of cached latents cut short", shards, 3),
+    "shards": ("a shard of cached latents cut short", shards, 4),
     "ranks_killed": ("kill -9 of one of two processes", ranks_killed, 2),
     "ranks_paused": ("one of two processes frozen for 8 s", ranks_paused, 2),
     "ranks_frozen": ("one of two processes frozen for good, DIM_TIMEOUT_S=10", ranks_frozen, 2),

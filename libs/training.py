@@ -5,6 +5,7 @@ of processes, on the accumulation, or on where it was interrupted.
 """
 
 import contextlib
+import faulthandler
 import logging
 import math
 import sys
@@ -360,6 +361,8 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
             were not finite.
         SystemExit: with status 143 after a signal, the state being saved.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a file that is cut short under its memory map is a bus error
     accelerator = make_accelerator()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
