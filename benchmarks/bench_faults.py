@@ -69,7 +69,7 @@ def kills(start, lab, **options):
 
 def kills_forked(lab, count, workers=0):
     config = dict(train__n_steps=STEPS, train__num_workers=workers)
-    return kills(lambda at: lab.start(at, config), lab, cycles=count, delay_s=3, seed=workers)
+    return kills(lambda at: lab.start(at, config), lab, cycles=count, start_s=2, seed=workers)
 
 
 def kills_workers(lab, count):
@@ -81,7 +81,7 @@ def kills_command(lab, count):
         words = lab.words(workdir, train__n_steps=STEPS, train__num_workers=2)
         return faults.start_command(words, lab.folder / "output")
 
-    return kills(start, lab, cycles=count, delay_s=20, seed=3)
+    return kills(start, lab, cycles=count, start_s=12, seed=3)
 
 
 def points(lab, count, template=None):
@@ -140,7 +140,8 @@ def nan_data(lab, count):
 def worker_deaths(lab, count):
     arguments = [(lab, 2 + k % 8, 1 + k % 2) for k in range(count)]
     once = [cases.killed_worker(*values) for values in arguments]
-    return summary([*once, cases.killed_workers_again_and_again(lab)])
+    stuck, repeated = cases.killed_with_a_stuck_worker, cases.killed_workers_again_and_again
+    return summary([*once, stuck(lab), repeated(lab)])
 
 
 def loggers(lab, count):
@@ -170,17 +171,17 @@ def ranks_frozen(lab, count):
 
 # name -> (what is done, function, how often at most)
 PARTS = {
-    "kills_forked": ("kill -9 at a random time", kills_forked, 300),
-    "kills_workers": ("kill -9 at a random time, two loader workers", kills_workers, 200),
-    "kills_command": ("kill -9 of `python train.py ...` at a random time", kills_command, 30),
+    "kills_forked": ("kill -9 at a random time", kills_forked, 200),
+    "kills_workers": ("kill -9 at a random time, two loader workers", kills_workers, 100),
+    "kills_command": ("kill -9 of `python train.py ...` at a random time", kills_command, 20),
     "points": ("kill -9 before each change of the disk in a run with two saves", points, 1000),
     "points_replacing": ("the same where a damaged checkpoint is replaced", points_replacing, 1000),
-    "checkpoints": ("a file of the newest checkpoint flipped, cut or removed", checkpoints, 60),
+    "checkpoints": ("a file of the newest checkpoint flipped, cut or removed", checkpoints, 40),
     "deletions": ("the newest checkpoint, or all, deleted", deletions, 2),
     "run_files": ("another file of the run directory emptied", run_files, 5),
-    "full_disk": ("file systems of 4 to 800 KiB, full", full_disk, 40),
+    "full_disk": ("file systems of 4 to 800 KiB, full", full_disk, 16),
     "nan_data": ("NaN images, some or all", nan_data, 4),
-    "worker_deaths": ("kill -9 of loader workers", worker_deaths, 8),
+    "worker_deaths": ("kill -9 of loader workers", worker_deaths, 4),
     "loggers": ("wandb's server down, silent or broken; TensorBoard's folder taken", loggers, 3),
     "shards": ("a shard of cached latents cut short", shards, 4),
     "ranks_killed": ("kill -9 of one of two processes", ranks_killed, 2),

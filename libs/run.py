@@ -4,6 +4,7 @@ Layer 0: imports nothing of ours. torch, TensorBoard and wandb are imported wher
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import logging
@@ -325,6 +326,7 @@ class StopRequest:
 # checkpoint is saved. So workers leave the group, and until they have, the signals are blocked.
 # They do not ignore SIGTERM: Python ends with it, and waits for, the workers alive at its exit.
 
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
@@ -348,6 +350,10 @@ def detach_worker(worker_id: int) -> None:
     """worker_init_fn of a DataLoader whose iterator is made in `starting_workers`."""
     if sys.platform == "win32":
         return
+    if sys.platform == "linux":
+        # A worker ends with its parent, however that ends. torch's own watch takes 5 s, and waits
+        # for ever on a lock that the parent was killed with.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)
     while signal.sigpending() & _STOP_SIGNALS:
         signal.sigwait(_STOP_SIGNALS)  # meant for the group that this worker was in

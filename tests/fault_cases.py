@@ -179,20 +179,24 @@ def full_disk(lab, kib):
 # Data
 
 
+def images_at(places):
+    """The images at these places of the first epoch."""
+    from datasets import permutation
+
+    return permutation(1797, seed=1234, epoch=0)[places].tolist()  # the seed of configs/common.py
+
+
 def nan_batches(lab, places):
     """Some images are NaN, by their places in the training stream: their steps are skipped, and a
     kill among them changes nothing.
     """
-    from datasets import permutation
-
     found, config = [], dict(train__n_steps=9)
-    images = permutation(1797, seed=1234, epoch=0)[places].tolist()  # of configs/common.py
-    broken = dict(indices=images)
+    broken = dict(indices=images_at(places))
     for kill in (False, True):
         workdir = lab.new()
         if kill:
             run = lab.start(workdir, config, nan_images=broken, slow=dict(seconds=0.1))
-            faults.wait_until(lambda at=workdir: faults.last_step(at) >= 5)
+            faults.wait_for_step(run, workdir, 5)
             run.kill()
         run = lab.start(workdir, config, nan_images=broken)
         status, text = run.finish()
@@ -223,7 +227,7 @@ def killed_worker(lab, step, number):
     """kill -9 of `number` of two workers after `step`: the run goes on."""
     workdir = lab.new()
     run = lab.start(workdir, dict(train__num_workers=2), slow=dict(seconds=0.1))
-    faults.wait_until(lambda: faults.last_step(workdir) >= step)
+    faults.wait_for_step(run, workdir, step)
     for worker in workers_of(run)[:number]:
         worker.kill()
     began = time.monotonic()
@@ -239,11 +243,23 @@ def workers_of(run):
     return found
 
 
+def killed_with_a_stuck_worker(lab):
+    """kill -9 of a run whose workers read and read: they end with it."""
+    workdir = lab.new()
+    stuck = dict(indices=images_at(list(range(24, 32))))
+    run = lab.start(workdir, dict(train__num_workers=2), stuck=stuck)
+    faults.wait_for_step(run, workdir, 4)
+    workers = workers_of(run)
+    run.kill()
+    seconds = faults.wait_until(lambda: not any(map(faults.alive, workers)), faults.ORPHANS_S)
+    return dict(complaints=lab.ended(workdir, lab.start(workdir)), seconds=seconds)
+
+
 def killed_workers_again_and_again(lab):
     """Workers die as soon as they are there: a message, and the same command goes on."""
     workdir = lab.new()
     run = lab.start(workdir, dict(train__num_workers=2), slow=dict(seconds=0.1))
-    faults.wait_until(lambda: faults.last_step(workdir) >= 4)
+    faults.wait_for_step(run, workdir, 4)
     began = time.monotonic()
     while run.wait(0.02) is None and time.monotonic() - began < 120:
         for worker in run.children():
@@ -348,7 +364,7 @@ def truncated_shard(lab, when, workers):
         run = start_on_latents(lab, workdir, latents, workers)
     else:
         run = start_on_latents(lab, workdir, latents, workers, slow=dict(seconds=0.1))
-        faults.wait_until(lambda: faults.last_step(workdir) >= 4)
+        faults.wait_for_step(run, workdir, 4)
         began = time.monotonic()
         cut(latents / name, 0)
     status, text = run.finish()

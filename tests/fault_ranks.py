@@ -44,7 +44,7 @@ def started(lab, step, **extra):
     """(run directory, a run of two processes that has come to `step`)."""
     workdir = lab.new()
     run = start(lab, workdir, slow=True, **extra)
-    faults.wait_until(lambda: faults.last_step(workdir) >= step)
+    faults.wait_for_step(run, workdir, step)
     return workdir, run
 
 

@@ -5,6 +5,8 @@ session of its own, that does what `python train.py ...` does after its imports.
 """
 
 import contextlib
+import copy
+import functools
 import hashlib
 import importlib
 import json
@@ -99,7 +101,20 @@ def slow(seconds):
     training.update = slow_update
 
 
-FAULTS = {f.__name__: f for f in (die_at, nan_images, slow)}
+def stuck(indices):
+    """Reading one of these images does not come back, as on a network file system that is gone."""
+    from datasets import Digits
+
+    read = Digits._read
+
+    def stuck_read(self, epoch, index):
+        time.sleep(3600 if index in indices else 0)
+        return read(self, epoch, index)
+
+    Digits._read = stuck_read
+
+
+FAULTS = {f.__name__: f for f in (die_at, nan_images, slow, stuck)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,7 +128,7 @@ def serve():
     from libs import flags
 
     scripts = {name: importlib.import_module(name) for name in ("train", "train_ldm_discrete")}
-    _load_kernels()
+    _prepare()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -129,13 +144,16 @@ def serve():
         print(json.dumps(answer), flush=True)
 
 
-def _load_kernels():
+def _prepare():
     """What a run does first and waits longest for, so that its forks have it."""
+    import sklearn.datasets
     import torch
-    from sklearn.datasets import load_digits  # noqa: F401
 
-    from libs import checkpoint, evaluation  # noqa: F401
+    from libs import run
     from libs.models import build_model
+
+    sklearn.datasets.load_digits = functools.partial(copy.deepcopy, sklearn.datasets.load_digits())
+    run.environment = functools.partial(copy.deepcopy, run.environment())
 
     torch.set_num_threads(1)
     nnet = dict(name="dim", input_size=8, in_channels=1, dim=16, depth=3, num_classes=10)
@@ -274,6 +292,11 @@ def wait_until(condition, seconds=WAIT_S):
     return time.monotonic() - began
 
 
+def wait_for_step(run, workdir, step):
+    """Return once the run has logged `step`, or ended."""
+    wait_until(lambda: run.wait(0) is not None or last_step(workdir) >= step)
+
+
 def last_step(workdir):
     """The last step with a whole line in metrics.jsonl, 0 for none."""
     lines = logged(workdir)
@@ -383,17 +406,20 @@ def one_sentence(status, text):
 # Kills
 
 
-def kill_cycles(start, workdir, undisturbed, *, cycles, delay_s, seed, last):
+def kill_cycles(start, workdir, undisturbed, *, cycles, start_s, seed, last):
     """Start a run of `last` steps, kill it at a random time, look, and start it again; from scratch
     whenever it came to its end. Yields a dict for each start.
 
-    start(workdir): a Run. delay_s: kills come up to so much later than the start, uniformly.
+    start(workdir): a Run. One kill in three comes up to start_s after the start, the others up to
+    2 s after the first new step, uniformly.
     """
     times, killed, workers = random.Random(seed), 0, []
     while killed < cycles:
         saving, resumed = set(Path(workdir).glob("ckpts/.*")), newest(workdir)[1]
-        run, after_s = start(workdir), times.uniform(0, delay_s)
-        status = run.wait(after_s)
+        run, early, share = start(workdir), times.random() < 1 / 3, times.random()
+        if not early:
+            wait_for_step(run, workdir, resumed + 1)
+        status = run.wait(share * (start_s if early else 2))
         if status is None:
             workers += [(time.monotonic(), child) for child in run.children()]
             run.kill()
@@ -401,11 +427,11 @@ def kill_cycles(start, workdir, undisturbed, *, cycles, delay_s, seed, last):
         said = undisturbed.complaints(workdir, ended=last if status == 0 else None)
         if status not in (None, 0):
             said.append(f"status {status}: {run.text()[-2000:]}")
-        workers = [(since, child) for since, child in workers if alive(child)]
-        if workers and time.monotonic() - workers[0][0] > ORPHANS_S:
-            said.append(f"{workers[0][1]} outlives its run by more than {ORPHANS_S} s")
+        old = [child for since, child in workers if time.monotonic() - since > ORPHANS_S]
+        said += [f"{child} outlives its run" for child in filter(alive, old)]
+        workers = [(since, child) for since, child in workers if child not in old]
         yield dict(
-            killed=status is None, after_s=after_s, made=max(0, last_step(workdir) - resumed),
+            killed=status is None, made=max(0, last_step(workdir) - resumed),
             saving=bool(set(Path(workdir).glob("ckpts/.*")) - saving), complaints=said,
         )  # fmt: skip
         if status == 0:

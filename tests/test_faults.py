@@ -81,7 +81,7 @@ def test_kills_at_random_times(lab):
     workdir, killed = lab.new(), 0
     for row in faults.kill_cycles(
         lambda at: lab.start(at, config), workdir, lab.undisturbed,
-        cycles=6, delay_s=2.5, seed=0, last=STEPS,
+        cycles=6, start_s=1.5, seed=0, last=STEPS,
     ):  # fmt: skip
         killed += right(row)["killed"]
     assert killed == 6
@@ -138,6 +138,10 @@ def test_nothing_but_nan(lab, template):
 
 def test_both_data_loader_workers_are_killed(lab):
     right(cases.killed_worker(lab, step=7, number=2))
+
+
+def test_workers_end_with_a_run_that_is_killed(lab):
+    right(cases.killed_with_a_stuck_worker(lab))
 
 
 @pytest.mark.slow
