@@ -266,6 +266,16 @@ class MetricsLog:
         self._file, self._trackers = None, []
 
 
+def has_logged(directory, step: int, name: str) -> bool:
+    """Whether metrics.jsonl in `directory` has a value of this name at this step."""
+    path = Path(directory) / "metrics.jsonl"
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return any(f'"{name}"' in line and _is_before(line, step, math.inf)
+                   and json.loads(line)["step"] == step for line in lines)
+
+
 def _is_before(line: str, step: int, batch: float) -> bool:
     """Whether a line of metrics.jsonl is of this step and batch or earlier ones, and whole."""
     try:

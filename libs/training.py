@@ -295,12 +295,34 @@ class Outputs:
             (self.directory / "samples").mkdir(exist_ok=True)
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
 
-    def at_intervals(self, step, last, metrics_log, stop):
-        """A grid every eval_interval steps, FID every save_interval, and both at the end."""
-        settings = self.config.train
-        if settings.grid_samples and (last or step % settings.eval_interval == 0):
+    def due(self, step):
+        """What step `step` asks for: a grid every eval_interval steps, FID every save_interval, and
+        both at the end.
+        """
+        settings, last = self.config.train, step == self.config.train.n_steps
+        return {
+            "grid": bool(settings.grid_samples and (last or step % settings.eval_interval == 0)),
+            "fid": bool(self.fid_samples and (last or step % settings.save_interval == 0)),
+        }
+
+    def missing(self, step):
+        """What is due and was not made, since the run ended after the save of `step`; all processes
+        must ask.
+        """
+        due = [self.due(step)]
+        if self.accelerator.is_main_process:
+            grid = self.directory / "samples" / f"{step}.png"
+            due[0]["grid"] &= not grid.is_file()
+            due[0]["fid"] &= not run.has_logged(self.directory, step, "frechet_distance")
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(due)
+        return due[0]
+
+    def make(self, due, step, metrics_log, stop):
+        """What `due` names."""
+        if due["grid"]:
             self.grid(step, stop)
-        if self.fid_samples and (last or step % settings.save_interval == 0):
+        if due["fid"]:
             result = self.fid(stop)
             if result and self.accelerator.is_main_process:
                 figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
@@ -419,6 +441,10 @@ def loop(
         metrics_log.truncate_after(progress.step, progress.batch)
         announce(config, directory, accelerator, all_ranks, precision, engine, dataset, start)
 
+    if found:
+        missing = outputs.missing(progress.step)
+        outputs.make(missing, progress.step, metrics_log, lambda: stop.requested)
+
     depth = network.depth if getattr(network, "drop_path", 0) else 0
     settings = config.train
     speed, stops = Speed(settings.batch_size, progress.batch), False
@@ -451,7 +477,7 @@ def loop(
             outputs.save(step)
         if outcome == "ok" and not stops:
             with speed.paused():
-                outputs.at_intervals(step, last, metrics_log, lambda: stop.requested)
+                outputs.make(outputs.due(step), step, metrics_log, lambda: stop.requested)
     bar.close()
     if progress.step < settings.n_steps:
         log.info("stopped at step %d as asked; the same command goes on from here", progress.step)

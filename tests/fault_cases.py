@@ -80,6 +80,7 @@ def killed_at(lab, count, config=None, template=None):
     said += lab.undisturbed.complaints(workdir) if not template else []
     last = (config or {}).get("train__n_steps", LAST)
     said += lab.ended(workdir, lab.start(workdir, config), last)
+    said += [] if (workdir / "samples" / f"{last}.png").is_file() else ["lost: the last picture"]
     shutil.rmtree(workdir)
     return dict(complaints=said, died=status != 0)
 

@@ -148,6 +148,7 @@ def _prepare():
     """What a run does first and waits longest for, so that its forks have it."""
     import sklearn.datasets
     import torch
+    import torchvision.utils  # noqa: F401
 
     from libs import run
     from libs.models import build_model
@@ -182,7 +183,7 @@ def _wait(pid, seconds):
             return os.waitstatus_to_exitcode(status)
         if time.monotonic() > deadline:
             return None
-        time.sleep(0.001)
+        time.sleep(0.004)
 
 
 class Warm:
@@ -288,7 +289,7 @@ def wait_until(condition, seconds=WAIT_S):
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < seconds, "what was waited for never came"
-        time.sleep(0.005)
+        time.sleep(0.02)
     return time.monotonic() - began
 
 
@@ -342,12 +343,16 @@ def numbers(line):
 
 
 class Undisturbed:
-    """What every step of an undisturbed run logged, and the digest of each of its checkpoints."""
+    """What every step of an undisturbed run logged, the digest of each of its checkpoints, and its
+    pictures.
+    """
 
     def __init__(self, workdir):
         self.lines = [numbers(line) for line in logged(workdir)]
         folders = (Path(workdir) / "ckpts").glob("*.ckpt")
         self.digests = {int(path.stem): digest(path) for path in folders}
+        pictures = (Path(workdir) / "samples").glob("*.png")
+        self.pictures = {int(path.stem): path.read_bytes() for path in pictures}
 
     def complaints(self, workdir, ended=None):
         """Sentences on what is lost or wrong in `workdir`, where a run was killed, or ended at the
@@ -366,6 +371,10 @@ class Undisturbed:
             said.append(f"lost: metrics.jsonl has not every step up to {step}.ckpt")
         if ended and (step, lines[-1:]) != (ended, [x for x in expected if x["step"] == ended]):
             said.append(f"lost: ended at step {step} instead of {ended}")
+        for number, picture in self.pictures.items() if ended else ():
+            path = workdir / "samples" / f"{number}.png"
+            if number <= ended and not (path.is_file() and path.read_bytes() == picture):
+                said.append(f"lost: {path.name} is not that of the undisturbed run")
         return said + (litter(workdir) if ended else [])
 
 
