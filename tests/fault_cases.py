@@ -227,7 +227,7 @@ def only_nan(lab, template):
 def killed_worker(lab, step, number):
     """kill -9 of `number` of two workers after `step`: the run goes on."""
     workdir = lab.new()
-    run = lab.start(workdir, dict(train__num_workers=2), slow=dict(seconds=0.1))
+    run = lab.start(workdir, dict(train__num_workers=2), slow=dict(seconds=0.2))
     faults.wait_for_step(run, workdir, step)
     for worker in workers_of(run)[:number]:
         worker.kill()
