@@ -75,8 +75,18 @@ def replacing(path):
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:  # of a write, it does not say where
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(*folders) -> None:
+    """Remove what `replacing` left behind where a process was killed; only while nobody writes."""
+    for folder in folders:
+        for path in Path(folder).glob(".*.tmp"):
+            path.unlink(missing_ok=True)
 
 
 def write_json(path, value) -> None:
@@ -191,9 +201,12 @@ class RunLock:
             self._file.close()
             raise UserError(f"{directory} is in use by {holder}; wait for it, stop it, or give "
                             f"another {flag}") from None
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
+        try:
+            self._file.truncate(0)
+            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     def release(self) -> None:
         self._file.close()
@@ -214,7 +227,11 @@ def write_run_files(directory, config, environment: dict) -> list[str]:
     for name, value in ("config", config.to_dict()), ("environment", environment):
         path = Path(directory) / f"{name}.json"
         if path.exists():
-            changes += [f"{name}: {line}" for line in config_differences(read_json(path), value)]
+            try:
+                differences = config_differences(read_json(path), value)
+            except (UserError, AttributeError) as error:  # no reason not to train
+                differences = [f"it was damaged ({error}) and is written anew"]
+            changes += [f"{name}: {line}" for line in differences]
         write_json(path, value)
     return changes
 

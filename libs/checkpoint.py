@@ -129,9 +129,9 @@ def _discard(path: Path, step: int) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _clean(directory: Path) -> None:
-    """Finish or undo what a save that died left behind."""
-    for path in directory.iterdir():
+def clean(directory: Path) -> None:
+    """Finish or undo what a save that died left behind; only while nobody else saves there."""
+    for path in directory.iterdir() if directory.is_dir() else ():
         if re.match(r"\.(saving|removing)-\d+", path.name):
             shutil.rmtree(path, ignore_errors=True)
         elif match := re.fullmatch(r"\.replaced-(\d+)", path.name):
@@ -182,7 +182,7 @@ def save(directory, step: int, *, nnet: dict, ema: dict, training_state: dict, c
     training_state = _plain(training_state, "training_state")
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _clean(directory)
+        clean(directory)
         temporary.mkdir()
         _write_files(temporary, step, nnet, ema, training_state, config)
         _put_in_place(temporary, target, step)

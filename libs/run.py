@@ -4,16 +4,19 @@ Layer 0: imports nothing of ours. torch, TensorBoard and wandb are imported wher
 """
 
 import contextlib
+import ctypes
 import importlib.metadata
 import json
 import logging
 import math
 import os
 import platform
+import queue
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -106,6 +109,20 @@ class _ConsoleHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    """Of a disk that is full, it says so once, on the console, instead of a traceback a line."""
+
+    _told = False
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"warning: cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)
+
+
 def get_logger(directory, rank: int) -> logging.Logger:
     """Logger to the console and, appending, to directory/output.log.
 
@@ -115,7 +132,7 @@ def get_logger(directory, rank: int) -> logging.Logger:
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    file_handler = logging.FileHandler(Path(directory) / "output.log", encoding="utf-8")
+    file_handler = _LogFile(Path(directory) / "output.log", encoding="utf-8")
     mark = f"rank {rank} " if rank else ""
     formatter = logging.Formatter(f"%(asctime)s {mark}%(levelname)s %(message)s")
     for handler in file_handler, _ConsoleHandler():
@@ -137,85 +154,162 @@ def _json_value(value):
     return value
 
 
+_QUEUED_STEPS = 10_000
+_CLOSE_S = 30
+
+
+class _Tracker:
+    """TensorBoard or wandb, on a thread of its own: whatever happens there, such as a network that
+    is gone, training neither stops nor waits. A failure is logged once.
+
+    make: called on the thread, returns (function of step and numbers, function that finishes).
+    """
+
+    def __init__(self, name, make):
+        self._name, self._queue = name, queue.Queue(_QUEUED_STEPS)
+        self._thread = threading.Thread(target=self._work, args=(make,), daemon=True)
+        self._thread.start()
+
+    def _work(self, make):
+        try:
+            write, finish = make()
+            while (entry := self._queue.get()) is not None:
+                write(*entry)
+            finish()
+        except BaseException as error:  # noqa: BLE001 - whatever it raises, the run goes on
+            self._switched_off(f"failed and is switched off: {error}")
+
+    def _switched_off(self, why):
+        self._name, name = None, self._name
+        if name:
+            logging.getLogger("dim").warning("%s %s", name, why)
+
+    def write(self, step, numbers):
+        if not self._name:
+            return
+        try:
+            self._queue.put_nowait((step, numbers))
+        except queue.Full:
+            self._switched_off(f"is {_QUEUED_STEPS} entries behind and is switched off")
+
+    def close(self):
+        """Wait for it, but not longer than _CLOSE_S."""
+        if not self._name:
+            return
+        deadline = time.monotonic() + _CLOSE_S
+        with contextlib.suppress(queue.Full):
+            self._queue.put(None, timeout=_CLOSE_S)
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread.is_alive():
+            self._switched_off(f"did not finish within {_CLOSE_S} s: it may lack the last numbers")
+            self._give_up()
+
+    def _give_up(self):
+        """Nothing more to do: the thread ends with the process."""
+
+
+class _Wandb(_Tracker):
+
+    def _give_up(self):
+        """wandb waits at exit, for as long as it takes, for a process of its own: end that."""
+        import psutil
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("wandb"):
+                    child.kill()
+
+
 class MetricsLog:
     """directory/metrics.jsonl, an object a line: {"step": 10, "loss": 0.5, ...}.
 
     Each line reaches the operating system before `write` returns, so kill -9 loses none; one that
     a kill cut short is dropped by `truncate_after`, which every start of a run calls. NaN and
     infinities are the strings "NaN", "Infinity", "-Infinity". The same numbers go to TensorBoard
-    and wandb (offline unless WANDB_MODE says otherwise) if asked for; a failure of wandb is logged
-    once and does not stop the run. Made on rank 0 only.
+    and wandb (offline unless WANDB_MODE says otherwise) if asked for; a failure of theirs does not
+    stop or delay the run. Made on rank 0 only. A full disk is an OSError that names the file.
     """
 
     def __init__(self, directory, tensorboard: bool = False, wandb: bool = False):
         self._directory = Path(directory)
         self._path = self._directory / "metrics.jsonl"
-        self._wants = {"tensorboard": tensorboard, "wandb": wandb}
-        self._file = self._board = self._wandb_run = None
+        self._wanted = [(_Tracker, "TensorBoard", self._make_board)] if tensorboard else []
+        self._wanted += [(_Wandb, "wandb", self._make_wandb)] if wandb else []
+        self._file, self._trackers = None, []
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps than `step`, those that a resumed run writes again."""
+    def truncate_after(self, step: int, batch: float = math.inf) -> None:
+        """Drop the lines of later steps than `step` and of later batches than `batch`, those that a
+        resumed run writes again.
+        """
         self.close()
         if self._path.exists():
             temporary = self._path.with_suffix(".tmp")
             with self._path.open(encoding="utf-8", errors="replace") as lines, \
                     temporary.open("w", encoding="utf-8") as kept:
                 kept.writelines(line.rstrip("\n") + "\n" for line in lines
-                                if _step_of(line) <= step)
+                                if _is_before(line, step, batch))
             os.replace(temporary, self._path)
-        self._start_others(first_step=step + 1)
+        self._first_step = step + 1
+        self._trackers = [tracker(name, make) for tracker, name, make in self._wanted]
 
-    def _start_others(self, first_step):
-        if self._wants["tensorboard"]:
-            from torch.utils.tensorboard import SummaryWriter
-            self._board = SummaryWriter(str(self._directory / "tensorboard"),
-                                        purge_step=first_step)
-        if self._wants["wandb"]:
-            self._guard_wandb(self._start_wandb)
+    def _make_board(self):
+        from torch.utils.tensorboard import SummaryWriter
+        board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._first_step)
 
-    def _start_wandb(self):
+        def write(step, numbers):
+            for name, value in numbers.items():
+                board.add_scalar(name, value, step)
+        return write, board.close
+
+    def _make_wandb(self):
         import wandb
-        self._wandb_run = wandb.init(project="DiM", dir=str(self._directory),
-                                     settings=dict(WANDB_SETTINGS),
-                                     mode=os.environ.get("WANDB_MODE", "offline"))
-
-    def _guard_wandb(self, call, *arguments, **keywords):
-        try:
-            call(*arguments, **keywords)
-        except Exception as error:  # noqa: BLE001 - whatever wandb raises, the run goes on
-            self._wandb_run, self._wants["wandb"] = None, False
-            logging.getLogger("dim").warning("wandb failed and is switched off: %s", error)
+        started = wandb.init(project="DiM", dir=str(self._directory),
+                             settings=dict(WANDB_SETTINGS),
+                             mode=os.environ.get("WANDB_MODE", "offline"))
+        return lambda step, numbers: started.log(numbers, step=step), started.finish
 
     def write(self, step: int, metrics: dict) -> None:
         """Log numbers (Python, numpy or 0-dim tensors) and strings under `step`."""
         values = {name: _json_value(value) for name, value in metrics.items()}
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **values}, allow_nan=False) + "\n"
+        try:
+            if self._file is None:
+                self._file = self._path.open("ab", buffering=0)
+            line = line.encode()
+            while line:  # a disk that fills up takes a part
+                line = line[self._file.write(line):]
+        except OSError as error:
+            error.filename = error.filename or str(self._path)
+            raise
         numbers = {name: float(value) for name, value in metrics.items()
                    if not isinstance(value, str)}
-        for name, value in numbers.items() if self._board else ():
-            self._board.add_scalar(name, value, step)
-        if self._wandb_run:
-            self._guard_wandb(self._wandb_run.log, numbers, step=step)
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
 
     def close(self) -> None:
         if self._file:
             self._file.close()
-        if self._board:
-            self._board.close()
-        if self._wandb_run:
-            self._guard_wandb(self._wandb_run.finish)
-        self._file = self._board = self._wandb_run = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._file, self._trackers = None, []
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for a line cut short."""
+def has_logged(directory, step: int, name: str) -> bool:
+    """Whether metrics.jsonl in `directory` has a value of this name at this step."""
+    path = Path(directory) / "metrics.jsonl"
+    if not path.is_file():
+        return False
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        return any(f'"{name}"' in line and _is_before(line, step, math.inf)
+                   and json.loads(line)["step"] == step for line in lines)
+
+
+def _is_before(line: str, step: int, batch: float) -> bool:
+    """Whether a line of metrics.jsonl is of this step and batch or earlier ones, and whole."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+        values = json.loads(line)
+        return values["step"] <= step and values.get("batch", 0) <= batch
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -269,6 +363,7 @@ class StopRequest:
 # checkpoint is saved. So workers leave the group, and until they have, the signals are blocked.
 # They do not ignore SIGTERM: Python ends with it, and waits for, the workers alive at its exit.
 
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 _STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
@@ -279,9 +374,12 @@ def starting_workers():
         yield
         return
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)  # workers inherit it
+    of_children = signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, of_children)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
@@ -289,6 +387,10 @@ def detach_worker(worker_id: int) -> None:
     """worker_init_fn of a DataLoader whose iterator is made in `starting_workers`."""
     if sys.platform == "win32":
         return
+    if sys.platform == "linux":
+        # A worker ends with its parent, however that ends. torch's own watch takes 5 s, and waits
+        # for ever on a lock that the parent was killed with.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     os.setpgid(0, 0)
     while signal.sigpending() & _STOP_SIGNALS:
         signal.sigwait(_STOP_SIGNALS)  # meant for the group that this worker was in

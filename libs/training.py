@@ -5,6 +5,7 @@ of processes, on the accumulation, or on where it was interrupted.
 """
 
 import contextlib
+import faulthandler
 import logging
 import math
 import sys
@@ -13,12 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from datasets import GlobalBatchSampler
 from libs import checkpoint, evaluation, metrics, run, watch
+from libs.batches import micro_batches
 from libs.ema import EMA
 from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
@@ -79,33 +79,6 @@ def make_optimizer(config, model):
         weight_decay=settings.weight_decay,
         fused=True,
     )
-
-
-def micro_batches(config, dataset, accelerator, start_batch):
-    """Endless iterator over this rank's micro-batches (x, y) from global batch `start_batch` on.
-
-    Our sampler shards and resumes, so the loader is not given to accelerate.
-    """
-    sampler = GlobalBatchSampler(
-        len(dataset),
-        config.train.batch_size,
-        num_processes=accelerator.num_processes,
-        rank=accelerator.process_index,
-        accumulation=config.gradient_accumulation_steps,
-        seed=config.seed,
-        start_batch=start_batch,
-    )
-    workers = config.train.num_workers
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-        persistent_workers=workers > 0,
-        worker_init_fn=run.detach_worker,
-    )
-    with run.starting_workers():
-        return iter(loader)
 
 
 def rows_of(config, accelerator, micro_batch):
@@ -333,6 +306,9 @@ def find_checkpoint(directory, accelerator):
     found = [None]
     if accelerator.is_main_process:
         found = [checkpoint.latest(directory, report=log.warning)]
+        checkpoint.clean(directory)
+        if found[0] and not found[0][0].is_dir():  # it has got its name back
+            found = [checkpoint.latest(directory, report=log.warning)]
         damaged = sorted(path.name for path in directory.glob("*.ckpt")) if not found[0] else []
         if damaged:
             raise UserError(
@@ -376,12 +352,34 @@ class Outputs:
             (self.directory / "samples").mkdir(exist_ok=True)
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
 
-    def at_intervals(self, step, last, metrics_log, stop):
-        """A grid every eval_interval steps, FID every save_interval, and both at the end."""
-        settings = self.config.train
-        if settings.grid_samples and (last or step % settings.eval_interval == 0):
+    def due(self, step):
+        """What step `step` asks for: a grid every eval_interval steps, FID every save_interval, and
+        both at the end.
+        """
+        settings, last = self.config.train, step == self.config.train.n_steps
+        return {
+            "grid": bool(settings.grid_samples and (last or step % settings.eval_interval == 0)),
+            "fid": bool(self.fid_samples and (last or step % settings.save_interval == 0)),
+        }
+
+    def missing(self, step):
+        """What is due and was not made, since the run ended after the save of `step`; all processes
+        must ask.
+        """
+        due = [self.due(step)]
+        if self.accelerator.is_main_process:
+            grid = self.directory / "samples" / f"{step}.png"
+            due[0]["grid"] &= not grid.is_file()
+            due[0]["fid"] &= not run.has_logged(self.directory, step, "frechet_distance")
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(due)
+        return due[0]
+
+    def make(self, due, step, metrics_log, stop):
+        """What `due` names."""
+        if due["grid"]:
             self.grid(step, stop)
-        if self.fid_samples and (last or step % settings.save_interval == 0):
+        if due["fid"]:
             result = self.fid(stop)
             if result and self.accelerator.is_main_process:
                 figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
@@ -443,22 +441,31 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
             were not finite.
         SystemExit: with status 143 after a signal, the state being saved.
     """
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a file that is cut short under its memory map is a bus error
     accelerator = make_accelerator()
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     lock = utils.RunLock(directory) if accelerator.is_main_process else contextlib.nullcontext()
-    with lock, run.StopRequest() as stop:
+    with lock, run.StopRequest() as stop, contextlib.ExitStack() as at_end:
         run.get_logger(directory, accelerator.process_index)
+        if accelerator.is_main_process:
+            utils.remove_leftovers(directory, directory / "samples")
         finished = loop(
-            config, directory, accelerator, stop, model, process, codec, dataset, start_weights
-        )
+            config, directory, accelerator, stop, at_end, model, process, codec, dataset,
+            start_weights,
+        )  # fmt: skip
     accelerator.end_training()  # else gloo's threads now and then abort the process at its end
     if not finished:
         sys.exit(STOPPED)
 
 
-def loop(config, directory, accelerator, stop, model, process, codec, dataset, start_weights):
-    """The body of `train`, flat; returns whether it came to the end."""
+def loop(
+    config, directory, accelerator, stop, at_end, model, process, codec, dataset, start_weights
+):  # fmt: skip
+    """The body of `train`, flat; returns whether it came to the end. at_end: what is to be closed,
+    however it ends.
+    """
     precision = Precision(config.train.mixed_precision, accelerator.device)
     start = start_weights() if not any((directory / "ckpts").glob("*.ckpt")) else []
     network = model.to(accelerator.device).train()
@@ -488,8 +495,13 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
         metrics_log = run.MetricsLog(
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
         )
-        metrics_log.truncate_after(progress.step)
+        at_end.callback(metrics_log.close)
+        metrics_log.truncate_after(progress.step, progress.batch)
         announce(config, directory, accelerator, all_ranks, precision, engine, dataset, start)
+
+    if found:
+        missing = outputs.missing(progress.step)
+        outputs.make(missing, progress.step, metrics_log, lambda: stop.requested)
 
     depth = network.depth if getattr(network, "drop_path", 0) else 0
     settings = config.train
@@ -515,7 +527,9 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
         step, last = progress.step, progress.step == settings.n_steps
         if main and (outcome != "ok" or step % settings.log_interval == 0 or last):
             lr, img_s = engine.optimizer.param_groups[0]["lr"], speed(progress.batch)
-            line = dict(loss=loss, grad_norm=norm, lr=lr, img_s=img_s, outcome=outcome)
+            line = dict(
+                batch=progress.batch, loss=loss, grad_norm=norm, lr=lr, img_s=img_s, outcome=outcome
+            )
             metrics_log.write(step, line)
             bar.set_postfix(loss=f"{loss:.4f}", img_s=f"{img_s:.0f}")
         if outcome == "ok":
@@ -526,10 +540,8 @@ def loop(config, directory, accelerator, stop, model, process, codec, dataset, s
             outputs.save(step)
         if outcome == "ok" and not stops:
             with speed.paused():
-                outputs.at_intervals(step, last, metrics_log, lambda: stop.requested)
+                outputs.make(outputs.due(step), step, metrics_log, lambda: stop.requested)
     bar.close()
-    if main:
-        metrics_log.close()
     if progress.step < settings.n_steps:
         log.info("stopped at step %d as asked; the same command goes on from here", progress.step)
         return False

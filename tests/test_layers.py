@@ -27,7 +27,7 @@ LAYERS = {
         "libs.samplers", "libs.torch_files", "libs.watch", "libs.weights"],
     2: ["libs.layers", "libs.mamba", "libs.codec"],
     3: ["libs.dim", "libs.uvit", "libs.official", "libs.models"],
-    4: ["libs.launch", "libs.engine", "libs.checkpoint", "libs.evaluation",
+    4: ["libs.launch", "libs.engine", "libs.batches", "libs.checkpoint", "libs.evaluation",
         "libs.evaluation_run", "libs.image_store", "libs.real_images", "libs.training"],
     5: ["train", "train_ldm_discrete", "eval", "eval_ldm_discrete", "sample", "scripts.*"],
 }  # fmt: skip

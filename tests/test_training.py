@@ -236,6 +236,22 @@ def test_fid_at_intervals(tmp_path):
     assert "two halves of the real images" in (tmp_path / "output.log").read_text()
 
 
+def test_fid_that_a_kill_prevented_is_made_by_the_next_start(tmp_path, monkeypatch):
+    """A run that ended after its last checkpoint and before its last evaluation; and only then."""
+    changes = dict(train__n_steps=2, train__save_interval=2, train__fid_samples=60)
+    monkeypatch.setattr(training.Outputs, "make", lambda *args: None)
+    train(tmp_path, config_of(**changes))
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for _ in range(2):
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+        train(tmp_path, config_of(**changes))
+        figures = [line for line in runs.steps_logged(tmp_path) if "frechet_distance" in line]
+        assert [line["step"] for line in figures] == [2]
+    assert (tmp_path / "samples" / "2.png").is_file()
+
+
 def test_fid_that_cannot_be_made_is_noted_once_and_does_not_stop_the_run(tmp_path):
     changes = dict(
         train__n_steps=4, train__save_interval=2, train__fid_samples=60,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import types
 from pathlib import Path
@@ -393,6 +394,89 @@ def test_metrics_are_valid_json_and_truncate_on_resume(tmp_path):
     log.close()
     assert [(line["step"], line["loss"]) for line in read_lines(path)] == [*expected, (5, 8)]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
+def test_batches_that_are_taken_again_are_dropped(tmp_path):
+    """Of steps that were not made, because a loss was not finite, there may be many at one step."""
+    log = run.MetricsLog(tmp_path)
+    for step, batch in (1, 1), (1, 2), (2, 3), (2, 4), (2, 5):
+        log.write(step, {"batch": batch})
+    log.write(2, {"frechet_distance": 3.0})
+    log.truncate_after(2, batch=3)
+    found = [(line["step"], line.get("batch")) for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert found == [(1, 1), (1, 2), (2, 3), (2, None)]
+
+
+def test_a_disk_that_takes_a_part_of_a_line(tmp_path):
+    """Short writes go on where they stopped; the error, when it comes, names the file."""
+    taken = []
+
+    def write(data):
+        if sum(map(len, taken)) > 20:
+            raise OSError(28, "No space left on device")
+        taken.append(bytes(data[:7]))
+        return len(taken[-1])
+
+    log = run.MetricsLog(tmp_path)
+    log._file = types.SimpleNamespace(write=write)
+    log.write(1, {"a": 1})
+    assert b"".join(taken) == b'{"step": 1, "a": 1}\n'
+    with pytest.raises(OSError, match=r"No space left.*metrics\.jsonl"):
+        log.write(2, {"a": 1})
+
+
+def test_a_log_file_that_cannot_grow_is_said_once(tmp_path, capsys):
+    logger = run.get_logger(tmp_path, rank=0)
+
+    def full(text):
+        raise OSError(28, "No space left on device")
+
+    logger.handlers[0].stream = types.SimpleNamespace(write=full, flush=lambda: None,
+                                                      close=lambda: None)
+    logger.info("first")
+    logger.info("second")
+    said = capsys.readouterr().err
+    assert said.count("output.log: No space left on device") == 1 and "Traceback" not in said
+    assert "first" in said and "second" in said, "the console has everything"
+    logger.handlers.clear()
+
+
+@pytest.mark.parametrize("where", ["init", "log", "finish"])
+def test_wandb_that_hangs_delays_nothing(tmp_path, monkeypatch, where):
+    """As on a network that is gone: writing takes no time, closing no longer than agreed."""
+    release, said = threading.Event(), []
+
+    def maybe(name):
+        return lambda *values, **keywords: where == name and release.wait(60)
+
+    def init(**keywords):
+        maybe("init")()
+        return types.SimpleNamespace(log=maybe("log"), finish=maybe("finish"))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    monkeypatch.setattr(run, "_CLOSE_S", 0.5)
+    monkeypatch.setattr(run, "_QUEUED_STEPS", 4)
+    monkeypatch.setattr(logging.getLogger("dim"), "warning",
+                        lambda text, *values: said.append(text % values))
+    began = time.monotonic()
+    log = run.MetricsLog(tmp_path, wandb=True)
+    log.truncate_after(0)
+    for step in range(10 if where == "log" else 3):
+        log.write(step, {"loss": 0.5})
+    written = time.monotonic()
+    log.close()
+    release.set()
+    assert written - began < 0.4 and time.monotonic() - written < 10
+    expected = "is 4 entries behind" if where == "log" else "did not finish within 0.5 s"
+    assert len(said) == 1 and expected in said[0]
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == (10 if where == "log" else 3)
+
+
+def test_what_was_left_behind_is_removed(tmp_path):
+    for name in (".config.json.123.tmp", "config.json", ".lock", "mine.tmp"):
+        (tmp_path / name).touch()
+    utils.remove_leftovers(tmp_path, tmp_path / "absent")
+    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "mine.tmp"]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
