@@ -58,7 +58,8 @@ from libs.evaluation import ImageGenerator, batches_of_rank  # noqa: E402
 from libs.launch import Precision, make_accelerator  # noqa: E402
 from libs.models import build_model  # noqa: E402
 from libs.training import (  # noqa: E402
-    Draws, Progress, accumulate_gradients, make_optimizer, micro_batches, share, update,
+    Draws, Progress, Verdict, accumulate_gradients, make_optimizer, micro_batches,
+    set_learning_rate, update,
 )  # fmt: skip
 from sde import VPSDE, DiscreteSchedule  # noqa: E402
 
@@ -164,9 +165,12 @@ class Steps:
             config, self.accelerator, self.precision, self.engine, self.process, self.codec,
             batches, draws,
         )  # fmt: skip
-        loss, norm, _ = share(self.accelerator, loss, self.engine.clip(), False)
+        verdict = Verdict(self.accelerator, self.precision, loss, self.engine.clip(), False)
+        set_learning_rate(config, self.engine.optimizer, self.progress.step)
+        self.engine.step(verdict.bad)
+        loss, norm, _, scale = verdict.read()
         outcome = update(
-            config, self.precision, self.engine, self.ema, self.progress, loss, norm
+            self.precision, self.engine, self.ema, self.progress, loss, norm, scale
         )
         if outcome != "ok":
             raise RuntimeError(f"a step was {outcome}: loss {loss}, gradient norm {norm}")

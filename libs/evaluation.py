@@ -11,6 +11,7 @@ import utils
 from libs import guidance, metrics, samplers, watch
 from libs.graphs import SamplingNetwork
 from libs.launch import ranks
+from libs.ops import fp8
 from libs.real_images import as_saved, can_be_measured, halves_baseline, real_images
 from libs.real_images import require_statistics as require_statistics  # training asks it, too
 from sde import eps_from_model
@@ -37,7 +38,9 @@ class ImageGenerator:
         self.vis_label = self.settings.get("vis_label")  # checkpoints may be older than the key
         self.z_shape = codec.latent_shape(image_shape)
         self.device = next(model.parameters()).device
-        graphs = self.settings.get("cuda_graphs", True)  # checkpoints may be older than the key
+        if self.settings.get("fp8"):  # checkpoints may be older than the key, and the next
+            fp8.turn_on(model, precision.dtype, "sample.fp8")
+        graphs = self.settings.get("cuda_graphs", True)
         self._network = SamplingNetwork(model, precision.dtype, graphs=graphs)
         self._check_labels()
         # Whatever the sampler cannot do is said here, not at the first grid of a long training.

@@ -24,7 +24,7 @@ from libs.engine import make_engine
 from libs.launch import Precision, make_accelerator, ranks
 from libs.loading import Prefetcher
 from libs.lr import lr_factor
-from libs.ops import describe_backends
+from libs.ops import describe_backends, fp8
 from libs.sharding import whole_weights
 from libs.weights import listed, load_strict
 from sde import denoising_loss
@@ -469,6 +469,8 @@ def loop(
     precision = Precision(config.train.mixed_precision, accelerator.device)
     start = start_weights() if not any((directory / "ckpts").glob("*.ckpt")) else []
     network = model.to(accelerator.device).train()
+    if config.train.fp8:
+        fp8.turn_on(network, precision.dtype, "train.fp8")
     ema = EMA(network, config.train.ema_rate)
     optimizer = make_optimizer(config, network)
     progress, found = Progress(), find_checkpoint(directory / "ckpts", accelerator)
