@@ -469,9 +469,9 @@ def loop(
     precision = Precision(config.train.mixed_precision, accelerator.device)
     start = start_weights() if not any((directory / "ckpts").glob("*.ckpt")) else []
     network = model.to(accelerator.device).train()
+    ema = EMA(network, config.train.ema_rate)
     if config.train.fp8:
         fp8.turn_on(network, precision.dtype, "train.fp8")
-    ema = EMA(network, config.train.ema_rate)
     optimizer = make_optimizer(config, network)
     progress, found = Progress(), find_checkpoint(directory / "ckpts", accelerator)
     if found:
