@@ -294,7 +294,7 @@ def wait_until(condition, seconds=WAIT_S):
 
 
 def metrics_file(workdir):
-    """The number of the file metrics.jsonl, which every start of a run makes anew; None for none."""
+    """The number of the file metrics.jsonl, which every start makes anew; None for none."""
     path = Path(workdir) / "metrics.jsonl"
     return path.stat().st_ino if path.exists() else None
 
