@@ -293,9 +293,18 @@ def wait_until(condition, seconds=WAIT_S):
     return time.monotonic() - began
 
 
-def wait_for_step(run, workdir, step):
-    """Return once the run has logged `step`, or ended."""
-    wait_until(lambda: run.wait(0) is not None or last_step(workdir) >= step)
+def metrics_file(workdir):
+    """The number of the file metrics.jsonl, which every start makes anew; None for none."""
+    path = Path(workdir) / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else None
+
+
+def wait_for_step(run, workdir, step, former=None):
+    """Return once the run has logged `step`, or ended. former: metrics_file of the run before."""
+    def logged():
+        return metrics_file(workdir) != former and last_step(workdir) >= step
+
+    wait_until(lambda: run.wait(0) is not None or logged())
 
 
 def last_step(workdir):
@@ -425,9 +434,10 @@ def kill_cycles(start, workdir, undisturbed, *, cycles, start_s, seed, last):
     times, killed, workers = random.Random(seed), 0, []
     while killed < cycles:
         saving, resumed = set(Path(workdir).glob("ckpts/.*")), newest(workdir)[1]
+        former = metrics_file(workdir)
         run, early, share = start(workdir), times.random() < 1 / 3, times.random()
         if not early:
-            wait_for_step(run, workdir, resumed + 1)
+            wait_for_step(run, workdir, resumed + 1, former)
         status = run.wait(share * (start_s if early else 2))
         if status is None:
             workers += [(time.monotonic(), child) for child in run.children()]
