@@ -76,7 +76,8 @@ def replacing(path):
         yield temporary
         os.replace(temporary, path)
     except OSError as error:  # of a write, it does not say where
-        error.filename = error.filename or str(path)
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -420,6 +420,7 @@ def test_automatic_choice():
     assert [line.split(" (")[0] for line in describe_backends()] == [
         "selective_scan: cpu",
         "causal_conv1d: cpu",
+        "mamba_block: composed of single operators",
     ]
     inputs = {k: x.double() for k, x in scan_inputs().items()}
     assert torch.equal(scan(**inputs), scan_ref(**inputs))
