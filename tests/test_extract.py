@@ -195,7 +195,7 @@ random.seed(draws)
 for words in folders:
     kills = 0
     while attempt(words, *random.choice([
-        (random.randint(1, 6), 0), (0, random.random() * (0.25 + kills / 20))  # on a busy machine, too
+        (random.randint(1, 6), 0), (0, random.random() * (0.25 + kills / 20))  # as if busy
     ])):
         kills += 1
         assert kills < 60
