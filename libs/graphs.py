@@ -112,8 +112,12 @@ class CudaCapture:
                 ):
                     output = call()
             except Exception:
+                index = self.device.index or 0
                 with contextlib.suppress(RuntimeError):  # if the capture did end, there is no need
-                    torch._C._cuda_endAllocateToPool(self.device.index or 0, self.pool)
+                    torch._C._cuda_endAllocateToPool(index, self.pool)
+                # The random numbers' state believes itself in the capture; its copy does not.
+                generator = torch.cuda.default_generators[index]
+                generator.graphsafe_set_state(generator.clone_state())
                 raise
         return graph.replay, output
 
