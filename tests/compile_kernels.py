@@ -18,10 +18,15 @@ def all_kernels(launch_plan):
     found = set()
     shapes = list(itertools.product((1, 2, 96), (1, 366, 9806), (5, 3072)))
     for dtype, shape in itertools.product(launch_plan.CTYPE_OF_DTYPE, shapes):
-        for operator, sizes in (("scan", range(1, 65)), ("conv", range(2, 9))):
-            for size, way in itertools.product(sizes, ("forward", "backward")):
-                plan = getattr(launch_plan, f"{operator}_{way}")(*shape, size, dtype, 132)
-                found |= plan.kernels()
+        for sizes, plans in (
+            (range(1, 65), (
+                launch_plan.scan_forward, launch_plan.scan_backward,
+                launch_plan.scan_backward_with_output,
+            )),
+            (range(2, 9), (launch_plan.conv_forward, launch_plan.conv_backward)),
+        ):  # fmt: skip
+            for size, plan_of in itertools.product(sizes, plans):
+                found |= plan_of(*shape, size, dtype, 132).kernels()
     return found
 
 
