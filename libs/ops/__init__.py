@@ -1,4 +1,5 @@
-"""Operators of the backbone: `selective_scan` and `causal_conv1d`, each with several backends.
+"""Operators of the backbone: `selective_scan` and `causal_conv1d`, each with several backends, and
+the whole block as one (mamba_block.py), which DIM_FUSED=0 turns off.
 
 `python -m libs.ops` prints which backend each would use here, and why. The environment variable
 DIM_BACKEND names one for every call that does not name its own; DIM_CACHE_DIR is where compiled
