@@ -51,15 +51,16 @@ from bench_features import write_packed  # noqa: E402
 from configs import digits_T_DiM, imagenet256_H_DiM, imagenet256_L_DiM  # noqa: E402
 from datasets import dataset_of  # noqa: E402
 from libs import watch  # noqa: E402
+from libs.batches import micro_batches  # noqa: E402
 from libs.codec import LatentCodec, PixelCodec  # noqa: E402
 from libs.ema import EMA  # noqa: E402
 from libs.engine import Engine, make_engine  # noqa: E402
 from libs.evaluation import ImageGenerator, batches_of_rank  # noqa: E402
 from libs.launch import Precision, make_accelerator  # noqa: E402
 from libs.models import build_model  # noqa: E402
+from libs.resume import Progress  # noqa: E402
 from libs.training import (  # noqa: E402
-    Draws, Progress, Verdict, accumulate_gradients, make_optimizer, micro_batches,
-    set_learning_rate, update,
+    Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate, update,
 )  # fmt: skip
 from sde import VPSDE, DiscreteSchedule  # noqa: E402
 

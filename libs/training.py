@@ -10,14 +10,13 @@ import logging
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import utils
-from libs import checkpoint, evaluation, metrics, run, watch
+from libs import evaluation, run, watch
 from libs.batches import micro_batches
 from libs.ema import EMA
 from libs.engine import make_engine
@@ -25,28 +24,14 @@ from libs.launch import Precision, make_accelerator, ranks
 from libs.loading import Prefetcher
 from libs.lr import lr_factor
 from libs.ops import describe_backends, fp8
-from libs.sharding import whole_weights
-from libs.weights import listed, load_strict
+from libs.outputs import Outputs
+from libs.resume import Progress, find_checkpoint, resume, training_state
 from sde import denoising_loss
 from utils import UserError
 
 log = logging.getLogger("dim")
 
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C, which save first: 128 + 15, as shells count
-GRID_COLUMNS = 10
-
-
-@dataclass
-class Progress:
-    """Counters of a run, all of them in the checkpoint.
-
-    step: optimizer steps made. batch: global batches taken from the data, skipped ones included.
-    bad_in_a_row: non-finite steps since the last good one.
-    """
-
-    step: int = 0
-    batch: int = 0
-    bad_in_a_row: int = 0
 
 
 class Draws:
@@ -240,170 +225,6 @@ class Speed:
         paused = time.monotonic()
         yield
         self.began += time.monotonic() - paused
-
-
-def training_state(engine, precision, progress):
-    """Everything that changes in training besides the weights and their average; all processes must
-    ask for it.
-    """
-    return {
-        "optimizer": engine.optimizer_state(),
-        "scaler": precision.scaler.state_dict(),
-        "progress": asdict(progress),
-    }
-
-
-def check_optimizer_state(state, optimizer):
-    """ValueError for a state of another optimizer, which torch takes and stumbles over later."""
-
-    def kind(value):
-        return tuple(map(kind, value)) if isinstance(value, (tuple, list)) else (
-            float if type(value) is int else type(value)
-        )  # fmt: skip
-
-    groups = optimizer.state_dict()["param_groups"]
-    for group, own in zip(state["param_groups"], groups, strict=True):
-        for key in own.keys() & group.keys() - {"fused"}:
-            if kind(group[key]) != kind(own[key]):
-                raise ValueError(f"its {key} is {group[key]!r}")
-        if list(group["params"]) != own["params"]:
-            raise ValueError("its parameters are others")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, averages in state["state"].items():
-        own = {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[index].shape)}
-        found = {name: x.shape for name, x in averages.items() if x.is_floating_point()}
-        if found != own or found.keys() != averages.keys():
-            raise ValueError(f"its averages of parameter {index} do not fit")
-
-
-def resume(found, network, ema, optimizer, precision):
-    """Load the checkpoint at `found` (path, step) everywhere. Returns its Progress."""
-    saved = checkpoint.load(found[0])
-    load_strict(network, saved.nnet, found[0])
-    load_strict(ema.model, saved.ema, found[0])
-    state = saved.training_state
-    try:
-        check_optimizer_state(state["optimizer"], optimizer)
-        optimizer.load_state_dict(state["optimizer"])
-        if precision.scaler.is_enabled() and state["scaler"]:
-            precision.scaler.load_state_dict(state["scaler"])
-        if not all(type(count) is int and count >= 0 for count in state["progress"].values()):
-            raise ValueError(f"its progress is {state['progress']}")
-        return Progress(**state["progress"])
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{found[0] / 'training.pt'} is not the state of a run like this one ({error!r}); go "
-            "on with the version and config that saved it, or move the checkpoint away"
-        ) from error
-
-
-def find_checkpoint(directory, accelerator):
-    """(path, step) of the newest good checkpoint or None, found by the main process for all.
-
-    Raises:
-        UserError: there are checkpoints, and none is good; nothing is overwritten.
-    """
-    found = [None]
-    if accelerator.is_main_process:
-        found = [checkpoint.latest(directory, report=log.warning)]
-        checkpoint.clean(directory)
-        if found[0] and not found[0][0].is_dir():  # it has got its name back
-            found = [checkpoint.latest(directory, report=log.warning)]
-        damaged = sorted(path.name for path in directory.glob("*.ckpt")) if not found[0] else []
-        if damaged:
-            raise UserError(
-                f"no checkpoint in {directory} is whole ({listed(damaged)}); move them away to "
-                "start from scratch"
-            )
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
-
-
-class Outputs:
-    """What a run writes besides its log: checkpoints, grids of samples, FID at intervals."""
-
-    def __init__(self, config, directory, accelerator, generator, dataset, state):
-        self.config, self.directory, self.accelerator = config, directory, accelerator
-        self.generator, self.dataset, self.state = generator, dataset, state
-        self.features, self.fid_samples = None, config.train.fid_samples
-        if config.sample.features == metrics.NoFeatures.name:
-            self.fid_samples = 0
-
-    def save(self, step):
-        """A checkpoint of `step`, written by the main process."""
-        watch.beat("saving a checkpoint")
-        network, ema, training = self.state()
-        if self.accelerator.is_main_process:
-            path = checkpoint.save(
-                self.directory / "ckpts", step, nnet=network, ema=ema, training_state=training,
-                config=self.config.to_dict(), keep_last=self.config.train.keep_last,
-            )  # fmt: skip
-            log.info("saved %s", path)
-        watch.beat(watch.WAITING)
-        self.accelerator.wait_for_everyone()
-
-    def grid(self, step, stop):
-        """samples/<step>.png, from the averaged weights."""
-        n = self.config.train.grid_samples
-        with whole_weights(self.generator.model):
-            images = evaluation.make_grid_images(self.generator, self.accelerator, n, stop)
-        if images is not None and self.accelerator.is_main_process:
-            (self.directory / "samples").mkdir(exist_ok=True)
-            utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
-
-    def due(self, step):
-        """What step `step` asks for: a grid every eval_interval steps, FID every save_interval, and
-        both at the end.
-        """
-        settings, last = self.config.train, step == self.config.train.n_steps
-        return {
-            "grid": bool(settings.grid_samples and (last or step % settings.eval_interval == 0)),
-            "fid": bool(self.fid_samples and (last or step % settings.save_interval == 0)),
-        }
-
-    def missing(self, step):
-        """What is due and was not made, since the run ended after the save of `step`; all processes
-        must ask.
-        """
-        due = [self.due(step)]
-        if self.accelerator.is_main_process:
-            grid = self.directory / "samples" / f"{step}.png"
-            due[0]["grid"] &= not grid.is_file()
-            due[0]["fid"] &= not run.has_logged(self.directory, step, "frechet_distance")
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(due)
-        return due[0]
-
-    def make(self, due, step, metrics_log, stop):
-        """What `due` names."""
-        if due["grid"]:
-            self.grid(step, stop)
-        if due["fid"]:
-            result = self.fid(stop)
-            if result and self.accelerator.is_main_process:
-                figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
-                metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
-                log.info("step %d: %s", step, "; ".join(evaluation.describe(result)))
-
-    def fid(self, stop):
-        """The evaluation of train.fid_samples images; None, with a note, where it cannot be."""
-        settings = self.config.sample
-        try:
-            evaluation.require_statistics(self.config, self.dataset)
-            if self.features is None:
-                self.features = metrics.make_features(
-                    settings.features, settings.fid_weights_path, self.accelerator.device
-                )
-            with whole_weights(self.generator.model):
-                return evaluation.evaluate(
-                    self.generator, self.features, self.dataset, self.config, self.accelerator,
-                    n=self.fid_samples, stop=stop,
-                )  # fmt: skip
-        except UserError as error:
-            log.info("no FID in this run: %s", error)
-            self.fid_samples = 0
-            return None
 
 
 def announce(config, directory, accelerator, all_ranks, precision, engine, dataset, start):

@@ -51,7 +51,7 @@ from libs.features import Features
 from libs.image_store import ImageStore, create, pending
 from libs.models import build_model, config_beside, load_into
 from libs.official import to_official
-from libs.training import resume
+from libs.resume import resume
 from libs.weights import sha256_of
 from utils import UserError
 

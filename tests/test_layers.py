@@ -28,7 +28,8 @@ LAYERS = {
     2: ["libs.layers", "libs.mamba", "libs.codec"],
     3: ["libs.dim", "libs.uvit", "libs.official", "libs.models"],
     4: ["libs.launch", "libs.engine", "libs.batches", "libs.checkpoint", "libs.evaluation",
-        "libs.evaluation_run", "libs.image_store", "libs.real_images", "libs.training"],
+        "libs.evaluation_run", "libs.image_store", "libs.outputs", "libs.real_images",
+        "libs.resume", "libs.training"],
     5: ["train", "train_ldm_discrete", "eval", "eval_ldm_discrete", "sample", "scripts.*"],
 }  # fmt: skip
 NOT_LAYERED = ("tests/", "benchmarks/", "setup.py")

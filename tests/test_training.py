@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 import utils
 from configs import digits_T_DiM
 from datasets import get_dataset
-from libs import training
+from libs import checkpoint, training
 from libs.codec import PixelCodec
 from libs.models import build_model
 from sde import VPSDE
@@ -195,7 +195,7 @@ def test_mixed_precision_follows_float32(tmp_path, precision):
 def test_the_disk_is_full(tmp_path, monkeypatch):
     """The sentence names the file and what is still good; the earlier checkpoint stays."""
     config = config_of(train__n_steps=8, train__save_interval=4)
-    save, saves = training.checkpoint._write_files, []
+    save, saves = checkpoint._write_files, []
 
     def full(*args):
         saves.append(args)
@@ -203,7 +203,7 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return save(*args)
 
-    monkeypatch.setattr(training.checkpoint, "_write_files", full)
+    monkeypatch.setattr(checkpoint, "_write_files", full)
     with pytest.raises(UserError, match="8.ckpt.*No space left.*4.ckpt"):
         train(tmp_path, config)
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]

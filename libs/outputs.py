@@ -1,0 +1,104 @@
+"""What a training run writes besides its log: checkpoints, grids of samples, FID at intervals."""
+
+import logging
+
+import torch
+
+import utils
+from libs import checkpoint, evaluation, metrics, run, watch
+from libs.sharding import whole_weights
+from utils import UserError
+
+log = logging.getLogger("dim")
+
+GRID_COLUMNS = 10
+
+
+class Outputs:
+    """Makes and writes them; every process takes part, the main one writes.
+
+    generator: of the averaged weights' images; state: () -> (network's state_dict, average's,
+    training_state), whole.
+    """
+
+    def __init__(self, config, directory, accelerator, generator, dataset, state):
+        self.config, self.directory, self.accelerator = config, directory, accelerator
+        self.generator, self.dataset, self.state = generator, dataset, state
+        self.features, self.fid_samples = None, config.train.fid_samples
+        if config.sample.features == metrics.NoFeatures.name:
+            self.fid_samples = 0
+
+    def save(self, step):
+        """A checkpoint of `step`, written by the main process."""
+        watch.beat("saving a checkpoint")
+        network, ema, training = self.state()
+        if self.accelerator.is_main_process:
+            path = checkpoint.save(
+                self.directory / "ckpts", step, nnet=network, ema=ema, training_state=training,
+                config=self.config.to_dict(), keep_last=self.config.train.keep_last,
+            )  # fmt: skip
+            log.info("saved %s", path)
+        watch.beat(watch.WAITING)
+        self.accelerator.wait_for_everyone()
+
+    def grid(self, step, stop):
+        """samples/<step>.png, from the averaged weights."""
+        n = self.config.train.grid_samples
+        with whole_weights(self.generator.model):
+            images = evaluation.make_grid_images(self.generator, self.accelerator, n, stop)
+        if images is not None and self.accelerator.is_main_process:
+            (self.directory / "samples").mkdir(exist_ok=True)
+            utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
+
+    def due(self, step):
+        """What step `step` asks for: a grid every eval_interval steps, FID every save_interval, and
+        both at the end.
+        """
+        settings, last = self.config.train, step == self.config.train.n_steps
+        return {
+            "grid": bool(settings.grid_samples and (last or step % settings.eval_interval == 0)),
+            "fid": bool(self.fid_samples and (last or step % settings.save_interval == 0)),
+        }
+
+    def missing(self, step):
+        """What is due and was not made, since the run ended after the save of `step`; all processes
+        must ask.
+        """
+        due = [self.due(step)]
+        if self.accelerator.is_main_process:
+            grid = self.directory / "samples" / f"{step}.png"
+            due[0]["grid"] &= not grid.is_file()
+            due[0]["fid"] &= not run.has_logged(self.directory, step, "frechet_distance")
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(due)
+        return due[0]
+
+    def make(self, due, step, metrics_log, stop):
+        """What `due` names."""
+        if due["grid"]:
+            self.grid(step, stop)
+        if due["fid"]:
+            result = self.fid(stop)
+            if result and self.accelerator.is_main_process:
+                figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
+                metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
+                log.info("step %d: %s", step, "; ".join(evaluation.describe(result)))
+
+    def fid(self, stop):
+        """The evaluation of train.fid_samples images; None, with a note, where it cannot be."""
+        settings = self.config.sample
+        try:
+            evaluation.require_statistics(self.config, self.dataset)
+            if self.features is None:
+                self.features = metrics.make_features(
+                    settings.features, settings.fid_weights_path, self.accelerator.device
+                )
+            with whole_weights(self.generator.model):
+                return evaluation.evaluate(
+                    self.generator, self.features, self.dataset, self.config, self.accelerator,
+                    n=self.fid_samples, stop=stop,
+                )  # fmt: skip
+        except UserError as error:
+            log.info("no FID in this run: %s", error)
+            self.fid_samples = 0
+            return None

@@ -1,0 +1,105 @@
+"""What a run needs to go on as if it had never stopped: its counters, the state of optimizer and
+loss scaler, and the newest good checkpoint.
+"""
+
+import logging
+from dataclasses import asdict, dataclass
+
+import torch
+
+from libs import checkpoint
+from libs.weights import listed, load_strict
+from utils import UserError
+
+log = logging.getLogger("dim")
+
+
+@dataclass
+class Progress:
+    """Counters of a run, all of them in the checkpoint.
+
+    step: optimizer steps made. batch: global batches taken from the data, skipped ones included.
+    bad_in_a_row: non-finite steps since the last good one.
+    """
+
+    step: int = 0
+    batch: int = 0
+    bad_in_a_row: int = 0
+
+
+def training_state(engine, precision, progress):
+    """Everything that changes in training besides the weights and their average; all processes must
+    ask for it.
+    """
+    return {
+        "optimizer": engine.optimizer_state(),
+        "scaler": precision.scaler.state_dict(),
+        "progress": asdict(progress),
+    }
+
+
+def check_optimizer_state(state, optimizer):
+    """ValueError for a state of another optimizer, which torch takes and stumbles over later."""
+
+    def kind(value):
+        return tuple(map(kind, value)) if isinstance(value, (tuple, list)) else (
+            float if type(value) is int else type(value)
+        )  # fmt: skip
+
+    groups = optimizer.state_dict()["param_groups"]
+    for group, own in zip(state["param_groups"], groups, strict=True):
+        for key in own.keys() & group.keys() - {"fused"}:
+            if kind(group[key]) != kind(own[key]):
+                raise ValueError(f"its {key} is {group[key]!r}")
+        if list(group["params"]) != own["params"]:
+            raise ValueError("its parameters are others")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, averages in state["state"].items():
+        own = {"step": (), **dict.fromkeys(("exp_avg", "exp_avg_sq"), parameters[index].shape)}
+        found = {name: x.shape for name, x in averages.items() if x.is_floating_point()}
+        if found != own or found.keys() != averages.keys():
+            raise ValueError(f"its averages of parameter {index} do not fit")
+
+
+def resume(found, network, ema, optimizer, precision):
+    """Load the checkpoint at `found` (path, step) everywhere. Returns its Progress."""
+    saved = checkpoint.load(found[0])
+    load_strict(network, saved.nnet, found[0])
+    load_strict(ema.model, saved.ema, found[0])
+    state = saved.training_state
+    try:
+        check_optimizer_state(state["optimizer"], optimizer)
+        optimizer.load_state_dict(state["optimizer"])
+        if precision.scaler.is_enabled() and state["scaler"]:
+            precision.scaler.load_state_dict(state["scaler"])
+        if not all(type(count) is int and count >= 0 for count in state["progress"].values()):
+            raise ValueError(f"its progress is {state['progress']}")
+        return Progress(**state["progress"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{found[0] / 'training.pt'} is not the state of a run like this one ({error!r}); go "
+            "on with the version and config that saved it, or move the checkpoint away"
+        ) from error
+
+
+def find_checkpoint(directory, accelerator):
+    """(path, step) of the newest good checkpoint or None, found by the main process for all.
+
+    Raises:
+        UserError: there are checkpoints, and none is good; nothing is overwritten.
+    """
+    found = [None]
+    if accelerator.is_main_process:
+        found = [checkpoint.latest(directory, report=log.warning)]
+        checkpoint.clean(directory)
+        if found[0] and not found[0][0].is_dir():  # it has got its name back
+            found = [checkpoint.latest(directory, report=log.warning)]
+        damaged = sorted(path.name for path in directory.glob("*.ckpt")) if not found[0] else []
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {directory} is whole ({listed(damaged)}); move them away to "
+                "start from scratch"
+            )
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]

@@ -1,0 +1,84 @@
+"""A small run of every CUDA kernel, for NVIDIA's checkers, on a GPU:
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no \\
+        python tests/sanitize.py
+    compute-sanitizer --tool racecheck --kernel-name kns=scan python tests/sanitize.py
+
+Torch's own kernels are checked, too; `--kernel-name kns=WORD` takes those with WORD in their names
+(scan, conv, norm, gate, sum_parts, modulation, quantize).
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import test_ops  # noqa: E402
+import torch  # noqa: E402
+
+from libs.dim import Block  # noqa: E402
+from libs.ops import causal_conv1d, cuda, fp8, launch_plan, selective_scan  # noqa: E402
+from libs.ops.launch_plan import Variant  # noqa: E402
+
+PARAMETERS = ("A", "D", "delta_bias", "weight", "bias")  # float32 in a network of any dtype
+VARIANTS = [
+    Variant(1, 16, 16, 1, 4, lanes=8), Variant(1, 32, 16, 1, 3, lanes=4),
+    Variant(4, 32, 16, 2, 1), Variant(1, 64, 8, 3, 8),
+]  # fmt: skip
+
+
+def both_ways(operator, inputs, dtype, **options):
+    inputs = {
+        k: (x if k in PARAMETERS else x.to(dtype)).cuda().requires_grad_()
+        for k, x in inputs.items()
+    }
+    operator(**inputs, backend="cuda", **options).float().sum().backward()
+
+
+def operators(dtype):
+    for B, L, D in ((2, 61, 70), (1, 1100, 33)):  # the second in segments
+        order = torch.randperm(L).cuda()
+        scan = {"delta_softplus": True, "order": order}
+        both_ways(selective_scan, test_ops.scan_inputs(B, L, D, 16), dtype, **scan)
+        conv = {"activation": "silu", "order": order}
+        both_ways(causal_conv1d, test_ops.conv_inputs(B, L, D, 3), dtype, **conv)
+
+
+def forward_variants(B=2, L=61, D=70, N=16):
+    inputs = {k: x.cuda() for k, x in test_ops.scan_inputs(B, L, D, N).items()}
+    rows = {k: inputs[k] for k in ("u", "delta", "z", "B", "C")}
+    rows["y"] = torch.empty_like(inputs["u"])
+    scalars = {k: inputs[k] for k in ("A", "D", "delta_bias")} | {
+        "batch": B, "length": L, "channels": D, "states": N, "delta_softplus": 1,
+        "order": torch.randperm(L).cuda(), "last_state": torch.empty(B, D, N, device="cuda"),
+    }  # fmt: skip
+    for variant in VARIANTS:
+        plan = launch_plan.scan_forward(B, L, D, N, "float32", 132, variant)
+        cuda.run(cuda.prepare(plan, launch_plan.ScanParams, 0), rows["u"].device, rows, scalars)
+
+
+def block(dtype):
+    mamba = {"d_state": 16, "d_conv": 3, "expand": 2}
+    x, modulation = torch.randn(2, 61, 72).cuda(), torch.randn(2, 3, 72).cuda()
+    for rounds in (False, True):
+        network = Block(72, mamba=mamba, has_skip=False, rounds=rounds).cuda()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            out = network(x.requires_grad_(), modulation, torch.randperm(61).cuda())
+        out.float().sum().backward()
+
+
+def main():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        operators(dtype)
+        block(dtype)
+    forward_variants()
+    if fp8.unsupported(torch.device("cuda"), (80,)) is None:
+        x = torch.randn(48, 80).cuda().bfloat16()
+        fp8.quantize_transposed(x, fp8.quantize_rows(x)[1])
+    torch.cuda.synchronize()
+    print("every kernel has run")
+
+
+if __name__ == "__main__":
+    main()
