@@ -34,11 +34,10 @@ def main(arch, which):
     sys.path.insert(0, str(ROOT))
     package = sys.modules["libs.ops"] = types.ModuleType("libs.ops")
     package.__path__ = [str(ROOT / "libs" / "ops")]  # without its __init__, which imports torch
-    from libs.ops import adaln_plan, cuda_compile, fp8_plan, launch_plan
+    from libs.ops import cuda_compile, launch_plan
+    from libs.ops.shipped import kernels_of_configs
 
-    kernels = set(adaln_plan.INSTANTIATIONS_OF_CONFIGS)
-    if int(arch) >= fp8_plan.OLDEST_ARCH:
-        kernels |= set(fp8_plan.KERNELS)
+    kernels = set(kernels_of_configs(int(arch)))
     if which == "others":
         kernels = all_kernels(launch_plan) - kernels
     results = []

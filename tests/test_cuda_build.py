@@ -15,8 +15,9 @@ import textwrap
 import golden_cases
 import pytest
 
-from libs.ops import adaln_plan, cuda_compile, launch_plan, prebuild
+from libs.ops import cuda_compile, launch_plan, prebuild
 from libs.ops.cuda_compile import Program, load_or_compile
+from libs.ops.shipped import kernels_of_configs
 from utils import UserError
 
 torch = pytest.importorskip("torch")
@@ -249,7 +250,7 @@ def test_a_gpu_that_nvrtc_does_not_know():
 @needs_nvrtc
 def test_prebuild(small, monkeypatch, capsys):
     kernel = launch_plan.Kernel(PROGRAM.source, "add", PROGRAM.defines)
-    monkeypatch.setattr(adaln_plan, "INSTANTIATIONS_OF_CONFIGS", [kernel])
+    monkeypatch.setattr(prebuild, "kernels_of_configs", lambda arch: [kernel])
     monkeypatch.setattr(prebuild, "REPORT", cuda_compile.PREBUILT / "report.txt")
     assert prebuild.main("80;sm_90") == 0
     printed = capsys.readouterr().out
@@ -361,7 +362,7 @@ def test_all_other_kernels(arch, compiling, capsys):
 def test_the_list_of_the_configs_kernels_is_complete():
     """No batch, resolution or GPU size needs a kernel, for the configs' N and width, that the list
     lacks."""
-    listed = set(adaln_plan.INSTANTIATIONS_OF_CONFIGS)
+    listed = set(kernels_of_configs(75))
     for dtype, batch, length, channels, multiprocessors in itertools.product(
         launch_plan.CTYPE_OF_DTYPE, (1, 2, 16, 96, 1000), (78, 366, 1230, 9806),
         (256, 1024, 3072), (20, 108, 160),

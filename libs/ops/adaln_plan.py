@@ -15,6 +15,7 @@ from libs.ops.launch_plan import (
     Sum,
 )
 
+OLDEST_ARCH = 80  # whose shared memory suffices for the backward of a fused block
 MAX_DIM, DIM_GRAIN = 2048, 8  # a thread has 8 channels, a block 256 threads at most
 _ROWS, _BACKWARD_ROWS = 4, 2  # tokens that a block has in flight
 _CHUNK, _SMALL_CHUNK = 16, 4  # tokens of a block; the latter where they would not fill the GPU

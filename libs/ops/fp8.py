@@ -23,9 +23,9 @@ def unsupported(device, widths):
     """None, or why products of these widths cannot run in fp8 on this device."""
     if device.type != "cuda":
         return f"it needs a GPU, not {device.type}"
-    major, minor = torch.cuda.get_device_capability(device)
-    if (major, minor) < (9, 0):
-        return f"it needs compute capability 9.0 (Hopper), not {major}.{minor}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < divmod(fp8_plan.OLDEST_ARCH, 10):
+        return f"it needs compute capability 9.0 (Hopper), not {'.'.join(map(str, capability))}"
     odd = [width for width in widths if width % fp8_plan.GRAIN or width > fp8_plan.MAX_COLUMNS]
     if odd:
         return (

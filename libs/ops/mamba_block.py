@@ -33,7 +33,7 @@ def not_fused(device, dtype, dim, states, taps):
         return f"width {dim} is no multiple of {adaln_plan.DIM_GRAIN} up to {adaln_plan.MAX_DIM}"
     if not 2 <= taps <= 8:
         return f"the convolution has {taps} taps"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if torch.cuda.get_device_capability(device) < divmod(adaln_plan.OLDEST_ARCH, 10):
         return "its backward needs more shared memory than GPUs before Ampere have"
     return None
 

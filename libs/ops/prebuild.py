@@ -9,14 +9,16 @@ import time
 
 import torch
 
-from libs.ops import adaln_plan, cuda_compile
+from libs.ops import cuda_compile
+from libs.ops.shipped import kernels_of_configs
 from utils import UserError
 
 REPORT = cuda_compile.PREBUILT / "report.txt"
 
 
-def prebuild(archs, kernels):
-    """Compile these kernels for these architectures, such as '90'; a line for each.
+def prebuild(archs):
+    """Compile the kernels of the shipped configs for these architectures, such as '90'; a line for
+    each.
 
     Raises UserError if they cannot be compiled here.
     """
@@ -26,9 +28,10 @@ def prebuild(archs, kernels):
     if reason:
         raise UserError(reason)
     lines = []
-    programs = sorted({cuda_compile.Program(k.source, k.defines) for k in kernels})
     for arch in archs:
         start = time.monotonic()
+        kernels = kernels_of_configs(int(arch))
+        programs = sorted({cuda_compile.Program(k.source, k.defines) for k in kernels})
         for program in programs:
             compiled = cuda_compile.compile_program(program, arch)
             cuda_compile.write_entry(cuda_compile.PREBUILT, program, arch, compiled)
@@ -46,7 +49,7 @@ def main(text):
     try:
         if not archs or not all(arch.isdecimal() for arch in archs):
             raise UserError(f"DIM_PREBUILD_ARCHS must be like '90;100', got {text!r}")
-        lines, code = prebuild(archs, adaln_plan.INSTANTIATIONS_OF_CONFIGS), 0
+        lines, code = prebuild(archs), 0
     except (UserError, OSError) as error:
         lines, code = [f"no CUDA kernels prebuilt: {error}"], 1
     print("\n".join(lines))
