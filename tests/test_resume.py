@@ -45,7 +45,7 @@ def test_the_run_trains(undisturbed):
     assert (undisturbed / "samples" / f"{STEPS}.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("step", [2, 7])
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.slow), 7])
 def test_kill_9(tmp_path, undisturbed, step):
     process = slow(tmp_path)
     runs.wait_for_step(process, tmp_path, step)
@@ -55,7 +55,7 @@ def test_kill_9(tmp_path, undisturbed, step):
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("num_processes", [0, 1])
+@pytest.mark.parametrize("num_processes", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_exits(tmp_path, undisturbed, num_processes):
     """To the trainer itself, and to the launcher of one process, which dies of it without a word to
     its child.
