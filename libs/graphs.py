@@ -39,7 +39,7 @@ class HalfMatrices:
 
     @torch.no_grad()
     def refresh(self):
-        """Copy the network's present weights; 1.7 GB in a DiM-H, about 2 ms on an H100."""
+        """Copy the network's present weights; 1.7 GB in a DiM-H."""
         modules = [] if self.dtype is None else self._modules()
         for module in modules:
             if module not in self._copies:
