@@ -16,6 +16,7 @@ from configs import (
 )
 from libs import guidance
 from libs.dim import EXTRA_TOKENS, PRESETS, DiM
+from libs.graphs import CudaCapture
 from libs.launch import Precision
 from libs.models import build_model
 from libs.samplers import sample
@@ -189,23 +190,17 @@ def prepare_for_sampling(network, device, precision, compiled=False):
 def replayed(evaluate, x, t, y):
     """`evaluate` for inputs of these shapes, captured into a CUDA graph: one launch, not thousands.
 
-    What it returns is overwritten by the next call. To be libs.graphs' as soon as that is there.
+    What it returns is overwritten by the next call.
     """
     inputs = [tensor.clone() for tensor in (x, t, y)]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles kernels, makes plans and handles
-            evaluate(*inputs)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = evaluate(*inputs)
+    for _ in range(3):  # compiles kernels, makes plans and handles
+        evaluate(*inputs)
+    replay_graph, output = CudaCapture(x.device)(lambda: evaluate(*inputs))
 
     def replay(x, t, y):
         for static, new in zip(inputs, (x, t, y), strict=True):
             static.copy_(new)
-        graph.replay()
+        replay_graph()
         return output
 
     return replay

@@ -200,8 +200,8 @@ class DiM(nn.Module):
         modulation = self.modulation(t, y)                                        # (B, 3, dim)
         tokens = self.embed(x, time, label, grid)                                 # (B, L, dim)
         tokens = self.run_blocks(tokens, t, modulation, grid, drop_path_draw)     # (B, L, dim)
-        image = self.remove_padding(tokens, grid)                                 # (B, h*w, dim)
-        image = self.smooth(self.last_smoother, image, grid)                      # (B, h*w, dim)
+        image = self.on_grid(tokens, grid)[:, : grid[0], : grid[1]]               # (B, h, w, dim)
+        image = self.smooth(self.last_smoother, image).flatten(1, 2)              # (B, h*w, dim)
         head_modulation = self.head_modulation(F.silu(time + label))[:, None]
         shift, scale = head_modulation.chunk(2, dim=-1)                           # (B, 1, dim)
         patches = self.head(self.norm_out(image) * (1 + scale) + shift)           # (B, h*w, p*p*C)
@@ -209,35 +209,28 @@ class DiM(nn.Module):
 
     def embed(self, x, time, label, grid):
         """[time, label, split tokens, padded grid]: (B, 2 + pad + (h+pad)*(w+pad), dim)."""
-        image = self.patch_embed(x).flatten(2).transpose(1, 2)  # (B, h*w, dim)
-        time = time if self.time_embed is None else self.time_embed(time)
-        tokens = torch.cat([time[:, None], label[:, None], image], dim=1)
-        tokens = tokens + layers.interpolate_positions(
+        h, w = grid
+        positions = layers.interpolate_positions(
             self.pos_embed, self.native_grid, grid, EXTRA_TOKENS
         )
-        extra, image = tokens[:, :EXTRA_TOKENS], tokens[:, EXTRA_TOKENS:]
-        return self.add_padding(extra, self.smooth(self.first_smoother, image, grid), grid)
+        time = time if self.time_embed is None else self.time_embed(time)
+        extra = torch.stack([time, label], dim=1) + positions[:, :EXTRA_TOKENS]   # (B, 2, dim)
+        image = self.patch_embed(x).permute(0, 2, 3, 1)                           # (B, h, w, dim)
+        image = image + positions[:, EXTRA_TOKENS:].unflatten(1, grid)
+        image = self.smooth(self.first_smoother, image)
+        index = scan_order.pad_index(self.pad_layout, h, w, self.pad, x.device)
+        right, bottom = self.pad_tokens[index[:h, w:]], self.pad_tokens[index[h:]]
+        parts = (part.to(image.dtype) for part in (extra, self.split_tokens, right, bottom))
+        return layers.PaddedSequence.apply(image, *parts)
 
-    def smooth(self, smoother, image, grid):
-        """A depthwise 3x3 convolution over image tokens (B, h*w, dim)."""
-        return smoother(image.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)
+    def smooth(self, smoother, image):
+        """A depthwise 3x3 convolution over image tokens (B, h, w, dim)."""
+        return smoother(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
-    def add_padding(self, extra, image, grid):
-        """[extra, split tokens, image with pads at the ends of rows and columns]: (B, L, dim)."""
-        batch, (h, w) = image.shape[0], grid
-        index = scan_order.pad_index(self.pad_layout, h, w, self.pad, image.device)
-        pads = self.pad_tokens[index.clamp(min=0)].to(image.dtype)  # (h+pad, w+pad, dim)
-        right = pads[:h, w:].expand(batch, -1, -1, -1)
-        bottom = pads[h:].expand(batch, -1, -1, -1).flatten(1, 2)
-        rows = torch.cat([image.unflatten(1, grid), right], dim=2).flatten(1, 2)
-        split = self.split_tokens.to(image.dtype).expand(batch, -1, -1)
-        return torch.cat([extra.to(image.dtype), split, rows, bottom], dim=1)
-
-    def remove_padding(self, tokens, grid):
-        """The image tokens (B, h*w, dim) of the sequence (B, L, dim)."""
-        h, w = grid
-        padded = tokens[:, EXTRA_TOKENS + self.pad :].unflatten(1, (h + self.pad, w + self.pad))
-        return padded[:, :h, :w].flatten(1, 2)
+    def on_grid(self, tokens, grid):
+        """The padded grid (B, h+pad, w+pad, dim) of the sequence (B, L, dim), a view."""
+        padded = tuple(side + self.pad for side in grid)
+        return tokens[:, EXTRA_TOKENS + self.pad :].unflatten(1, padded)
 
     def run_blocks(self, x, t, modulation, grid, drop_path_draw):
         """All blocks; 1..K save their output, the last K take it back, the latest first."""

@@ -64,6 +64,42 @@ def grid_of(x, in_channels, patch_size):
     return x.shape[2] // patch_size, x.shape[3] // patch_size
 
 
+class PaddedSequence(torch.autograd.Function):
+    """apply(image, extra, split, right, bottom): the sequence [extra, split, image with pads at the
+    ends of its rows and columns], each token written once; the gradients are views of the
+    sequence's, but for sums over the batch.
+
+    image (B, h, w, dim), extra (B, E, dim), split (S, dim), right (h, P, dim), bottom (P, w + P,
+    dim), all in one dtype -> (B, E + S + (h + P) (w + P), dim).
+    """
+
+    @staticmethod
+    def forward(ctx, image, extra, split, right, bottom):
+        (batch, h, w, dim), (pad, width, _) = image.shape, bottom.shape
+        ctx.sizes = extra.shape[1], split.shape[0], h, w, pad
+        length = extra.shape[1] + split.shape[0] + (h + pad) * width
+        out = image.new_empty(batch, length, dim)
+        parts = PaddedSequence.parts(out, *ctx.sizes)
+        for part, given in zip(parts, (image, extra, split, right, bottom), strict=True):
+            part.copy_(given)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        image, extra, *of_all = PaddedSequence.parts(g, *ctx.sizes)
+        return image, extra, *(part.sum(0) for part in of_all)
+
+    @staticmethod
+    def parts(sequence, extra, split, h, w, pad):
+        """Views of a sequence: image, extra, split, right, bottom, each (B, ..., dim)."""
+        front = extra + split
+        grid = sequence[:, front:].unflatten(1, (h + pad, w + pad))
+        return (
+            grid[:, :h, :w], sequence[:, :extra], sequence[:, extra:front], grid[:, :h, w:],
+            grid[:, h:],
+        )  # fmt: skip
+
+
 def unpatchify(patches, grid, patch_size):
     """Patches (B, h*w, p*p*C), channels innermost, of a grid (h, w) -> image (B, C, h*p, w*p)."""
     (h, w), p = grid, patch_size

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -234,7 +235,9 @@ def load_or_compile(program, arch, announce=lambda: None):
         if compiled is not None:
             return compiled
     announce()
+    start = time.monotonic()
     compiled = compile_program(program, arch)
+    _log.info(f"compiled {program.source} for sm_{arch} in {time.monotonic() - start:.1f} s")
     try:
         write_entry(cache, program, arch, compiled)
     except OSError as error:
