@@ -8,6 +8,7 @@ host wait there. Kernels are grouped by name. Writes benchmarks/results/profile_
 
 import argparse
 import collections
+import contextlib
 import itertools
 import re
 import statistics
@@ -27,6 +28,7 @@ from bench_model import MODELS, about, forget, synchronize  # noqa: E402
 from model_report import RESULTS, result_path  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch.autograd import DeviceType  # noqa: E402
+from torch.optim.optimizer import register_optimizer_step_post_hook  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
 from configs import cifar10_S_DiM, imagenet256_H_DiM  # noqa: E402
@@ -233,14 +235,16 @@ class Finished(Exception):
     """Ends the loop once the steps are recorded: no checkpoint of gigabytes is written."""
 
 
-def watch(model, recording):
-    """Record STEPS steps of the loop after SKIPPED; returns the list of the times of steps.
+@contextlib.contextmanager
+def watching(recording):
+    """Record STEPS steps of the loop after SKIPPED; gives the list of the times of steps.
 
-    A forward pass begins each step, so its hook sees them without a change to the loop.
+    An optimizer's step ends each, so a hook of all optimizers sees them without a change to the
+    loop.
     """
     times, number = [], itertools.count()
 
-    def at_forward(module, inputs):
+    def at_step(*_):
         times.append(time.perf_counter())
         n = next(number)
         if n == SKIPPED:
@@ -249,16 +253,18 @@ def watch(model, recording):
             recording.stop()
             raise Finished
 
-    model.register_forward_pre_hook(at_forward)
-    return times
+    hook = register_optimizer_step_post_hook(at_step)
+    try:
+        yield times
+    finally:
+        hook.remove()
 
 
 def profiled_loop(target, device, workers=8):
     """(Recording, milliseconds of a step before it): of libs.training's loop, batch and all."""
     model = workloads.make_network(target.model, target.pixels, device, "bf16")
     recording = Recording(device)
-    times = watch(model, recording)
-    with tempfile.TemporaryDirectory() as folder:
+    with watching(recording) as times, tempfile.TemporaryDirectory() as folder:
         data, run = Path(folder, "data"), Path(folder, "run")
         data.mkdir()
         config = loop_config(target, data, model.num_classes, workers)

@@ -16,7 +16,7 @@ from configs import (
 )
 from libs import guidance
 from libs.dim import EXTRA_TOKENS, PRESETS, DiM
-from libs.graphs import CudaCapture
+from libs.graphs import CudaCapture, GraphedTraining
 from libs.launch import Precision
 from libs.models import build_model
 from libs.samplers import sample
@@ -145,13 +145,16 @@ def random_inputs(network, pixels, batch, device):
     return x, t, torch.randint(network.num_classes, (batch,), device=device)
 
 
-def training_step(network, pixels, batch, device, precision, compiled=False):
+def training_step(network, pixels, batch, device, precision, compiled=False, graph=False):
     """A function that makes one optimizer step on random data that lies on the device: forward,
-    loss, backward, clipping, fused AdamW over float32 weights; no EMA, no checkpointing."""
+    loss, backward, clipping, fused AdamW over float32 weights; no EMA, no checkpointing. graph: the
+    network's part as with train.cuda_graphs."""
     precision, process = autocast_of(precision, device), process_for(pixels)
     optimizer = make_optimizer(imagenet256_L_DiM.get_config(), network.train())
     x, _, y = random_inputs(network, pixels, batch, device)
     call = torch.compile(network) if compiled else network
+    if graph:
+        call = GraphedTraining(network, CudaCapture(x.device).both_ways)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

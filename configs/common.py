@@ -107,6 +107,8 @@ def get_config():
             str
         ),  # no, fp16 or bf16; without it, what accelerate launch says
         fp8=False,  # matrix products of DiM's blocks in fp8; needs bf16 or fp16, and a Hopper GPU
+        cuda_graphs=False,  # on a GPU, one process or DDP: replay the network's kernels; for small
+        # networks, whose kernels Python cannot launch as fast as they run
         ema_rate=0.9999,
         num_workers=8,
         max_bad_steps=10,  # non-finite steps in a row that end the run

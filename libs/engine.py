@@ -11,24 +11,29 @@ import os
 import torch
 import torch.distributed.fsdp
 
-from libs import sharding
+from libs import graphs, sharding
 from libs.launch import requested_engine
 from utils import UserError
 
 
 class Engine:
-    """DistributedDataParallel over several processes, the bare network in one.
+    """DistributedDataParallel over several processes, the bare network in one; graphed: its forward
+    and backward replayed from CUDA graphs.
 
     model: what to call; network: its parameters' owner; optimizer: over them.
     """
 
     @property
     def name(self):
-        return "DDP" if self.accelerator.num_processes > 1 else "one process"
+        name = "DDP" if self.accelerator.num_processes > 1 else "one process"
+        return f"{name}, by CUDA graphs" if self.graphed else name
 
-    def __init__(self, accelerator, network, optimizer, precision, max_norm):
+    def __init__(self, accelerator, network, optimizer, precision, max_norm, graphed=False):
         self.accelerator, self.network, self.optimizer = accelerator, network, optimizer
-        self.scaler, self.max_norm = precision.scaler, max_norm
+        self.scaler, self.max_norm, self.graphed = precision.scaler, max_norm, graphed
+        if graphed:
+            capture = graphs.CudaCapture(accelerator.device)
+            network = graphs.GraphedTraining(network, capture.both_ways)
         self.model = accelerator.prepare_model(network)
 
     def is_active(self):
@@ -230,7 +235,8 @@ def make_engine(config, accelerator, network, ema, optimizer, precision):
     elif requested == "fsdp2":
         engine = ShardedEngine(accelerator, network, ema, optimizer, precision, max_norm)
     else:
-        engine = Engine(accelerator, network, optimizer, precision, max_norm)
+        graphed = config.train.cuda_graphs and accelerator.device.type == "cuda"
+        engine = Engine(accelerator, network, optimizer, precision, max_norm, graphed)
     if not engine.is_active():
         raise UserError(
             f"{engine.name} is asked for, but is not what runs: check the versions of torch, "

@@ -1,5 +1,6 @@
 """A network at the speed of the GPU where nothing changes between calls but its inputs: its
-matrices in half precision, cast once, and its kernels replayed from a CUDA graph.
+kernels replayed from CUDA graphs, in sampling and in training, and in sampling its matrices in half
+precision, cast once.
 """
 
 import contextlib
@@ -96,78 +97,106 @@ class CudaCapture:
         Raises:
             RuntimeError: it cannot be captured; the device goes on as if nothing had been.
         """
+        with self._here():
+            self._rehearse(call)
+            return self._record(call)
+
+    def both_ways(self, call, parameters):
+        """The same of call() and of its gradients: (replay, its output, replay of the backward, the
+        output's gradient that it reads, the gradients that it writes, None where there is none).
+        """
+
+        def rehearsal():
+            output = call()
+            torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
+
+        with self._here():
+            self._rehearse(rehearsal)
+            forward, output = self._record(call)
+            g_output = torch.zeros_like(output)
+            backward, gradients = self._record(
+                lambda: torch.autograd.grad(output, parameters, g_output, allow_unused=True)
+            )
+        return forward, output.detach(), backward, g_output, gradients
+
+    @contextlib.contextmanager
+    def _here(self):
+        """The caller's device and stream, which a failed capture would leave."""
         here = torch.cuda.current_stream(self.device)
-        with torch.cuda.device(self.device), torch.cuda.stream(here):  # which a failed capture left
+        with torch.cuda.device(self.device), torch.cuda.stream(here):
             self.stream.wait_stream(here)
-            # A capture that breaks half-way leaves torch's allocator in it, so the usual reason to
-            # break is looked for before.
-            with torch.cuda.stream(self.stream), _synchronisation_is_an_error():
-                call()
+            yield
             here.wait_stream(self.stream)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Only this thread's calls count: data loaders pin memory in others.
-                with torch.cuda.graph(
-                    graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-                ):
-                    output = call()
-            except Exception:
-                index = self.device.index or 0
-                with contextlib.suppress(RuntimeError):  # if the capture did end, there is no need
-                    torch._C._cuda_endAllocateToPool(index, self.pool)
-                # The random numbers' state believes itself in the capture; its copy does not.
-                generator = torch.cuda.default_generators[index]
-                generator.graphsafe_set_state(generator.clone_state())
-                raise
+
+    def _rehearse(self, call):
+        """A capture that breaks half-way leaves torch's allocator in it, so the usual reason to
+        break is looked for before."""
+        with torch.cuda.stream(self.stream), _synchronisation_is_an_error():
+            call()
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+
+    def _record(self, call):
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Only this thread's calls count: data loaders pin memory in others.
+            with torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ):
+                output = call()
+        except Exception:
+            index = self.device.index or 0
+            with contextlib.suppress(RuntimeError):  # if the capture did end, there is no need
+                torch._C._cuda_endAllocateToPool(index, self.pool)
+            # The random numbers' state believes itself in the capture; its copy does not.
+            generator = torch.cuda.default_generators[index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph.replay, output
 
 
 class Graph(NamedTuple):
-    replay: object  # to call
-    inputs: tuple  # the tensors it reads
-    output: torch.Tensor  # the one it writes
+    inputs: tuple  # the tensors it reads, or None
+    parts: tuple  # what the capture gave
+
+    def write(self, inputs):
+        for static, given in zip(self.inputs, inputs, strict=True):
+            if given is not None:
+                static.copy_(given)
 
 
 def _like(tensor):
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
 
 
-class GraphedNetwork:
-    """network(x, t, y) for sampling, without gradients: eager in the first call of a signature,
-    captured in the second, replayed from then on.
+class _Graphs:
+    """The graphs of a network by the signature of its inputs: eager in the first call of a
+    signature, captured in the second, replayed from then on.
 
-    A signature is shapes and dtypes of x, t and y, whether there is a y, and the autocast state. At
-    most MAX_GRAPHS are captured, as each holds memory; further ones stay eager. If a capture fails,
-    the log says why, once, and everything is eager from then on.
-    capture: call -> (replay, output), CudaCapture's.
+    A signature is shapes and dtypes of the inputs, which of them are None, and the autocast state.
+    At most MAX_GRAPHS are captured, as each holds memory; further ones stay eager. If a capture
+    fails, the log says why, once, and everything is eager from then on.
+    work: 'sampling' or 'training', for the log; capture: call -> parts of a Graph.
     """
 
-    def __init__(self, network, capture):
-        self.network, self.capture = network, capture
+    def __init__(self, network, work, capture):
+        self.network, self.work, self.capture = network, work, capture
         self.graphs, self._seen, self.failed = {}, set(), False
 
-    def signature(self, x, t, y):
-        kind = x.device.type
+    def of(self, *inputs):
+        """The graph that holds these inputs now; None where the network itself is to be called."""
+        kind = inputs[0].device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        return _like(x), _like(t), _like(y), autocast
-
-    @torch.no_grad()
-    def __call__(self, x, t, y=None):
-        """x (B, C, H, W), t (B,), y (B,) or None -> the network's output, the caller's own."""
-        key = self.signature(x, t, y)
+        key = (*map(_like, inputs), autocast)
         if key not in self.graphs:
             full = len(self.graphs) >= MAX_GRAPHS
             if self.failed or full or key not in self._seen:
                 self._seen.add(key)
-                return self.network(x, t, y)
-            if not self._add(key, (x, t, y)):
-                return self.network(x, t, y)
+                return None
+            if not self._add(key, inputs):
+                return None
         graph = self.graphs[key]
-        for static, given in zip(graph.inputs, (x, t, y), strict=True):
-            if given is not None:
-                static.copy_(given)
-        graph.replay()
-        return graph.output.clone()  # the next replay writes it again
+        graph.write(inputs)
+        return graph
 
     def _add(self, key, inputs):
         """Capture the signature of these inputs; whether it could be."""
@@ -180,20 +209,85 @@ class GraphedNetwork:
                 return self.network(*static)
 
         try:
-            replay, output = self.capture(call)
+            parts = self.capture(call)
         except (RuntimeError, UserError) as error:  # the latter of our kernels
             self.failed = True
             self.release()
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            log.warning("sampling without CUDA graphs, as a capture failed: %s", reason)
+            log.warning("%s without CUDA graphs, as a capture failed: %s", self.work, reason)
             return False
-        self.graphs[key] = Graph(replay, static, output)
+        self.graphs[key] = Graph(static, parts)
         return True
 
     def release(self):
         """Drop the graphs and their memory."""
         self.graphs.clear()
         self._seen.clear()
+
+
+class GraphedNetwork(_Graphs):
+    """network(x, t, y) for sampling, without gradients. capture: call -> (replay, output),
+    CudaCapture's.
+    """
+
+    def __init__(self, network, capture):
+        super().__init__(network, "sampling", capture)
+
+    @torch.no_grad()
+    def __call__(self, x, t, y=None):
+        """x (B, C, H, W), t (B,), y (B,) or None -> the network's output, the caller's own."""
+        graph = self.of(x, t, y)
+        if graph is None:
+            return self.network(x, t, y)
+        replay, output = graph.parts
+        replay()
+        return output.clone()  # the next replay writes it again
+
+
+class _Replay(torch.autograd.Function):
+    """The output and, in the backward, the parameters' gradients of a graph, the caller's own."""
+
+    @staticmethod
+    def forward(ctx, graph, *parameters):
+        ctx.graph = graph
+        forward, output, *_ = graph.parts
+        forward()
+        return output.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        _, _, backward, g_output, gradients = ctx.graph.parts
+        g_output.copy_(g)
+        backward()
+        own = iter(torch._foreach_mul([x for x in gradients if x is not None], 1))
+        return None, *(None if x is None else next(own) for x in gradients)
+
+
+class GraphedTraining(nn.Module):
+    """network(x, t, y, drop_path_draw) in training: the host launches two graphs instead of some
+    two thousand kernels. Gradients reach the parameters as usual, so that DistributedDataParallel
+    around this sees them, all at once.
+
+    No gradient reaches x. The backward of a call must come before the next call.
+    capture: (call, parameters) -> what CudaCapture.both_ways returns.
+    """
+
+    def __init__(self, network, capture):
+        super().__init__()
+        self.network, self._parameters_in_order = network, tuple(network.parameters())
+        self._graphs = _Graphs(
+            self._call, "training", lambda call: capture(call, self._parameters_in_order)
+        )
+
+    def _call(self, x, t, y, draw):
+        return self.network(x, t, y, **({} if draw is None else {"drop_path_draw": draw}))
+
+    def forward(self, x, t, y=None, drop_path_draw=None):
+        graph = self._graphs.of(x, t, y, drop_path_draw)
+        if graph is None:
+            return self._call(x, t, y, drop_path_draw)
+        return _Replay.apply(graph, *self._parameters_in_order)
 
 
 class SamplingNetwork:

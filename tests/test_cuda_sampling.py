@@ -16,12 +16,12 @@ from libs.codec import PixelCodec
 from libs.dim import DiM
 from libs.ema import EMA
 from libs.engine import Engine
-from libs.graphs import CudaCapture, GraphedNetwork, SamplingNetwork
+from libs.graphs import CudaCapture, GraphedNetwork, GraphedTraining, SamplingNetwork
 from libs.launch import Precision
 from libs.loading import Prefetcher
 from libs.training import Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate
 from libs.training import update as update_after
-from sde import VPSDE, DiscreteSchedule, eps_from_model
+from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
 
 pytestmark = [
     pytest.mark.cuda,
@@ -213,8 +213,9 @@ def pinned_batches():
         yield x.pin_memory(), torch.randint(CLASSES, (4,), generator=generator).pin_memory()
 
 
+@pytest.mark.parametrize("graphed", [False, True])
 @pytest.mark.parametrize("name", ["no", "bf16", "fp16"])
-def test_a_training_step_waits_once_and_only_for_its_verdict(name):
+def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
     """All of a step but reading the verdict, in which an event is waited for."""
     config = digits_T_DiM.get_config()
     config.update_from_flattened_dict({
@@ -228,7 +229,7 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name):
     model, precision = make_dim().train(), Precision(name, GPU)
     model.drop_path = 0.2
     ema = EMA(model, 0.99)
-    engine = Engine(accelerator, model, make_optimizer(config, model), precision, 1.0)
+    engine = Engine(accelerator, model, make_optimizer(config, model), precision, 1.0, graphed)
     batches, process, codec = Prefetcher(pinned_batches(), GPU), VPSDE(), PixelCodec()
     progress, outcomes = types.SimpleNamespace(step=0, batch=0, bad_in_a_row=0), []
     for k in itertools.count():
@@ -254,6 +255,50 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name):
             break
         assert k < 30, outcomes
     assert set(outcomes) <= ({"ok", "overflow"} if name == "fp16" else {"ok"})
+    if graphed:
+        assert len(engine.model._graphs.graphs) == 1
+
+
+def trained(dtype, graphed, uncond, steps=5, accumulation=2):
+    """(losses, weights) of some AdamW steps with stochastic depth and clipping."""
+    model, process = make_dim().train(), VPSDE()
+    model.drop_path = 0.2
+    called = GraphedTraining(model, CudaCapture(GPU).both_ways) if graphed else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    generator = torch.Generator("cuda").manual_seed(1)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        for _ in range(accumulation):
+            x, eps = (torch.randn(4, 3, 16, 16, generator=generator, device=GPU) for _ in "xe")
+            t = torch.rand(4, generator=generator, device=GPU)
+            draw = torch.rand(4, 5, generator=generator, device=GPU)
+            y = None if uncond else torch.arange(4, device=GPU)
+            with autocast(dtype):
+                loss = denoising_loss(
+                    called, process, x, y, pred="noise_pred", t=process.time_from_uniform(t),
+                    eps=eps, drop_path_draw=draw,
+                ).mean()
+            loss.backward()
+            losses.append(loss.detach())
+        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+    if graphed:
+        assert len(called._graphs.graphs) == 1
+    return torch.stack(losses), {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("uncond", [False, True])
+def test_training_by_graphs_makes_the_eager_steps(dtype, uncond):
+    """Up to what atomic sums of embeddings and products of another workspace leave."""
+    found, weights = trained(dtype, True, uncond)
+    expected, weights_expected = trained(dtype, False, uncond)
+    assert ((found - expected).abs() <= 1e-4 * expected.abs()).all(), (found, expected)
+    apart = max((weights[n] - w).abs().max().item() for n, w in weights_expected.items())
+    print(f"{dtype}: losses {(found - expected).abs().max():g}, weights {apart:g} apart")
+    moved = (weights["head.weight"] - make_dim().head.weight).abs().max().item()
+    assert apart <= 0.05 * moved
 
 
 @contextlib.contextmanager

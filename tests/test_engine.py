@@ -129,6 +129,15 @@ def test_an_engine_makes_the_steps_of_one_process_at_twice_the_batch(device, one
     assert np.abs(found - expected).max() <= 1 and expected.std() > 5
 
 
+def test_ddp_by_cuda_graphs_makes_the_steps_of_one_process(device, one, tmp_path):
+    """Gradients of a replayed backward meet over the processes as others do."""
+    if device == "cpu":
+        pytest.skip("CUDA graphs need a GPU")
+    output = train(tmp_path, "ddp", device, train__cuda_graphs=True)
+    assert "engine DDP, by CUDA graphs" in output and "without CUDA graphs" not in output
+    assert_same(device, checkpoint(tmp_path, STEPS), checkpoint(one, STEPS))
+
+
 def test_a_checkpoint_of_half_the_steps_is_not_the_same(device, one):
     """The comparison can fail."""
     with pytest.raises(AssertionError):

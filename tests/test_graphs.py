@@ -1,5 +1,6 @@
-"""Fast sampling without a GPU: half matrices, what a graph is captured for, and that it follows the
-weights. In place of a CUDA graph stands a trace of aten calls, which reads tensors by address, too.
+"""Graphs without a GPU, in sampling and in training: half matrices, what is captured, and that it
+follows the weights. In place of a CUDA graph stands a trace of aten calls, which reads tensors by
+address, too, and in training the call itself.
 """
 
 import types
@@ -211,6 +212,80 @@ def test_on_the_cpu_it_is_the_network_itself():
     model = make_dim()
     with graphs.SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
         assert network is model
+
+
+# ---------------------------------------- in training
+
+
+def repeated(call, parameters):
+    """What CudaCapture.both_ways gives: here a replay computes anew, into the same tensors."""
+    output = call().detach().clone()
+    g_output, gradients, kept = torch.zeros_like(output), [], []
+    for x in torch.autograd.grad(call(), parameters, g_output, allow_unused=True):
+        gradients.append(None if x is None else torch.full_like(x, torch.nan))
+
+    def forward():
+        with torch.enable_grad():
+            kept[:] = [call()]
+        output.copy_(kept[0].detach())
+
+    def backward():
+        found = torch.autograd.grad(kept.pop(), parameters, g_output, allow_unused=True)
+        for static, x in zip(gradients, found, strict=True):
+            if x is not None:
+                static.copy_(x)
+
+    return forward, output, backward, g_output, gradients
+
+
+def trained(capture, steps=4, accumulation=2, labels=True):
+    """(weights of a small DiM after some steps, the model that was called)."""
+    network = make_dim().train()
+    network.unused = nn.Parameter(torch.ones(3))
+    called = graphs.GraphedTraining(network, capture) if capture else network
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        for k in range(accumulation):
+            generator = torch.Generator().manual_seed(10 * step + k)
+            x, t, y = make_inputs(labels=labels)
+            x = x + torch.randn(x.shape, generator=generator)
+            draw = torch.rand(3, network.depth, generator=generator)
+            out = called(x, t, y, drop_path_draw=draw)
+            (out - x).square().mean().backward()
+        optimizer.step()
+    return bits(network), called
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_training_by_graphs_makes_the_eager_steps(labels):
+    found, called = trained(repeated, labels=labels)
+    expected, _ = trained(None, labels=labels)
+    assert len(called._graphs.graphs) == 1
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_gradients_by_graphs_are_the_parameters_own():
+    """A later replay writes the graph's, not these; a sum over micro-batches needs both."""
+    _, called = trained(repeated, steps=2, accumulation=1)
+    (graph,) = called._graphs.graphs.values()
+    own = {x.data_ptr() for x in graph.parts[4] if x is not None}
+    gradients = [p.grad for p in called.network.parameters() if p.grad is not None]
+    assert len(gradients) == len(own) and not own & {g.data_ptr() for g in gradients}
+    assert called.network.unused.grad is None
+
+
+def test_a_failing_capture_is_said_once_and_training_goes_on(caplog):
+    def failing(call, parameters):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    found, _ = trained(failing)
+    expected, _ = trained(None)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
+    assert len(said) == 1 and said[0].startswith("training without CUDA graphs")
 
 
 # ---------------------------------------- in an evaluation
