@@ -6,18 +6,19 @@ evaluation; one 1536 px image by 3x upsampling, its peak memory. All but the fir
 CUDA graphs and half matrices (`fast`). Writes benchmarks/results/latent_<gpu>.json and prints it.
 """
 
+import argparse
 import contextlib
 import json
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
+from bench_ops import current_commit  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
 
 from configs import imagenet256_H_DiM, imagenet512_H_DiM_upsample_3x_test  # noqa: E402
@@ -129,21 +130,20 @@ def sampling(config, codec, n, steps, task):
 
 
 def main():
-    gpu = torch.cuda.get_device_name()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", default=None, help="what was measured; default: git's HEAD")
+    args = parser.parse_args()
     autoencoder = stable_diffusion_autoencoder()
     encoding(autoencoder)
     codec = LatentCodec(autoencoder, scale_factor=autoencoder.scale_factor)
     sampling(imagenet256_H_DiM.get_config(), codec, n=64, steps=50, task="evaluate")
     torch.cuda.empty_cache()
     sampling(imagenet512_H_DiM_upsample_3x_test.get_config(), codec, n=1, steps=50, task="upsample")
-    name = re.sub(r"\W+", "_", gpu).lower()
-    results = [
-        {**values, "gpu": gpu, "torch": torch.__version__, "commit": commit} for values in RECORDS
-    ]
-    path = ROOT / "benchmarks" / "results" / f"latent_{name}.json"
+    gpu = torch.cuda.get_device_name()
+    about = {"gpu": gpu, "torch": torch.__version__, "commit": args.commit or current_commit()}
+    path = args.out / f"latent_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json"
+    results = [{**values, **about} for values in RECORDS]
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 

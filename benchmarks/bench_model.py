@@ -9,8 +9,8 @@ follow one another without the host waiting, between events on the device.
 
 Records are merged into benchmarks/results/model_<gpu>.json, with the table beside it, after every
 case, so that several calls add up: `--missing` goes on where another call of the same commit
-stopped, `--tasks`, `--models` and `--only` choose. `--draw` alone draws docs/throughput.png from
-the records, without a GPU (pip install -e ".[bench]").
+stopped, `--tasks`, `--models` and `--only` choose. `--draw` alone draws docs/throughput.png and
+writes the README's table from the records, without a GPU (pip install -e ".[bench]").
 """
 
 import argparse
@@ -300,6 +300,7 @@ def parse_arguments(argv):
     parser.add_argument("--commit", default=None, help="what is measured; default: git's HEAD")
     parser.add_argument("--draw", action="store_true", help="draw the records, measure nothing")
     parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "throughput.png")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="its table")
     parser.add_argument("--records", type=Path, default=None, help="the json file to draw")
     return parser, parser.parse_args(argv)
 
@@ -308,8 +309,10 @@ def draw(parser, args):
     paths = [args.records] if args.records else sorted(args.out.glob("model_*.json"))
     if len(paths) != 1:
         parser.error(f"{len(paths)} files model_*.json in {args.out}: name one with --records")
-    report.draw(report.load(paths[0]), args.picture)
-    print(f"drew {args.picture}")
+    records = report.load(paths[0])
+    report.draw(records, args.picture)
+    report.write_summary(records, args.readme)
+    print(f"drew {args.picture} and wrote the table of {args.readme}")
 
 
 def main(argv=None):

@@ -47,6 +47,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import utils  # noqa: E402, I001 - before torch
 import torch  # noqa: E402
 from bench_features import write_packed  # noqa: E402
+from bench_ops import current_commit  # noqa: E402
 
 from configs import digits_T_DiM, imagenet256_H_DiM, imagenet256_L_DiM  # noqa: E402
 from datasets import dataset_of  # noqa: E402
@@ -474,22 +475,17 @@ def parse_arguments(words=None):
     parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON",
                         help="of the config: nnet.activation_checkpointing=true")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--commit", default=None, help="what was measured; default: git's HEAD")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     return parser.parse_args(words)
-
-
-def commit():
-    found = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
 
 
 def main(arguments):
     if "zero2" in arguments.engines and importlib.util.find_spec("deepspeed") is None:
         print("DeepSpeed is not installed: ZeRO-2 is left out")
         arguments.engines.remove("zero2")
-    origin = dict(gpu=name_of_device(), torch=torch.__version__, commit=commit())
+    origin = dict(gpu=name_of_device(), torch=torch.__version__)
+    origin["commit"] = arguments.commit or current_commit()
     made, failed = [], False
     with tempfile.TemporaryDirectory() as folder:
         latents = Path(folder) / "latents"

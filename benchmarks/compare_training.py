@@ -3,11 +3,12 @@ losses: `python benchmarks/compare_training.py --images DIR --variants fused,ref
 
 Variants: `fused` (blocks as one operator, as shipped), `composed` (layer by layer on our kernels),
 `reference` (layer by layer on the operators' definition in plain PyTorch), `fp8` (fused, with the
-matrix products of libs/ops/fp8.py). All under bf16 autocast, with AdamW, in the order of one
-seeded permutation an epoch, with the same times, noise and labels. Also prints each variant's
+matrix products of libs/ops/fp8.py). All under bf16 autocast, or in float32 without TF32, with AdamW,
+in the order of one seeded permutation an epoch, with the same times, noise and labels. Also prints each variant's
 relative error of one forward pass after training, against float32.
 
-Writes benchmarks/results/compare_<variants>_<gpu>.json (every loss) and .md (means over windows).
+Writes benchmarks/results/compare_<variants>[_fp32]_<gpu>.json (every loss) and .md (means over
+windows).
 """
 
 import argparse
@@ -73,7 +74,14 @@ def make_model(size, classes, variant, seed):
     return model
 
 
-def captured_step(model, example):
+def autocast(args):
+    """Matrix products in bf16, or everything in float32."""
+    return torch.autocast(
+        "cuda", torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False
+    )
+
+
+def captured_step(model, example, args):
     """(graph, batch, loss): replaying the graph makes the gradients of the loss of what `batch`,
     (x0, y, t, eps), then holds. The definition launches 100,000 kernels a step.
     """
@@ -81,7 +89,7 @@ def captured_step(model, example):
 
     def forward_backward():
         x0, y, t, eps = batch
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+        with autocast(args):
             loss = denoising_loss(
                 model, process, x0, y, pred="noise_pred", t=process.time_from_uniform(t), eps=eps
             ).mean()
@@ -104,7 +112,7 @@ def train(model, variant, data, args):
     """Losses of every step, and seconds."""
     use(variant)
     everything = list(batches(*data, args.batch_size, args.steps, args.seed))
-    graph, batch, loss = captured_step(model, everything[0])
+    graph, batch, loss = captured_step(model, everything[0], args)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.03, fused=True)
     losses, began = [], time.monotonic()
     for step, example in enumerate(everything):
@@ -136,7 +144,7 @@ def forward_error(model, variants, data, args):
         use(variant)
         for block in model.blocks:
             block.in_fp8 = variant == "fp8"
-        with torch.autocast("cuda", torch.bfloat16):
+        with autocast(args):
             out = model(*inputs).float()
         errors[variant] = ((out - exact).norm() / exact.norm()).item()
     return errors
@@ -176,7 +184,7 @@ def report(records, errors, args):
     gpu, torch_version = torch.cuda.get_device_name(), torch.__version__
     lines = [
         f"`compare_training.py`: DiM-{args.model}, {args.count} images of 32x32, batch "
-        f"{args.batch_size}, {args.steps} steps, bf16 autocast, seed {args.seed}; {gpu}, torch "
+        f"{args.batch_size}, {args.steps} steps, {args.precision}, seed {args.seed}; {gpu}, torch "
         f"{torch_version}, commit {args.commit}.", "", *table(records), "",
         f"Largest difference of a single step's loss: {100 * single_steps(records):.2f}%. Seconds: "
         + ", ".join(f"{name} {record['seconds']:.0f}" for name, record in records.items())
@@ -191,6 +199,7 @@ def main():
     parser.add_argument("--images", type=Path, required=True, help="a folder of classes")
     parser.add_argument("--variants", default="fused,reference")
     parser.add_argument("--model", choices=list(PRESETS), default="S")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -209,7 +218,8 @@ def main():
         torch.cuda.empty_cache()
     errors = forward_error(model, records, (x, y), args)
     gpu = re.sub(r"[^a-z0-9]+", "_", torch.cuda.get_device_name().lower()).strip("_")
-    path = args.out / f"compare_{'_'.join(records)}_{gpu}"
+    names = [*records, *(["fp32"] if args.precision == "fp32" else [])]
+    path = args.out / f"compare_{'_'.join(names)}_{gpu}"
     args.out.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(records) + "\n")
     path.with_suffix(".md").write_text(report(records, errors, args))

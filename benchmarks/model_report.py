@@ -1,4 +1,6 @@
-"""The records of bench_model.py: merged into one file a GPU, as a Markdown table, as a picture."""
+"""The records of bench_model.py: merged into one file a GPU, as a Markdown table, as a summary, as
+a picture.
+"""
 
 import json
 import os
@@ -81,6 +83,58 @@ def cells(r):
     figures = [f"{r['ms']:.2f}", f"{low:.2f} - {high:.2f}", f"{r['img_s']:.4g}", memory]
     limit = [f"{r['mfu']:.1%}", f"{r['limit_ms']:.2f}", f"{r['ms'] / r['limit_ms']:.2f}"]
     return [*names, how(r), *figures, *limit, r["commit"]]
+
+
+# ---------------------------------------- summary
+
+MARKS = ("<!-- bench_model.py --draw -->", "<!-- end -->")
+COLUMNS = (
+    ("DiM-S", "bf16"), ("DiM-L", "bf16"), ("DiM-H", "bf16"), ("DiM-H", "fp8"), ("U-ViT-H", "bf16"),
+    ("DiT-XL/2", "bf16"),
+)  # fmt: skip
+ROWS = (  # (task, pixels, batch)
+    *(("train", *shape) for shape in ((32, 128), (256, 64), (512, 16))),
+    ("forward", 256, 64), *(("forward", pixels, 2) for pixels in (256, 512, 1024, 1536, 2048)),
+    ("sample", 256, 32),
+)  # fmt: skip
+
+
+def fastest(records, model, precision, row):
+    """The latest records' fastest of all ways, or None."""
+    same = [r for r in latest(records) if (r["model"], r["precision"]) == (model, precision)]
+    same = [r for r in same if (r["task"], r["pixels"], r["batch"]) == row]
+    return min(same, key=lambda r: r["ms"], default=None)
+
+
+def shown(value):
+    """Three digits."""
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def summary(records):
+    """Markdown of a few rows, for the README: each model's fastest way."""
+    names = [model if precision == "bf16" else f"{model}, fp8" for model, precision in COLUMNS]
+    lines = ["| " + " | ".join(["", *names]) + " |", "|" + "---|" * (1 + len(names))]
+    for row in ROWS:
+        task, pixels, batch = row
+        unit = "ms" if (task, batch) == ("forward", 2) else "img/s"
+        found = [fastest(records, *column, row) for column in COLUMNS]
+        key = "ms" if unit == "ms" else "img_s"
+        cells = ["-" if r is None else shown(r[key]) for r in found]
+        name = f"{task}, {pixels} px, batch {batch}, {unit}"
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def write_summary(records, path):
+    """Replace what stands between MARKS in a Markdown file; ValueError if they are not there."""
+    text = path.read_text(encoding="utf-8")
+    if any(text.count(mark) != 1 for mark in MARKS):
+        raise ValueError(f"{path} has not the lines {MARKS[0]} and {MARKS[1]} once each")
+    before, rest = text.split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    text = f"{before}{MARKS[0]}\n{summary(records)}\n{MARKS[1]}{after}"
+    path.write_text(text, encoding="utf-8")
 
 
 # ---------------------------------------- picture

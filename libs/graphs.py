@@ -275,19 +275,30 @@ class GraphedTraining(nn.Module):
 
     def __init__(self, network, capture):
         super().__init__()
-        self.network, self._parameters_in_order = network, tuple(network.parameters())
+        self.network, self._named = network, dict(network.named_parameters())
+        # What is captured differentiates leaves of its own over the same memory: autograd's nodes
+        # of the parameters themselves belong to the stream of the step, or to DDP, and would draw
+        # that stream into the capture.
+        self._leaves = {n: p.detach().requires_grad_() for n, p in self._named.items()}
+        leaves = tuple(self._leaves.values())
         self._graphs = _Graphs(
-            self._call, "training", lambda call: capture(call, self._parameters_in_order)
+            self._of_leaves, "training", lambda call: capture(call, leaves)
         )
 
-    def _call(self, x, t, y, draw):
-        return self.network(x, t, y, **({} if draw is None else {"drop_path_draw": draw}))
+    def _of_leaves(self, *inputs):
+        return torch.func.functional_call(self.network, self._leaves, *_arguments(*inputs))
 
     def forward(self, x, t, y=None, drop_path_draw=None):
         graph = self._graphs.of(x, t, y, drop_path_draw)
         if graph is None:
-            return self._call(x, t, y, drop_path_draw)
-        return _Replay.apply(graph, *self._parameters_in_order)
+            positional, named = _arguments(x, t, y, drop_path_draw)
+            return self.network(*positional, **named)
+        return _Replay.apply(graph, *self._named.values())
+
+
+def _arguments(x, t, y, draw):
+    """(positional, named) ones; a network without stochastic depth takes no draw."""
+    return (x, t, y), {} if draw is None else {"drop_path_draw": draw}
 
 
 class SamplingNetwork:

@@ -193,8 +193,21 @@ def test_picture_is_drawn_from_the_records_alone(tmp_path):
     assert points == [(256, 4000.0), (1024, pytest.approx(195.3, 1e-3))]
     model_report.write(tmp_path / "model_x.json", records)
     picture = tmp_path / "throughput.png"
-    bench_model.main(["--draw", f"--out={tmp_path}", f"--picture={picture}"])
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n{}\nold\n{}\nafter\n".format(*model_report.MARKS))
+    files = [f"--picture={picture}", f"--readme={readme}"]
+    bench_model.main(["--draw", f"--out={tmp_path}", *files])
     assert picture.read_bytes().startswith(b"\x89PNG")
+    text = readme.read_text()
+    assert "old" not in text and text.startswith("before\n") and text.endswith("\nafter\n")
+    # the fastest of two ways, and dashes where nothing was measured
+    assert "| forward, 256 px, batch 2, ms | - | - | 0.50 | - | 2.56 | 2.56 |" in text
+
+
+def test_the_readme_has_the_table_of_the_records():
+    (path,) = model_report.RESULTS.glob("model_*.json")
+    text = (model_report.ROOT / "README.md").read_text(encoding="utf-8")
+    assert model_report.summary(model_report.load(path)) in text
 
 
 def test_bad_arguments_are_one_sentence(capsys):
