@@ -3,9 +3,9 @@ losses: `python benchmarks/compare_training.py --images DIR --variants fused,ref
 
 Variants: `fused` (blocks as one operator, as shipped), `composed` (layer by layer on our kernels),
 `reference` (layer by layer on the operators' definition in plain PyTorch), `fp8` (fused, with the
-matrix products of libs/ops/fp8.py). All under bf16 autocast, or in float32 without TF32, with AdamW,
-in the order of one seeded permutation an epoch, with the same times, noise and labels. Also prints each variant's
-relative error of one forward pass after training, against float32.
+matrix products of libs/ops/fp8.py). All under bf16 autocast, or in float32 without TF32, with
+AdamW, in the order of one seeded permutation an epoch, with the same times, noise and labels. Also
+prints each variant's relative error of one forward pass after training, against float32.
 
 Writes benchmarks/results/compare_<variants>[_fp32]_<gpu>.json (every loss) and .md (means over
 windows).
