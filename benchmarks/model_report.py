@@ -67,7 +67,8 @@ def table(records):
         "MFU: FLOPs of all matrix products, attention included, times 3 in training, over time and "
         "that peak (fp8 too); limit: what they would take at the peak, its ratio the time over it. "
         "sample: ms of one solver step on `batch` images, guidance in one batch, and images of 50 "
-        "steps a second. GiB: max_memory_allocated.", "",
+        "steps a second. GiB: max_memory_allocated. compile: in brackets the first call, with "
+        "torch.compile's work.", "",
         "| model | task | px | batch | precision | how | median ms | 10-90% | img/s | GiB | MFU | "
         "limit ms | ratio | commit |",
         "|---" * 14 + "|",
@@ -82,7 +83,8 @@ def cells(r):
     memory = "-" if r["gib"] is None else f"{r['gib']:.1f}"
     figures = [f"{r['ms']:.2f}", f"{low:.2f} - {high:.2f}", f"{r['img_s']:.4g}", memory]
     limit = [f"{r['mfu']:.1%}", f"{r['limit_ms']:.2f}", f"{r['ms'] / r['limit_ms']:.2f}"]
-    return [*names, how(r), *figures, *limit, r["commit"]]
+    first = f" ({r['compile_s']:.0f} s)" if r["compile_s"] and not r["graph"] else ""
+    return [*names, how(r) + first, *figures, *limit, r["commit"]]
 
 
 # ---------------------------------------- summary

@@ -3,6 +3,7 @@ follows the weights. In place of a CUDA graph stands a trace of aten calls, whic
 address, too, and in training the call itself.
 """
 
+import contextlib
 import types
 
 import pytest
@@ -238,11 +239,13 @@ def repeated(call, parameters):
     return forward, output, backward, g_output, gradients
 
 
-def trained(capture, steps=4, accumulation=2, labels=True):
-    """(weights of a small DiM after some steps, the model that was called)."""
+def trained(capture, steps=4, accumulation=2, labels=True, unused=True, wrap=None):
+    """(weights of a small DiM after some steps, its GraphedTraining or itself); wrap: around it."""
     network = make_dim().train()
-    network.unused = nn.Parameter(torch.ones(3))
-    called = graphs.GraphedTraining(network, capture) if capture else network
+    if unused:
+        network.unused = nn.Parameter(torch.ones(3))
+    graphed = graphs.GraphedTraining(network, capture) if capture else network
+    called = wrap(graphed) if wrap else graphed
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
@@ -251,10 +254,12 @@ def trained(capture, steps=4, accumulation=2, labels=True):
             x, t, y = make_inputs(labels=labels)
             x = x + torch.randn(x.shape, generator=generator)
             draw = torch.rand(3, network.depth, generator=generator)
-            out = called(x, t, y, drop_path_draw=draw)
-            (out - x).square().mean().backward()
+            last = k + 1 == accumulation
+            with contextlib.nullcontext() if last or not wrap else called.no_sync():
+                out = called(x, t, y, drop_path_draw=draw)
+                (out - x).square().mean().backward()
         optimizer.step()
-    return bits(network), called
+    return bits(network), graphed
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -275,6 +280,34 @@ def test_gradients_by_graphs_are_the_parameters_own():
     gradients = [p.grad for p in called.network.parameters() if p.grad is not None]
     assert len(gradients) == len(own) and not own & {g.data_ptr() for g in gradients}
     assert called.network.unused.grad is None
+
+
+def test_training_by_graphs_inside_ddp():
+    """Whose hooks must see every gradient: here they double it before it is averaged."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+
+        def doubling(module):
+            wrapped = nn.parallel.DistributedDataParallel(module)
+            wrapped.register_comm_hook(None, doubled)
+            return wrapped
+
+        found, called = trained(repeated, unused=False, wrap=doubling)
+        expected, _ = trained(None, unused=False, wrap=doubling)
+        plain, _ = trained(None, unused=False)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(called._graphs.graphs) == 1
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert any(not torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
+def doubled(state, bucket):
+    future = torch.futures.Future()
+    future.set_result(2 * bucket.buffer())
+    return future
 
 
 def test_a_failing_capture_is_said_once_and_training_goes_on(caplog):
