@@ -6,6 +6,7 @@ processes.
 """
 
 import contextlib
+import logging
 import os
 
 import torch
@@ -14,6 +15,8 @@ import torch.distributed.fsdp
 from libs import graphs, sharding
 from libs.launch import requested_engine
 from utils import UserError
+
+log = logging.getLogger("dim")
 
 
 class Engine:
@@ -228,7 +231,7 @@ def make_engine(config, accelerator, network, ema, optimizer, precision):
     """
     max_norm = config.max_grad_norm or float("inf")
     requested = requested_engine()
-    require_possible(requested, accelerator, precision)
+    require_possible(requested, accelerator, precision, config.train.cuda_graphs)
     if requested == "zero2":
         accumulation = config.gradient_accumulation_steps
         engine = ZeroEngine(accelerator, network, optimizer, max_norm, accumulation)
@@ -236,6 +239,8 @@ def make_engine(config, accelerator, network, ema, optimizer, precision):
         engine = ShardedEngine(accelerator, network, ema, optimizer, precision, max_norm)
     else:
         graphed = config.train.cuda_graphs and accelerator.device.type == "cuda"
+        if config.train.cuda_graphs and not graphed:
+            log.info("train.cuda_graphs changes nothing without a GPU")
         engine = Engine(accelerator, network, optimizer, precision, max_norm, graphed)
     if not engine.is_active():
         raise UserError(
@@ -245,7 +250,7 @@ def make_engine(config, accelerator, network, ema, optimizer, precision):
     return engine
 
 
-def require_possible(requested, accelerator, precision):
+def require_possible(requested, accelerator, precision, graphed):
     """UserError for an engine that has nothing to run on."""
     if requested is None:
         return
@@ -254,6 +259,11 @@ def require_possible(requested, accelerator, precision):
         raise UserError(
             f"{name} shards over processes, but there is one: give accelerate launch "
             "--num_processes 2 or more, or start with plain python"
+        )
+    if graphed:
+        raise UserError(
+            f"train.cuda_graphs is for one process or DDP, and {name} is asked for: use "
+            "configs/accelerate/ddp.yaml, or --config.train.cuda_graphs=False"
         )
     if requested == "zero2" and precision.scaler.is_enabled():
         raise UserError(

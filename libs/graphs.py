@@ -106,17 +106,19 @@ class CudaCapture:
         output's gradient that it reads, the gradients that it writes, None where there is none).
         """
 
+        def gradients_of(output, g_output):
+            with torch.autocast(self.device.type, enabled=False):  # as outside the forward
+                return torch.autograd.grad(output, parameters, g_output, allow_unused=True)
+
         def rehearsal():
             output = call()
-            torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
+            gradients_of(output, torch.zeros_like(output))
 
         with self._here():
             self._rehearse(rehearsal)
             forward, output = self._record(call)
             g_output = torch.zeros_like(output)
-            backward, gradients = self._record(
-                lambda: torch.autograd.grad(output, parameters, g_output, allow_unused=True)
-            )
+            backward, gradients = self._record(lambda: gradients_of(output, g_output))
         return forward, output.detach(), backward, g_output, gradients
 
     @contextlib.contextmanager
@@ -131,9 +133,11 @@ class CudaCapture:
     def _rehearse(self, call):
         """A capture that breaks half-way leaves torch's allocator in it, so the usual reason to
         break is looked for before."""
-        with torch.cuda.stream(self.stream), _synchronisation_is_an_error():
-            call()
-        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream), _synchronisation_is_an_error():
+                call()
+        finally:  # the caller's memory that it read is given back, and used again, after it
+            torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
     def _record(self, call):
         graph = torch.cuda.CUDAGraph()
@@ -248,8 +252,9 @@ class _Replay(torch.autograd.Function):
     """The output and, in the backward, the parameters' gradients of a graph, the caller's own."""
 
     @staticmethod
-    def forward(ctx, graph, *parameters):
-        ctx.graph = graph
+    def forward(ctx, owner, graph, *parameters):
+        owner.replays += 1
+        ctx.owner, ctx.graph, ctx.number = owner, graph, owner.replays
         forward, output, *_ = graph.parts
         forward()
         return output.clone()
@@ -257,11 +262,16 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
+        if ctx.number != ctx.owner.replays:
+            raise RuntimeError(
+                "training by CUDA graphs: a backward came after the next forward, which has "
+                "written over what it needs"
+            )
         _, _, backward, g_output, gradients = ctx.graph.parts
         g_output.copy_(g)
         backward()
         own = iter(torch._foreach_mul([x for x in gradients if x is not None], 1))
-        return None, *(None if x is None else next(own) for x in gradients)
+        return None, None, *(None if x is None else next(own) for x in gradients)
 
 
 class GraphedTraining(nn.Module):
@@ -269,13 +279,13 @@ class GraphedTraining(nn.Module):
     two thousand kernels. Gradients reach the parameters as usual, so that DistributedDataParallel
     around this sees them, all at once.
 
-    No gradient reaches x. The backward of a call must come before the next call.
+    No gradient reaches x. The backward of a call must come before the next call; RuntimeError else.
     capture: (call, parameters) -> what CudaCapture.both_ways returns.
     """
 
     def __init__(self, network, capture):
         super().__init__()
-        self.network, self._named = network, dict(network.named_parameters())
+        self.network, self._named, self.replays = network, dict(network.named_parameters()), 0
         # What is captured differentiates leaves of its own over the same memory: autograd's nodes
         # of the parameters themselves belong to the stream of the step, or to DDP, and would draw
         # that stream into the capture.
@@ -293,7 +303,7 @@ class GraphedTraining(nn.Module):
         if graph is None:
             positional, named = _arguments(x, t, y, drop_path_draw)
             return self.network(*positional, **named)
-        return _Replay.apply(graph, *self._named.values())
+        return _Replay.apply(self, graph, *self._named.values())
 
 
 def _arguments(x, t, y, draw):

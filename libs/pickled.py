@@ -56,6 +56,7 @@ class _Machine:
     def __init__(self, names, persistent):
         self.names, self.persistent = names, persistent
         self.stack, self.marks, self.memo = [], [], {}
+        self.given, self.made = 0, 0  # opcodes and characters of text; what calls made of them
 
     def run(self, file):
         for count, (opcode, arg, _) in enumerate(pickletools.genops(file)):
@@ -64,7 +65,9 @@ class _Machine:
                 return value
             if count >= MAX_OPCODES:
                 raise ValueError(f"it has more than {MAX_OPCODES} opcodes")
+            self.given += 1
             if opcode.name in _CONSTANTS:
+                self.given += len(arg) if type(arg) is str else 0
                 self.stack.append(arg)
             elif opcode.name in _OPERATIONS:
                 _OPERATIONS[opcode.name](self, arg)
@@ -183,7 +186,12 @@ class _Machine:
         args, function = self.stack.pop(), self.stack.pop()
         if type(function) is not Record or function.args is not None or type(args) is not tuple:
             raise ValueError("it calls what is no name")
-        self.stack.append(_PLAIN.get(function.name, Record)(function.name, args))
+        value = _PLAIN.get(function.name, Record)(function.name, args)
+        if type(value) is not Record:
+            self.made += len(value)
+            if self.made > self.given:  # the same list or text made into new ones again and again
+                raise ValueError("its calls make more than it holds")
+        self.stack.append(value)
 
     def op_build(self, arg):
         state = self.stack.pop()

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from unittest import mock
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torchvision", "numpy", "accelerate", "ml_collections", "safetensors",
@@ -253,7 +254,9 @@ class MetricsLog:
 
     def _make_board(self):
         from torch.utils.tensorboard import SummaryWriter
-        board = SummaryWriter(str(self._directory / "tensorboard"), purge_step=self._first_step)
+        with mock.patch("socket.gethostname", return_value="host"):  # goes into the file's name
+            board = SummaryWriter(str(self._directory / "tensorboard"),
+                                  purge_step=self._first_step)
 
         def write(step, numbers):
             for name, value in numbers.items():

@@ -8,7 +8,7 @@ official code numbers so (DiM, arXiv 2405.14224, section 3.2):
     0 row-major    -2 row-major reversed    1 column-major    -1 column-major reversed
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -51,7 +51,7 @@ def grid_order(pattern, height, width, device="cpu"):
     return order.flip(0) if pattern in (ROWS_REVERSED, COLUMNS_REVERSED) else order
 
 
-@lru_cache(maxsize=256)
+@cache  # never dropped: CUDA graphs read it
 def sequence_order(pattern, height, width, pad, front, device):
     """Order of the whole sequence, `front` tokens and the padded grid: int64 (front +
     (height+pad)*(width+pad),), or None if raster.
@@ -72,7 +72,7 @@ def sequence_order(pattern, height, width, pad, front, device):
     return order
 
 
-@lru_cache(maxsize=64)
+@cache  # never dropped: CUDA graphs read it
 def pad_index(layout, height, width, pad, device):
     """Which pad token stands where: int64 (height+pad, width+pad), -1 on the image.
 

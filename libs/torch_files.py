@@ -30,6 +30,7 @@ _NAMES = {
 }
 _OLD_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _CHUNK = 1 << 22
+MAX_DIMS = 64  # more than any tensor has
 
 
 def _storage_of(record):
@@ -89,7 +90,7 @@ class _Builder:
             return _strided(self.storage(storage), offset, size, stride)
         if recorded.name == "parameter":
             return self.value(recorded.args[0])
-        if recorded.name == "size":
+        if recorded.name == "size" and len(recorded.args[0]) <= MAX_DIMS:
             return tuple(recorded.args[0])
         raise ValueError("it holds something besides tensors and plain values")
 

@@ -31,8 +31,9 @@ def timeout_s():
 class Watch:
     """One process's view of all; see `start`.
 
-    Progress is counted from the first `beat` of every process on. Time is counted in polls of our
-    own, so that a whole run that was suspended does not look like one that hangs.
+    Progress is counted from the first `beat` of every process on, signs of life from the start.
+    Time is counted in polls of our own, so that a whole run that was suspended does not look like
+    one that hangs.
     """
 
     def __init__(self, store, rank, num_processes, timeout):
@@ -68,9 +69,13 @@ class Watch:
         self.seen = found
 
     def hangs(self):
-        """Whether every process has begun, and none got on within the timeout."""
-        begun = [beats for _, beats, _ in self.seen.values() if beats]
-        return len(begun) == self.num_processes and min(self.idle.values()) > self.timeout
+        """Whether every process has begun, and none got on within the timeout, or one that has not
+        begun gave no sign of life for as long.
+        """
+        late = [rank for rank, (_, beats, _) in self.seen.items() if not beats]
+        if late or len(self.seen) < self.num_processes:
+            return any(self.silent[rank] > self.timeout for rank in late)
+        return min(self.idle.values()) > self.timeout
 
     def dead(self):
         """Ranks that gave no sign of life for half the timeout, or several polls."""
@@ -194,7 +199,9 @@ def ended_by_others(error):
         failed = None
     if failed is not None and failed != _current.rank:
         return because_of(failed)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = lines[0][:300] + (f" ... {lines[-1][:300]}" if len(lines) > 1 else "")
     return (
-        "the connection to another process broke: it ended or was killed, or its machine is lost; "
-        "the same command goes on from the last checkpoint"
+        "what the processes do together failed: mostly, another ended or was killed, or its "
+        f"machine is lost; the same command goes on from the last checkpoint ({said})"
     )

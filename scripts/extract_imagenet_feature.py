@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import utils
 from datasets import CROPPED, get_dataset
-from libs import flags, run
+from libs import flags, run, watch
 from libs.autoencoder import load_autoencoder
 from libs.feature_writer import Packing, ShardWriter, make_settings
 from libs.features import Features
@@ -245,6 +245,7 @@ def encode_shard(packing, number, encoded, num_batches, bar, stop):
     notes = []
     with ShardWriter(packing, number) as writer:
         for _ in range(num_batches):
+            watch.beat("encoding")
             records, unreadable = next(encoded)
             writer.write(records)
             notes += unreadable
@@ -283,7 +284,9 @@ def deal(accelerator, packing):
 
 
 def wait_for_others(packing, bar, stop):
-    """Wait for the shards of other processes; should one of them fail, the launcher ends us."""
+    """Wait for the shards of other processes; should one of them fail, the launcher ends us, and
+    should it hang, libs.watch."""
+    watch.beat(watch.WAITING)
     while packing.missing() and not stop.requested:
         bar.count()
         time.sleep(0.5)

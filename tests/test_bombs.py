@@ -176,6 +176,10 @@ def test_weights_whose_resizing_would_multiply_them(tmp_path, name):
 # Pickles
 
 DEEP = b"}" + b")" + b"\x85" * 300_000 + b"Ns."  # {((((...),),),): None}
+# [f(*args), f(*args), ...], 50,000 times, of a function and arguments that are written once.
+CALL, AGAIN = b"](%bq\1", b"q\0R" + b"h\1h\0R" * 50_000 + b"e."
+PAIRS = b"".join(b"(I%d\nNl" % i for i in range(10_000))
+MAKES = "calls make more than it holds"
 PICKLES = {
     "a memo index": (b"}r\0\0\0\x01.", None),  # a table of 2^25 entries; at 2^32, of 64 GiB
     "a deep key": (DEEP, "other keys than text"),
@@ -183,8 +187,22 @@ PICKLES = {
     "sets": (b"(" + b"\x8f" * 900_000 + b"l.", "opcode EMPTY_SET"),
     "bytes that are not there": (b"\x8e" + struct.pack("<Q", 2**40) + b".", "but only"),
     "text that is not there": (b"X" + struct.pack("<I", 2**31) + b"x.", "but only"),
+    "bytes of one text": (CALL % b"c_codecs\nencode\n" + b"X" + struct.pack("<I", 20_000)
+                          + b"x" * 20_000 + b"X\6\0\0\0latin1\x86" + AGAIN, MAKES),
+    "dicts of one list": (CALL % b"ccollections\nOrderedDict\n" + b"](" + PAIRS + b"e\x85" + AGAIN,
+                          MAKES),
     "a buffer": (b"\x96" + struct.pack("<Q", 2**33) + b".", "but only"),
 }  # fmt: skip
+
+
+def test_sizes_of_one_long_list(tmp_path):
+    """Each call a tuple of its own: 50,000 of 10,000 numbers."""
+    numbers = b"](" + b"K\1" * 10_000 + b"e\x85"
+    path, data = tmp_path / "nnet_ema.pth", CALL % b"ctorch\nSize\n" + numbers + AGAIN
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", data)
+    with refused(path, "besides tensors and plain values", mib=64):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("kind", PICKLES)

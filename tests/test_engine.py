@@ -281,11 +281,14 @@ def test_settings_that_would_have_no_effect_are_refused(no_request, environment,
         launch.requested_engine()
 
 
-def make(*, processes=2, fp16=False):
+def make(*, processes=2, fp16=False, graphed=False):
     accelerator = types.SimpleNamespace(num_processes=processes)
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     precision = types.SimpleNamespace(scaler=scaler)
-    config = types.SimpleNamespace(max_grad_norm=None, gradient_accumulation_steps=1)
+    config = types.SimpleNamespace(
+        max_grad_norm=None, gradient_accumulation_steps=1,
+        train=types.SimpleNamespace(cuda_graphs=graphed),
+    )  # fmt: skip
     return engine.make_engine(config, accelerator, None, None, None, precision)
 
 
@@ -295,6 +298,14 @@ def test_an_engine_needs_processes(no_request, name):
     no_request.setenv("FSDP_VERSION", "2")
     with pytest.raises(UserError, match="but there is one"):
         make(processes=1)
+
+
+@pytest.mark.parametrize("name", launch.REQUESTS)
+def test_training_by_cuda_graphs_is_refused_where_weights_are_in_parts(no_request, name):
+    no_request.setenv(name, "true")
+    no_request.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="--config.train.cuda_graphs=False"):
+        make(graphed=True)
 
 
 def test_zero_is_refused_in_fp16_and_without_deepspeed(no_request):
@@ -321,7 +332,9 @@ def test_an_engine_that_is_not_what_runs_is_refused(no_request):
     """Two processes, and accelerate wraps nothing; a ZeRO stage that DeepSpeed did not take."""
     accelerator = types.SimpleNamespace(num_processes=2, prepare_model=lambda network: network)
     precision = types.SimpleNamespace(scaler=None)
-    config = types.SimpleNamespace(max_grad_norm=None)
+    config = types.SimpleNamespace(
+        max_grad_norm=None, train=types.SimpleNamespace(cuda_graphs=False)
+    )
     network = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match="DDP is asked for, but is not what runs"):
         engine.make_engine(config, accelerator, network, None, None, precision)

@@ -282,6 +282,14 @@ def test_gradients_by_graphs_are_the_parameters_own():
     assert called.network.unused.grad is None
 
 
+def test_a_backward_after_the_next_forward_is_refused():
+    _, called = trained(repeated)
+    first, second = (called(*make_inputs(), drop_path_draw=torch.ones(3, 5)) for _ in range(2))
+    with pytest.raises(RuntimeError, match="after the next forward"):
+        first.sum().backward()
+    second.sum().backward()
+
+
 def test_training_by_graphs_inside_ddp():
     """Whose hooks must see every gradient: here they double it before it is averaged."""
     store = torch.distributed.HashStore()

@@ -3,7 +3,6 @@ it: numbers, no home directory, no keys, no command line.
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,8 @@ WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
 HUB_TOKEN = "hf_abcdefghijklmnopqrstuvwxyz012345"
 
 LOGS = """
-import sys
+import socket, sys
+socket.gethostname = lambda: "adas-machine"
 from libs.run import MetricsLog
 log = MetricsLog(sys.argv[1], tensorboard=True, wandb=True)
 log.truncate_after(0)
@@ -56,10 +56,10 @@ def logged(tmp_path_factory):
 def test_loggers_get_numbers_alone(logged, kind):
     home, uploaded, events = logged
     files = {"wandb": uploaded, "tensorboard": events}[kind]
-    content = b"".join(path.read_bytes() for path in files)
+    content = b"".join(path.name.encode() + path.read_bytes() for path in files)
     assert b"loss" in content, "the numbers are there"
     secrets = [str(home), "ada-lovelace", "secret_script", WANDB_KEY, HUB_TOKEN, "--token",
-               "--config.seed", "printed", socket.gethostname(), sys.executable]  # fmt: skip
+               "--config.seed", "printed", "adas-machine", sys.executable]  # fmt: skip
     found = [secret for secret in secrets if secret.encode() in content and len(secret) > 3]
     assert found == []
 

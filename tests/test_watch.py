@@ -42,6 +42,21 @@ def test_nothing_is_said_before_all_have_begun(watches):
     assert poll(watches, 1, times=100) == [None] * 3
 
 
+def test_a_process_that_freezes_before_it_has_begun_is_named(watches):
+    watches[1].beats = 0
+    assert poll(watches, 1) == [None] * 3
+    assert poll([watches[0], watches[2]], 1, times=10) == [None] * 2
+    sentence, other = poll([watches[0], watches[2]], 1, times=3)
+    assert "rank 1 is not answering" in sentence and other is None
+
+
+def test_the_cause_of_a_collective_that_fails_is_told(watches, monkeypatch):
+    monkeypatch.setattr(watch, "_current", watches[0])
+    error = RuntimeError("NCCL error in: x.cpp:1, invalid usage\nLast error:\nDuplicate GPU")
+    said = watch.ended_by_others(error)
+    assert said.endswith("(NCCL error in: x.cpp:1, invalid usage ... Duplicate GPU)")
+
+
 def test_a_process_that_is_behind_is_named(watches):
     for rank in (0, 2):
         watches[rank].beats += 1
@@ -173,4 +188,4 @@ def test_a_killed_process_ends_the_others_with_a_sentence(device, tmp_path):
     status, output = runs.finish(process)
     assert status != 0, output
     if device == "cpu":  # NCCL's processes wait for the launcher, which names the one that died
-        assert "error: the connection to another process broke" in output, output
+        assert "error: what the processes do together failed" in output, output
