@@ -69,7 +69,10 @@ def _uint8_to_float(image):
 
 def _require_path(name, path):
     if not path:
-        raise UserError(f"the data set {name!r} needs dataset.path, the directory with its files")
+        raise UserError(
+            f"the data set {name!r} needs dataset.path (--path of the scripts), the directory with "
+            "its files"
+        )
     return Path(path)
 
 
@@ -179,7 +182,10 @@ class ImageFolder(ImageDataset):
     def _directories(self, path, train):
         """The directory of the images, and the one whose subdirectories are all the classes."""
         if not path.is_dir():
-            raise UserError(f"the data set directory {path} does not exist: check dataset.path")
+            raise UserError(
+                f"the data set directory {path} does not exist: check dataset.path (--path of the "
+                "scripts)"
+            )
         if not train:
             raise UserError("an image folder has one split: point dataset.path to the test images")
         return path, path
@@ -378,7 +384,10 @@ def get_dataset(
     UserError for an unknown name, missing files, files of another kind, a wrong resolution.
     """
     if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}: dataset.name is one of {', '.join(DATASETS)}")
+        raise UserError(
+            f"unknown data set {name!r}: dataset.name (--dataset of the scripts) is one of "
+            f"{', '.join(DATASETS)}"
+        )
     if random_crop and name not in CROPPED:
         raise UserError(f"random_crop is for {' and '.join(CROPPED)}, not for {name}: leave it out")
     crop = {"random_crop": random_crop} if name in CROPPED else {}

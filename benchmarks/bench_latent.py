@@ -134,6 +134,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--commit", default=None, help="what was measured; default: git's HEAD")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
     autoencoder = stable_diffusion_autoencoder()
     encoding(autoencoder)
     codec = LatentCodec(autoencoder, scale_factor=autoencoder.scale_factor)

@@ -196,6 +196,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--commit", default=None, help="what was measured; default: git's HEAD")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
 
     torch.manual_seed(0)
     rows, speeds = run_all(args.repeats, args.commit or current_commit())

@@ -464,7 +464,9 @@ def counts(text):
 
 
 def parse_arguments(words=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     every = [2**i for i in range(4) if 2**i <= torch.cuda.device_count()] or [1, 2]
     parser.add_argument("--gpus", type=counts, default=every, help="numbers of GPUs: 1,2,4,8")
     models = ["L", "H"] if ON_GPU else ["tiny"]

@@ -245,7 +245,9 @@ def shown(row):
 
 
 def parse_arguments(words=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--processes", type=int, default=max(2, torch.cuda.device_count()))
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--commands", default=",".join(COMMANDS), help="some of the default")

@@ -195,7 +195,9 @@ def report(records, errors, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, required=True, help="a folder of classes")
     parser.add_argument("--variants", default="fused,reference")
     parser.add_argument("--model", choices=list(PRESETS), default="S")
@@ -206,6 +208,8 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--commit", default=None, help="what was measured; default: git's HEAD")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here")
     args.commit = args.commit or current_commit()
 
     x, y, classes = load_images(args.images)

@@ -4,6 +4,7 @@
         --config=configs/cifar10_uvit_small.py
 
 Expected: FID 3.11 over 50,000 samples of the 1000-step Euler-Maruyama sampler, after 500,000 steps.
+This project has not made the run.
 """
 
 from configs import cifar10_S_DiM, common

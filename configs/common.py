@@ -106,7 +106,7 @@ def get_config():
         mixed_precision=config_dict.placeholder(
             str
         ),  # no, fp16 or bf16; without it, what accelerate launch says
-        fp8=False,  # matrix products of DiM's blocks in fp8; needs bf16 or fp16, and a Hopper GPU
+        fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
         cuda_graphs=False,  # on a GPU, one process or DDP: replay the network's kernels; for small
         # networks, whose kernels Python cannot launch as fast as they run
         ema_rate=0.9999,

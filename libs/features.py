@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from libs.weights import listed, sha256_of
 from utils import UserError, read_json
@@ -229,10 +230,20 @@ class Features:
         size, target, shards = _record_bytes(self.manifest), _bytes_of(out), self._shards
         numbers, rows = np.divmod(records, shard_records(self.manifest, 0))
         places = range(0, len(records) * size, size)
+        if get_worker_info() is None:
+            self._require_whole(numbers)
         starts = zip(places, numbers.tolist(), (rows * size).tolist(), strict=True)
         for place, number, start in starts:
             target[place : place + size] = shards[number][start : start + size]
         return out
+
+    def _require_whole(self, numbers):
+        """UserError if one of these shards was cut short since it was mapped, which would be a bus
+        error. That of a data loader's worker ends the worker alone, and the loader says so.
+        """
+        for number in np.unique(numbers).tolist():
+            shard = self.manifest["shards"][number]
+            _check_file(self.folder / shard["file"], shard["bytes"])
 
     def read_labelled(self, images, flipped):
         """images (n,) integers, flipped (n,) bool -> float16 (n, 2C, h, w), int64 (n,) or None."""

@@ -109,7 +109,8 @@ _RANGES = {
     "nnet.num_classes": (0, 1 << 24), "nnet.mamba.d_state": _COUNT, "nnet.mamba.d_conv": _COUNT,
     "nnet.mamba.expand": _COUNT, "optimizer.lr": _NOT_NEGATIVE, "optimizer.eps": _NOT_NEGATIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE, "optimizer.betas": (0, 0.999999),
-    "train.n_steps": _WHOLE, "train.ema_rate": _SHARE, "train.num_workers": _NOT_NEGATIVE,
+    "train.n_steps": _WHOLE, "train.batch_size": _WHOLE, "train.ema_rate": _SHARE,
+    "train.num_workers": _NOT_NEGATIVE,
     "train.max_bad_steps": _WHOLE, "train.log_interval": _WHOLE, "train.eval_interval": _WHOLE,
     "train.save_interval": _WHOLE, "train.keep_last": _WHOLE, "train.fid_samples": _NOT_NEGATIVE,
     "train.grid_samples": _NOT_NEGATIVE, "sample.sample_steps": (1, 1 << 20),
@@ -301,9 +302,9 @@ def _show_help(spec: dict, config) -> None:
         print(
             f"  --{name}={_KIND_NAMES.get(kind, 'path of a config file')}\n      {text} ({ending})"
         )
-    if config is None:
+    if config is None and "config" in spec:
         print("\nGive --config as well to see the keys that --config.<key>=<value> can set.")
-    else:
+    elif config is not None:
         print("\nConfig keys and their values, set by --config.<key>=<value>:")
         print("\n".join(f"  {key} = {value!r}" for key, value in flatten(config).items()))
     sys.exit(0)
@@ -363,7 +364,7 @@ def _report(error: UserError) -> None:
     if rank > 0:
         # Most errors are every rank's, and rank 0 says them: its exit makes the launcher end us
         # during this sleep. One that is ours alone (our share of the data) is said after it.
-        time.sleep(3)
+        time.sleep(6)
     where = f" (rank {rank})" if rank > 0 else ""
     if "tqdm" in sys.modules:  # a bar that is drawn would be the start of our line
         for bar in list(sys.modules["tqdm"].tqdm._instances):

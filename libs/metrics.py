@@ -40,7 +40,8 @@ def _find_inception_weights():
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise UserError(
             f"the FID network's weights could not be downloaded ({error}): put {path.name} into "
-            f"{path.parent}, or set sample.fid_weights_path to where it is"
+            f"{path.parent}, or say where it is: sample.fid_weights_path (--weights of "
+            "compute_fid_stats.py)"
         ) from error
     return path
 
@@ -75,7 +76,10 @@ class InceptionFeatures:
     def __init__(self, weights_path=None, device="cpu", *, sha256_prefix=INCEPTION_SHA256_PREFIX):
         path = Path(weights_path) if weights_path else _find_inception_weights()
         if not path.is_file():
-            raise UserError(f"the FID weights file {path} does not exist: sample.fid_weights_path")
+            raise UserError(
+                f"the FID weights file {path} does not exist: check sample.fid_weights_path "
+                "(--weights of compute_fid_stats.py)"
+            )
         digest = sha256_of(path)
         if sha256_prefix is not None and not digest.startswith(sha256_prefix):
             raise UserError(

@@ -127,14 +127,23 @@ def _as_config(values):
     return config
 
 
-def _check_size(nnet, weights):
+def build_meta(nnet):
+    """`build_model` without memory for its numbers."""
+    with torch.device("meta"):
+        return build_model(nnet)
+
+
+def _check_size(nnet, weights, beside):
     """UserError where a network has more numbers than the file `weights` has bytes: nothing of the
     size that a config.json from somebody else asks for is allocated.
     """
-    with torch.device("meta"):
-        numbers = sum(tensor.numel() for tensor in build_model(nnet).state_dict().values())
+    numbers = sum(tensor.numel() for tensor in build_meta(nnet).state_dict().values())
     if numbers > weights.stat().st_size:
-        raise UserError(f"its network has {numbers} parameters, {weights} is smaller")
+        raise UserError(
+            f"{weights} is smaller than the {numbers:,} parameters that {beside} asks for, so it "
+            "is damaged or of another config: use another checkpoint, or give --config=<config "
+            "file> of this one"
+        )
 
 
 def config_beside(path):
@@ -143,7 +152,10 @@ def config_beside(path):
     """
     path = Path(path)
     if not weights_file(path).is_file():
-        raise UserError(f"checkpoint {path} does not exist; give a <step>.ckpt directory or a file")
+        raise UserError(
+            f"checkpoint {weights_file(path)} does not exist; give a <step>.ckpt directory or a "
+            "file"
+        )
     beside = (path if path.is_dir() else path.parent) / "config.json"
     needs = "give --config=<config file> of the model"
     if not beside.is_file():
@@ -151,12 +163,14 @@ def config_beside(path):
     values = read_json(beside)
     try:
         config = _as_config(values)
-        _check_size(config.nnet, weights_file(path))
+        build_meta(config.nnet)
     except Exception as error:  # ConfigDict's of a wrong type, and ours
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        reason = f"{kind}{error}".splitlines()[0]
         raise UserError(
             f"{beside} is not the config of a run ({reason}): {needs} that {path} holds"
         ) from error
+    _check_size(config.nnet, weights_file(path), beside)
     return config
 
 
@@ -186,7 +200,7 @@ def start_from(model, path):
     """
     if not path:
         return ["starting from scratch"]
-    if not Path(path).exists():
+    if not weights_file(path).exists():
         raise UserError(
             f"nnet.pretrained_path {path} does not exist: put the weights to start from there, or "
             "start from scratch with --config.nnet.pretrained_path="

@@ -12,9 +12,14 @@ USE_ANOTHER = "use another checkpoint"
 
 
 def weights_file(path):
-    """The file to evaluate at `path`: of a `<step>.ckpt` directory the averaged weights."""
+    """The file to evaluate at `path`: of a `<step>.ckpt` directory the averaged weights; of a .pth
+    that is not there our .safetensors of the same name, which is what our runs write.
+    """
     path = Path(path)
-    return path / "nnet_ema.safetensors" if path.is_dir() else path
+    if path.is_dir():
+        return path / "nnet_ema.safetensors"
+    ours = path.with_suffix(".safetensors")
+    return ours if path.suffix == ".pth" and not path.exists() and ours.is_file() else path
 
 
 def sha256_of(path):

@@ -1,6 +1,6 @@
 """Write the statistics of a data set that FID compares with.
 
-    python scripts/compute_fid_stats.py --dataset=cifar10 --path=assets/datasets/cifar10 \
+    python scripts/compute_fid_stats.py --dataset=cifar10 --path=assets/datasets/cifar10 \\
         --resolution=32 --features=inception --out=assets/fid_stats/cifar10.npz
 
 --dataset=folder takes a directory of images (any depth), --dataset=digits needs no path. The file

@@ -1,8 +1,8 @@
 """Encode images once: write the autoencoder's moments of a data set into packed shards.
 
-    accelerate launch --multi_gpu --num_processes 8 scripts/extract_imagenet_feature.py \
-        --path=assets/datasets/ImageNet --resolution=256 \
-        --autoencoder=assets/stable-diffusion/autoencoder_kl_ema.pth \
+    accelerate launch --multi_gpu --num_processes 8 scripts/extract_imagenet_feature.py \\
+        --path=assets/datasets/ImageNet --resolution=256 \\
+        --autoencoder=assets/stable-diffusion/autoencoder_kl_ema.pth \\
         --output=assets/datasets/imagenet256_features
 
 --dataset=folder takes any directory of images, with classes (first-level subdirectories) or with

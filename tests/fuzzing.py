@@ -3,8 +3,8 @@ the scripts use it, and changes to its bytes and to what is packed in them.
 
     python tests/fuzzing.py --cases=2000 --seed=1
 
-prints a line for each format: how many changed files were read, how many refused by a sentence, and
-every finding: another exception than UserError, a sentence without the file's name, a hang.
+prints a table: for each format how many changed files were read and how many refused by a sentence;
+and every finding: another exception than UserError, a sentence without the file's name, a hang.
 tests/test_fuzz.py runs a few cases of each.
 """
 
@@ -555,14 +555,35 @@ class Fuzzer:
             raise Finding(f"{self.name}, seed {seed}, case {number}, {file}: {error}") from error
 
 
+def table(rows, args):
+    """Markdown of (format, Counter, seconds)."""
+    total = sum(counts.total() for _, counts, _ in rows)
+    found = sum(counts["findings"] for _, counts, _ in rows)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    lines = [
+        f"`python tests/fuzzing.py --cases={args.cases} --seed={args.seed}`: {total:,} changed "
+        f"files of {len(rows)} formats, {found} findings; at most {peak:.2f} GiB of memory in one "
+        "process, Python and torch included. Read: to values of the right form; refused: by one "
+        "sentence that names the file.", "",
+        "| format | read | refused | findings | seconds |", "|---" * 5 + "|",
+    ]  # fmt: skip
+    for name, counts, seconds in rows:
+        figures = [counts[key] for key in ("read", "refused", "findings")]
+        lines.append("| " + " | ".join(map(str, [name, *figures, round(seconds)])) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=500, help="of each format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--format", choices=FORMATS, help="one only")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    total, findings = 0, 0
+    rows = []
     for name in [args.format] if args.format else FORMATS:
         counts, began = Counter(), time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
@@ -573,12 +594,12 @@ def main():
                 except Finding as error:
                     counts["findings"] += 1
                     print(f"FINDING {error}", flush=True)
-        total, findings = total + counts.total(), findings + counts["findings"]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{name}: {dict(counts)}, {time.monotonic() - began:.0f} s, peak {peak:.2f} GiB",
-              flush=True)  # fmt: skip
-    print(f"{total} cases of {1 if args.format else len(FORMATS)} formats, {findings} findings")
-    sys.exit(bool(findings))
+        rows.append((name, counts, time.monotonic() - began))
+        print(f"{name}: {dict(counts)}", flush=True)
+    print(table(rows, args))
+    if args.out:
+        args.out.write_text(table(rows, args), encoding="utf-8")
+    sys.exit(any(counts["findings"] for _, counts, _ in rows))
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def test_a_config_that_asks_for_a_huge_network(tmp_path, key, value):
     if key == "nnet.patch_size":
         section["input_size"] = value
     path.write_text(json.dumps(config))
-    with refused(path, "is not the config of a run", mib=300):
+    with refused(path, "is not the config of a run|parameters that .* asks for", mib=300):
         config_beside(tmp_path / "4.ckpt")
 
 

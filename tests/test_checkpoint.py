@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from libs import checkpoint
-from libs.weights import load_strict
+from libs.weights import load_strict, weights_file
 from utils import UserError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -395,3 +395,14 @@ def test_load_strict_names_what_does_not_fit():
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     load_strict(module, weights, "some.ckpt")
     assert all(torch.equal(value, torch.ones_like(value)) for value in module.parameters())
+
+
+def test_of_a_pth_that_is_not_there_ours_of_the_same_name(tmp_path):
+    """The README's commands name nnet_ema.pth, which published runs have."""
+    for name in ("nnet_ema.pth", "nnet_ema.safetensors", "other.pth"):
+        assert weights_file(tmp_path / name) == tmp_path / name
+    (tmp_path / "nnet_ema.safetensors").touch()
+    assert weights_file(tmp_path / "nnet_ema.pth") == tmp_path / "nnet_ema.safetensors"
+    assert weights_file(tmp_path) == tmp_path / "nnet_ema.safetensors"
+    (tmp_path / "nnet_ema.pth").touch()
+    assert weights_file(tmp_path / "nnet_ema.pth") == tmp_path / "nnet_ema.pth"
