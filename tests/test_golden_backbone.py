@@ -36,40 +36,51 @@ def official_state(case, key="state_dict"):
 
 
 def run_call(model, call, arrays):
-    label = None if call["y"] is None else torch.from_numpy(arrays[call["y"]])
-    x = torch.from_numpy(arrays[call["x"]]).requires_grad_()
-    return x, model(x, torch.from_numpy(arrays[call["t"]]), label)
+    """(x, output) on the model's device."""
+    device = next(model.parameters()).device
+    x, t, y = (None if call[k] is None else torch.from_numpy(arrays[call[k]]).to(device)
+               for k in "xty")  # fmt: skip
+    return x.requires_grad_(), model(x, t, y)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request, monkeypatch):
+    """On the GPU, where the blocks are fused, without TF32."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return request.param
 
 
 @pytest.mark.parametrize("case, arrays", params("dim_backbone"))
-def test_outputs(case, arrays):
-    model = model_from_official(case["nnet_kwargs"], official_state(case)).eval()
+def test_outputs(case, arrays, device):
+    model = model_from_official(case["nnet_kwargs"], official_state(case)).eval().to(device)
     for call in case["calls"]:
         with torch.no_grad():
             _, out = run_call(model, call, arrays)
-        assert_close(out, arrays[call["out"]], OUTPUT, call["out"])
+        assert_close(out.cpu(), arrays[call["out"]], OUTPUT, call["out"])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("case, arrays", params("dim_backbone"))
-def test_gradients(case, arrays, checkpointing):
+def test_gradients(case, arrays, checkpointing, device):
     if "gradients" not in case:
         pytest.skip("this case has no gradients")
-    model = model_from_official(case["nnet_kwargs"], official_state(case))
+    model = model_from_official(case["nnet_kwargs"], official_state(case)).to(device)
     model.activation_checkpointing = (
         checkpointing  # train mode without stochastic depth computes the same as eval mode
     )
     grads = case["gradients"]
     x, out = run_call(model, case["calls"][grads["call"]], arrays)
     g = torch.from_numpy(det_weights().det_input("g", tuple(out.shape), case["weight_seed"]))
-    loss = (out * g).sum()
+    loss = (out * g.to(device)).sum()
     assert loss.item() == pytest.approx(
         grads["loss_value"], rel=GRADIENT, abs=GRADIENT * out.detach().norm().item()
     )
     loss.backward()
     for parameter in model.parameters():
         parameter.data = parameter.grad  # so that the gradients get the official names and shapes
-    found = dict(to_official(model), x=x.grad)
+    found = dict(to_official(model.cpu()), x=x.grad.cpu())
     for name in grads["of"]:
         summary, grad = grads["summary"][name], found[name].double()
         assert list(grad.shape) == summary["shape"], name
