@@ -3,6 +3,7 @@ loss scaler, and the newest good checkpoint.
 """
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -12,6 +13,8 @@ from libs.weights import listed, load_strict
 from utils import UserError
 
 log = logging.getLogger("dim")
+
+MAX_STEPS = 2**53  # the largest that a float64 counts to
 
 
 @dataclass
@@ -51,6 +54,10 @@ def check_optimizer_state(state, optimizer):
         for key in own.keys() & group.keys() - {"fused"}:
             if kind(group[key]) != kind(own[key]):
                 raise ValueError(f"its {key} is {group[key]!r}")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"its betas are {group['betas']!r}")
+        if not all(0 <= group[key] < math.inf for key in ("lr", "eps", "weight_decay")):
+            raise ValueError("its lr, eps or weight_decay is negative or not finite")
         if list(group["params"]) != own["params"]:
             raise ValueError("its parameters are others")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -59,6 +66,8 @@ def check_optimizer_state(state, optimizer):
         found = {name: x.shape for name, x in averages.items() if x.is_floating_point()}
         if found != own or found.keys() != averages.keys():
             raise ValueError(f"its averages of parameter {index} do not fit")
+        if not 0 <= averages["step"].item() <= MAX_STEPS:
+            raise ValueError(f"its step of parameter {index} is {averages['step'].item()}")
 
 
 def resume(found, network, ema, optimizer, precision):

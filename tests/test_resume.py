@@ -9,6 +9,8 @@ import pytest
 import runs
 import torch
 
+from libs.resume import check_optimizer_state
+
 STEPS = runs.TINY["train.n_steps"]
 
 
@@ -140,3 +142,23 @@ def test_a_second_run_in_the_directory_is_refused(tmp_path):
     assert status == 1
     error = [line for line in output.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and str(first.pid) in error[0] and "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("step", -1e300), ("step", float("nan")), ("betas", (1.5, 0.9)), ("lr", float("inf"))],
+)
+def test_an_optimizer_state_that_no_run_has_is_refused(key, value):
+    """Found by fuzzing: torch takes it and fails in the next step, or steps into nothing."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.step()
+    state = optimizer.state_dict()
+    check_optimizer_state(state, optimizer)
+    if key == "step":
+        state["state"][0]["step"] = torch.tensor(value, dtype=torch.float64)
+    else:
+        state["param_groups"][0][key] = value
+    with pytest.raises(ValueError, match=f"its {key}"):
+        check_optimizer_state(state, optimizer)
