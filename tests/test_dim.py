@@ -5,7 +5,7 @@ import torch
 
 from configs import cifar10_S_DiM, digits_T_DiM
 from libs.dim import PRESETS, DiM
-from libs.layers import drop_path
+from libs.layers import PaddedSequence, drop_path
 from libs.models import build_model
 from libs.official import resize_state, to_official
 from libs.weights import load_strict
@@ -172,3 +172,14 @@ def test_compiles_without_graph_breaks(monkeypatch):
     inputs = torch.randn(2, 3, 4, 4), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*inputs), model(*inputs))
+
+
+def test_padding_places_each_token_and_its_gradient():
+    shapes = [(2, 2, 3, 4), (2, 2, 4), (1, 4), (2, 1, 4), (1, 4, 4)]
+    parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    image, extra, split, right, bottom = parts
+    sequence = PaddedSequence.apply(*parts)
+    rows = torch.cat([image, right.expand(2, -1, -1, -1)], dim=2).flatten(1, 2)
+    split, bottom = split.expand(2, -1, -1), bottom.expand(2, -1, -1, -1).flatten(1, 2)
+    assert torch.equal(sequence, torch.cat([extra, split, rows, bottom], dim=1))
+    assert torch.autograd.gradcheck(PaddedSequence.apply, parts)
