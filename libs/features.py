@@ -183,9 +183,8 @@ class Features:
         self.num_images, self.labels, self.num_classes = manifest["num_images"], None, 0
         for entry in self._entries():
             _check_file(self.folder / entry["file"], entry["bytes"])
-        self._shards = [
-            _map(self.folder / shard["file"], shard["bytes"]) for shard in manifest["shards"]
-        ]
+        self._files = [(str(self.folder / s["file"]), s["bytes"]) for s in manifest["shards"]]
+        self._shards = [_map(path, size) for path, size in self._files]
         if manifest["labels"]:
             self._read_labels()
         if os.environ.get("DIM_CHECK") == "1":
@@ -230,9 +229,10 @@ class Features:
         size, target, shards = _record_bytes(self.manifest), _bytes_of(out), self._shards
         numbers, rows = np.divmod(records, shard_records(self.manifest, 0))
         places = range(0, len(records) * size, size)
+        numbers = numbers.tolist()
         if get_worker_info() is None:
             self._require_whole(numbers)
-        starts = zip(places, numbers.tolist(), (rows * size).tolist(), strict=True)
+        starts = zip(places, numbers, (rows * size).tolist(), strict=True)
         for place, number, start in starts:
             target[place : place + size] = shards[number][start : start + size]
         return out
@@ -241,9 +241,10 @@ class Features:
         """UserError if one of these shards was cut short since it was mapped, which would be a bus
         error. That of a data loader's worker ends the worker alone, and the loader says so.
         """
-        for number in np.unique(numbers).tolist():
-            shard = self.manifest["shards"][number]
-            _check_file(self.folder / shard["file"], shard["bytes"])
+        for number in set(numbers):
+            path, size = self._files[number]
+            if os.stat(path).st_size != size:
+                _check_file(path, size)
 
     def read_labelled(self, images, flipped):
         """images (n,) integers, flipped (n,) bool -> float16 (n, 2C, h, w), int64 (n,) or None."""
