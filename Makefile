@@ -15,7 +15,7 @@ demo: .venv/installed assets/digits_classifier.safetensors
 
 test: .venv/installed-tests
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
 test-slow: .venv/installed-tests
 	$(BIN)/python -m pytest -q -m slow

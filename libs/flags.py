@@ -364,7 +364,7 @@ def _report(error: UserError) -> None:
     if rank > 0:
         # Most errors are every rank's, and rank 0 says them: its exit makes the launcher end us
         # during this sleep. One that is ours alone (our share of the data) is said after it.
-        time.sleep(6)
+        time.sleep(4)
     where = f" (rank {rank})" if rank > 0 else ""
     if "tqdm" in sys.modules:  # a bar that is drawn would be the start of our line
         for bar in list(sys.modules["tqdm"].tqdm._instances):
