@@ -9,7 +9,6 @@ CUDA graphs and half matrices (`fast`). Writes benchmarks/results/latent_<gpu>.j
 import argparse
 import contextlib
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 from bench_ops import current_commit  # noqa: E402
 from diffusers import AutoencoderKL  # noqa: E402
+from model_report import result_path  # noqa: E402
 
 from configs import imagenet256_H_DiM, imagenet512_H_DiM_upsample_3x_test  # noqa: E402
 from libs import guidance  # noqa: E402
@@ -144,7 +144,7 @@ def main():
     sampling(imagenet512_H_DiM_upsample_3x_test.get_config(), codec, n=1, steps=50, task="upsample")
     gpu = torch.cuda.get_device_name()
     about = {"gpu": gpu, "torch": torch.__version__, "commit": args.commit or current_commit()}
-    path = args.out / f"latent_{re.sub(r'[^a-z0-9]+', '_', gpu.lower())}.json"
+    path = args.out / result_path(args.out, gpu).name.replace("model_", "latent_")
     results = [{**values, **about} for values in RECORDS]
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")

@@ -127,17 +127,11 @@ def _as_config(values):
     return config
 
 
-def build_meta(nnet):
-    """`build_model` without memory for its numbers."""
-    with torch.device("meta"):
-        return build_model(nnet)
-
-
-def _check_size(nnet, weights, beside):
+def _check_size(network, weights, beside):
     """UserError where a network has more numbers than the file `weights` has bytes: nothing of the
     size that a config.json from somebody else asks for is allocated.
     """
-    numbers = sum(tensor.numel() for tensor in build_meta(nnet).state_dict().values())
+    numbers = sum(tensor.numel() for tensor in network.state_dict().values())
     if numbers > weights.stat().st_size:
         raise UserError(
             f"{weights} is smaller than the {numbers:,} parameters that {beside} asks for, so it "
@@ -163,14 +157,15 @@ def config_beside(path):
     values = read_json(beside)
     try:
         config = _as_config(values)
-        build_meta(config.nnet)
+        with torch.device("meta"):
+            network = build_model(config.nnet)
     except Exception as error:  # ConfigDict's of a wrong type, and ours
         kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
         reason = f"{kind}{error}".splitlines()[0]
         raise UserError(
             f"{beside} is not the config of a run ({reason}): {needs} that {path} holds"
         ) from error
-    _check_size(config.nnet, weights_file(path), beside)
+    _check_size(network, weights_file(path), beside)
     return config
 
 
