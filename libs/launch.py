@@ -16,6 +16,8 @@ PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # How `accelerate launch` passes on what its configuration file or its words ask for.
 REQUESTS = {"ACCELERATE_USE_DEEPSPEED": "zero2", "ACCELERATE_USE_FSDP": "fsdp2"}
+# What accelerate then reports.
+_KINDS = {"zero2": "DEEPSPEED", "fsdp2": "FSDP"}
 CONFIGURATIONS = "configs/accelerate/{}.yaml"
 # Further settings of the launcher: what they must be, the value if they are not set, and the
 # reason. Whatever would be ignored is refused.
@@ -63,15 +65,27 @@ def requested_engine():
 
 @contextlib.contextmanager
 def _hidden_from_accelerate(on_cpu):
-    """Hide the requests that accelerate cannot serve, and libs.engine does: its DeepSpeed needs
-    transformers, and on the CPU it drops DeepSpeed and FSDP without a word.
+    """Hide the requests that libs.engine serves where accelerate does not: on the CPU it drops
+    DeepSpeed and FSDP without a word.
     """
-    names = REQUESTS if on_cpu else ("ACCELERATE_USE_DEEPSPEED",)
+    names = REQUESTS if on_cpu else ()
     requests = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
     finally:
         os.environ.update(requests)
+
+
+def _require_installed(requested, on_cpu):
+    """UserError unless what an engine needs is there."""
+    needed = ("deepspeed",) if on_cpu else ("deepspeed", "transformers")  # accelerate's plugin does
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if requested == "zero2" and missing:
+        raise UserError(
+            f"ZeRO-2 is asked for, but {' and '.join(missing)} is not installed: pip install "
+            f"{' '.join(missing)}, or use {CONFIGURATIONS.format('ddp')} or "
+            f"{CONFIGURATIONS.format('fsdp2')}"
+        )
 
 
 def make_accelerator():
@@ -87,12 +101,8 @@ def make_accelerator():
     utils.check_launcher()
     utils.set_cpu_if_no_gpu()
     requested, timeout = requested_engine(), watch.timeout_s()
-    if requested == "zero2" and importlib.util.find_spec("deepspeed") is None:
-        raise UserError(
-            "ZeRO-2 is asked for, but DeepSpeed is not installed: pip install deepspeed, or use "
-            f"{CONFIGURATIONS.format('ddp')} or {CONFIGURATIONS.format('fsdp2')}"
-        )
     on_cpu = not torch.cuda.is_available()
+    _require_installed(requested, on_cpu)
     with _hidden_from_accelerate(on_cpu):
         accelerator = Accelerator(
             mixed_precision="no",
@@ -111,12 +121,11 @@ def make_accelerator():
 
 
 def require_reported(requested, accelerator):
-    """UserError unless accelerate reports FSDP as active where it is requested, and only there.
-
-    That ZeRO-2 is active is for DeepSpeed to say: see libs.engine.
+    """UserError unless accelerate reports DeepSpeed or FSDP as active where it is requested, and
+    only there.
     """
     kind = str(accelerator.distributed_type).rpartition(".")[2]
-    if (kind == "FSDP") != (requested == "fsdp2") or kind == "DEEPSPEED":
+    if (kind if kind in _KINDS.values() else None) != _KINDS.get(requested):
         name = requested or "ddp"
         raise UserError(
             f"accelerate launch was asked for {name}, but accelerate runs {kind}: start with "

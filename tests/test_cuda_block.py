@@ -156,6 +156,27 @@ def test_compiles_without_graph_breaks(mode):
     assert error(actual.detach(), expected.detach().double()) < 2.0**-6
 
 
+def test_a_changed_batch_or_resolution_compiles_once():
+    """And not in every step: shapes that were seen, in any order, and further batches of a size."""
+    model = make_model().train()
+    counts = torch._dynamo.utils.counters["stats"]
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+
+    def graphs_after(shapes):
+        for batch, side in shapes:
+            x = torch.randn(batch, 3, side, side).cuda()
+            t, y = torch.rand(batch).cuda(), torch.zeros(batch, dtype=torch.int64).cuda()
+            compiled(x, t, y).float().square().sum().backward()
+        return counts["unique_graphs"]
+
+    before, seen = counts["unique_graphs"], [(2, 8), (3, 8), (2, 12), (3, 12)]
+    first = graphs_after(seen)
+    print(f"{first - before} graphs for {len(seen)} shapes")
+    assert 0 < first - before <= len(seen)
+    assert graphs_after([*reversed(seen), *seen, (5, 8), (4, 8), (7, 12), (6, 12)]) == first
+
+
 def test_checkpointing_changes_nothing():
     model, inputs = make_model().train(), model_inputs()
 

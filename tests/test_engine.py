@@ -21,6 +21,7 @@ from libs import engine, launch
 from utils import UserError
 
 NO_DEEPSPEED = importlib.util.find_spec("deepspeed") is None
+NO_TRANSFORMERS = importlib.util.find_spec("transformers") is None
 CPU, CUDA = "cpu", pytest.param("cuda", marks=pytest.mark.cuda)
 ENGINES = {"ddp": "DDP", "zero2": "DeepSpeed ZeRO-2", "fsdp2": "FSDP2"}
 # After 20 steps at a learning rate of 0.001: other orders of summation. Found on the CPU and on
@@ -47,8 +48,8 @@ def train(workdir, name, device, expected=0, **changes):
     """A run to step STEPS with an engine, None for one process; its output. Clipping, label
     dropout, stochastic depth and a schedule are on (runs.TINY).
     """
-    if name == "zero2" and NO_DEEPSPEED:
-        pytest.skip("DeepSpeed is not installed: nothing was shown of ZeRO-2")
+    if name == "zero2" and (NO_DEEPSPEED or (device == "cuda" and NO_TRANSFORMERS)):
+        pytest.skip("DeepSpeed or transformers is not installed: nothing was shown of ZeRO-2")
     changes = {
         "train__num_workers": 0, "max_grad_norm": 0.5, "train__n_steps": STEPS,
         "train__save_interval": HALF, **changes,
@@ -319,16 +320,21 @@ def test_zero_is_refused_in_fp16_and_without_deepspeed(no_request):
     no_request.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install deepspeed"):
         launch.make_accelerator()
+    no_request.setattr(importlib.util, "find_spec", lambda name: name == "deepspeed" or None)
+    no_request.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match="transformers is not installed: pip install transformers,"):
+        launch.make_accelerator()
 
 
 @pytest.mark.parametrize("requested, kind", [
-    ("fsdp2", "MULTI_GPU"), ("fsdp2", "NO"), (None, "FSDP"), ("zero2", "DEEPSPEED"),
+    ("fsdp2", "MULTI_GPU"), ("fsdp2", "NO"), ("fsdp2", "DEEPSPEED"), (None, "FSDP"),
+    (None, "DEEPSPEED"), ("zero2", "MULTI_GPU"), ("zero2", "FSDP"),
 ])  # fmt: skip
 def test_what_accelerate_does_not_run_is_refused(requested, kind):
     report = types.SimpleNamespace(distributed_type=f"DistributedType.{kind}")
     with pytest.raises(UserError, match=f"but accelerate runs {kind}"):
         launch.require_reported(requested, report)
-    for fine in (("fsdp2", "FSDP"), ("zero2", "MULTI_GPU"), (None, "MULTI_GPU"), (None, "NO")):
+    for fine in (("fsdp2", "FSDP"), ("zero2", "DEEPSPEED"), (None, "MULTI_GPU"), (None, "NO")):
         launch.require_reported(fine[0], types.SimpleNamespace(distributed_type=fine[1]))
 
 

@@ -31,7 +31,9 @@ def classifier(tmp_path_factory):
     return path
 
 
-def evaluate(trained, folder, *, num_processes, mini_batch_size, algorithm="euler_maruyama_sde"):
+def evaluate(
+    trained, folder, *, num_processes, mini_batch_size, algorithm="euler_maruyama_sde", devices=""
+):
     changes = dict(
         sample__mini_batch_size=mini_batch_size, sample__n_samples=30, sample__sample_steps=8,
         sample__algorithm=algorithm, sample__path=folder / "png",
@@ -43,6 +45,8 @@ def evaluate(trained, folder, *, num_processes, mini_batch_size, algorithm="eule
         f"--nnet_path={trained}",
         f"--output_path={folder / 'result.json'}",
         num_processes=num_processes,
+        CUDA_VISIBLE_DEVICES=devices,
+        NCCL_NVLS_ENABLE="0",
     )
     assert status == 0, output
     images = np.stack(
@@ -51,14 +55,23 @@ def evaluate(trained, folder, *, num_processes, mini_batch_size, algorithm="eule
     return images.astype(int), json.loads((folder / "result.json").read_text()), output
 
 
-def test_pictures_do_not_depend_on_batch_or_processes(trained, classifier, tmp_path):
+@pytest.mark.parametrize("devices", ["", pytest.param("0,1", marks=pytest.mark.cuda)])
+def test_pictures_do_not_depend_on_batch_or_processes(devices, trained, classifier, tmp_path):
     """Within one grey level for 99.9% of the values, and the same figures: the statistics come from
-    the same pictures.
+    the same pictures. On the CPU and on two GPUs.
     """
+    if devices and torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
     one, result_one, output = evaluate(
-        trained, tmp_path / "one", num_processes=0, mini_batch_size=7
+        trained, tmp_path / "one", num_processes=0, mini_batch_size=7, devices=devices[:1]
     )
-    two, result_two, _ = evaluate(trained, tmp_path / "two", num_processes=2, mini_batch_size=4)
+    two, result_two, _ = evaluate(
+        trained, tmp_path / "two", num_processes=2, mini_batch_size=4, devices=devices
+    )
+    print(
+        f"largest difference {np.abs(one - two).max()} levels, Frechet distances "
+        f"{result_one['frechet_distance']:.8g} and {result_two['frechet_distance']:.8g}"
+    )
     assert one.shape == (30, 8, 8) and one.std() > 10
     assert (np.abs(one - two) <= 1).mean() >= 0.999
     assert result_two["n"] == 30 and result_one["ranks"] == [0] and result_two["ranks"] == [0, 1]

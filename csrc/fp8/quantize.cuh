@@ -20,8 +20,9 @@ struct alignas(sizeof(kInput) * kOwn) Packet {
 // The larger one; a NaN stays one.
 __device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }
 
+// Rows of zeros, or too small for an inverse that is finite, become zeros; a NaN stays one.
 __device__ __forceinline__ float scale_of(float largest) {
-  return largest == 0.0f ? 1.0f : largest / kLargest;
+  return largest < 1e-30f ? 1.0f : largest / kLargest;
 }
 
 // Two floats as two e4m3 numbers, rounded to nearest, b in the upper byte.
