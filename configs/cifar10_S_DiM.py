@@ -19,6 +19,7 @@ def get_config():
     config.dataset.fid_stats = "assets/fid_stats/cifar10.npz"
 
     config.nnet = common.dim_nnet(input_size=32, in_channels=3, dim=512, depth=25, num_classes=10)
+    config.train.cuda_graphs = True
 
     config.sample.algorithm = "euler_maruyama_sde"
     config.sample.sample_steps = 1000

@@ -108,7 +108,7 @@ def get_config():
         ),  # no, fp16 or bf16; without it, what accelerate launch says
         fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
         cuda_graphs=False,  # on a GPU, one process or DDP: replay the network's kernels; for small
-        # networks, which Python launches slower than they run; off until its GPU tests have passed
+        # networks, which Python launches slower than they run
         ema_rate=0.9999,
         num_workers=8,
         max_bad_steps=10,  # non-finite steps in a row that end the run

@@ -157,8 +157,11 @@ def test_compiles_without_graph_breaks(mode):
 
 
 def test_a_changed_batch_or_resolution_compiles_once():
-    """And not in every step: shapes that were seen, in any order, and further batches of a size."""
-    model = make_model().train()
+    """And not in every step: one graph for the first shape, one for any batch, one for any size of
+    image too. (Where a batch is as large as a side of the grid, dynamo may add one.)
+    """
+    torch.manual_seed(0)
+    model = DiM(input_size=16, in_channels=3, dim=64, depth=5, num_classes=4).cuda().train()
     counts = torch._dynamo.utils.counters["stats"]
     torch.compiler.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -170,11 +173,11 @@ def test_a_changed_batch_or_resolution_compiles_once():
             compiled(x, t, y).float().square().sum().backward()
         return counts["unique_graphs"]
 
-    before, seen = counts["unique_graphs"], [(2, 8), (3, 8), (2, 12), (3, 12)]
+    before, seen = counts["unique_graphs"], [(5, 16), (7, 16), (5, 24), (7, 24)]
     first = graphs_after(seen)
     print(f"{first - before} graphs for {len(seen)} shapes")
-    assert 0 < first - before <= len(seen)
-    assert graphs_after([*reversed(seen), *seen, (5, 8), (4, 8), (7, 12), (6, 12)]) == first
+    assert 0 < first - before <= 3
+    assert graphs_after([*reversed(seen), *seen, (9, 16), (10, 16), (11, 24), (10, 32)]) == first
 
 
 def test_checkpointing_changes_nothing():
