@@ -384,9 +384,32 @@ def _disk_error(error):
     return UserError(f"cannot write{where}: {error.strerror}; make room or use another disk")
 
 
+def _memory_error(error):
+    """A UserError for memory that ran out, the GPU's or the host's; None for any other exception.
+
+    torch raises OutOfMemoryError for the GPU, and for the host a RuntimeError of its allocator.
+    """
+    text = str(error)
+    of_gpu = "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
+    of_host = isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate" in text
+    )
+    if not of_gpu and not of_host:
+        return None
+    said = ". ".join(text.split(". ")[:3]) if of_gpu else text.rpartition("] err == 0. ")[2]
+    return UserError(
+        f"memory of the {'GPU' if of_gpu else 'host'} ran out ({said or 'no room'}); take fewer "
+        "images at once: raise --config.gradient_accumulation_steps or set "
+        "--config.nnet.activation_checkpointing=True in training, lower "
+        "--config.sample.mini_batch_size in evaluation and --batch_size of scripts; or end what "
+        "else uses it"
+    )
+
+
 def run_main(main, spec: dict) -> None:
     """Call main(flags) with the parsed command line; a UserError becomes one line on stderr, and so
-    does a disk that is full or cannot be written, and the end of another process (libs.watch).
+    does a disk that is full or cannot be written, memory that ran out, and the end of another
+    process (libs.watch).
 
     Exit code 1 for a UserError, 2 for a FlagError; other exceptions keep their traceback.
     """
@@ -396,7 +419,7 @@ def run_main(main, spec: dict) -> None:
         watch.fail(functools.partial(_report, error))
         sys.exit(error.exit_code)
     except Exception as error:
-        said = _disk_error(error)
+        said = _disk_error(error) or _memory_error(error)
         if said is not None:
             watch.fail(functools.partial(_report, said))
         elif sentence := watch.ended_by_others(error):

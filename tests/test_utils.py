@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -172,6 +173,37 @@ def test_run_main_exit_codes_and_messages(config):
     for part in "Draws pictures.", "--n=an integer", "(default: 4)", "train.batch_size = 64":
         assert part in results[4][0]
     assert elapsed < 20  # five starts on a busy machine: torch is not imported
+
+
+GPU_SAYS = (
+    "CUDA out of memory. Tried to allocate 218.00 MiB. GPU 1 has a total capacity of 79.18 GiB of "
+    "which 30.56 MiB is free. Including non-PyTorch memory, this process has 13 GiB. See the "
+    "documentation for Memory Management (https://pytorch.org)"
+)
+
+
+def raise_of_gpu():
+    import torch
+
+    raise torch.OutOfMemoryError(GPU_SAYS)
+
+
+def allocate_too_much(library):
+    return __import__(library).empty(1 << 58)
+
+
+@pytest.mark.parametrize("end, sentence", [
+    (raise_of_gpu, r"memory of the GPU ran out \(CUDA out of memory. .* which 30.56 MiB is free\)"),
+    (lambda: allocate_too_much("torch"), r"memory of the host ran out \(DefaultCPUAllocator: .*\)"),
+    (lambda: allocate_too_much("numpy"), r"memory of the host ran out \(Unable to allocate .*\)"),
+])  # fmt: skip
+def test_memory_that_ends_is_one_sentence_with_what_to_do(monkeypatch, capsys, end, sentence):
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit, match="1"):
+        flags.run_main(lambda args: end(), {})
+    said = capsys.readouterr().err
+    assert re.match(rf"error: {sentence}; take fewer images at once: raise --config\.gr", said)
+    assert said.count("\n") == 1
 
 
 def test_of_several_processes_rank_0_reports():
