@@ -26,7 +26,7 @@ assets/digits_classifier.safetensors: scripts/train_digits_classifier.py libs/me
 # Stamps: pip runs again only if the list of packages changed.
 .venv/installed: pyproject.toml setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@echo "installing the packages of pyproject.toml into .venv, a few minutes and 6 GB"
+	@echo "installing the packages of pyproject.toml into .venv, two minutes or so and 6 GB"
 	$(BIN)/python -m pip install --disable-pip-version-check -q -e .
 	touch $@
 

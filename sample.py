@@ -25,7 +25,7 @@ FLAGS = {
     "n": (int, 4, "images of each class"),
     "seed": (int, 0, "the same seed gives the same pictures"),
     "scale": (float, None, "guidance: cond + scale (cond - uncond); otherwise the config's"),
-    "algorithm": (str, None, "sampling algorithm; otherwise the config's, but not dpm_solver"),
+    "algorithm": (str, None, "sampling algorithm; else the config's, for latents not dpm_solver"),
     "steps": (int, None, "sampling steps; otherwise the config's, or 25 of dpm_solver_pp_2m"),
     "out": (str, "samples.png", "the picture: a row for each class"),
 }  # fmt: skip

@@ -233,8 +233,8 @@ def denoising_loss(model, process, x0, y, *, pred, t, eps, **model_kwargs):
     2006.11239, equation 14).
 
     x0 and eps (B, C, H, W); y (B,) labels or None; t (B,) float32 process times; pred 'noise_pred'
-    or 'x0_pred', else
-    ValueError. Returns (B,) float32, accumulated in float32 whatever the network's dtype.
+    or 'x0_pred', else ValueError; model_kwargs go to the network. Returns (B,) float32, accumulated
+    in float32 whatever the network's dtype.
     """
     _check_prediction(pred)
     _, _, x_t = process.sample(x0, t=t, eps=eps)

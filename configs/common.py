@@ -95,7 +95,7 @@ def get_config():
 
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
     config.lr_scheduler = d(
-        name="customized",  # linear from 0, then constant; or cosine: then down to 0 at n_steps
+        name="customized",  # linear from 0, then constant; or cosine: times half a cosine
         warmup_steps=2500,
     )
 

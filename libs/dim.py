@@ -180,7 +180,7 @@ class DiM(nn.Module):
         """One evaluation of the network.
 
         Args:
-            x: (B, C, H, W), H and W divisible by the patch size, square or not.
+            x: (B, C, H, W) float32, H and W divisible by the patch size, square or not.
             t: (B,) network time, 0..1000, may be fractional.
             y: (B,) int64 labels in 0..num_classes, the last being the null class; None means the
                 null class.
@@ -188,7 +188,7 @@ class DiM(nn.Module):
                 None draws here.
 
         Returns:
-            (B, C, H, W) prediction; float32, or x's dtype outside autocast.
+            (B, C, H, W) prediction, in autocast's dtype; float32 outside autocast.
 
         Raises:
             UserError: the shape of x does not fit.

@@ -23,7 +23,8 @@ class Engine:
     """DistributedDataParallel over several processes, the bare network in one; graphed: its forward
     and backward replayed from CUDA graphs.
 
-    model: what to call; network: its parameters' owner; optimizer: over them.
+    model: what to call; network: its parameters' owner; optimizer: over them; precision: whose loss
+    scaler is used; max_norm: that the gradients are clipped to, inf for none.
     """
 
     @property
@@ -45,11 +46,13 @@ class Engine:
         return wrapped == (self.accelerator.num_processes > 1)
 
     def backward(self, loss):
-        """Adds this micro-batch's gradients."""
+        """Adds the gradients of a micro-batch's loss, 0-dim, already divided by their number."""
         self.scaler.scale(loss).backward()
 
     def accumulating(self, last):
-        """The context of a micro-batch: gradients meet over the processes with the last."""
+        """The context of a micro-batch: under DDP gradients meet over the processes with the
+        last; the other engines do it their own way.
+        """
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def clip(self):

@@ -299,6 +299,9 @@ class GraphedTraining(nn.Module):
         return torch.func.functional_call(self.network, self._leaves, *_arguments(*inputs))
 
     def forward(self, x, t, y=None, drop_path_draw=None):
+        """x (B, C, H, W), t (B,), y (B,) int64 or None, drop_path_draw (B, depth) or None -> the
+        network's output, the caller's own.
+        """
         graph = self._graphs.of(x, t, y, drop_path_draw)
         if graph is None:
             positional, named = _arguments(x, t, y, drop_path_draw)

@@ -21,7 +21,7 @@ def classifier_free(eps_fn3, y, scale, null_label, interval=None):
     scale. Both halves run in one batch, the unconditional one with `null_label` (the number of
     classes) for every image. With scale 0, and at times outside interval = (lo, hi), ends included
     (Kynkäänniemi et al., arXiv 2404.07724), only the conditional half runs. y None runs
-    unconditionally. UserError if it is to be guided nevertheless, or if the interval is empty.
+    unconditionally. With a scale other than 0, UserError if y is None or the interval is empty.
     """
     if scale == 0:
         return unguided(eps_fn3, y)

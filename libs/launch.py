@@ -96,7 +96,8 @@ def make_accelerator():
 
     Raises:
         UserError: accelerate sees another number of processes than the launcher started, or does
-            not run the engine that the launcher was asked for.
+            not run the engine that the launcher was asked for; the launcher has a setting without
+            effect; a package that the engine needs is missing; DIM_TIMEOUT_S is no number.
     """
     utils.check_launcher()
     utils.set_cpu_if_no_gpu()
@@ -142,8 +143,8 @@ def ranks(accelerator):
 class Precision:
     """Autocast and loss scaling of one number format.
 
-    name: 'no' (float32), 'fp16' or 'bf16'; None takes what `accelerate launch --mixed_precision`
-        says.
+    name: 'no' (float32), 'fp16' or 'bf16', else UserError; None takes what `accelerate launch
+        --mixed_precision` says. dtype: autocast's, None for float32; scaler: enabled for fp16 only.
     """
 
     def __init__(self, name, device):

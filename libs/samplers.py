@@ -248,15 +248,15 @@ def sample(eps_fn, process, z_T, *, algorithm, steps, noise=None, on_step=None):
     tensor on the CPU, so that looking at it makes nobody wait for the device. A float64 z_T makes
     everything float64, for tests of convergence.
     algorithm, for either process: 'dpm_solver' (single-step 'fast', as the official evaluations
-    call it: DPM-Solver for VPSDE, DPM-Solver++ for DiscreteSchedule), 'dpm_solver_pp_2m', or the
-    class name of a diffusers scheduler, made for the process's betas; for VPSDE also
-    'euler_maruyama_sde' and 'euler_maruyama_ode'.
+    call it: DPM-Solver for VPSDE, DPM-Solver++ for DiscreteSchedule), 'dpm_solver_upsample_g' (as
+    they upsample), 'dpm_solver_pp_2m', or the class name of a diffusers scheduler, made for the
+    process's betas; for VPSDE also 'euler_maruyama_sde' and 'euler_maruyama_ode'.
     steps: network calls (a second-order diffusers scheduler such as Heun's makes twice as many).
     noise: the images' ImageNoise, for stochastic algorithms; without it diffusers' draw from
     torch's global generator.
     on_step(i, n) is called after network call i = 1..n.
-    UserError: unknown algorithm, no steps, Euler-Maruyama without noise or with another process
-    than VPSDE.
+    UserError: unknown algorithm, no steps or more than a diffusers scheduler can do, Euler-Maruyama
+    without noise or with another process than VPSDE.
     """
     if steps < 1:
         raise UserError(f"sampling takes at least 1 step, not {steps}")

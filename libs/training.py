@@ -36,7 +36,11 @@ STOPPED = 143  # exit status after SIGTERM or Ctrl-C, which save first: 128 + 15
 
 class Draws:
     """The random numbers of one global batch, the same on every rank; a rank takes its rows by
-    position.
+    position. All are float32 on `device`.
+
+    size: of the global batch; shape: (C, H, W) of z; depth: of a network with stochastic depth,
+    else 0; encoding: whether the codec draws. time, label (size,) and drop_path (size, depth) are
+    uniform in [0, 1), eps and latent (size, C, H, W) standard normal, latent None unless encoding.
     """
 
     def __init__(self, *, seed, batch, size, shape, depth, device, encoding):
@@ -87,9 +91,10 @@ def training_labels(config, y, draw, null_label):
 
 
 def accumulate_gradients(config, accelerator, precision, engine, process, codec, batches, draws):
-    """Forward and backward of this rank's micro-batches; returns their mean loss, 0-dim.
+    """Forward and backward of this rank's micro-batches; returns their mean loss, 0-dim float32.
 
-    Gradients are averaged over ranks once, with the last micro-batch.
+    batches: iterator over (x, y) of this rank; draws: Draws of the global batch. When gradients are
+    averaged over the ranks is the engine's matter.
     """
     accumulation = config.gradient_accumulation_steps
     null_label = engine.network.num_classes
@@ -146,7 +151,7 @@ class Verdict:
 
 
 def set_learning_rate(config, optimizer, step):
-    """That of the schedule for the step after `step` steps."""
+    """Set optimizer.lr times the schedule's factor for optimizer step number `step`, from 0."""
     schedule, n_steps = config.lr_scheduler, config.train.n_steps
     factor = lr_factor(schedule.name, step, warmup_steps=schedule.warmup_steps, n_steps=n_steps)
     for group in optimizer.param_groups:

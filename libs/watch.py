@@ -6,6 +6,7 @@ and reads what the others wrote. Nothing is waited for: a process that hangs, or
 by those that do not.
 """
 
+import atexit
 import json
 import os
 import sys
@@ -43,6 +44,8 @@ class Watch:
         self.silent = dict.fromkeys(range(num_processes), 0.0)  # seconds without a pulse
         self.idle = dict.fromkeys(range(num_processes), 0.0)  # seconds without a beat
         self.seen = {}
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
         self.publish()
 
     def publish(self):
@@ -119,8 +122,7 @@ class Watch:
         import torch.distributed
 
         before = time.monotonic()
-        while torch.distributed.is_initialized():
-            time.sleep(self.interval)
+        while torch.distributed.is_initialized() and not self.ended.wait(self.interval):
             now = time.monotonic()
             try:
                 sentence = self.step(min(now - before, 2 * self.interval))
@@ -130,6 +132,13 @@ class Watch:
             if sentence and torch.distributed.is_initialized() and _current is self:
                 fail(lambda sentence=sentence: say(sentence, self.rank))
                 os._exit(1)  # the main thread may never come back
+
+    def end(self):
+        """End the thread. If it were inside the store while Python goes down, it would not get the
+        interpreter's lock again, and abort a process that was through with its work.
+        """
+        self.ended.set()
+        self.thread.join(timeout=5)  # a store whose machine is lost may hold it for longer
 
 
 def _ranks(ranks, verb=" is"):
@@ -159,7 +168,8 @@ def start(timeout):
     store = store.clone() if hasattr(store, "clone") else store  # else shared with collectives
     store = torch.distributed.PrefixStore("dim-watch", store)
     _current = Watch(store, torch.distributed.get_rank(), world, timeout)
-    threading.Thread(target=_current.run, daemon=True).start()
+    atexit.register(_current.end)
+    _current.thread.start()
 
 
 def beat(doing):

@@ -23,11 +23,13 @@ from datasets import DATASETS, get_dataset
 from libs import flags
 from libs.metrics import FEATURES, Moments, NoFeatures, make_features, save_statistics
 
+IMAGES = [name for name in DATASETS if not name.endswith("_features")]  # not of latents
+NETWORKS = [name for name in FEATURES if name != NoFeatures.name]
 FLAGS = {
-    "dataset": (str, flags.REQUIRED, f"one of {', '.join(DATASETS)}"),
+    "dataset": (str, flags.REQUIRED, f"one of {', '.join(IMAGES)}"),
     "path": (str, None, "the data set's directory"),
     "resolution": (int, flags.REQUIRED, "side of the images in pixels"),
-    "features": (str, "inception", f"one of {', '.join(FEATURES)}"),
+    "features": (str, "inception", f"one of {', '.join(NETWORKS)}"),
     "weights": (str, None, "the feature network's file; where it usually is if not given"),
     "out": (str, flags.REQUIRED, "the .npz file to write"),
     "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
@@ -50,7 +52,7 @@ def check_flags(args):
         if value is not None and value < minimum:
             raise utils.UserError(f"--{name} is {value}, it must be {minimum} or more")
     if args.features == NoFeatures.name:
-        raise utils.UserError("--features is none, expected inception or digits_classifier")
+        raise utils.UserError(f"--features is none, expected {' or '.join(NETWORKS)}")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise utils.UserError(f"--device is {args.device}, but torch finds no GPU: use cpu")
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 
 import psutil
@@ -55,6 +56,28 @@ def test_the_cause_of_a_collective_that_fails_is_told(watches, monkeypatch):
     error = RuntimeError("NCCL error in: x.cpp:1, invalid usage\nLast error:\nDuplicate GPU")
     said = watch.ended_by_others(error)
     assert said.endswith("(NCCL error in: x.cpp:1, invalid usage ... Duplicate GPU)")
+
+
+THROUGH = """
+import sys, time
+sys.path.insert(0, {root!r})
+import torch
+from libs import watch
+store = torch.distributed.TCPStore("127.0.0.1", 0, 1, True)
+torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+watch.start(1)
+watch._current.interval = 0
+time.sleep(1)  # after the first poll the thread is in the store nearly all the time
+torch.distributed.is_initialized = lambda: True
+"""
+
+
+def test_the_thread_does_not_outlive_the_interpreter():
+    """It would abort a process whose work is done: "terminate called without an active exception".
+    """
+    script = THROUGH.format(root=str(runs.ROOT))
+    for process in [runs._start([sys.executable, "-c", script], {}) for _ in range(3)]:
+        assert runs.finish(process) == (0, "")
 
 
 def test_a_process_that_is_behind_is_named(watches):
