@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 RUN := workdir/digits_T_DiM/default
+comma := ,
 NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
 
 .PHONY: demo test test-slow lint clean-demo
@@ -17,22 +18,29 @@ test: .venv/installed-tests
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 
-test-slow: .venv/installed-tests
+test-slow: .venv/installed-slow
 	$(BIN)/python -m pytest -q -m slow
 
 assets/digits_classifier.safetensors: scripts/train_digits_classifier.py libs/metrics.py | .venv/installed
 	$(BIN)/python scripts/train_digits_classifier.py
 
 # Stamps: pip runs again only if the list of packages changed.
-.venv/installed: pyproject.toml setup.py
+define install
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing the packages of pyproject.toml into .venv, two minutes or so and 6 GB"
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e .
+	$(BIN)/python -m pip install --disable-pip-version-check -q -e "$(1)"
 	touch $@
+endef
 
-.venv/installed-tests: .venv/installed
-	$(BIN)/python -m pip install --disable-pip-version-check -q -e ".[test]"
-	touch $@
+.venv/installed: pyproject.toml setup.py
+	$(call install,.)
+
+.venv/installed-tests: pyproject.toml setup.py
+	$(call install,.[test])
+	touch .venv/installed
+
+.venv/installed-slow: .venv/installed-tests
+	$(call install,.[test$(comma)deepspeed])
 
 clean-demo:
 	rm -rf $(RUN)

@@ -27,6 +27,14 @@ class Backend(NamedTuple):
     describe: Callable  # torch.device -> what it runs on, for people
 
 
+def constant_when_compiled(function):
+    """torch.compiler.assume_constant_result, without the two seconds that it takes to import
+    torch._dynamo: torch.compile calls the function once, while it traces.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 def choose(operator, table, requested, device, dtype, size=None):
     """Name of the backend for tensors of this device and dtype, and where the choice came from.
 

@@ -1,8 +1,14 @@
 """The causal depthwise convolution operator: checks its arguments, chooses a backend."""
 
-import torch
 
-from libs.ops.backends import choose, cpu_backend, cuda_backend, peer_backend, reference_backend
+from libs.ops.backends import (
+    choose,
+    constant_when_compiled,
+    cpu_backend,
+    cuda_backend,
+    peer_backend,
+    reference_backend,
+)
 from libs.ops.checks import Arguments
 from libs.ops.reference import causal_conv1d_ref
 
@@ -22,7 +28,7 @@ BACKENDS = {
 }
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _choose(backend, device, dtype, taps):
     """`choose` for this operator; torch.compile asks once, while it traces."""
     return choose("causal_conv1d", BACKENDS, backend, device, dtype, taps)[0]

@@ -38,7 +38,7 @@ def not_fused(device, dtype, dim, states, taps):
     return None
 
 
-@torch.compiler.assume_constant_result
+@backends.constant_when_compiled
 def is_fused(device, dtype, dim, states, taps):
     """Whether a block of these sizes runs as one operator; torch.compile asks once."""
     return not_fused(device, dtype, dim, states, taps) is None
