@@ -12,7 +12,7 @@ from libs import flags
 from libs.codec import PixelCodec
 from libs.evaluation_run import run_evaluation
 from libs.launch import make_accelerator
-from libs.models import build_model, check_data, check_kind, load_into
+from libs.models import build_model, check_data, check_kind, load_into, require_same
 from sde import VPSDE
 
 FLAGS = flags.EVALUATION
@@ -24,6 +24,7 @@ def main(args):
     dataset = dataset_of(config)
     model, codec = build_model(config.nnet), PixelCodec()
     check_data(model, dataset, codec.latent_shape(dataset.shape))
+    require_same(config, args.nnet_path)
     changes = load_into(model, args.nnet_path)
     run_evaluation(
         args, config, accelerator, model=model, process=VPSDE(), codec=codec, dataset=dataset,

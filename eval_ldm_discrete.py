@@ -11,7 +11,7 @@ from libs import flags
 from libs.codec import latent_codec
 from libs.evaluation_run import run_evaluation
 from libs.launch import make_accelerator
-from libs.models import build_model, check_codec, check_kind, load_into
+from libs.models import build_model, check_codec, check_kind, load_into, require_same
 from sde import DiscreteSchedule
 
 FLAGS = flags.EVALUATION
@@ -31,6 +31,7 @@ def main(args):
     model = build_model(config.nnet)
     codec = latent_codec(config)
     check_codec(model, codec, config)
+    require_same(config, args.nnet_path)
     changes = load_into(model, args.nnet_path)
     run_evaluation(
         args, config, accelerator, model=model, process=DiscreteSchedule(), codec=codec,

@@ -87,7 +87,8 @@ def remove_leftovers(*folders) -> None:
     """Remove what `replacing` left behind where a process was killed; only while nobody writes."""
     for folder in folders:
         for path in Path(folder).glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+            if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+                path.unlink(missing_ok=True)
 
 
 def write_json(path, value) -> None:

@@ -26,6 +26,9 @@ FORMAT = 1
 _FILES = ("nnet.safetensors", "nnet_ema.safetensors", "training.pt", "config.json")
 _LOGGER = logging.getLogger("dim")
 
+# A disk or its rights that say no, which is not the file's fault.
+_UNREADABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
@@ -100,6 +103,8 @@ def _write_files(folder: Path, step, nnet, ema, training_state, config) -> None:
     save_file(_weights(ema), folder / "nnet_ema.safetensors")
     _save_training_state(training_state, folder / "training.pt")
     write_json(folder / "config.json", config)
+    for name in ("nnet.safetensors", "nnet_ema.safetensors"):  # safetensors' are the owner's only
+        (folder / name).chmod((folder / "config.json").stat().st_mode)
     for name in _FILES:
         _sync(folder / name)
     entries = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
@@ -198,7 +203,7 @@ def save(directory, step: int, *, nnet: dict, ema: dict, training_state: dict, c
 
 
 def _still_good(directory: Path) -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UserError):
         if found := latest(directory, report=lambda line: None):
             return f"the last good checkpoint is {found[0]}"
     return "there is no earlier checkpoint"
@@ -249,6 +254,7 @@ def latest(directory, report: Callable[[str], None] = _LOGGER.warning):
     """(path, step) of the newest checkpoint in `directory` that verifies, or None.
 
     Each one that does not, and each unfinished save, is named to `report` with the reason.
+    UserError for one that the system does not let us read: it may be as good as it was.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -260,6 +266,12 @@ def latest(directory, report: Callable[[str], None] = _LOGGER.warning):
             verify(path)
             return path, step
         except (UserError, OSError) as error:
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(cause, OSError) and cause.errno in _UNREADABLE:
+                raise UserError(
+                    f"cannot read checkpoint {path} ({cause.strerror}): mend that, or move it away "
+                    "to go on from the one before it"
+                ) from error
             report(f"skipping checkpoint {path}: {error}")
     return None
 

@@ -150,7 +150,10 @@ def _map(path, size):
     torch's mapping, since numpy's keeps a file descriptor for each shard; private, as torch has no
     read-only one.
     """
-    tensor = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    try:
+        tensor = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
     return memoryview(tensor.numpy())
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import logging
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from libs.official import from_official, is_official, load_checkpoint, resize_st
 from libs.uvit import UViT
 from libs.weights import listed, load_strict, weights_file
 from utils import UserError, flatten, read_json
+
+log = logging.getLogger("dim")
 
 NETWORKS = {"dim": DiM, "uvit": UViT}
 _SECTIONS = {"dim": common.dim_nnet, "uvit": common.uvit_nnet}
@@ -59,7 +62,14 @@ def build_model(nnet, seed=None):
 
 
 def check_data(model, dataset, z_shape):
-    """UserError where the data do not fit the network: labels, channels or size of z (C, H, W)."""
+    """UserError where the data do not fit the network: labels, channels or size of z (C, H, W). A
+    warning for classes without images.
+    """
+    if 0 < dataset.num_classes < model.num_classes:
+        log.warning(
+            "the data set has %d classes, but nnet.num_classes is %d: the others have no images",
+            dataset.num_classes, model.num_classes,
+        )  # fmt: skip
     if dataset.num_classes > model.num_classes:
         raise UserError(
             f"the data set has {dataset.num_classes} classes, but nnet.num_classes is "
@@ -167,6 +177,29 @@ def config_beside(path):
         ) from error
     _check_size(network, weights_file(path), beside)
     return config
+
+
+# Shapes of tensors do not show them, and pictures are others.
+_UNSEEN = ("pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads")
+
+
+def require_same(config, path):
+    """UserError where the config.json beside the weights at `path`, if there is one of ours, says
+    otherwise than `config` in what the weights themselves do not show.
+    """
+    path = Path(path)
+    beside = (path if path.is_dir() else path.parent) / "config.json"
+    try:
+        saved = flatten(read_json(beside))
+    except (UserError, AttributeError):  # none, or somebody else's
+        return
+    own = flatten(config)
+    for key in _UNSEEN:
+        if key in saved and key in own and saved[key] != own[key]:
+            raise UserError(
+                f"{key} is {own[key]!r}, but the weights were trained with {saved[key]!r}, says "
+                f"{beside}: use their config, or --config.{key}={saved[key]}"
+            )
 
 
 def load_into(model, path):

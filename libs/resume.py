@@ -70,6 +70,10 @@ def check_optimizer_state(state, optimizer):
             raise ValueError(f"its step of parameter {index} is {averages['step'].item()}")
 
 
+# What the config says of an optimizer, at every start; the learning rate follows in every step.
+_SETTINGS = ("betas", "eps", "weight_decay")
+
+
 def resume(found, network, ema, optimizer, precision):
     """Load the checkpoint at `found` (path, step) everywhere. Returns its Progress."""
     saved = checkpoint.load(found[0])
@@ -78,7 +82,10 @@ def resume(found, network, ema, optimizer, precision):
     state = saved.training_state
     try:
         check_optimizer_state(state["optimizer"], optimizer)
+        wanted = [{key: group[key] for key in _SETTINGS} for group in optimizer.param_groups]
         optimizer.load_state_dict(state["optimizer"])
+        for group, settings in zip(optimizer.param_groups, wanted, strict=True):
+            group.update(settings)
         if precision.scaler.is_enabled() and state["scaler"]:
             precision.scaler.load_state_dict(state["scaler"])
         if not all(type(count) is int and count >= 0 for count in state["progress"].values()):

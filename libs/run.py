@@ -243,7 +243,7 @@ class MetricsLog:
         """
         self.close()
         if self._path.exists():
-            temporary = self._path.with_suffix(".tmp")
+            temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
             with self._path.open(encoding="utf-8", errors="replace") as lines, \
                     temporary.open("w", encoding="utf-8") as kept:
                 kept.writelines(line.rstrip("\n") + "\n" for line in lines

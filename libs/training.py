@@ -63,7 +63,7 @@ def make_optimizer(config, model):
     return torch.optim.AdamW(
         model.parameters(),
         lr=settings.lr,
-        betas=settings.betas,
+        betas=tuple(map(float, settings.betas)),
         eps=settings.eps,
         weight_decay=settings.weight_decay,
         fused=True,
@@ -318,7 +318,8 @@ def loop(
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
     metrics_log, all_ranks = None, ranks(accelerator)
     if accelerator.is_main_process:
-        for line in utils.write_run_files(directory, config, run.environment()):
+        environment = run.environment() | {"images": len(dataset)}
+        for line in utils.write_run_files(directory, config, environment):
             log.warning("changed since this run began: %s", line)
         metrics_log = run.MetricsLog(
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
@@ -370,7 +371,7 @@ def loop(
             with speed.paused():
                 outputs.make(outputs.due(step), step, metrics_log, lambda: stop.requested)
     bar.close()
-    if progress.step < settings.n_steps:
+    if progress.step < settings.n_steps or stop.requested:
         log.info("stopped at step %d as asked; the same command goes on from here", progress.step)
         return False
     log.info(

@@ -204,6 +204,28 @@ def test_damage_to_any_file_is_found_named_and_skipped(tmp_path, name, damage):
     assert len(lines) == 1 and str(bad) in lines[0] and name in lines[0]
 
 
+@pytest.mark.parametrize("name", ["nnet.safetensors", "manifest.json"])
+def test_what_the_system_does_not_let_us_read_is_not_taken_for_damaged(tmp_path, monkeypatch, name):
+    """It would be replaced by a later save."""
+    save_step(tmp_path, 1)
+    newest, opened = save_step(tmp_path, 2), open
+
+    def refusing(path, *args, **keywords):
+        if Path(path) == newest / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *args, **keywords)
+
+    monkeypatch.setattr("builtins.open", refusing)
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*2.ckpt \(Permission denied\)"):
+        checkpoint.latest(tmp_path)
+
+
+def test_all_files_have_the_rights_that_files_usually_get(tmp_path):
+    path = save_step(tmp_path, 1)
+    (path / "other").touch()
+    assert {file.stat().st_mode for file in path.iterdir()} == {(path / "other").stat().st_mode}
+
+
 def test_other_directories_and_formats_are_refused(tmp_path):
     with pytest.raises(UserError, match="not a checkpoint directory"):
         checkpoint.load(tmp_path / "absent")

@@ -67,6 +67,23 @@ def test_wrong_requests_are_refused(name, options, says):
         get_dataset(name, **options)
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Its images would be missing without a word."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="cannot read .*/b: Permission denied"):
+        images.list_images(tmp_path)
+
+
 def test_without_labels_there_are_no_classes():
     digits = get_dataset("digits", labels=False)
     assert digits.labels is None and digits.num_classes == 0 and digits[0, 5][1] == 0

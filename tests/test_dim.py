@@ -1,15 +1,17 @@
 """The backbone's options, its sizes, and official weights of another shape."""
 
+import types
+
 import pytest
 import torch
 
 from configs import cifar10_S_DiM, digits_T_DiM
 from libs.dim import PRESETS, DiM
 from libs.layers import PaddedSequence, drop_path
-from libs.models import build_model
+from libs.models import build_model, check_data, require_same
 from libs.official import resize_state, to_official
 from libs.weights import load_strict
-from utils import UserError
+from utils import UserError, write_json
 
 TINY = dict(input_size=8, in_channels=4, dim=16, depth=5, num_classes=10)
 
@@ -183,3 +185,28 @@ def test_padding_places_each_token_and_its_gradient():
     split, bottom = split.expand(2, -1, -1), bottom.expand(2, -1, -1, -1).flatten(1, 2)
     assert torch.equal(sequence, torch.cat([extra, split, rows, bottom], dim=1))
     assert torch.autograd.gradcheck(PaddedSequence.apply, parts)
+
+
+def test_a_config_that_weights_do_not_show_is_refused(tmp_path):
+    """Other directions or another prediction fit every tensor and draw other pictures."""
+    config, weights = digits_T_DiM.get_config(), tmp_path / "nnet_ema.safetensors"
+    require_same(config, weights)  # no config.json: nothing is known
+    write_json(tmp_path / "config.json", config.to_dict())
+    config.sample.scale, config.nnet.drop_path = 2.0, 0.5
+    require_same(config, weights)
+    require_same(config, tmp_path)
+    config.nnet.scan_directions = 1
+    with pytest.raises(UserError, match="nnet.scan_directions is 1, but .* trained with 3, says"):
+        require_same(config, weights)
+    config.nnet.scan_directions, config.pred = 3, "x0_pred"
+    with pytest.raises(UserError, match="or --config.pred=noise_pred"):
+        require_same(config, tmp_path)
+
+
+def test_classes_without_images_are_named(caplog):
+    model = DiM(input_size=4, in_channels=3, dim=16, depth=3, num_classes=10)
+    for num_classes, warnings in ((0, 0), (10, 0), (2, 1)):
+        caplog.clear()
+        check_data(model, types.SimpleNamespace(num_classes=num_classes), (3, 4, 4))
+        assert len(caplog.records) == warnings
+    assert "the data set has 2 classes, but nnet.num_classes is 10" in caplog.text
