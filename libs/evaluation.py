@@ -10,10 +10,8 @@ from tqdm import tqdm
 import utils
 from libs import guidance, metrics, samplers, watch
 from libs.graphs import SamplingNetwork
-from libs.launch import ranks
 from libs.ops import fp8
-from libs.real_images import as_saved, can_be_measured, halves_baseline, real_images
-from libs.real_images import require_statistics as require_statistics  # training asks it, too
+from libs.real_images import as_saved, can_be_measured, halves_baseline
 from sde import eps_from_model
 from utils import UserError
 
@@ -95,6 +93,7 @@ class ImageGenerator:
             "vis_label": self.vis_label,
             "seed": self.seed,
             "precision": self.precision.name,
+            "fp8": bool(settings.get("fp8")),
             "z_shape": self.z_shape,
             "image_shape": self.image_shape,
             "codec": {"name": type(self.codec).__name__, **self.codec.describe()},
@@ -129,6 +128,18 @@ class ImageGenerator:
             steps=self.settings.sample_steps,
             noise=noise,
             on_step=on_step,
+        )
+
+
+def require_finite(images, indices):
+    """UserError naming the first of `indices` whose image contains NaN, which a file would show as
+    black. Waits for the device: for images that are about to leave it.
+    """
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        raise UserError(
+            f"the network makes images that are not finite: image {indices[finite.index(False)]} "
+            "contains NaN; check the weights, sample.scale and the precision"
         )
 
 
@@ -229,28 +240,19 @@ def figures_of(mu, sigma, agreement, real, features, dataset, seed):
     """
     distance = metrics.frechet_distance(mu, sigma, real.mu, real.sigma)
     figures = {"frechet_distance": distance, "class_agreement": agreement}
-    if can_be_measured(dataset):
+    if can_be_measured(dataset) and len(dataset) >= 4:  # a half needs a covariance
         figures["real_halves"] = halves_baseline(features, dataset, seed, mu.device)
     return figures
 
 
-def evaluate(generator, features, dataset, config, accelerator, *, n, stop=lambda: False):
-    """Frechet distance (FID with Inception features) of n generated images to the real ones, and
-    the recipe. Nothing is written; dataset None or of latents needs dataset.fid_stats.
-
-    Returns:
-        dict for the log and for json; None if `stop()` came true.
+def result_of(found, generator, features, real, dataset, n):
+    """Frechet distance (FID with Inception features) of the n images that `measure` found to the
+    real ones, and the recipe: dict for the log. dataset: where real images are at hand, or None.
     """
-    resolution, device = generator.image_shape[-1], accelerator.device
-    real = real_images(config, features, dataset, resolution=resolution, device=device)
-    found = measure(generator, features, accelerator, n=n, stop=stop)
-    if found is None:
-        return None
     moments, agreement = found
     mu, sigma = moments.mean_and_covariance()
     return {
         **figures_of(mu, sigma, agreement, real, features, dataset, generator.seed),
-        "ranks": ranks(accelerator),
         **recipe_of(generator, features, real, n),
     }
 
@@ -279,7 +281,7 @@ def describe(result):
     lines.append(
         f"guidance {result['guidance_scale']:g} (cond + s (cond - uncond); elsewhere written w = "
         f"{result['guidance_scale_standard']:g}), {result['algorithm']}, {result['steps']} steps, "
-        f"seed {result['seed']}, precision {result['precision']}"
+        f"seed {result['seed']}, precision {result['precision']}{' and fp8' * result['fp8']}"
     )
     if result["statistics"] and not result["statistics"]["known"]:
         lines.append(
@@ -308,7 +310,11 @@ def labels_of_classes(classes, n, num_classes, *, conditional):
 
 
 def draw_in_batches(generator, labels, n):
-    """Images (n, C, H, W) on the CPU, of `labels` (n,) or n without labels, and a progress bar."""
+    """Images (n, C, H, W) on the CPU, of `labels` (n,) or n without labels, and a progress bar.
+
+    Raises:
+        UserError: an image contains NaN.
+    """
     n = n if labels is None else len(labels)
     batches = torch.arange(n).split(generator.settings.mini_batch_size)
     with tqdm(unit="step") as bar:
@@ -317,8 +323,9 @@ def draw_in_batches(generator, labels, n):
             bar.total = steps * len(batches)
             bar.update()
 
-        images = [
-            generator(rows.tolist(), None if labels is None else labels[rows], on_step).cpu()
-            for rows in batches
-        ]
+        images = []
+        for rows in batches:
+            of_rows = None if labels is None else labels[rows]
+            images.append(generator(rows.tolist(), of_rows, on_step).cpu())
+            require_finite(images[-1], rows.tolist())
     return torch.cat(images)

@@ -3,6 +3,7 @@ written beside each other.
 """
 
 import contextlib
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,14 @@ import torch
 
 import utils
 from libs import metrics, watch
-from libs.evaluation import ImageGenerator, describe, figures_of, measured, recipe_of
+from libs.evaluation import (
+    ImageGenerator,
+    describe,
+    figures_of,
+    measured,
+    recipe_of,
+    require_finite,
+)
 from libs.image_store import (
     RECIPE,
     ImageStore,
@@ -20,6 +28,7 @@ from libs.image_store import (
     create,
     pending,
     read_recipe,
+    require_own_folder,
     require_same_recipe,
 )
 from libs.launch import Precision, ranks
@@ -36,31 +45,51 @@ def whole_recipe(generator, features, real, config, nnet_path, changes):
     """
     file, settings = weights_file(nnet_path), config.sample
     nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
-    kept = {"path": settings.path, "adm_npz": settings.adm_npz}
+    path = settings.path and str(Path(settings.path).resolve())
     return {
         **recipe_of(generator, features, real, settings.n_samples),
         "weights": {"file": str(file), "sha256": sha256_of(file), "changes": list(changes)},
         "nnet": nnet,
-        "kept": {name: path and str(Path(path).resolve()) for name, path in kept.items()},
+        # The npz is made of what is kept here, so another path for it can still be given.
+        "kept": {"path": path, "adm_npz": bool(settings.adm_npz)},
     }
 
 
-def require_own_place(output_path, png_folder, recipe):
+def require_own_place(output_path, png_folder, adm_npz, recipe):
     """UserError if result or pictures of another recipe, or of none, lie where ours would go."""
+    own_npz = None
     if output_path.exists():
         found = read_recipe(output_path, "give another --output_path, or move it away")
+        own_npz = utils.flatten(found).get("config.sample.adm_npz")
         found = {key: value for key, value in found.items() if key in recipe}
         if lines := utils.config_differences(compared(found), compared(recipe)):
             raise UserError(
                 f"{output_path} is the result of another evaluation ({lines[0]}): give another "
                 "--output_path, or move it away"
             )
+    if adm_npz and adm_npz != own_npz and Path(adm_npz).exists():
+        raise UserError(
+            f"{adm_npz} is there and not of the evaluation in {output_path}: move it away, or give "
+            "another --config.sample.adm_npz"
+        )
     if png_folder:
         remedy = "move it away, or give another --config.sample.path"
         require_same_recipe(png_folder, recipe, remedy)
         utils.make_directory(png_folder)
         if not (png_folder / RECIPE).exists() and any(png_folder.glob("*.png")):
             raise UserError(f"{png_folder} holds pictures that are not this evaluation's: {remedy}")
+
+
+def require_creatable(path, name):
+    """UserError unless a new file can be made at `path`, now and not after hours. name: of the
+    flag.
+    """
+    path = utils.file_to_write(path, name)
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): give another {name}") from error
 
 
 def prepare(folder, png_folder, recipe, config, generator, dim):
@@ -93,6 +122,7 @@ def make_images(store, generator, features, batches, *, quiet):
     with ThreadPoolExecutor(1) as writer:
         writing = None
         for indices, images, rows, agrees in measured(generator, features, batches, quiet=quiet):
+            require_finite(images, indices)
             pixels = (images * 255).round().byte().cpu() if store.keeps_pictures else None
             agrees = None if agrees is None else agrees.cpu()
             rows = rows.cpu()
@@ -168,11 +198,17 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
 
     Raises:
         UserError: no statistics, or of another resolution; files of another recipe; a path that
-            cannot be written; another evaluation at work on the same. Nothing is overwritten.
+            cannot be written; another evaluation at work on the same; images that are not finite.
+            Nothing of others is overwritten.
     """
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     output_path = Path(args.output_path or directory / "evaluation.json")
     settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
+    if output_path.suffix == ".partial":
+        raise UserError(
+            f"--output_path is {output_path}, but .partial is for the folder of the images until "
+            "the result is written: give another, for example with .json"
+        )
     measures = settings.features != metrics.NoFeatures.name
     if measures:
         require_statistics(config, dataset)
@@ -194,9 +230,10 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
         if main:
             utils.file_to_write(output_path, "--output_path")
             if settings.adm_npz:
-                utils.file_to_write(settings.adm_npz, "--config.sample.adm_npz")
+                require_creatable(settings.adm_npz, "--config.sample.adm_npz")
             recipe = whole_recipe(generator, features, real, config, args.nnet_path, changes)
-            require_own_place(output_path, png_folder, recipe)
+            require_own_place(output_path, png_folder, settings.adm_npz, recipe)
+            require_own_folder(folder)
             stack.enter_context(utils.RunLock(folder, "--output_path"))
             prepare(folder, png_folder, recipe, config, generator, features.dim)
             batches = pending(folder, settings.mini_batch_size)
@@ -217,8 +254,8 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
             "mini_batch_size": settings.mini_batch_size, **recipe, "config": config.to_dict(),
             "environment": environment(),
         }  # fmt: skip
+        utils.write_json(output_path, result)  # before the npz, which it says is ours
         if settings.adm_npz:
             store.write_adm_npz(settings.adm_npz)
-        utils.write_json(output_path, result)
         store.remove()
     report(result, output_path)

@@ -5,6 +5,7 @@ byte an image) and, for the evaluation suite of ADM, pixels.npy. An image is don
 else of it has been written; what is done is not made again.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -23,15 +24,26 @@ from utils import UserError
 MISSING, MADE, AGREES = 0, 1, 2
 PNG_THREADS = 4
 RECIPE = "recipe.json"
+OWN = (".lock", RECIPE, "features.npy", "done.npy", "pixels.npy")
 
 
-def compared(recipe):
-    """A recipe without the names of files, which may move: their hashes are in it too."""
+def _without_files(recipe):
     return {
-        key: compared(value) if isinstance(value, dict) else value
+        key: _without_files(value) if isinstance(value, dict) else value
         for key, value in recipe.items()
         if key != "file"
     }
+
+
+def compared(recipe):
+    """What counts of a recipe: not the names of files, which may move; their hashes are in it too.
+
+    Older recipes lack `fp8`, which was off or not noted, and name the file of kept.adm_npz.
+    """
+    counts = {"fp8": False, **_without_files(recipe)}
+    if isinstance(counts.get("kept"), dict):
+        counts["kept"]["adm_npz"] = bool(counts["kept"].get("adm_npz"))
+    return counts
 
 
 def read_recipe(path, remedy):
@@ -50,6 +62,23 @@ def require_same_recipe(folder, recipe, remedy):
     found = read_recipe(path, remedy)
     if lines := utils.config_differences(compared(found), compared(recipe)):
         raise UserError(f"{folder} holds images of another recipe ({lines[0]}): {remedy}")
+
+
+def _is_own(path):
+    return path.name in OWN or path.name.startswith(f".{RECIPE}.")  # the latter of utils.replacing
+
+
+def require_own_folder(folder):
+    """UserError if `folder` is not of an evaluation: it has no recipe, but files of others."""
+    folder = Path(folder)
+    if not folder.is_dir() or (folder / RECIPE).exists():
+        return
+    foreign = sorted(path.name for path in folder.iterdir() if not _is_own(path))
+    if foreign:
+        raise UserError(
+            f"{folder}, where the images of this evaluation go, holds other files ({foreign[0]}): "
+            "move it away, or give another --output_path"
+        )
 
 
 def create(folder, recipe, arrays):
@@ -184,8 +213,14 @@ class ImageStore:
                         shutil.copyfileobj(source, target, 1 << 24)
 
     def remove(self):
-        """Close and delete the folder's files; its lock's file goes with them."""
+        """Close and delete our files, the lock's with them, and the folder if nothing else is in
+        it.
+        """
         for file in filter(None, (self.features, self.done, self.pixels)):
             file.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        for path in filter(_is_own, list(self.folder.iterdir())):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 

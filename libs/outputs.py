@@ -5,7 +5,9 @@ import logging
 import torch
 
 import utils
+from datasets import dataset_of
 from libs import checkpoint, evaluation, metrics, run, watch
+from libs.real_images import can_be_measured, real_images, require_statistics
 from libs.sharding import whole_weights
 from utils import UserError
 
@@ -17,14 +19,15 @@ GRID_COLUMNS = 10
 class Outputs:
     """Makes and writes them; every process takes part, the main one writes.
 
-    generator: of the averaged weights' images; state: () -> (network's state_dict, average's,
-    training_state), whole.
+    generator: of the averaged weights' images; dataset: of training; state: () -> (network's
+    state_dict, average's, training_state), whole.
     """
 
     def __init__(self, config, directory, accelerator, generator, dataset, state):
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.generator, self.dataset, self.state = generator, dataset, state
-        self.features, self.fid_samples = None, config.train.fid_samples
+        self.features, self.real_dataset = None, None  # of FID, from the first one on
+        self.fid_samples = config.train.fid_samples
         if config.sample.features == metrics.NoFeatures.name:
             self.fid_samples = 0
 
@@ -84,21 +87,50 @@ class Outputs:
                 metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
                 log.info("step %d: %s", step, "; ".join(evaluation.describe(result)))
 
+    def real_side(self):
+        """The RealImages of FID, and its features, and the data set where that is measured: as
+        eval.py opens it, without the augmentation of training.
+        """
+        config, device = self.config, self.accelerator.device
+        require_statistics(config, self.dataset)
+        if self.features is None:
+            self.real_dataset = dataset_of(config) if can_be_measured(self.dataset) else None
+            self.features = metrics.make_features(
+                config.sample.features, config.sample.fid_weights_path, device
+            )
+        return real_images(
+            config, self.features, self.real_dataset,
+            resolution=self.generator.image_shape[-1], device=device,
+        )  # fmt: skip
+
+    def by_all(self, part):
+        """part() on every process; None on all, and no FID from now on, where it raises a UserError
+        on one, which says why: the others would wait for it in the next collective.
+        """
+        found, failed = None, torch.zeros((), device=self.accelerator.device)
+        try:
+            found = part()
+        except UserError as error:
+            log.warning("no FID in this run: %s", error)
+            failed += 1
+        watch.beat(watch.WAITING)
+        if self.accelerator.reduce(failed, "sum").item():
+            self.fid_samples, found = 0, None
+        return found
+
     def fid(self, stop):
         """The evaluation of train.fid_samples images; None, with a note, where it cannot be."""
-        settings = self.config.sample
-        try:
-            evaluation.require_statistics(self.config, self.dataset)
-            if self.features is None:
-                self.features = metrics.make_features(
-                    settings.features, settings.fid_weights_path, self.accelerator.device
-                )
-            with whole_weights(self.generator.model):
-                return evaluation.evaluate(
-                    self.generator, self.features, self.dataset, self.config, self.accelerator,
-                    n=self.fid_samples, stop=stop,
-                )  # fmt: skip
-        except UserError as error:
-            log.info("no FID in this run: %s", error)
-            self.fid_samples = 0
+        n, real = self.fid_samples, self.by_all(self.real_side)
+        if real is None:
             return None
+        with whole_weights(self.generator.model):
+            found = evaluation.measure(
+                self.generator, self.features, self.accelerator, n=n, stop=stop
+            )
+        if found is None:
+            return None
+        return self.by_all(
+            lambda: evaluation.result_of(
+                found, self.generator, self.features, real, self.real_dataset, n
+            )
+        )

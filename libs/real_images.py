@@ -48,9 +48,11 @@ def require_statistics(config, dataset):
 
 def dataset_features(features, dataset, indices=None):
     """Features float32 (n, dim) on the CPU of real images (all, or of `indices`), as 8-bit files
-    hold them; and the share that `features` classifies right, or None.
+    hold them; and the share that `features` classifies right, None where there are no classes.
     """
     classify, right, rows = getattr(features, "classify", None), 0, []
+    if not dataset.num_classes:
+        classify = None
     indices = list(range(len(dataset)) if indices is None else indices)
     for start in range(0, len(indices), 500):
         items = [dataset[(0, index)] for index in indices[start : start + 500]]
@@ -70,6 +72,20 @@ def moments_of(rows, device):
     return moments.mean_and_covariance()
 
 
+def require_measurable(name, dataset, resolution):
+    """UserError unless the data set `name` has images enough, of the generated ones' resolution."""
+    if len(dataset) < 2:
+        raise UserError(
+            f"the data set {name} has {len(dataset)} images, too few to compare with, expected 2 "
+            "or more: give a larger one, or a statistics file, dataset.fid_stats"
+        )
+    if dataset.shape[-1] != resolution:
+        raise UserError(
+            f"the images of the data set {name} are {dataset.shape[-1]} pixels wide, but the "
+            f"generated ones {resolution}: give dataset.resolution or dataset.fid_stats that fit"
+        )
+
+
 def real_images(config, features, dataset, *, resolution, device):
     """The RealImages of an evaluation: from dataset.fid_stats, or measured here.
 
@@ -77,11 +93,12 @@ def real_images(config, features, dataset, *, resolution, device):
 
     Raises:
         UserError: `require_statistics`, or the file was made by another extractor or at another
-            resolution.
+            resolution; `require_measurable`.
     """
     require_statistics(config, dataset)
     path = config.dataset.fid_stats
     if not path:
+        require_measurable(config.dataset.name, dataset, resolution)
         rows, _ = dataset_features(features, dataset)
         source = {"file": None, "count": len(dataset), "known": True}
         return RealImages(*moments_of(rows, device), rows, source)
@@ -93,7 +110,7 @@ def real_images(config, features, dataset, *, resolution, device):
 
 
 def halves_baseline(features, dataset, seed, device):
-    """How two random halves of the real images compare, the floor for generated ones.
+    """How two random halves of 4 or more real images compare, the floor for generated ones.
 
     Returns:
         {'frechet_distance': of the halves, 'class_agreement': of their mean, or None}.

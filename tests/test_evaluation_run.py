@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,13 +18,16 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import save_file
 
-from libs import evaluation_run, flags, metrics
+from datasets import dataset_of
+from libs import evaluation, evaluation_run, flags, metrics
 from libs.codec import PixelCodec
 from libs.evaluation import ImageGenerator
-from libs.image_store import ImageStore
+from libs.image_store import ImageStore, compared
 from libs.launch import Precision, make_accelerator
 from libs.metrics import DigitsClassifier, DigitsClassifierFeatures, save_statistics
 from libs.models import build_model
+from libs.outputs import Outputs
+from libs.real_images import dataset_features, real_images
 from sde import VPSDE
 from utils import UserError, read_json
 
@@ -263,6 +267,97 @@ def test_images_that_are_not_finite_are_never_done(files, tmp_path, monkeypatch)
     assert not np.load(tmp_path / "result.partial" / "done.npy").any()
 
 
+class NaN(PixelCodec):
+    """Its image of index 1 in a batch contains NaN."""
+
+    def decode(self, z):
+        images = super().decode(z)
+        images[1, 0, 0, 0] = float("nan")
+        return images
+
+
+def test_a_network_that_makes_nan_is_told(files, tmp_path, monkeypatch):
+    """By sample.py and, where the features hide it, by an evaluation."""
+    generator = generator_of(tmp_path, codec=NaN(), sample__mini_batch_size=4)
+    with pytest.raises(UserError, match="images that are not finite: image 1 .*sample.scale"):
+        evaluation.draw_in_batches(generator, None, 6)
+    monkeypatch.setattr(importlib.import_module("eval"), "PixelCodec", NaN)
+    monkeypatch.setattr(metrics.NoFeatures, "__call__", lambda self, x: torch.zeros(len(x), 1))
+    with pytest.raises(UserError, match="images that are not finite: image 1 "):
+        evaluate(tmp_path, files, sample__features="none")
+    assert not list((tmp_path / "png").glob("*.png"))
+
+
+def test_fp8_is_another_recipe():
+    """Results from before it was noted count as without."""
+    old = {"n": 8, "kept": {"path": None, "adm_npz": "/there/images.npz"}}
+    new = {"n": 8, "kept": {"path": None, "adm_npz": True}, "fp8": False}
+    assert compared(old) == compared(new) != compared({**new, "fp8": True})
+
+
+def test_fp8_is_in_the_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr("libs.ops.fp8.turn_on", lambda *arguments: None)
+    assert generator_of(tmp_path).recipe()["fp8"] is False
+    assert generator_of(tmp_path, sample__fp8=True).recipe()["fp8"] is True
+
+
+# ---------------------------------------------------------------------------------------------
+# Files of others
+
+
+def test_an_npz_of_others_stays(files, tmp_path, monkeypatch):
+    """It is refused at once, and a corrected path goes on with the images."""
+    few, npz = dict(sample__n_samples=BATCH), tmp_path / "images.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "write_adm_npz", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            evaluate(tmp_path, files, **few)
+    (tmp_path / "other.npz").write_text("mine")
+    with pytest.raises(UserError, match="other.npz is there and not of the evaluation"):
+        evaluate(tmp_path, files, sample__adm_npz=tmp_path / "other.npz", **few)
+    assert (tmp_path / "other.npz").read_text() == "mine"
+    result = evaluate(tmp_path, files, sample__adm_npz=tmp_path / "right.npz", **few)
+    assert result["images_made_now"] == 0 and (tmp_path / "right.npz").exists()
+    npz.write_text("mine")
+    with pytest.raises(UserError, match="images.npz is there and not of the evaluation"):
+        evaluate(tmp_path, files, **few)
+    again = evaluate(tmp_path, files, sample__adm_npz=tmp_path / "right.npz", **few)
+    assert again["images_made_now"] == BATCH, "its own may be made again"
+
+
+@pytest.mark.parametrize("path", ["/proc/images.npz", "n" * 255])
+def test_an_npz_that_cannot_be_made_is_refused_at_once(files, tmp_path, monkeypatch, path):
+    monkeypatch.setattr(evaluation_run, "make_images", lambda *arguments, **keywords: 1 / 0)
+    with pytest.raises(UserError, match="cannot write .*another --config.sample.adm_npz"):
+        evaluate(tmp_path, files, sample__adm_npz=tmp_path / path)
+
+
+def test_a_partial_folder_of_others_stays(files, tmp_path):
+    folder, few = tmp_path / "result.partial", dict(sample__n_samples=BATCH)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="result.partial, .* holds other files .notes.txt.: move"):
+        evaluate(tmp_path, files, **few)
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+
+
+def test_files_beside_ours_stay(files, tmp_path, monkeypatch):
+    interrupted(tmp_path, files, monkeypatch, 1)
+    (tmp_path / "result.partial" / "notes.txt").write_text("mine")
+    evaluate(tmp_path, files)
+    assert [path.name for path in (tmp_path / "result.partial").iterdir()] == ["notes.txt"]
+
+
+def test_an_output_path_that_is_the_partial_folder_is_refused(files, tmp_path):
+    args = parse(tmp_path, files)
+    args.output_path = tmp_path / "result.partial"
+    accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
+    with pytest.raises(UserError, match="result.partial, but .partial is for the folder"):
+        evaluation_run.run_evaluation(
+            args, args.config, accelerator, model=None, process=None, codec=None
+        )
+
+
 # ---------------------------------------------------------------------------------------------
 # What is written
 
@@ -337,6 +432,90 @@ def test_labels(tmp_path):
 # The real side
 
 
+class FirstDigits:
+    """The first images of the digits."""
+
+    def __init__(self, length, whole):
+        self.length, self.whole = length, whole
+        self.shape, self.num_classes = whole.shape, whole.num_classes
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, key):
+        return self.whole[key]
+
+
+class FirstPixels:
+    """Two features of an image, which it classifies as a 0."""
+
+    name, dim = "first_pixels", 2
+
+    def __call__(self, images):
+        return images[:, 0, 4, :2]
+
+    def classify(self, images):
+        return torch.zeros(len(images), dtype=torch.int64)
+
+
+def test_real_images_that_do_not_fit_are_refused(tmp_path):
+    config = parse(tmp_path).config
+    whole = dataset_of(config)
+
+    def measured(length, resolution):
+        dataset, cpu = FirstDigits(length, whole), torch.device("cpu")
+        return real_images(config, FirstPixels(), dataset, resolution=resolution, device=cpu)
+
+    with pytest.raises(UserError, match="digits has 1 images, too few .* expected 2 or more"):
+        measured(1, 8)
+    with pytest.raises(UserError, match="digits are 8 pixels wide, but the generated ones 16"):
+        measured(2, 16)
+    real = measured(2, 8)
+    for length in (3, 4):
+        found = evaluation.figures_of(
+            real.mu, real.sigma, None, real, FirstPixels(), FirstDigits(length, whole), 0
+        )
+        assert ("real_halves" in found) == (length == 4)
+
+
+def test_images_without_classes_have_no_agreement(tmp_path):
+    for mode, expected in (("cond", True), ("uncond", False)):
+        dataset = FirstDigits(20, dataset_of(parse(tmp_path, train__mode=mode).config))
+        assert (dataset_features(FirstPixels(), dataset)[1] is not None) == expected
+
+
+def outputs_of(tmp_path, others_failed=0, **changes):
+    """The Outputs of a run whose other processes failed in every part that may fail, or did not."""
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), is_main_process=True, process_index=0, num_processes=2,
+        reduce=lambda tensor, how: tensor + others_failed,
+    )  # fmt: skip
+    generator = generator_of(tmp_path, train__fid_samples=8, **changes)
+    dataset = dataset_of(generator.config, augmented=True)
+    return Outputs(generator.config, tmp_path, accelerator, generator, dataset, None)
+
+
+def test_fid_is_left_out_by_all_if_one_process_cannot(tmp_path, files, monkeypatch, caplog):
+    """The one that cannot says why; none goes on to the collectives of the measurement."""
+    monkeypatch.setattr(evaluation, "measure", lambda *arguments, **keywords: 1 / 0)
+    here = outputs_of(tmp_path, sample__fid_weights_path=tmp_path / "absent.safetensors")
+    other = outputs_of(tmp_path, 1, sample__fid_weights_path=files / "classifier.safetensors")
+    with caplog.at_level("WARNING", "dim"):
+        monkeypatch.setattr("libs.outputs.log.propagate", True)
+        assert other.fid(lambda: False) is None and other.fid_samples == 0 and not caplog.text
+        assert here.by_all(here.real_side) is None and here.fid_samples == 0
+    assert "no FID in this run: " in caplog.text and "absent.safetensors" in caplog.text
+
+
+def test_fid_in_training_is_to_the_images_as_they_are(tmp_path, files):
+    outputs = outputs_of(tmp_path, sample__fid_weights_path=files / "classifier.safetensors")
+    outputs.dataset.random_flip = True  # the config may not for digits
+    real = outputs.real_side()
+    expected, _ = dataset_features(outputs.features, dataset_of(outputs.config))
+    flipped, _ = dataset_features(outputs.features, outputs.dataset)
+    assert (real.features == expected).all() and (flipped != expected).any()
+
+
 class Enlarging(PixelCodec):
     """Stands for an autoencoder: z is half as large as the image."""
 
@@ -397,7 +576,8 @@ def test_a_latent_model_needs_only_statistics(latent, tmp_path, capsys):
     assert images.shape == (N, 8, 8) and (images[:, ::2, ::2] == images[:, 1::2, 1::2]).all()
     with pytest.raises(UserError, match="result of another evaluation .*statistics.sha256"):
         latent(**statistics(tmp_path, 8, m=0))
-    (tmp_path / "result.json").unlink()
+    for name in ("result.json", "images.npz"):
+        (tmp_path / name).unlink()
     shutil.rmtree(tmp_path / "png")
     result = latent(**statistics(tmp_path, 8, m=0))
     assert result["precision_recall"] is None
