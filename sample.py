@@ -8,13 +8,12 @@ import utils
 from libs import evaluation, flags
 from libs.codec import PixelCodec, latent_codec
 from libs.launch import Precision, make_accelerator
-from libs.models import build_model, check_codec, config_beside, load_into
+from libs.models import build_model, check_codec, config_beside, load_into, require_same
 from sde import VPSDE, DiscreteSchedule
-from utils import UserError
 
 FLAGS = {
     "nnet_path": (
-        str, flags.REQUIRED,
+        flags.file_path, flags.REQUIRED,
         "a <step>.ckpt directory, a file in it, or (with --config) an official nnet_ema.pth",
     ),
     "config": (flags.config_file, None, "needed where no config.json is beside the weights"),
@@ -27,8 +26,9 @@ FLAGS = {
     "scale": (float, None, "guidance: cond + scale (cond - uncond); otherwise the config's"),
     "algorithm": (str, None, "sampling algorithm; else the config's, for latents not dpm_solver"),
     "steps": (int, None, "sampling steps; otherwise the config's, or 25 of dpm_solver_pp_2m"),
-    "out": (str, "samples.png", "the picture: a row for each class"),
+    "out": (flags.file_path, "samples.png", "the picture: a row for each class"),
 }  # fmt: skip
+RANGES = {"scale": flags.RANGES["sample.scale"], "steps": flags.RANGES["sample.sample_steps"]}
 
 
 def config_of(args):
@@ -48,12 +48,12 @@ def config_of(args):
 
 
 def main(args):
-    if args.n < 1:
-        raise UserError(f"--n is {args.n}, expected 1 image of each class or more")
+    flags.check_numbers(args, {"n": (1, 10**6), **RANGES})
     utils.require_place(args.out)
     config = config_of(args)
     device = make_accelerator().device
     model = build_model(config.nnet)
+    require_same(config, args.nnet_path)
     for change in load_into(model, args.nnet_path):
         print(change)
     conditional = config.train.mode == "cond"

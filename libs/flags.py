@@ -21,6 +21,7 @@ from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 from ml_collections.config_flags import tuple_parser
 
+from configs import common
 from libs import watch
 from utils import UserError, flatten
 
@@ -66,10 +67,28 @@ def _import_error(path: str, error: Exception) -> FlagError:
     )
 
 
+def _check_complete(path: str, config) -> None:
+    found, needed = flatten(config), flatten(common.get_config())
+    # The other keys of a network are its constructor's, which libs.models compares.
+    needed |= dict.fromkeys(("nnet.name", "nnet.pretrained_path"))
+    absent = [
+        key for key, default in needed.items()
+        if key not in found or (found[key] is None and default is not None)
+    ]  # fmt: skip
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        raise FlagError(
+            f"config file {path} has no value for {', '.join(absent[:3])}{more}: a config file "
+            "starts from configs.common.get_config() and gives it an nnet, as "
+            "configs/digits_T_DiM.py does"
+        )
+
+
 def load_config(path: str) -> config_dict.ConfigDict:
     """The ConfigDict that get_config() of the Python file `path` returns.
 
-    Raises FlagError if the file is missing, fails to import, or returns something else.
+    Raises FlagError if the file is missing, fails to import, returns something else, or lacks keys
+    of configs.common.get_config() or its nnet.
     """
     if not os.path.isfile(path):
         raise _no_such_config(path)
@@ -86,6 +105,7 @@ def load_config(path: str) -> config_dict.ConfigDict:
             f"config file {path} has no function get_config() that returns an "
             "ml_collections.ConfigDict"
         )
+    _check_complete(path, config)
     return config
 
 
@@ -99,7 +119,7 @@ _SIZE, _SIDE, _COUNT = (1, 1 << 16), (1, 1 << 14), (1, 1 << 10)
 
 # What a run would stumble over only later or never, key -> (lowest, highest), of each entry of a
 # tuple. Every other value is checked where it is used.
-_RANGES = {
+RANGES = {
     "seed": (-_LARGEST, _LARGEST), "gradient_accumulation_steps": _WHOLE,
     "max_grad_norm": _NOT_NEGATIVE, "ug_m": (2, 64), "ug_theta": _NOT_NEGATIVE,
     "ug_eta": _SHARE, "ug_T": _SHARE, "autoencoder.scale_factor": (1e-6, 1e6),
@@ -107,15 +127,16 @@ _RANGES = {
     "nnet.input_size": _SIDE, "nnet.in_channels": _SIZE, "nnet.patch_size": _SIDE,
     "nnet.dim": _SIZE, "nnet.depth": _COUNT, "nnet.heads": _SIZE, "nnet.mlp_ratio": _COUNT,
     "nnet.num_classes": (0, 1 << 24), "nnet.mamba.d_state": _COUNT, "nnet.mamba.d_conv": _COUNT,
-    "nnet.mamba.expand": _COUNT, "optimizer.lr": _NOT_NEGATIVE, "optimizer.eps": _NOT_NEGATIVE,
+    "nnet.mamba.expand": _COUNT, "optimizer.lr": (0, 1e3), "optimizer.eps": (1e-20, _LARGEST),
     "optimizer.weight_decay": _NOT_NEGATIVE, "optimizer.betas": (0, 0.999999),
-    "train.n_steps": _WHOLE, "train.batch_size": _WHOLE, "train.ema_rate": _SHARE,
-    "train.num_workers": _NOT_NEGATIVE,
+    "train.n_steps": _WHOLE, "train.batch_size": (1, 10**7), "train.ema_rate": _SHARE,
+    "train.num_workers": (0, 1024),
     "train.max_bad_steps": _WHOLE, "train.log_interval": _WHOLE, "train.eval_interval": _WHOLE,
     "train.save_interval": _WHOLE, "train.keep_last": _WHOLE, "train.fid_samples": _NOT_NEGATIVE,
     "train.grid_samples": _NOT_NEGATIVE, "sample.sample_steps": (1, 1 << 20),
-    "sample.n_samples": (2, _LARGEST), "sample.mini_batch_size": _WHOLE,
+    "sample.n_samples": (2, 10**9), "sample.mini_batch_size": _WHOLE,
     "sample.guidance_interval": _SHARE, "sample.vis_label": _NOT_NEGATIVE,
+    "sample.scale": (-1e4, 1e4),
 }  # fmt: skip
 _LENGTHS = {"optimizer.betas": 2, "sample.guidance_interval": 2, "z_shape": 3}
 _CHOICES = {
@@ -124,30 +145,47 @@ _CHOICES = {
 }  # fmt: skip
 
 
+def _expected(low, high, entries) -> str:
+    """The range in words; its upper bound only if it says something, or if it is the broken one."""
+    if high <= 1:
+        return f"{low} to {high}"
+    too_large = any(isinstance(entry, (int, float)) and entry > high for entry in entries)
+    return f"{low} or more" + (f", at most {high}" if high < _LARGEST or too_large else "")
+
+
 def check_values(config) -> None:
     """FlagError for a value that no run can use; a placeholder without a value is none."""
     values = {key: value for key, value in flatten(config).items() if value is not None}
     for key, value in values.items():
         entries = value if isinstance(value, (tuple, list)) else (value,)
-        low, high = _RANGES.get(key, (None, None))
+        low, high = RANGES.get(key, (None, None))
         if key in _CHOICES and value not in _CHOICES[key]:
             expected = " or ".join(map(repr, _CHOICES[key]))
         elif key in _LENGTHS and len(entries) != _LENGTHS[key]:
             expected = f"{_LENGTHS[key]} entries"
-        elif key in _RANGES and not all(
+        elif key in RANGES and not all(
             isinstance(entry, (int, float)) and low <= entry <= high for entry in entries
         ):
-            expected = f"{low} to {high}" if high <= 1 else f"{low} or more"
-            expected += f", at most {high}" if 1 < high < _LARGEST else ""
+            expected = _expected(low, high, entries)
         else:
             continue
         raise FlagError(f"--config.{key} is {value!r}, expected {expected}")
+
+
+def check_numbers(args, ranges: dict) -> None:
+    """UserError for a flag beyond its (lowest, highest) in `ranges`; one not given is none."""
+    for name, (low, high) in ranges.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            expected = f"{low} or more" if value < low else f"{low} to {high}"
+            raise UserError(f"--{name} is {value}, it must be {expected}")
 
 
 # ---------------------------------------------------------------------------------------------
 # Flags
 
 REQUIRED = object()
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells have it: 128 + SIGINT
 MAX_MESSAGE = 10_000  # characters of a sentence on the console
 
 
@@ -156,18 +194,23 @@ def config_file(text: str):
     raise NotImplementedError("parse_flags handles --config itself")
 
 
+def file_path(text: str) -> str:
+    """Kind of flags that name a file or a folder: a leading ~ is the home directory."""
+    return os.path.expanduser(text)
+
+
 # Flags of the training and of the evaluation scripts.
 TRAINING = {
     "config": (config_file, REQUIRED, "config file; --config.<key>=<value> changes one value"),
-    "workdir": (str, None, "run directory; otherwise workdir/<config>/<changed values>"),
+    "workdir": (file_path, None, "run directory; otherwise workdir/<config>/<changed values>"),
 }
 EVALUATION = {
     **TRAINING,
     "nnet_path": (
-        str, REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
+        file_path, REQUIRED, "a <step>.ckpt directory, a file in it, or an official nnet_ema.pth",
     ),
     "output_path": (
-        str, None, "json file of the result; otherwise evaluation.json in the run directory",
+        file_path, None, "json file of the result; otherwise evaluation.json in the run directory",
     ),
 }  # fmt: skip
 
@@ -182,10 +225,17 @@ _KIND_NAMES = {
     float: "a number",
     bool: "true or false",
     str: "text",
+    file_path: "a path",
     tuple: "a tuple such as '(1, 2)'",
     list: "a list such as '[1, 2]'",
     int_list: "integers separated by commas",
 }
+
+# Config keys that are files or folders, as flags of the kind `file_path`.
+_PATH_KEYS = (
+    "dataset.path", "dataset.fid_stats", "autoencoder.pretrained_path", "nnet.pretrained_path",
+    "sample.path", "sample.adm_npz", "sample.fid_weights_path",
+)  # fmt: skip
 
 config_flags.register_flag_parser_for_type(list, tuple_parser.TupleParser())
 
@@ -270,6 +320,12 @@ def check_elements(overrides: dict, defaults: dict) -> None:
             )
 
 
+def _expand_paths(config) -> None:
+    values = flatten(config)
+    paths = {key: file_path(values[key]) for key in _PATH_KEYS if isinstance(values[key], str)}
+    config.update_from_flattened_dict(paths)
+
+
 def _absl_error(error, kinds: dict) -> FlagError:
     """absl's complaint as one sentence. kinds: the type of each flag and config key."""
     if isinstance(error, absl_flags.UnrecognizedFlagError):
@@ -313,14 +369,16 @@ def _show_help(spec: dict, config) -> None:
 def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
     """Parse a command line; `spec` is {name: (kind, default, help)}.
 
-    A kind is str, int, float, bool, `int_list` or `config_file`; the default REQUIRED makes the
-    flag compulsory. The result has one attribute a flag; if 'config' is among them, `config` is
-    the locked ConfigDict with the overrides applied (None without --config), `config_path` its
-    file and `overrides` the dict {'train.batch_size': 64} of what the command line changed.
+    A kind is str, int, float, bool, `int_list`, `file_path` or `config_file`; the default REQUIRED
+    makes the flag compulsory. The result has one attribute a flag; if 'config' is among them,
+    `config` is the locked ConfigDict with the overrides applied (None without --config),
+    `config_path` its file and `overrides` the dict {'train.batch_size': 64} of what the command
+    line changed.
 
     Raises FlagError, a sentence that names the wrong flag, key or value and the nearest right one.
     """
     path, arguments = _split_config(argv[1:]) if "config" in spec else (None, argv[1:])
+    path = file_path(path) if path is not None else None
     config = load_config(path) if path is not None else None
     if {"--help", "-help", "-h", "--helpfull"} & set(arguments):
         _show_help(spec, config)
@@ -346,6 +404,7 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
         check_elements(overrides, defaults)
         if config is not None:
             check_values(config)
+            _expand_paths(config)
         parsed.update(config=config, config_path=path, overrides=overrides)
     for name, (_, default, text) in spec.items():
         if default is REQUIRED and parsed[name] is None:
@@ -359,8 +418,28 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
+def _check_launcher() -> None:
+    """UserError for a variable of the launchers that is no number, before anything reads it."""
+    for name in "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE":
+        value = os.environ.get(name, "0")
+        try:
+            int(value)
+        except ValueError:
+            raise UserError(
+                f"the environment variable {name} is {value!r}, expected a whole number: unset it, "
+                "or start with accelerate launch, which sets it"
+            ) from None
+
+
+def _rank() -> int:
+    try:
+        return int(os.environ.get("RANK", "0"))
+    except ValueError:  # what `_check_launcher` complains of
+        return 0
+
+
 def _report(error: UserError) -> None:
-    rank = int(os.environ.get("RANK", "0"))
+    rank = _rank()
     if rank > 0:
         # Most errors are every rank's, and rank 0 says them: its exit makes the launcher end us
         # during this sleep. One that is ours alone (our share of the data) is said after it.
@@ -373,15 +452,32 @@ def _report(error: UserError) -> None:
 
 
 # Files that cannot be written, wherever it happens.
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES}
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+# What to do about the other errors of a file, which may be of reading or of writing.
+_FILE_ERRORS = {
+    errno.EACCES: "check its permissions and those of its folder",
+    errno.ENAMETOOLONG: "use shorter names",
+    errno.ENOENT: "check the path, and whether something else removed it",
+    errno.ENOTDIR: "check the path, which goes through a file as if it were a folder",
+    errno.EISDIR: "give a file instead of a folder",
+    errno.EMFILE: "allow this process more open files with ulimit -n, or use fewer workers",
+    errno.EIO: "its disk or network file system fails: use another",
+}
 
 
-def _disk_error(error):
-    """A UserError for a file that cannot be written; None for any other exception."""
-    if not isinstance(error, OSError) or error.errno not in _DISK_ERRORS:
+def _file_error(error):
+    """A UserError for a file that cannot be read or written; None for any other exception."""
+    if not isinstance(error, OSError):
         return None
-    where = f" {error.filename}" if error.filename else ""
-    return UserError(f"cannot write{where}: {error.strerror}; make room or use another disk")
+    name = error.filename
+    if error.errno in _DISK_ERRORS:
+        where = f" {name}" if name else ""
+        return UserError(f"cannot write{where}: {error.strerror}; make room or use another disk")
+    if not name or error.errno not in _FILE_ERRORS:
+        return None
+    if error.errno == errno.EACCES and os.path.exists(name) and not os.access(name, os.R_OK):
+        return UserError(f"cannot read {name}: {error.strerror}; check its permissions")
+    return UserError(f"cannot use {name}: {error.strerror}; {_FILE_ERRORS[error.errno]}")
 
 
 def _memory_error(error):
@@ -408,22 +504,27 @@ def _memory_error(error):
 
 def run_main(main, spec: dict) -> None:
     """Call main(flags) with the parsed command line; a UserError becomes one line on stderr, and so
-    does a disk that is full or cannot be written, memory that ran out, and the end of another
+    does a file that cannot be read or written, memory that ran out, Ctrl-C, and the end of another
     process (libs.watch).
 
-    Exit code 1 for a UserError, 2 for a FlagError; other exceptions keep their traceback.
+    Exit code 1 for a UserError, 2 for a FlagError, 130 for Ctrl-C; other exceptions keep their
+    traceback.
     """
     try:
+        _check_launcher()
         main(parse_flags(sys.argv, spec))
     except UserError as error:
         watch.fail(functools.partial(_report, error))
         sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        watch.fail(functools.partial(_report, UserError("interrupted")))
+        sys.exit(INTERRUPTED)
     except Exception as error:
-        said = _disk_error(error) or _memory_error(error)
+        said = _file_error(error) or _memory_error(error)
         if said is not None:
             watch.fail(functools.partial(_report, said))
         elif sentence := watch.ended_by_others(error):
-            watch.say(sentence, int(os.environ.get("RANK", "0")))
+            watch.say(sentence, _rank())
         else:
             watch.fail()
             raise

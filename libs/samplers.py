@@ -173,6 +173,12 @@ def _diffusers_schedulers():
 def _make_scheduler(name, process, steps):
     from diffusers import schedulers
 
+    if steps > N_TIMESTEPS:  # some raise ValueError, others IndexError while sampling, or make NaN
+        raise UserError(
+            f"diffusers' {name} cannot do {steps} steps: take {N_TIMESTEPS} or fewer, or another "
+            "sampling algorithm"
+        )
+
     scheduler_class = getattr(schedulers, name)
     settings = {
         "num_train_timesteps": N_TIMESTEPS,

@@ -27,11 +27,13 @@ IMAGES = [name for name in DATASETS if not name.endswith("_features")]  # not of
 NETWORKS = [name for name in FEATURES if name != NoFeatures.name]
 FLAGS = {
     "dataset": (str, flags.REQUIRED, f"one of {', '.join(IMAGES)}"),
-    "path": (str, None, "the data set's directory"),
+    "path": (flags.file_path, None, "the data set's directory"),
     "resolution": (int, flags.REQUIRED, "side of the images in pixels"),
     "features": (str, "inception", f"one of {', '.join(NETWORKS)}"),
-    "weights": (str, None, "the feature network's file; where it usually is if not given"),
-    "out": (str, flags.REQUIRED, "the .npz file to write"),
+    "weights": (
+        flags.file_path, None, "the feature network's file; where it usually is if not given",
+    ),
+    "out": (flags.file_path, flags.REQUIRED, "the .npz file to write"),
     "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
     "kept_features": (
         int, 10_000, "keep the features of this many random images (80 MB of 10,000); 0 for none",
@@ -40,21 +42,33 @@ FLAGS = {
     "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
     "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where the network runs"),
 }  # fmt: skip
+RANGES = {
+    "resolution": flags.RANGES["dataset.resolution"], "max_images": (2, 10**9),
+    "kept_features": (0, 10**9), "batch_size": flags.RANGES["train.batch_size"],
+    "num_workers": flags.RANGES["train.num_workers"],
+}  # fmt: skip
+
+
+def check_device(name):
+    """Raise UserError for what is no device, and for a GPU that is not there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise utils.UserError(f"--device is {name!r}, expected cpu, cuda or cuda:<number of a GPU>")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found, instead = (f"only {count} GPUs", "cuda") if count else ("no GPU", "cpu")
+        raise utils.UserError(f"--device is {name}, but torch finds {found}: use {instead}")
 
 
 def check_flags(args):
-    """Raise UserError for numbers out of range and for a GPU that is not there."""
-    lowest = {
-        "resolution": 1, "max_images": 2, "kept_features": 0, "batch_size": 1, "num_workers": 0,
-    }  # fmt: skip
-    for name, minimum in lowest.items():
-        value = getattr(args, name)
-        if value is not None and value < minimum:
-            raise utils.UserError(f"--{name} is {value}, it must be {minimum} or more")
+    """Raise UserError for numbers out of range and for a device that is not there."""
+    flags.check_numbers(args, RANGES)
     if args.features == NoFeatures.name:
         raise utils.UserError(f"--features is none, expected {' or '.join(NETWORKS)}")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise utils.UserError(f"--device is {args.device}, but torch finds no GPU: use cpu")
+    check_device(args.device)
 
 
 def choose_indices(length, max_images):

@@ -41,9 +41,16 @@ STOPPED = 143  # exit status after SIGTERM or Ctrl-C, as in training
 NAMED = 10  # unreadable images that are named
 
 FLAGS = {
-    "path": (str, None, "the data set's directory; ImageNet's is the one that holds train/"),
-    "output": (str, flags.REQUIRED, "the folder to write, for example .../imagenet256_features"),
-    "autoencoder": (str, "assets/stable-diffusion/autoencoder_kl_ema.pth", "its weights"),
+    "path": (
+        flags.file_path, None, "the data set's directory; ImageNet's is the one that holds train/",
+    ),
+    "output": (
+        flags.file_path, flags.REQUIRED,
+        "the folder to write, for example .../imagenet256_features",
+    ),
+    "autoencoder": (
+        flags.file_path, "assets/stable-diffusion/autoencoder_kl_ema.pth", "its weights",
+    ),
     "dataset": (str, "imagenet", f"one of {', '.join(CROPPED)}"),
     "labels": (bool, True, "whether the data set has classes"),
     "resolution": (int, 256, "side of the square that is cut from each image, in pixels"),
@@ -54,17 +61,18 @@ FLAGS = {
     "images_per_shard": (int, 4096, "a restart begins at a shard that was not finished"),
     "skip_unreadable": (bool, False, "let the next image stand in for one that cannot be read"),
     "verify": (bool, False, "only compare the checksums of the latents in --output"),
+}  # fmt: skip
+RANGES = {
+    "resolution": flags.RANGES["dataset.resolution"],
+    "batch_size": flags.RANGES["train.batch_size"],
+    "images_per_shard": (1, 10**9),
+    "num_workers": flags.RANGES["train.num_workers"],
 }
 
 
 def check_flags(args):
     """Raise UserError for values out of range and a data set of another kind."""
-    for name, lowest in {
-        "resolution": 1, "batch_size": 1, "images_per_shard": 1, "num_workers": 0,
-    }.items():  # fmt: skip
-        value = getattr(args, name)
-        if value is not None and value < lowest:
-            raise utils.UserError(f"--{name} is {value}, it must be {lowest} or more")
+    flags.check_numbers(args, RANGES)
     for name, allowed in {"precision": DTYPES, "dataset": CROPPED}.items():
         if getattr(args, name) not in allowed:
             raise utils.UserError(

@@ -26,7 +26,7 @@ EPOCHS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 25, 64, 3e-3, 0.05
 MIN_ACCURACY = 0.97
 FLAGS = {
     "seed": (int, 0, "of the split and the training"),
-    "out": (str, str(DIGITS_CLASSIFIER_PATH), "the file to write"),
+    "out": (flags.file_path, str(DIGITS_CLASSIFIER_PATH), "the file to write"),
 }
 
 
@@ -77,6 +77,8 @@ def accuracy(model, images, labels):
 
 def main(args):
     """args: the flags of FLAGS."""
+    flags.check_numbers(args, {"seed": (0, 2**32 - 1)})  # scikit-learn's limits
+    utils.file_to_write(args.out, "--out")
     torch.set_num_threads(1)  # sums in one order: the same weights on any number of cores
     images, labels, held_out_images, held_out_labels = load_split(args.seed)
     model = train(images, labels, args.seed)
@@ -89,7 +91,6 @@ def main(args):
         )
     split = f"stratified held-out fifth, {len(labels)} training and {len(held_out_labels)} held out"
     metadata = {"held_out_accuracy": f"{held_out:.4f}", "seed": str(args.seed), "split": split}
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     with utils.replacing(args.out) as temporary:
         temporary.write_bytes(safetensors.torch.save(model.state_dict(), metadata))
     print(f"wrote {args.out}")

@@ -160,6 +160,14 @@ VALUES = [
     ("optimizer.betas", "(0.9,1.5)", 2, ["(0.9, 1.5)", "0 to 0.999999"]),
     ("optimizer.lr", "nan", 2, ["nan", "0 or more"]),
     ("optimizer.lr", "inf", 2, ["inf", "0 or more"]),
+    ("optimizer.lr", 1e4, 2, ["10000.0", "at most 1000"]),
+    ("optimizer.eps", 0, 2, ["0.0", "1e-20 or more"]),
+    ("max_grad_norm", 1e300, 2, ["1e+300", f"0 or more, at most {2**63 - 1}"]),
+    ("train.batch_size", 10**8, 2, ["at most 10000000"]),
+    ("train.num_workers", 5000, 2, ["at most 1024"]),
+    ("sample.n_samples", 10**10, 2, ["at most 1000000000"]),
+    ("sample.scale", "nan", 2, ["nan", "-10000.0 or more, at most 10000.0"]),
+    ("sample.scale", "-inf", 2, ["-inf", "-10000.0 or more"]),
     ("seed", 2**70, 2, [str(2**70)]),
     ("train.mixed_precision", "fp8", 1, ["'fp8'", "no, fp16, bf16"]),
     ("train.ema_rate", 1.5, 2, ["1.5", "0 to 1"]),
@@ -297,8 +305,11 @@ def test_a_batch_that_does_not_divide_by_the_processes(tmp_path):
         (["--classes=3,10"], 1, ["class 10 does not exist", "classes 0 to 9"]),
         (["--classes=-1"], 1, ["class -1 does not exist", "classes 0 to 9"]),
         (["--classes=three"], 2, ["--classes must be integers separated by commas", "'three'"]),
-        (["--n=0"], 1, ["--n is 0", "1 image"]),
-        (["--steps=0"], 1, ["at least 1 step", "0"]),
+        (["--n=0"], 1, ["--n is 0, it must be 1 or more"]),
+        (["--n=2000000"], 1, ["--n is 2000000, it must be 1 to 1000000"]),
+        (["--steps=0"], 1, ["--steps is 0, it must be 1 or more"]),
+        (["--scale=nan"], 1, ["--scale is nan, it must be -10000.0 to 10000.0"]),
+        (["--algorithm=DDIMScheduler", "--steps=1001"], 1, ["1001 steps: take 1000 or fewer"]),
         (["--algorithm=DDIMSchedular"], 1, ["'DDIMSchedular'", "did you mean 'DDIMScheduler'?"]),
         (["--out=no/such/folder/grid.png"], 1, ["cannot write no/such/folder/grid.png"]),
     ],
@@ -569,6 +580,45 @@ def test_evaluation_that_cannot_be(refused, trained, tmp_path):
         (f"--output_path={trained / 'config.json' / 'x.json'}", 1, ["cannot make the directory"]),
     ):
         refused("eval", [*words, word], *says, expected=expected)
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("--device=gpu", ["--device is 'gpu'", "expected cpu, cuda or cuda:"]),
+        ("--device=", ["--device is ''", "expected cpu, cuda or cuda:"]),
+        ("--device=meta", ["--device is 'meta'", "expected cpu, cuda or cuda:"]),
+        ("--device=cuda:99", ["--device is cuda:99, but torch finds "]),
+        ("--batch_size=100000000", ["--batch_size is", "it must be 1 to 10000000"]),
+        ("--num_workers=5000", ["--num_workers is 5000, it must be 0 to 1024"]),
+        ("--out=.", [". is a directory: --out is the file to write"]),
+    ],
+)
+def test_statistics_that_cannot_be(refused, tmp_path, word, says):
+    words = ["--dataset=digits", "--resolution=8", f"--out={tmp_path / 'stats.npz'}"]
+    refused("scripts.compute_fid_stats", [*words, word], *says)
+    assert not (tmp_path / "stats.npz").exists()
+
+
+def test_latents_of_images_that_are_too_large(refused, tmp_path):
+    words = [f"--path={tmp_path}", f"--output={tmp_path / 'out'}", "--resolution=65536"]
+    says = "--resolution is 65536, it must be 1 to 16384"
+    refused("scripts.extract_imagenet_feature", words, says)
+
+
+@pytest.mark.parametrize(
+    "word, says",
+    [
+        ("--seed=-1", "--seed is -1, it must be 0 or more"),
+        (f"--seed={2**40}", f"--seed is {2**40}, it must be 0 to {2**32 - 1}"),
+        ("--out=/tmp", "/tmp is a directory: --out is the file to write"),
+        ("--out=README.md/x", "cannot make the directory README.md"),
+    ],
+)
+def test_a_classifier_that_cannot_be(refused, monkeypatch, word, says):
+    script = importlib.import_module("scripts.train_digits_classifier")
+    monkeypatch.setattr(script, "load_split", lambda seed: pytest.fail("the training began"))
+    refused("scripts.train_digits_classifier", [word], says)
 
 
 # ---------------------------------------------------------------------------------------------

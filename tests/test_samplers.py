@@ -209,6 +209,8 @@ def test_unknown_algorithm_names_the_nearest(name, nearest):
     ("vpsde", {"algorithm": "dpm_solver", "steps": 0}, "at least 1 step, not 0"),
     ("vpsde", {"algorithm": "euler_maruyama_sde", "steps": 2}, "noise=ImageNoise"),
     ("discrete", {"algorithm": "euler_maruyama_ode", "steps": 2}, "VPSDE, not DiscreteSchedule"),
+    *(("vpsde", {"algorithm": name, "steps": 1001}, f"{name} cannot do 1001 steps: take 1000 or")
+      for name in ("DDIMScheduler", "UniPCMultistepScheduler", "DPMSolverSinglestepScheduler")),
 ])
 def test_errors(process, options, message):
     with pytest.raises(UserError, match=message):

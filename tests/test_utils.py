@@ -1,5 +1,6 @@
 """Flags, run directory, lock, seeds, pictures, launchers; log, metrics, stopping (libs/run)."""
 
+import errno
 import json
 import logging
 import math
@@ -26,17 +27,16 @@ from libs import flags, run
 CHECKOUT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 SPEC = {"config": (flags.config_file, flags.REQUIRED, "config file"),
-        "workdir": (str, None, "run directory"), "n": (int, 4, "images a class"),
+        "workdir": (flags.file_path, None, "run directory"), "n": (int, 4, "images a class"),
         "classes": (flags.int_list, None, "classes"), "use_ema": (bool, True, "use the EMA")}
 CONFIG = '''
-from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from configs import common
 
 def get_config():
-    config = ConfigDict(dict(seed=1, z_shape=(1, 8, 8), channels=[1, 2], pred="noise_pred",
-                             max_grad_norm=placeholder(float)))
-    config.train = ConfigDict(dict(batch_size=64, resume=True))
-    config.optimizer = ConfigDict(dict(lr=1e-4, betas=(0.9, 0.99)))
+    config = common.get_config()
+    config.nnet = common.dim_nnet()
+    config.z_shape, config.channels = (1, 8, 8), [1, 2]
+    config.train.batch_size, config.train.resume = 64, True
     return config
 '''
 
@@ -76,9 +76,9 @@ def test_overrides_are_typed_applied_and_listed(config):
     assert flags.overrides == {
         "train.batch_size": 32, "optimizer.lr": 1.0, "z_shape": (3, 32, 32), "channels": (4,),
         "train.resume": False, "max_grad_norm": 0.5}
-    assert flags.config.train.to_dict() == {"batch_size": 32, "resume": False}
+    assert flags.config.train.batch_size == 32 and flags.config.train.resume is False
     assert type(flags.config.optimizer.lr) is float and flags.config.channels == [4]
-    assert flags.config.z_shape == (3, 32, 32) and flags.config.optimizer.betas == (0.9, 0.99)
+    assert flags.config.z_shape == (3, 32, 32) and flags.config.optimizer.betas == (0.99, 0.999)
     assert (flags.config_path, flags.workdir, flags.n) == (config, None, 2)
     assert (flags.classes, flags.use_ema) == ((3, 7), False)
     assert flags.config.is_locked
@@ -135,9 +135,18 @@ def test_missing_configs(config, monkeypatch, tmp_path):
     ("import nosuchmodule", r"broken.py, line 1: ModuleNotFoundError: .*nosuchmodule"),
     ("def get_config():\n    return 1 / 0", r"broken.py, line 2: ZeroDivisionError"),
     (CONFIG + "\nimport ml_collections\nml_collections.ConfigDict().lock().x = 3",
-     r"broken.py, line 13: "),
+     r"broken.py, line 12: "),
     ("x = 1", r"broken.py has no function get_config\(\)"),
     ("def get_config(): return {}", r"no function get_config\(\) that returns an ml_collections"),
+    ("from configs.common import get_config", r"broken.py has no value for nnet.name, nnet.pre"),
+    *((CONFIG.replace("return config", f"{change}\n    return config"),
+       rf"broken.py has no value for {absent}: a config file starts from configs.common.get_config")
+      for change, absent in (
+          ("config.train.n_steps = None", "train.n_steps"),
+          ("del config.sample.labels, config.nnet.name", "sample.labels, nnet.name"),
+          ("del config.autoencoder", "autoencoder.pretrained_path, autoencoder.scale_factor"),
+          ("del config.lr_scheduler; config.lr_scheduler = 3; del config.ug_m, config.seed",
+           "lr_scheduler.name, lr_scheduler.warmup_steps, seed and 1 more"))),
 ])
 def test_broken_configs_name_file_line_and_error(tmp_path, content, sentence):
     (tmp_path / "broken.py").write_text(content)
@@ -204,6 +213,74 @@ def test_memory_that_ends_is_one_sentence_with_what_to_do(monkeypatch, capsys, e
     said = capsys.readouterr().err
     assert re.match(rf"error: {sentence}; take fewer images at once: raise --config\.gr", said)
     assert said.count("\n") == 1
+
+
+def ended(monkeypatch, capsys, error):
+    """(exit code, what is said) of a script whose main raises `error`."""
+    def main(args):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as end:
+        flags.run_main(main, {})
+    return end.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number, sentence", [
+    (errno.ENOSPC, "cannot write {}: {}; make room or use another disk"),
+    (errno.EACCES, "cannot use {}: {}; check its permissions and those of its folder"),
+    (errno.ENAMETOOLONG, "cannot use {}: {}; use shorter names"),
+    (errno.ENOENT, "cannot use {}: {}; check the path"),
+    (errno.ENOTDIR, "cannot use {}: {}; check the path, which goes through a file"),
+    (errno.EISDIR, "cannot use {}: {}; give a file instead of a folder"),
+    (errno.EMFILE, "cannot use {}: {}; allow this process more open files with ulimit -n"),
+    (errno.EIO, "cannot use {}: {}; its disk or network file system fails"),
+])
+def test_each_error_of_a_file_is_one_sentence(monkeypatch, capsys, number, sentence):
+    error = OSError(number, os.strerror(number), "a/b.pt")
+    code, said = ended(monkeypatch, capsys, error)
+    assert code == 1 and said.startswith("error: " + sentence.format("a/b.pt", error.strerror))
+    assert said.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_read_is_not_one_that_cannot_be_written(
+        monkeypatch, capsys, tmp_path):
+    path = str(tmp_path / "a.pt")
+    Path(path).touch()
+    monkeypatch.setattr(os, "access", lambda name, mode: (name, mode) != (path, os.R_OK))  # root
+    error = PermissionError(errno.EACCES, "Permission denied", path)
+    assert ended(monkeypatch, capsys, error) == (
+        1, f"error: cannot read {path}: Permission denied; check its permissions\n")
+
+
+def test_errors_that_name_no_file_keep_their_traceback(monkeypatch):
+    with pytest.raises(OSError, match="Too many"):
+        ended(monkeypatch, None, OSError(errno.EMFILE, "Too many open files"))
+
+
+def test_ctrl_c_is_one_line_and_tells_the_others(monkeypatch, capsys):
+    failed, fail = [], flags.watch.fail
+    monkeypatch.setattr(flags.watch, "fail", lambda report: (failed.append(1), fail(report)))
+    assert ended(monkeypatch, capsys, KeyboardInterrupt()) == (130, "error: interrupted\n")
+    assert failed
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+@pytest.mark.parametrize("value", ["abc", ""])
+def test_a_launchers_variable_that_is_no_number(monkeypatch, capsys, name, value):
+    monkeypatch.setenv(name, value)
+    code, said = ended(monkeypatch, capsys, AssertionError("main was called"))
+    assert code == 1 and f"variable {name} is {value!r}, expected a whole number: unset" in said
+    assert said.count("\n") == 1
+
+
+def test_a_tilde_is_the_home_directory(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parsed = parse(f"--config={config}", "--workdir=~/runs", "--config.dataset.path=~/images",
+                   "--config.sample.adm_npz=a/~b")
+    assert parsed.workdir == str(tmp_path / "runs")
+    assert parsed.config.dataset.path == str(tmp_path / "images")
+    assert parsed.config.sample.adm_npz == "a/~b" and parsed.config.sample.path is None
 
 
 def test_of_several_processes_rank_0_reports():
