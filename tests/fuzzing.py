@@ -384,7 +384,7 @@ def make_store(folder):
 
 def read_store(folder):
     """As an evaluation that goes on."""
-    require_own_place(folder / "result.json", folder / "store", RECIPE)
+    require_own_place(folder / "result.json", folder / "store", None, RECIPE)
     create(folder / "store", RECIPE, ARRAYS)
     todo = pending(folder / "store", 2)
     store = ImageStore(folder / "store")

@@ -32,6 +32,7 @@ def run(out, *words):
     return json.loads((out / "scaling_cpu.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_one_process(tmp_path):
     records, printed = run(tmp_path, "--gpus=1")
     assert [r["mode"] for r in records] == ["weak", "strong", "evaluation"]

@@ -83,6 +83,7 @@ def wait_for_stop(workdir):
     raise AssertionError(f"the run did not stop: {log}")
 
 
+@pytest.mark.slow
 def test_two_processes_stop_and_go_on(tmp_path, undisturbed):
     """Two ranks under a launcher that gets SIGTERM; the gradients are summed in another order, so
     rounding differs from one process.
