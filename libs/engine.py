@@ -256,8 +256,6 @@ def require_possible(requested, accelerator, precision, graphed):
     """UserError for an engine that has nothing to run on."""
     if requested is None:
         return
-    from torch.distributed import fsdp  # 0.7 s
-
     name = {"zero2": ZeroEngine.name, "fsdp2": ShardedEngine.name}[requested]
     if accelerator.num_processes == 1:
         raise UserError(
@@ -274,5 +272,8 @@ def require_possible(requested, accelerator, precision, graphed):
             f"{name} runs in bf16 or without mixed precision, not in fp16: pass "
             "--mixed_precision bf16"
         )
-    if requested == "fsdp2" and not hasattr(fsdp, "fully_shard"):
-        raise UserError(f"{name} needs torch 2.6 or newer, and this is {torch.__version__}")
+    if requested == "fsdp2":
+        from torch.distributed import fsdp  # 0.7 s, which other engines do not need
+
+        if not hasattr(fsdp, "fully_shard"):
+            raise UserError(f"{name} needs torch 2.6 or newer, and this is {torch.__version__}")

@@ -1,14 +1,6 @@
 """The causal depthwise convolution operator: checks its arguments, chooses a backend."""
 
-
-from libs.ops.backends import (
-    choose,
-    constant_when_compiled,
-    cpu_backend,
-    cuda_backend,
-    peer_backend,
-    reference_backend,
-)
+from libs.ops import backends
 from libs.ops.checks import Arguments
 from libs.ops.reference import causal_conv1d_ref
 
@@ -21,17 +13,17 @@ def _run_cuda(*args, **kwargs):
 
 
 BACKENDS = {
-    "cuda": cuda_backend(_run_cuda, (2, 8, "taps")),
-    "cpu": cpu_backend("libs.ops.cpu_conv", "causal_conv1d_cpu"),
-    "reference": reference_backend(causal_conv1d_ref),
-    "mamba_ssm": peer_backend("causal_conv1d", "causal_conv1d_peer", (2, 4, "taps")),
+    "cuda": backends.cuda_backend(_run_cuda, (2, 8, "taps")),
+    "cpu": backends.cpu_backend("libs.ops.cpu_conv", "causal_conv1d_cpu"),
+    "reference": backends.reference_backend(causal_conv1d_ref),
+    "mamba_ssm": backends.peer_backend("causal_conv1d", "causal_conv1d_peer", (2, 4, "taps")),
 }
 
 
-@constant_when_compiled
+@backends.constant_when_compiled
 def _choose(backend, device, dtype, taps):
     """`choose` for this operator; torch.compile asks once, while it traces."""
-    return choose("causal_conv1d", BACKENDS, backend, device, dtype, taps)[0]
+    return backends.choose("causal_conv1d", BACKENDS, backend, device, dtype, taps)[0]
 
 
 def _check(x, weight, bias, activation, order):

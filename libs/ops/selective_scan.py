@@ -1,14 +1,6 @@
 """The selective scan operator: checks its arguments, chooses a backend."""
 
-
-from libs.ops.backends import (
-    choose,
-    constant_when_compiled,
-    cpu_backend,
-    cuda_backend,
-    peer_backend,
-    reference_backend,
-)
+from libs.ops import backends
 from libs.ops.checks import Arguments
 from libs.ops.reference import selective_scan_ref
 
@@ -21,17 +13,17 @@ def _run_cuda(*args, **kwargs):
 
 
 BACKENDS = {
-    "cuda": cuda_backend(_run_cuda, (1, 64, "states")),
-    "cpu": cpu_backend("libs.ops.cpu_scan", "selective_scan_cpu"),
-    "reference": reference_backend(selective_scan_ref),
-    "mamba_ssm": peer_backend("mamba_ssm", "selective_scan_peer", (1, 256, "states")),
+    "cuda": backends.cuda_backend(_run_cuda, (1, 64, "states")),
+    "cpu": backends.cpu_backend("libs.ops.cpu_scan", "selective_scan_cpu"),
+    "reference": backends.reference_backend(selective_scan_ref),
+    "mamba_ssm": backends.peer_backend("mamba_ssm", "selective_scan_peer", (1, 256, "states")),
 }
 
 
-@constant_when_compiled
+@backends.constant_when_compiled
 def _choose(backend, device, dtype, states):
     """`choose` for this operator; torch.compile asks once, while it traces."""
-    return choose("selective_scan", BACKENDS, backend, device, dtype, states)[0]
+    return backends.choose("selective_scan", BACKENDS, backend, device, dtype, states)[0]
 
 
 def _check(u, delta, A, B, C, D, z, delta_bias, order):
