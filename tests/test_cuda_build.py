@@ -301,10 +301,15 @@ ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 def compiling():
     """(architecture, set) -> a future of what compile_kernels.py prints; two processes at a time,
     all architectures' configs at once."""
+    # A copy: pytest writes to os.environ at every phase, and a process that a thread starts
+    # meanwhile with the environment itself can fail with EFAULT.
+    environment = dict(os.environ)
 
     def compile_all(arch, which):
         command = [sys.executable, "tests/compile_kernels.py", str(arch), which]
-        result = subprocess.run(command, cwd=golden_cases.ROOT, capture_output=True, text=True)
+        result = subprocess.run(
+            command, cwd=golden_cases.ROOT, env=environment, capture_output=True, text=True
+        )
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
