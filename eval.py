@@ -7,12 +7,12 @@
 The same command resumes an interrupted evaluation.
 """
 
-from datasets import dataset_of
 from libs import flags
 from libs.codec import PixelCodec
 from libs.evaluation_run import run_evaluation
 from libs.launch import make_accelerator
 from libs.models import build_model, check_data, check_kind, load_into, require_same
+from libs.real_images import images_to_measure
 from sde import VPSDE
 
 FLAGS = flags.EVALUATION
@@ -21,9 +21,9 @@ FLAGS = flags.EVALUATION
 def main(args):
     config, accelerator = args.config, make_accelerator()
     check_kind(config, latent=False)
-    dataset = dataset_of(config)
-    model, codec = build_model(config.nnet), PixelCodec()
-    check_data(model, dataset, codec.latent_shape(dataset.shape))
+    model, codec, dataset = build_model(config.nnet), PixelCodec(), images_to_measure(config)
+    if dataset is not None:
+        check_data(model, dataset, codec.latent_shape(dataset.shape))
     require_same(config, args.nnet_path)
     changes = load_into(model, args.nnet_path)
     run_evaluation(

@@ -6,23 +6,15 @@
 The same command resumes an interrupted evaluation.
 """
 
-from datasets import CROPPED, dataset_of
 from libs import flags
 from libs.codec import latent_codec
 from libs.evaluation_run import run_evaluation
 from libs.launch import make_accelerator
 from libs.models import build_model, check_codec, check_kind, load_into, require_same
+from libs.real_images import images_to_measure
 from sde import DiscreteSchedule
 
 FLAGS = flags.EVALUATION
-
-
-def images_to_measure(config):
-    """The real images where they have no statistics file and are no latents; else None."""
-    needless = config.dataset.fid_stats or config.sample.features == "none"
-    if needless or config.dataset.name not in CROPPED:
-        return None
-    return dataset_of(config)
 
 
 def main(args):

@@ -129,6 +129,8 @@ class ZeroEngine(Engine):
         return list(group)
 
     def backward(self, loss):
+        # DeepSpeed looks at the gradients alone: of a loss that is not finite they become NaN.
+        loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         self.model.backward(loss, scale_wrt_gas=False)
         self.seen += 1
         if self.seen % self.micro_batches:

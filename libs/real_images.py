@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from datasets import LATENTS, dataset_of
 from libs import metrics
 from utils import UserError
 
@@ -25,6 +26,15 @@ class RealImages:
 def as_saved(images):
     """Images in [0, 1] rounded as PNG files hold them, so that statistics describe the files."""
     return (images * 255).round() / 255
+
+
+def images_to_measure(config):
+    """The data set of an evaluation's real images, opened; None where a statistics file stands for
+    them, no figures are asked for, or the data are latents.
+    """
+    settings = config.dataset
+    needless = settings.fid_stats or config.sample.features == metrics.NoFeatures.name
+    return None if needless or settings.name in LATENTS else dataset_of(config)
 
 
 def can_be_measured(dataset):

@@ -146,14 +146,14 @@ def serve():
 
 def _prepare():
     """What a run does first and waits longest for, so that its forks have it."""
-    import sklearn.datasets
     import torch
     import torchvision.utils  # noqa: F401
 
+    from datasets import get_dataset
     from libs import run
     from libs.models import build_model
 
-    sklearn.datasets.load_digits = functools.partial(copy.deepcopy, sklearn.datasets.load_digits())
+    get_dataset("digits")
     run.environment = functools.partial(copy.deepcopy, run.environment())
 
     torch.set_num_threads(1)

@@ -355,6 +355,17 @@ def test_an_engine_that_is_not_what_runs_is_refused(no_request):
         assert zero.is_active() == (stage == 2)
 
 
+def test_zero_drops_the_step_of_an_infinite_loss_with_finite_gradients():
+    """DeepSpeed looks for NaN and infinity in the gradients only."""
+    zero, weight = object.__new__(engine.ZeroEngine), torch.ones((), requires_grad=True)
+    zero.micro_batches, zero.seen = 1, 0
+    zero.model = types.SimpleNamespace(backward=lambda loss, scale_wrt_gas: loss.backward())
+    for shift, finite in (1.0, True), (torch.inf, False), (torch.nan, False):
+        weight.grad = None
+        zero.backward(2 * weight + shift)
+        assert weight.grad == 2 if finite else weight.grad.isnan()
+
+
 @pytest.mark.slow
 def test_the_launcher_s_request_for_one_process_is_refused(tmp_path):
     words = words_of("fsdp2")

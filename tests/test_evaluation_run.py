@@ -27,7 +27,7 @@ from libs.launch import Precision, make_accelerator
 from libs.metrics import DigitsClassifier, DigitsClassifierFeatures, save_statistics
 from libs.models import build_model
 from libs.outputs import Outputs
-from libs.real_images import dataset_features, real_images
+from libs.real_images import dataset_features, images_to_measure, real_images
 from sde import VPSDE
 from utils import UserError, read_json
 
@@ -476,6 +476,16 @@ def test_real_images_that_do_not_fit_are_refused(tmp_path):
             real.mu, real.sigma, None, real, FirstPixels(), FirstDigits(length, whole), 0
         )
         assert ("real_halves" in found) == (length == 4)
+
+
+@pytest.mark.parametrize("changes", [
+    {"dataset__fid_stats": "stats.npz"}, {"sample__features": "none"},
+    {"dataset__name": "imagenet256_features"},
+])  # fmt: skip
+def test_a_data_set_that_is_not_needed_is_not_opened(tmp_path, changes):
+    changes = {"dataset__name": "cifar10", "dataset__path": str(tmp_path / "absent"), **changes}
+    assert images_to_measure(parse(tmp_path, **changes).config) is None
+    assert len(images_to_measure(parse(tmp_path).config)) == 1797
 
 
 def test_images_without_classes_have_no_agreement(tmp_path):
