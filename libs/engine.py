@@ -8,6 +8,7 @@ processes.
 import contextlib
 import logging
 import os
+import warnings
 
 import torch
 
@@ -16,6 +17,9 @@ from libs.launch import requested_engine
 from utils import UserError
 
 log = logging.getLogger("dim")
+
+# DDP's, of a DiM's two depthwise convolutions: strides differ in the axis of size 1 alone.
+HARMLESS = r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, 1, 3, 3\]"
 
 
 class Engine:
@@ -37,6 +41,7 @@ class Engine:
         if graphed:
             capture = graphs.CudaCapture(accelerator.device)
             network = graphs.GraphedTraining(network, capture.both_ways)
+        warnings.filterwarnings("ignore", HARMLESS, UserWarning)
         self.model = accelerator.prepare_model(network)
 
     def is_active(self):
