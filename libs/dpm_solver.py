@@ -51,7 +51,8 @@ def blocks_on_log_snr(process, t_start, t_end, steps):
 def times_on_log_snr(process, t_start, t_end, intervals):
     """Times (intervals + 1,) equally spaced in lam; t_start and t_end are 0-dim tensors."""
     ends = process.lam(t_start).item(), process.lam(t_end).item()
-    return process.inverse_lam(torch.linspace(*ends, intervals + 1, dtype=t_start.dtype))
+    like = dict(dtype=t_start.dtype, device=t_start.device)
+    return process.inverse_lam(torch.linspace(*ends, intervals + 1, **like))
 
 
 def _x0_prediction(eps_fn, process):

@@ -38,6 +38,7 @@ class HalfMatrices:
             if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.dtype == torch.float32
         ]
 
+    @torch.inference_mode(False)  # else its tensors could not be written outside of that
     @torch.no_grad()
     def refresh(self):
         """Copy the network's present weights; 1.7 GB in a DiM-H."""
@@ -204,7 +205,8 @@ class _Graphs:
 
     def _add(self, key, inputs):
         """Capture the signature of these inputs; whether it could be."""
-        static = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
+        with torch.inference_mode(False):  # else it could not be written outside of that
+            static = tuple(None if tensor is None else tensor.clone() for tensor in inputs)
         kind, autocast = inputs[0].device.type, key[-1]
 
         def call():

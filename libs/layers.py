@@ -211,6 +211,6 @@ def freeu_backbone(x, scale):
     """FreeU's backbone factor (arXiv 2309.11497, eq. 1-2): (B, L, dim) grows with the mean feature
     map; all channels here, not half.
     """
-    mean = x.mean(dim=-1, keepdim=True)
+    mean = x.float().mean(dim=-1, keepdim=True)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
-    return x * (1 + (scale - 1) * (mean - low) / (high - low))
+    return (x * (1 + (scale - 1) * (mean - low) / (high - low))).to(x.dtype)

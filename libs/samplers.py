@@ -67,7 +67,10 @@ class ImageNoise:
 
     def draw(self):
         """The images' next numbers: (B, C, H, W) float32 on the CPU."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators])
+        as_drawn = dict(dtype=torch.float32, device="cpu")  # whatever torch's defaults are
+        return torch.stack(
+            [torch.randn(self.shape, generator=g, **as_drawn) for g in self.generators]
+        )
 
 
 def _to_device_of(x, noise):
@@ -85,8 +88,8 @@ def _euler_maruyama(eps_fn, process, x, steps, noise, *, stochastic):
                         "choose another sampling algorithm")
     if stochastic and noise is None:
         raise UserError("'euler_maruyama_sde' draws noise at each step: pass noise=ImageNoise(...)")
-    times = torch.zeros(steps + 1, dtype=torch.float64)
-    times[:steps] = torch.linspace(1, 1e-3, steps, dtype=torch.float64)
+    on_host = dict(dtype=torch.float64, device="cpu")
+    times = torch.cat([torch.linspace(1, 1e-3, steps, **on_host), torch.zeros(1, **on_host)])
     for i, dt in enumerate(times.diff().tolist()):
         t = times[i].to(x.dtype)
         beta = process.squared_diffusion(t)
@@ -106,11 +109,11 @@ def _euler_maruyama_ode(eps_fn, process, x, steps, noise):
 
 
 def _log_snr_ends(dtype):
-    return torch.tensor(1.0, dtype=dtype), torch.tensor(1e-4, dtype=dtype)
+    return torch.tensor([1.0, 1e-4], dtype=dtype, device="cpu").unbind()
 
 
 def _uniform_times(steps, dtype):
-    return torch.linspace(1, 1e-3, steps + 1, dtype=dtype)
+    return torch.linspace(1, 1e-3, steps + 1, dtype=dtype, device="cpu")
 
 
 def _dpm_solver(eps_fn, process, x, steps, noise):

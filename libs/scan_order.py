@@ -8,12 +8,36 @@ official code numbers so (DiM, arXiv 2405.14224, section 3.2):
     0 row-major    -2 row-major reversed    1 column-major    -1 column-major reversed
 """
 
-from functools import cache
+import functools
 
 import torch
 
 ROWS, ROWS_REVERSED, COLUMNS, COLUMNS_REVERSED = 0, -2, 1, -1
 PAD_LAYOUTS = ("lateral", "rho_pad")
+
+
+def kept(function):
+    """Decorator: a call's tensor, or None, is made once and never dropped: CUDA graphs read it.
+
+    It is an ordinary one, also where the first call is under inference_mode; a tracer's tensors
+    (torch.compile, torch.export, FakeTensorMode) are not kept.
+    """
+    results = {}
+
+    @functools.wraps(function)
+    def call(*arguments):
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        if arguments not in results:
+            with torch.inference_mode(False):
+                made = function(*arguments)
+            if type(made) not in (torch.Tensor, type(None)):
+                return made
+            results[arguments] = made
+        return results[arguments]
+
+    call.results = results
+    return call
 
 
 def block_patterns(depth, num_directions=3):
@@ -51,7 +75,7 @@ def grid_order(pattern, height, width, device="cpu"):
     return order.flip(0) if pattern in (ROWS_REVERSED, COLUMNS_REVERSED) else order
 
 
-@cache  # never dropped: CUDA graphs read it
+@kept
 def sequence_order(pattern, height, width, pad, front, device):
     """Order of the whole sequence, `front` tokens and the padded grid: int64 (front +
     (height+pad)*(width+pad),), or None if raster.
@@ -72,7 +96,7 @@ def sequence_order(pattern, height, width, pad, front, device):
     return order
 
 
-@cache  # never dropped: CUDA graphs read it
+@kept
 def pad_index(layout, height, width, pad, device):
     """Which pad token stands where: int64 (height+pad, width+pad), -1 on the image.
 

@@ -4,10 +4,12 @@ import types
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import cifar10_S_DiM, digits_T_DiM
+from libs import scan_order
 from libs.dim import PRESETS, DiM
-from libs.layers import PaddedSequence, drop_path
+from libs.layers import PaddedSequence, drop_path, freeu_backbone
 from libs.models import build_model, check_data, require_same
 from libs.official import resize_state, to_official
 from libs.weights import load_strict
@@ -174,6 +176,33 @@ def test_compiles_without_graph_breaks(monkeypatch):
     inputs = torch.randn(2, 3, 4, 4), torch.tensor([3.0, 700.0]), torch.tensor([1, 4])
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert torch.equal(compiled(*inputs), model(*inputs))
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, FakeTensorMode])
+def test_what_a_first_forward_keeps_is_right_for_every_other(first, monkeypatch):
+    """Orders and padding of a grid are made once; neither as inference tensors nor as fakes."""
+    monkeypatch.setenv("DIM_BACKEND", "reference")
+    for function in scan_order.pad_index, scan_order.sequence_order:
+        function.results.clear()
+    model, (x, t, y) = DiM(**TINY), inputs()
+    with first():
+        scan_order.pad_index("lateral", 8, 8, 3, x.device)
+        if first is torch.inference_mode:
+            model(x, t, y)
+    found = model(x, t, y)
+    found.sum().backward()
+    assert type(found) is torch.Tensor and torch.equal(found, model(x, t, y))
+    index = scan_order.pad_index("lateral", 8, 8, 3, x.device)
+    assert type(index) is torch.Tensor
+    assert index is scan_order.pad_index("lateral", 8, 8, 3, x.device)  # graphs read its address
+
+
+def test_freeu_computes_in_float32():
+    x = 3 + torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
+    half = x.bfloat16()
+    expected = freeu_backbone(half.float(), 1.4)
+    found = freeu_backbone(half, 1.4)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
 
 
 def test_padding_places_each_token_and_its_gradient():

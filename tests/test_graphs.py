@@ -92,6 +92,17 @@ def test_half_matrices_follow_at_the_same_addresses():
     assert torch.equal(half, model.weight.bfloat16()) and model.weight.dtype == torch.float32
 
 
+def test_half_matrices_made_under_inference_mode_follow_outside_of_it():
+    model = nn.Linear(4, 3)
+    matrices = graphs.HalfMatrices(model, torch.bfloat16)
+    with torch.inference_mode(), matrices.installed():
+        pass
+    nn.init.normal_(model.weight)
+    with matrices.installed():
+        half = model.weight.clone()
+    assert torch.equal(half, model.weight.bfloat16())
+
+
 def test_an_error_within_leaves_the_network_as_it_was():
     model = nn.Linear(4, 3)
     weight = model.weight
@@ -147,6 +158,16 @@ def test_eager_then_captured_then_replayed():
     # Each result is its caller's own: the replay after it did not write into it.
     assert all(torch.equal(y, expected) for y in found[:3])
     assert torch.equal(found[3], network(*other))
+
+
+def test_a_graph_of_inference_mode_is_replayed_outside_of_it():
+    network, fast = graphed(lambda call: (lambda: None, call()))
+    with torch.inference_mode():
+        for _ in range(2):
+            fast(*make_inputs())
+    (graph,) = fast.graphs.values()
+    fast(*[tensor + 1 for tensor in make_inputs()])
+    assert torch.equal(graph.inputs[0], make_inputs()[0] + 1)
 
 
 @torch.no_grad()

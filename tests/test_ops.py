@@ -243,6 +243,31 @@ def test_autocast_leaves_precision_alone():
             assert all(torch.equal(actual[k], plain[k]) for k in plain)
 
 
+def test_torch_s_defaults_change_nothing():
+    """As a notebook may have set them; 'meta' stands for a GPU."""
+    problems = [
+        (scan, scan_inputs()), (scan, scan_inputs(absent=("D", "z"))),
+        (causal_conv1d, conv_inputs()),
+    ]  # fmt: skip
+    expected = [run(operator, inputs, backend="cpu") for operator, inputs in problems]
+    generator = torch.Generator().manual_seed(1)
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = []
+        for operator, inputs in problems:
+            leaves = {k: x.clone().requires_grad_() for k, x in inputs.items()}
+            y = operator(**leaves, backend="cpu")
+            y.backward(torch.randn(y.shape, generator=generator.manual_seed(1), device="cpu",
+                                   dtype=torch.float32))  # fmt: skip
+            found.append([y, *(leaf.grad for leaf in leaves.values())])
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for actual, plain in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(actual, plain.values(), strict=True))
+
+
 @pytest.mark.parametrize("needed", ["u", "A", "z", "delta_bias"])
 def test_gradient_of_some_inputs(needed):
     inputs = scan_inputs()

@@ -176,6 +176,26 @@ def test_image_noise_belongs_to_the_image():
         assert not any(torch.equal(a, b) for b in different[:i])
 
 
+@pytest.mark.parametrize("algorithm", ["euler_maruyama_sde", "dpm_solver", "dpm_solver_pp_2m"])
+def test_torch_s_defaults_change_nothing(algorithm):
+    """As a notebook may have set them; 'meta' stands for a GPU."""
+
+    def draw():
+        noise = ImageNoise(1, [0, 5], (1, 2, 2))
+        options = dict(algorithm=algorithm, steps=4, noise=noise)
+        return sample(lambda x, t: x.tanh(), PROCESSES["vpsde"], noise.initial(), **options)
+
+    expected = draw()
+    torch.set_default_device("meta")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = draw()
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert found.device.type == "cpu" and torch.equal(found, expected)
+
+
 def test_image_seeds():
     """SplitMix64's published first output for state 0; and no two images share a 32-bit seed
     (random ones would: 1 - 1e-5).

@@ -3,7 +3,14 @@
 import torch
 
 from libs.ops import cpu
-from libs.ops.cpu_scan import as_kernel_input, as_kernel_order, own, refuse_double_backward, total
+from libs.ops.cpu_scan import (
+    as_kernel_input,
+    as_kernel_order,
+    empty,
+    own,
+    refuse_double_backward,
+    total,
+)
 from libs.ops.cpu_threads import run_tasks
 
 
@@ -14,7 +21,7 @@ class _CausalConv1d(torch.autograd.Function):
         bias = x.new_zeros(channels) if bias is None else bias
         tensors = [as_kernel_input(x) for x in (x, own(weight).t(), own(bias))]
         order = as_kernel_order(order, length)
-        y = torch.empty(batch, length, channels)
+        y = empty(batch, length, channels)
         run_tasks(
             cpu.conv_fwd, batch * cpu.count_blocks(channels),
             *(t.numpy() for t in tensors), order.numpy(), silu, y.numpy(),
@@ -29,8 +36,8 @@ class _CausalConv1d(torch.autograd.Function):
         x, weight_WD, bias, order = ctx.saved_tensors
         batch, _, channels = x.shape
         g_x = torch.empty_like(x)
-        g_weight = torch.empty(batch, *weight_WD.shape)
-        g_bias = torch.empty(batch, channels)
+        g_weight = empty(batch, *weight_WD.shape)
+        g_bias = empty(batch, channels)
         run_tasks(
             cpu.conv_bwd, batch * cpu.count_blocks(channels),
             x.numpy(), weight_WD.numpy(), bias.numpy(), order.numpy(), ctx.silu,

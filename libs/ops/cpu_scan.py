@@ -11,6 +11,11 @@ def as_kernel_input(x):
     return x.detach().to(torch.float32).contiguous()
 
 
+def empty(*shape):
+    """Memory for a kernel to write to, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def own(parameter):
     """A copy: numpy would pin the memory of a parameter, which FSDP2 frees between its uses."""
     return parameter.detach().clone()
@@ -18,7 +23,8 @@ def own(parameter):
 
 def as_kernel_order(order, length):
     """Contiguous int64 (L,), the identity for None."""
-    return torch.arange(length) if order is None else order.to(torch.int64).contiguous()
+    order = torch.arange(length, device="cpu") if order is None else order
+    return order.to(torch.int64).contiguous()
 
 
 def refuse_double_backward(operator):
@@ -33,7 +39,7 @@ def total(parts):
     """Sum over the first axis, in its order."""
     if parts.shape[0] == 1:
         return parts[0]
-    result = torch.empty(parts.shape[1:])
+    result = empty(*parts.shape[1:])
     cpu.sum_parts(parts.flatten(1).numpy(), result.view(-1).numpy())
     return result
 
@@ -54,10 +60,10 @@ class _SelectiveScan(torch.autograd.Function):
         tensors = [as_kernel_input(x) for x in tensors]
         order = as_kernel_order(order, length)
 
-        y = torch.empty(batch, length, channels)
-        last_state = torch.empty(batch, channels, states)
+        y = empty(batch, length, channels)
+        last_state = empty(batch, channels, states)
         tiles = cpu.count_tiles(length)
-        checkpoints = torch.empty((batch, tiles, states, channels) if keep_states else (0, 0, 0, 0))
+        checkpoints = empty(batch, tiles, states, channels) if keep_states else empty(0, 0, 0, 0)
         run_tasks(
             cpu.scan_fwd, batch * cpu.count_blocks(channels), _pack(tensors, order, delta_softplus),
             y.numpy(), checkpoints.numpy(), last_state.numpy(),
@@ -77,13 +83,13 @@ class _SelectiveScan(torch.autograd.Function):
         g_y = torch.zeros_like(u) if g_y is None else as_kernel_input(g_y)
         if g_last_state is None:
             # not zeros: a large torch.zeros wakes torch's threads, which spin beside ours for 4 ms
-            g_last_state = torch.empty(0, 0, 0)
+            g_last_state = empty(0, 0, 0)
 
         g_u, g_delta, g_z = torch.empty_like(u), torch.empty_like(u), torch.empty_like(gate)
-        g_A = torch.empty(batch, states, channels)
-        g_B = torch.empty(blocks, batch, length, states)
+        g_A = empty(batch, states, channels)
+        g_B = empty(blocks, batch, length, states)
         g_C = torch.empty_like(g_B)
-        g_D = torch.empty(batch, channels)
+        g_D = empty(batch, channels)
         g_bias = torch.empty_like(g_D)
         grads = [g_u, g_delta, g_A, g_B, g_C, g_D, g_z, g_bias]
         run_tasks(
