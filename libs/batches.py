@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import multiprocessing
 import signal
 
 from torch.utils.data import DataLoader
@@ -31,7 +30,7 @@ def _start(config, dataset, accelerator, start_batch, skipped):
         seed=config.seed,
         start_batch=start_batch,
     )
-    workers, others = config.train.num_workers, set(multiprocessing.active_children())
+    workers = config.train.num_workers
     loader = DataLoader(
         dataset,
         batch_sampler=itertools.islice(sampler, skipped, None),
@@ -41,7 +40,9 @@ def _start(config, dataset, accelerator, start_batch, skipped):
         worker_init_fn=run.detach_worker,
     )
     with run.starting_workers():
-        return iter(loader), set(multiprocessing.active_children()) - others
+        batches = iter(loader)
+    # Not multiprocessing's list, which leaves out those that are dead already.
+    return batches, getattr(batches, "_workers", [])
 
 
 def _cause(process):
@@ -89,7 +90,10 @@ def micro_batches(config, dataset, accelerator, start_batch):
                     yield micro_batch
                     done, deaths = done + 1, 0
             except Exception:
-                # Where one is dead, its parts of a batch are gone: an error of almost any kind.
+                # Where one is dead, its parts of a batch are gone: an error of almost any kind. Its
+                # end closes what it has open, and only then can be asked for.
+                for process in workers:
+                    process.join(0.1)
                 dead = [process for process in workers if process.exitcode]
                 if not dead:
                     raise
