@@ -36,10 +36,11 @@ class ImageDataset(Dataset):
 
     Attributes: `shape` (C, H, W); `num_classes`, 0 for none; `labels`, int64 array (length,) or
     None, known without reading an image; `preprocessing`, a note for the records of statistics;
-    `latent`, whether items are an autoencoder's moments instead of images.
+    `latent`, whether items are an autoencoder's moments instead of images; `class_names`, by
+    number, None where they have none.
     """
 
-    preprocessing, latent = "none", False
+    preprocessing, latent, class_names = "none", False, None
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
         self.length, self.shape, self.random_flip, self.seed = length, shape, random_flip, seed
@@ -161,7 +162,7 @@ class ImageFolder(ImageDataset):
     next readable one stands in for it, label included, so that no other image changes its place;
     more than MAX_UNREADABLE of them (in one process) raise UserError.
 
-    Further attributes: `root` and `files`, paths relative to it; `class_names`, None for none.
+    Further attributes: `root` and `files`, paths relative to it.
     """
 
     name = "folder"
@@ -169,13 +170,16 @@ class ImageFolder(ImageDataset):
     def __init__(self, *, path, resolution, labels, train, random_crop=False, **augmentation):
         self.root, class_root = self._directories(_require_path(self.name, path), train)
         if resolution is None:
-            raise UserError(f"the data set {self.name!r} needs a resolution to crop and resize to")
+            raise UserError(
+                f"the data set {self.name!r} needs dataset.resolution (--resolution of the "
+                "scripts), to crop and resize to"
+            )
         self.files = images.list_images(self.root)
         self.random_crop = random_crop
         self.unreadable = {}  # index -> reason
         kind = "random crop" if random_crop else "centre crop"
         self.preprocessing = f"RGB, {kind} to {resolution} (ADM: box halvings, then bicubic)"
-        self.class_names, targets = None, None
+        targets = None
         if labels:
             self.class_names = images.class_names(class_root)
             targets = images.labels_from_directories(self.root, self.files, self.class_names)
@@ -297,6 +301,7 @@ class Latents(ImageDataset):
         self.scale_factor = made_with.get("scale_factor")
         self.autoencoder_sha256 = made_with.get("autoencoder_sha256")
         self.preprocessing = made_with.get("crop", "unknown")
+        self.class_names = made_with.get("class_names") if labels else None
         self._check_shape(name, resolution or default_resolution, default_resolution is not None)
         if labels and not features.num_classes:
             raise UserError(
@@ -413,13 +418,18 @@ def get_dataset(
 
 
 def dataset_of(config, *, augmented=False):
-    """The data set of a config; augmented, as training reads it: cropped and flipped at random."""
-    settings = config.dataset
+    """The data set of a config; augmented, as training reads it: cropped and flipped at random.
+
+    Of pixels that have to be cropped, the network's side is the resolution where none is given.
+    """
+    settings, resolution = config.dataset, config.dataset.resolution
+    if settings.name in CROPPED and config.get("z_shape") is None:
+        resolution = resolution or config.nnet.input_size
     augmentation = {"random_crop": settings.random_crop, "random_flip": settings.random_flip}
     return get_dataset(
         settings.name,
         path=settings.path,
-        resolution=settings.resolution,
+        resolution=resolution,
         labels=config.train.mode == "cond",
         seed=config.seed,
         **(augmentation if augmented else {}),

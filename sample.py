@@ -58,7 +58,7 @@ def main(args):
         print(change)
     conditional = config.train.mode == "cond"
     labels = evaluation.labels_of_classes(
-        args.classes, args.n, model.num_classes, conditional=conditional
+        args.classes, args.n, model.num_classes, conditional=conditional, scale=args.scale
     )
     latent = config.get("z_shape") is not None
     process = DiscreteSchedule() if latent else VPSDE()

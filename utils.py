@@ -50,10 +50,12 @@ def make_directory(path) -> Path:
 
 
 def require_place(path) -> None:
-    """UserError unless a file can be put at `path`: no directory, and in one that is there."""
+    """UserError unless a picture can be put at `path`: a .png, in a directory that is there."""
     path = Path(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a directory")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"cannot write {path}: pictures are PNG files, so give it the suffix .png")
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: No such file or directory as {path.parent}")
 

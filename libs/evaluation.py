@@ -291,15 +291,17 @@ def describe(result):
     return lines
 
 
-def labels_of_classes(classes, n, num_classes, *, conditional):
+def labels_of_classes(classes, n, num_classes, *, conditional, scale=None):
     """Labels (classes x n,) of n images of each class asked for, or of all; None if unconditional.
 
     Raises:
-        UserError: a class that does not exist.
+        UserError: a class that does not exist; classes, or a scale of guidance, where there are
+            none.
     """
     if not conditional:
-        if classes:
-            raise UserError("this model was trained without classes: leave --classes out")
+        if classes or scale:
+            flag = "--classes" if classes else "--scale"
+            raise UserError(f"this model was trained without classes: leave {flag} out")
         return None
     wrong = [c for c in classes or () if not 0 <= c < num_classes]
     if wrong:

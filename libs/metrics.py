@@ -195,10 +195,15 @@ class NoFeatures:
 FEATURES["none"] = NoFeatures
 
 
-def make_features(name, path, device):
-    """The feature network of that name in FEATURES; path None means its usual place."""
+def require_known(name):
+    """UserError unless there is a feature network of that name."""
     if name not in FEATURES:
         raise UserError(f"unknown features {name!r}: they are one of {', '.join(FEATURES)}")
+
+
+def make_features(name, path, device):
+    """The feature network of that name in FEATURES; path None means its usual place."""
+    require_known(name)
     return FEATURES[name](path, device)
 
 

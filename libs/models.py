@@ -62,14 +62,7 @@ def build_model(nnet, seed=None):
 
 
 def check_data(model, dataset, z_shape):
-    """UserError where the data do not fit the network: labels, channels or size of z (C, H, W). A
-    warning for classes without images.
-    """
-    if 0 < dataset.num_classes < model.num_classes:
-        log.warning(
-            "the data set has %d classes, but nnet.num_classes is %d: the others have no images",
-            dataset.num_classes, model.num_classes,
-        )  # fmt: skip
+    """UserError where the data do not fit the network: labels, channels or size of z (C, H, W)."""
     if dataset.num_classes > model.num_classes:
         raise UserError(
             f"the data set has {dataset.num_classes} classes, but nnet.num_classes is "
@@ -183,6 +176,29 @@ def config_beside(path):
 _UNSEEN = ("pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads")
 
 
+def _require_trained_labels(config, saved, beside):
+    """UserError where `config` asks for labels that the run of the flat config `saved` never
+    trained: classes, or the label of none, which guidance and unconditional pictures need.
+    """
+    if saved.get("nnet.pretrained_path"):  # those may know more than this run did
+        return
+    conditional, settings = config.train.mode == "cond", config.sample
+    dropped = saved.get("dataset.cfg") and saved.get("dataset.p_uncond")
+    if conditional and saved.get("train.mode") == "uncond":
+        raise UserError(
+            f"train.mode is 'cond', but the weights were trained without classes, says {beside}: "
+            "use their config, or --config.train.mode=uncond"
+        )
+    if saved.get("train.mode") == "cond" and not dropped:
+        if not conditional or (settings.cfg and settings.scale):
+            what = "guidance is" if conditional else "images without classes are"
+            raise UserError(
+                f"{what} asked for, but the weights were trained with a class for every image, "
+                f"says {beside} (dataset.cfg): draw classes without guidance, "
+                "--config.train.mode=cond --config.sample.cfg=False"
+            )
+
+
 def require_same(config, path):
     """UserError where the config.json beside the weights at `path`, if there is one of ours, says
     otherwise than `config` in what the weights themselves do not show.
@@ -200,6 +216,7 @@ def require_same(config, path):
                 f"{key} is {own[key]!r}, but the weights were trained with {saved[key]!r}, says "
                 f"{beside}: use their config, or --config.{key}={saved[key]}"
             )
+    _require_trained_labels(config, saved, beside)
 
 
 def load_into(model, path):

@@ -1,6 +1,7 @@
 """What a training run writes besides its log: checkpoints, grids of samples, FID at intervals."""
 
 import logging
+from pathlib import Path
 
 import torch
 
@@ -28,8 +29,32 @@ class Outputs:
         self.generator, self.dataset, self.state = generator, dataset, state
         self.features, self.real_dataset = None, None  # of FID, from the first one on
         self.fid_samples = config.train.fid_samples
+        guided = config.train.mode == "cond" and config.sample.cfg and config.sample.scale
+        if guided and not (config.dataset.cfg or config.nnet.pretrained_path):
+            raise UserError(
+                "sample.cfg asks for guided pictures, but dataset.cfg is False, so the label of no "
+                "class is never trained: set --config.dataset.cfg=True, or "
+                "--config.sample.cfg=False"
+            )
         if config.sample.features == metrics.NoFeatures.name:
             self.fid_samples = 0
+        if self.fid_samples:
+            self.expect_fid()
+
+    def expect_fid(self):
+        """At the start of a run: UserError for unknown features; a warning where there are no
+        statistics yet, which may still come before the first FID.
+        """
+        metrics.require_known(self.config.sample.features)
+        file, missing = self.config.dataset.fid_stats, None
+        try:
+            require_statistics(self.config, self.dataset)
+            if file and not Path(file).is_file():
+                missing = f"the statistics {file} do not exist"
+        except UserError as error:
+            missing = error
+        if missing and self.accelerator.is_main_process:
+            log.warning("FID will be left out, unless this changes before the first: %s", missing)
 
     def save(self, step):
         """A checkpoint of `step`, written by the main process."""

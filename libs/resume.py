@@ -98,14 +98,28 @@ def resume(found, network, ema, optimizer, precision):
         ) from error
 
 
+def require_own(directory):
+    """UserError where published weights, as they are put for an evaluation, lie among a run's
+    checkpoints: a save of the same step would replace them.
+    """
+    for path in sorted(directory.glob("*.ckpt")):
+        if not (path / "manifest.json").is_file() and any(path.glob("*.pth")):
+            raise UserError(
+                f"{path} holds weights that this run has not saved: train in another directory, "
+                "--workdir=..., or move them away"
+            )
+
+
 def find_checkpoint(directory, accelerator):
     """(path, step) of the newest good checkpoint or None, found by the main process for all.
 
     Raises:
-        UserError: there are checkpoints, and none is good; nothing is overwritten.
+        UserError: there are checkpoints, and none is good, or somebody else's; nothing is
+            overwritten.
     """
     found = [None]
     if accelerator.is_main_process:
+        require_own(directory)
         found = [checkpoint.latest(directory, report=log.warning)]
         checkpoint.clean(directory)
         if found[0] and not found[0][0].is_dir():  # it has got its name back

@@ -31,6 +31,7 @@ from utils import UserError
 
 log = logging.getLogger("dim")
 
+MAX_CHANGES = 20  # lines about what differs from the run's start
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C, which save first: 128 + 15, as shells count
 
 
@@ -248,6 +249,15 @@ def announce(config, directory, accelerator, all_ranks, precision, engine, datas
     parameters = f"{sum(p.numel() for p in engine.network.parameters()):,}"
     log.info("network %s, %s parameters", config.nnet.name, parameters)
     log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
+    if names := dataset.class_names:
+        shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:10]))
+        log.info("%d classes: %s%s", len(names), shown, ", ..." if len(names) > 10 else "")
+    if 0 < dataset.num_classes < engine.network.num_classes:
+        log.warning(
+            "the data set has %d classes, but nnet.num_classes is %d: the others have no images, "
+            "and are drawn for grids and FID all the same",
+            dataset.num_classes, engine.network.num_classes,
+        )  # fmt: skip
     for line in start:
         log.info("%s", line)
 
@@ -318,9 +328,15 @@ def loop(
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
     metrics_log, all_ranks = None, ranks(accelerator)
     if accelerator.is_main_process:
-        environment = run.environment() | {"images": len(dataset)}
-        for line in utils.write_run_files(directory, config, environment):
+        names = dataset.class_names or ()
+        environment = run.environment() | {
+            "images": len(dataset), "classes": {name: i for i, name in enumerate(names)},
+        }  # fmt: skip
+        changes = utils.write_run_files(directory, config, environment)
+        for line in changes[:MAX_CHANGES]:
             log.warning("changed since this run began: %s", line)
+        if len(changes) > MAX_CHANGES:
+            log.warning("and %d more", len(changes) - MAX_CHANGES)
         metrics_log = run.MetricsLog(
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
         )

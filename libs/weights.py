@@ -12,12 +12,14 @@ USE_ANOTHER = "use another checkpoint"
 
 
 def weights_file(path):
-    """The file to evaluate at `path`: of a `<step>.ckpt` directory the averaged weights; of a .pth
-    that is not there our .safetensors of the same name, which is what our runs write.
+    """The file to evaluate at `path`: of a `<step>.ckpt` directory the averaged weights, ours or an
+    official nnet_ema.pth; of a .pth that is not there our .safetensors of the same name, which is
+    what our runs write.
     """
     path = Path(path)
     if path.is_dir():
-        return path / "nnet_ema.safetensors"
+        own, official = path / "nnet_ema.safetensors", path / "nnet_ema.pth"
+        return official if official.is_file() and not own.exists() else own
     ours = path.with_suffix(".safetensors")
     return ours if path.suffix == ".pth" and not path.exists() and ours.is_file() else path
 

@@ -23,6 +23,7 @@ from libs.ops import (
     cuda_scan,
     describe_backends,
     launch_plan,
+    mamba_block,
     peers,
     selective_scan,
 )
@@ -359,6 +360,16 @@ def test_a_block_s_backward_leaves_the_autocast_of_its_caller(monkeypatch):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         cuda_block._gradients(ctx, torch.zeros(1, 1, 1))
     assert seen == [False]
+
+
+def test_dim_fused_is_0_or_1(monkeypatch):
+    sizes = torch.device("cpu"), torch.float32, 64, 16, 3
+    for value, says in ("1", "it takes CUDA tensors"), ("0", "DIM_FUSED=0"):
+        monkeypatch.setenv("DIM_FUSED", value)
+        assert says in mamba_block.not_fused(*sizes)
+    monkeypatch.setenv("DIM_FUSED", "off")
+    with pytest.raises(UserError, match="DIM_FUSED is 'off', expected 0 or 1"):
+        mamba_block.not_fused(*sizes)
 
 
 SHAPES = [

@@ -374,7 +374,7 @@ def test_folder_mistakes_are_named(tmp_path):
     (tmp_path / "loose.png").rename(tmp_path / "bee" / "0.png")
     with pytest.raises(UserError, match="class directory .*ant has no images"):
         get_dataset("folder", path=tmp_path, resolution=8)
-    with pytest.raises(UserError, match="needs a resolution"):
+    with pytest.raises(UserError, match="needs dataset.resolution"):
         get_dataset("folder", path=tmp_path)
     with pytest.raises(UserError, match="one split"):
         get_dataset("folder", path=tmp_path, resolution=8, train=False)
@@ -580,7 +580,7 @@ def test_imagenet_mistakes_are_named(tmp_path):
         with pytest.raises(UserError, match=f"no .*{name}: .* as {name}/<wnid>/"):
             get_dataset("imagenet", path=tmp_path, resolution=8, train=train)
     write_imagenet(tmp_path)
-    with pytest.raises(UserError, match="'imagenet' needs a resolution"):
+    with pytest.raises(UserError, match="'imagenet' needs dataset.resolution"):
         get_dataset("imagenet", path=tmp_path)
     (tmp_path / "train" / "n03000000").mkdir()
     with pytest.raises(UserError, match="n03000000 has no images: remove it"):

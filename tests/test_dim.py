@@ -1,7 +1,5 @@
 """The backbone's options, its sizes, and official weights of another shape."""
 
-import types
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -10,7 +8,7 @@ from configs import cifar10_S_DiM, digits_T_DiM
 from libs import scan_order
 from libs.dim import PRESETS, DiM
 from libs.layers import PaddedSequence, drop_path, freeu_backbone
-from libs.models import build_model, check_data, require_same
+from libs.models import build_model, require_same
 from libs.official import resize_state, to_official
 from libs.weights import load_strict
 from utils import UserError, write_json
@@ -232,10 +230,27 @@ def test_a_config_that_weights_do_not_show_is_refused(tmp_path):
         require_same(config, tmp_path)
 
 
-def test_classes_without_images_are_named(caplog):
-    model = DiM(input_size=4, in_channels=3, dim=16, depth=3, num_classes=10)
-    for num_classes, warnings in ((0, 0), (10, 0), (2, 1)):
-        caplog.clear()
-        check_data(model, types.SimpleNamespace(num_classes=num_classes), (3, 4, 4))
-        assert len(caplog.records) == warnings
-    assert "the data set has 2 classes, but nnet.num_classes is 10" in caplog.text
+@pytest.mark.parametrize("trained, asked, says", [
+    ({}, {}, None),
+    ({}, {"sample.cfg": False}, None),
+    ({}, {"train.mode": "uncond"}, None),  # its null label is trained
+    ({"train.mode": "uncond"}, {"train.mode": "uncond"}, None),
+    ({"train.mode": "uncond"}, {}, "trained without classes"),
+    ({"dataset.cfg": False}, {}, "guidance is asked for"),
+    ({"dataset.p_uncond": 0.0}, {}, "guidance is asked for"),
+    ({"dataset.cfg": False}, {"sample.scale": 0.0}, None),
+    ({"dataset.cfg": False}, {"train.mode": "uncond"}, "images without classes are asked for"),
+    ({"dataset.cfg": False, "nnet.pretrained_path": "nnet_ema.pth"}, {}, None),
+])  # fmt: skip
+def test_labels_that_were_never_trained_are_refused(tmp_path, trained, asked, says):
+    """Their rows are as they were drawn, and so are the pictures."""
+    config = digits_T_DiM.get_config()  # cond, with labels dropped and guidance
+    config.update_from_flattened_dict(trained)
+    write_json(tmp_path / "config.json", config.to_dict())
+    config = digits_T_DiM.get_config()
+    config.update_from_flattened_dict(asked)
+    if says is None:
+        require_same(config, tmp_path)
+        return
+    with pytest.raises(UserError, match=says):
+        require_same(config, tmp_path)

@@ -11,13 +11,15 @@ import pytest
 import runs
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from test_datasets import write_folder
 
 import utils
 from configs import digits_T_DiM
-from datasets import get_dataset
+from datasets import dataset_of, get_dataset
 from libs import checkpoint, training
 from libs.codec import PixelCodec
 from libs.models import build_model
+from libs.weights import weights_file
 from sde import VPSDE
 from utils import UserError
 
@@ -250,6 +252,56 @@ def test_fid_that_a_kill_prevented_is_made_by_the_next_start(tmp_path, monkeypat
         figures = [line for line in runs.steps_logged(tmp_path) if "frechet_distance" in line]
         assert [line["step"] for line in figures] == [2]
     assert (tmp_path / "samples" / "2.png").is_file()
+
+
+def test_what_fid_will_miss_is_said_at_the_start(tmp_path, monkeypatch):
+    """And unknown features, and guidance by a label that is never trained, end the run there."""
+    monkeypatch.setattr(training.Outputs, "make", lambda *args: None)
+    changes = dict(train__n_steps=1, train__fid_samples=60)
+    absent = str(tmp_path / "absent.npz")
+    train(tmp_path / "run", config_of(**changes, dataset__fid_stats=absent))
+    said = f"FID will be left out, unless this changes before the first: the statistics {absent}"
+    assert said in (tmp_path / "run" / "output.log").read_text()
+    for wrong, says in (
+        ({"sample__features": "digits"}, "unknown features 'digits'"),
+        ({"dataset__cfg": False}, "sample.cfg asks for guided pictures"),
+    ):
+        AcceleratorState._reset_state()
+        with pytest.raises(UserError, match=says):
+            train(tmp_path / "other", config_of(**changes, **wrong))
+
+
+def test_the_log_has_classes_and_broken_images_and_says_that_a_class_was_renamed(tmp_path):
+    data, run = tmp_path / "data", tmp_path / "run"
+    write_folder(data)
+    (data / "bee" / "05.png").write_bytes(b"broken")
+    changes = dict(
+        dataset__name="folder", dataset__path=str(data), nnet__in_channels=3,
+        train__save_interval=1, train__grid_samples=0,
+    )  # fmt: skip
+    for n_steps in 1, 2:
+        config = config_of(train__n_steps=n_steps, **changes)
+        train(run, config, dataset=dataset_of(config, augmented=True))  # at the network's 8 pixels
+        log = (run / "output.log").read_text()
+        if n_steps == 1:
+            assert "2 classes: 0 ant, 1 bee" in log and "changed since" not in log
+            assert "the data set has 2 classes, but nnet.num_classes is 10" in log
+            assert "WARNING unreadable image, the next stands in for it" in log
+            (data / "ant").rename(data / "cat")
+            AcceleratorState._reset_state()
+    said = [line.split(": ", 1)[1] for line in log.splitlines() if "changed since" in line]
+    assert {"environment: classes.ant: 0 -> absent", "environment: classes.bee: 1 -> 0",
+            "environment: classes.cat: absent -> 1"} <= set(said)  # fmt: skip
+
+
+def test_published_weights_among_a_run_s_checkpoints_are_not_touched(tmp_path):
+    """As the evaluation's command has them: a save of that step would replace them."""
+    published = tmp_path / "ckpts" / "4.ckpt" / "nnet_ema.pth"
+    published.parent.mkdir(parents=True)
+    published.write_bytes(b"weights")
+    with pytest.raises(UserError, match="4.ckpt holds weights that this run has not saved"):
+        train(tmp_path, config_of())
+    assert published.read_bytes() == b"weights" and weights_file(published.parent) == published
 
 
 def test_fid_that_cannot_be_made_is_noted_once_and_does_not_stop_the_run(tmp_path):

@@ -10,6 +10,7 @@ import torch
 
 from libs.ops import adaln_plan, backends
 from libs.ops.selective_scan import BACKENDS as _SCAN_BACKENDS
+from utils import UserError
 
 
 def compute_dtype(weight):
@@ -22,7 +23,10 @@ def compute_dtype(weight):
 
 def not_fused(device, dtype, dim, states, taps):
     """None if a block of these sizes runs as one operator on tensors of this device, or why not."""
-    if os.environ.get("DIM_FUSED", "1") == "0":
+    asked = os.environ.get("DIM_FUSED", "1")
+    if asked not in ("0", "1"):
+        raise UserError(f"DIM_FUSED is {asked!r}, expected 0 or 1: unset it, or set one of these")
+    if asked == "0":
         return "DIM_FUSED=0"
     if device.type != "cuda":
         return f"it takes CUDA tensors, not {device.type}"
