@@ -239,6 +239,7 @@ class ImageFolder(ImageDataset):
                 try:
                     return _uint8_to_float(self.pixels(epoch, index)), index
                 except Exception as error:  # noqa: BLE001 - PIL raises many kinds, bombs included
+                    images.refuse_system_error(error, self.root / self.files[index])
                     self._note_unreadable(index, error)
             index = (index + 1) % self.length
 

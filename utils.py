@@ -4,6 +4,7 @@ Layer 0: imports nothing of ours, nor accelerate; torch and Pillow where they ar
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -85,10 +86,12 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(*folders) -> None:
-    """Remove what `replacing` left behind where a process was killed; only while nobody writes."""
+def remove_leftovers(*folders, name=None) -> None:
+    """Remove what `replacing` left behind where a process was killed, of files called `name` or of
+    all; only while nobody writes those.
+    """
     for folder in folders:
-        for path in Path(folder).glob(".*.tmp"):
+        for path in Path(folder).glob(f".{glob.escape(name) if name else '*'}.*.tmp"):
             if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
                 path.unlink(missing_ok=True)
 

@@ -4,16 +4,19 @@ What a header claims is compared with the limit before anything is allocated or 
 imports nothing of ours.
 """
 
+import io
 import math
 import sys
 import zipfile
 
 import numpy as np
 
+# version -> (bytes of the header's length, its reader)
 _HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
+    (1, 0): (2, np.lib.format.read_array_header_1_0),
+    (2, 0): (4, np.lib.format.read_array_header_2_0),
 }
+MAX_HEADER_BYTES = 10_000  # numpy's own limit, which it looks at after reading
 # zipfile unpacks those piece by piece; of bzip2 and LZMA it unpacks all that a piece becomes.
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
@@ -23,7 +26,12 @@ def read_header(file):
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"its .npy version is {version}")
-    return _HEADERS[version](file)
+    digits, parse = _HEADERS[version]
+    prefix = file.read(digits)
+    size = int.from_bytes(prefix, "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its .npy header claims {size} bytes")
+    return parse(io.BytesIO(prefix + file.read(size)))
 
 
 def read_npy(file, max_bytes):

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -212,8 +213,18 @@ def _still_good(directory: Path) -> str:
 # ---------------------------------------------------------------------------------------------
 # Checking
 
+def _is(kind, path: Path) -> bool:
+    """Whether `path` is there and of a kind, stat.S_ISREG or S_ISDIR; OSError where the system does
+    not say, which pathlib takes for no from Python 3.14 on.
+    """
+    try:
+        return kind(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def _check_file(path: Path, entry: dict) -> None:
-    if not path.is_file():
+    if not _is(stat.S_ISREG, path):
         raise UserError(f"{path} is missing")
     if path.stat().st_size != entry["size"]:
         raise UserError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
@@ -233,9 +244,9 @@ def verify(path) -> int:
     Reads every byte. Raises UserError naming the file and what is wrong with it.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not _is(stat.S_ISDIR, path):
         raise UserError(f"{path} is not a checkpoint directory")
-    if not (path / "manifest.json").is_file():
+    if not _is(stat.S_ISREG, path / "manifest.json"):
         raise UserError(f"{path} has no manifest.json: it was not saved to the end")
     manifest = manifest_of(path)
     version, step, files = manifest.get("format"), manifest.get("step"), manifest["files"]

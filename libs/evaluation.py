@@ -11,7 +11,7 @@ import utils
 from libs import guidance, metrics, samplers, watch
 from libs.graphs import SamplingNetwork
 from libs.ops import fp8
-from libs.real_images import as_saved, can_be_measured, halves_baseline
+from libs.real_images import as_saved, halves_baseline
 from sde import eps_from_model
 from utils import UserError
 
@@ -234,25 +234,25 @@ def recipe_of(generator, features, real, n):
     return {"n": n, "features": features.name, "statistics": source, **generator.recipe()}
 
 
-def figures_of(mu, sigma, agreement, real, features, dataset, seed):
+def figures_of(mu, sigma, agreement, real, seed):
     """The figures of generated images whose features have mean mu and covariance sigma, and those
     of two halves of the real images where these are at hand.
     """
     distance = metrics.frechet_distance(mu, sigma, real.mu, real.sigma)
     figures = {"frechet_distance": distance, "class_agreement": agreement}
-    if can_be_measured(dataset) and len(dataset) >= 4:  # a half needs a covariance
-        figures["real_halves"] = halves_baseline(features, dataset, seed, mu.device)
+    if halves := halves_baseline(real, seed):
+        figures["real_halves"] = halves
     return figures
 
 
-def result_of(found, generator, features, real, dataset, n):
+def result_of(found, generator, features, real, n):
     """Frechet distance (FID with Inception features) of the n images that `measure` found to the
-    real ones, and the recipe: dict for the log. dataset: where real images are at hand, or None.
+    real ones, and the recipe: dict for the log.
     """
     moments, agreement = found
     mu, sigma = moments.mean_and_covariance()
     return {
-        **figures_of(mu, sigma, agreement, real, features, dataset, generator.seed),
+        **figures_of(mu, sigma, agreement, real, generator.seed),
         **recipe_of(generator, features, real, n),
     }
 

@@ -148,7 +148,7 @@ def manifold_figures(real, rows, device):
     return {"precision_recall": precision_recall(real.features, rows, device)}
 
 
-def figures(store, real, features, dataset, generator):
+def figures(store, real, features, generator):
     """The figures of a store whose images are all done; without real images, none."""
     if real is None:
         return {"frechet_distance": None, "class_agreement": None, "precision_recall": None}
@@ -157,7 +157,7 @@ def figures(store, real, features, dataset, generator):
     agreement = store.agreement() if classified else None
     mu, sigma = moments_of(rows, device)
     return {
-        **figures_of(mu, sigma, agreement, real, features, dataset, generator.seed),
+        **figures_of(mu, sigma, agreement, real, generator.seed),
         **manifold_figures(real, rows, device),
     }
 
@@ -235,8 +235,12 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
             require_own_place(output_path, png_folder, settings.adm_npz, recipe)
             require_own_folder(folder)
             stack.enter_context(utils.RunLock(folder, "--output_path"))
+            for path in filter(None, (output_path, settings.adm_npz)):
+                utils.remove_leftovers(Path(path).parent, name=Path(path).name)
+            if png_folder:
+                utils.remove_leftovers(png_folder)
             prepare(folder, png_folder, recipe, config, generator, features.dim)
-            batches = pending(folder, settings.mini_batch_size)
+            batches = pending(folder, settings.mini_batch_size, png_folder)
         batches = from_main_process(batches, accelerator)
         store, began = ImageStore(folder, png_folder), time.monotonic()
         own = batches[accelerator.process_index :: accelerator.num_processes]
@@ -247,10 +251,15 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
         accelerator.end_training()
         if not main:
             return
+        if lost := pending(folder, settings.mini_batch_size, png_folder):
+            raise UserError(
+                f"{sum(map(len, lost))} images that were made are not in {folder}, as another "
+                "process or machine overwrote or deleted them: run the same command again"
+            )
         made, seconds = sum(map(len, batches)), time.monotonic() - began
         speed = {"images_made_now": made, "img_s": made / seconds if made else None}
         result = {
-            **figures(store, real, features, dataset, generator), **speed, "ranks": all_ranks,
+            **figures(store, real, features, generator), **speed, "ranks": all_ranks,
             "mini_batch_size": settings.mini_batch_size, **recipe, "config": config.to_dict(),
             "environment": environment(),
         }  # fmt: skip

@@ -23,6 +23,7 @@ from ml_collections.config_flags import tuple_parser
 
 from configs import common
 from libs import watch
+from libs.run import one_line
 from utils import UserError, flatten
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -412,12 +413,6 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
     return types.SimpleNamespace(**parsed)
 
 
-def _one_line(text: str) -> str:
-    """Names out of files may hold line ends, a terminal's control sequences, or a megabyte."""
-    line = " ".join(text[:MAX_MESSAGE].split())
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-
-
 def _check_launcher() -> None:
     """UserError for a variable of the launchers that is no number, before anything reads it."""
     for name in "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE":
@@ -448,7 +443,7 @@ def _report(error: UserError) -> None:
     if "tqdm" in sys.modules:  # a bar that is drawn would be the start of our line
         for bar in list(sys.modules["tqdm"].tqdm._instances):
             bar.close()
-    print(f"error{where}: {_one_line(str(error))}", file=sys.stderr, flush=True)
+    print(f"error{where}: {one_line(str(error)[:MAX_MESSAGE])}", file=sys.stderr, flush=True)
 
 
 # Files that cannot be written, wherever it happens.

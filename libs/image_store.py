@@ -99,11 +99,15 @@ def create(folder, recipe, arrays):
     utils.write_json(folder / RECIPE, recipe)  # the last: what a kill leaves without it is remade
 
 
-def pending(folder, batch_size):
+def pending(folder, batch_size, png_folder=None):
     """Batches of `folder` that lack an image, as lists of indices. Batch b is images b * batch_size
-    and the next ones whatever is done, since other company may change an image's last bits.
+    and the next ones whatever is done, since other company may change an image's last bits. An
+    image that is no longer in png_folder, if there is one, is to be made again.
     """
-    done = RowFile(Path(folder) / "done.npy").read()
+    done = RowFile(Path(folder) / "done.npy").read() != MISSING
+    if png_folder:
+        there = set(os.listdir(png_folder))
+        done &= np.array([f"{i}.png" in there for i in range(len(done))])
     batches = (range(len(done))[i : i + batch_size] for i in range(0, len(done), batch_size))
     return [list(batch) for batch in batches if not done[batch.start : batch.stop].all()]
 
@@ -125,6 +129,11 @@ class RowFile:
             if size != self._start + self.shape[0] * self._row_bytes:
                 raise ValueError(f"it has {size} bytes, which its shape {self.shape} has not")
             self._file = open(path, "r+b")
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{path} is not there: every process must see the folder of --output_path, also on "
+                "other machines, and nobody may delete it meanwhile"
+            ) from error
         except Exception as error:  # broken headers raise many kinds
             self._refuse(error, error)
 
@@ -218,7 +227,9 @@ class ImageStore:
         """
         for file in filter(None, (self.features, self.done, self.pixels)):
             file.close()
-        for path in filter(_is_own, list(self.folder.iterdir())):
+        # The recipe first: what a kill leaves without it is remade.
+        own = sorted(filter(_is_own, self.folder.iterdir()), key=lambda path: path.name != RECIPE)
+        for path in own:
             with contextlib.suppress(OSError):
                 path.unlink()
         with contextlib.suppress(OSError):

@@ -1,7 +1,9 @@
 """Image files: which there are below a directory, their classes, and their pixels as squares."""
 
+import errno
 import math
 import os
+import stat
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -77,12 +79,28 @@ def read_image(path, crop):
     PIL raises many kinds of exceptions for broken files. ValueError for more than MAX_PIXELS, and
     for what is no plain file, such as a pipe, which would never be read to its end.
     """
-    if not os.path.isfile(path):
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("no plain file")
     with Image.open(path, formats=FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
         return np.ascontiguousarray(np.asarray(crop(_to_rgb(image))).transpose(2, 0, 1))
+
+
+# What a system says when it is short of something or its network is: another time the same file
+# can be read.
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
+
+
+def refuse_system_error(error, path):
+    """UserError where what `read_image` raised for `path` is not the image's fault."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
+        reason = getattr(error, "strerror", None) or "memory ran out"
+        raise UserError(
+            f"cannot read {path}: {reason}; once that is mended, the same command goes on"
+        ) from error
 
 
 def unreadable_reason(error):

@@ -27,7 +27,7 @@ class Outputs:
     def __init__(self, config, directory, accelerator, generator, dataset, state):
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.generator, self.dataset, self.state = generator, dataset, state
-        self.features, self.real_dataset = None, None  # of FID, from the first one on
+        self.features, self.real = None, None  # of FID, from the first one on
         self.fid_samples = config.train.fid_samples
         guided = config.train.mode == "cond" and config.sample.cfg and config.sample.scale
         if guided and not (config.dataset.cfg or config.nnet.pretrained_path):
@@ -113,20 +113,21 @@ class Outputs:
                 log.info("step %d: %s", step, "; ".join(evaluation.describe(result)))
 
     def real_side(self):
-        """The RealImages of FID, and its features, and the data set where that is measured: as
-        eval.py opens it, without the augmentation of training.
+        """The RealImages of FID, and its features, made once; where images are measured, as eval.py
+        opens them, without the augmentation of training.
         """
         config, device = self.config, self.accelerator.device
-        require_statistics(config, self.dataset)
-        if self.features is None:
-            self.real_dataset = dataset_of(config) if can_be_measured(self.dataset) else None
+        if self.real is None:
+            require_statistics(config, self.dataset)
+            dataset = dataset_of(config) if can_be_measured(self.dataset) else None
             self.features = metrics.make_features(
                 config.sample.features, config.sample.fid_weights_path, device
             )
-        return real_images(
-            config, self.features, self.real_dataset,
-            resolution=self.generator.image_shape[-1], device=device,
-        )  # fmt: skip
+            self.real = real_images(
+                config, self.features, dataset,
+                resolution=self.generator.image_shape[-1], device=device,
+            )  # fmt: skip
+        return self.real
 
     def by_all(self, part):
         """part() on every process; None on all, and no FID from now on, where it raises a UserError
@@ -156,6 +157,6 @@ class Outputs:
             return None
         return self.by_all(
             lambda: evaluation.result_of(
-                found, self.generator, self.features, real, self.real_dataset, n
+                found, self.generator, self.features, real, n
             )
         )

@@ -1,16 +1,19 @@
 """The real side of an evaluation: features of real images from a statistics file, or measured."""
 
+import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from datasets import LATENTS, dataset_of
-from libs import metrics
+from libs import metrics, watch
 from utils import UserError
 
 # Without a statistics file, a data set up to this size is measured on the spot.
 MEASURE_UP_TO = 10_000
+PASS = 50  # images of a pass through the feature network, 1 GB of Inception's activations
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class RealImages:
     sigma: torch.Tensor  # float64 (dim, dim)
     features: np.ndarray | None  # float32 (m, dim), of all or a random subset; for manifolds
     source: dict
+    right: np.ndarray | None = None  # bool (m,), which are classified right, of images at hand
 
 
 def as_saved(images):
@@ -56,22 +60,27 @@ def require_statistics(config, dataset):
         )
 
 
-def dataset_features(features, dataset, indices=None):
-    """Features float32 (n, dim) on the CPU of real images (all, or of `indices`), as 8-bit files
-    hold them; and the share that `features` classifies right, None where there are no classes.
+def dataset_features(features, dataset):
+    """Features float32 (n, dim) on the CPU of real images as 8-bit files hold them; and bool (n,),
+    which of them `features` classifies right, None where there are no classes.
     """
-    classify, right, rows = getattr(features, "classify", None), 0, []
-    if not dataset.num_classes:
-        classify = None
-    indices = list(range(len(dataset)) if indices is None else indices)
-    for start in range(0, len(indices), 500):
-        items = [dataset[(0, index)] for index in indices[start : start + 500]]
+    classify = getattr(features, "classify", None) if dataset.num_classes else None
+    rows, right = [], []
+    for start in range(0, len(dataset), PASS):
+        watch.beat("measuring real images")
+        items = [dataset[(0, i)] for i in range(start, min(start + PASS, len(dataset)))]
         images = as_saved(torch.stack([x for x, _ in items]).mul(0.5).add(0.5))
         rows.append(features(images).cpu())
         if classify is not None:
             labels = torch.tensor([int(y) for _, y in items])
-            right += (classify(images).cpu() == labels).sum().item()
-    return torch.cat(rows).numpy(), None if classify is None else right / len(indices)
+            right.append(classify(images).cpu() == labels)
+    return torch.cat(rows).numpy(), torch.cat(right).numpy() if right else None
+
+
+def _fingerprint(name, dataset):
+    """What tells a data set from another of the same length, for the recipe."""
+    files = json.dumps([getattr(dataset, "files", None), dataset.class_names]).encode()
+    return {"dataset": name, "files_sha256": hashlib.sha256(files).hexdigest()}
 
 
 def moments_of(rows, device):
@@ -109,9 +118,12 @@ def real_images(config, features, dataset, *, resolution, device):
     path = config.dataset.fid_stats
     if not path:
         require_measurable(config.dataset.name, dataset, resolution)
-        rows, _ = dataset_features(features, dataset)
-        source = {"file": None, "count": len(dataset), "known": True}
-        return RealImages(*moments_of(rows, device), rows, source)
+        rows, right = dataset_features(features, dataset)
+        source = {
+            "file": None, "count": len(dataset), "known": True,
+            "images": _fingerprint(config.dataset.name, dataset),
+        }  # fmt: skip
+        return RealImages(*moments_of(rows, device), rows, source, right)
     found = metrics.load_statistics(
         path, extractor=features.name, resolution=resolution, dim=features.dim
     )
@@ -119,16 +131,22 @@ def real_images(config, features, dataset, *, resolution, device):
     return RealImages(found.mu, found.sigma, found.features, source)
 
 
-def halves_baseline(features, dataset, seed, device):
-    """How two random halves of 4 or more real images compare, the floor for generated ones.
+def halves_baseline(real, seed):
+    """How two random halves of 4 or more real images at hand compare, the floor for generated ones.
 
     Returns:
-        {'frechet_distance': of the halves, 'class_agreement': of their mean, or None}.
+        {'frechet_distance': of the halves, 'class_agreement': of their mean, or None}; None where
+        there are too few, or only statistics.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    half = len(order) // 2
-    a, right_a = dataset_features(features, dataset, order[:half])
-    b, right_b = dataset_features(features, dataset, order[half:])
-    distance = metrics.frechet_distance(*moments_of(a, device), *moments_of(b, device))
-    agreement = None if right_a is None else (right_a + right_b) / 2
+    if real.source["file"] is not None or len(real.features) < 4:  # a half needs a covariance
+        return None
+    order = torch.randperm(
+        len(real.features), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    halves = order[: len(order) // 2], order[len(order) // 2 :]
+    moments = [moments_of(real.features[half], real.mu.device) for half in halves]
+    agreement = None
+    if real.right is not None:
+        agreement = float(np.mean([real.right[half].mean() for half in halves]))
+    distance = metrics.frechet_distance(*moments[0], *moments[1])
     return {"frechet_distance": distance, "class_agreement": agreement}

@@ -126,6 +126,18 @@ class _LogFile(logging.FileHandler):
             print(f"warning: cannot write {self.baseFilename}: {error.strerror}", file=sys.stderr)
 
 
+def one_line(text: str) -> str:
+    """`text` on one line: names out of files may hold line ends and a terminal's control sequences.
+    """
+    line = " ".join(text.split())
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+class _Formatter(logging.Formatter):
+    def formatMessage(self, record):
+        return one_line(super().formatMessage(record))
+
+
 def _show_warning(message, category, filename, lineno, file=None, line=None, *, others):
     """warnings.showwarning: the project's own are lines of the log, others are shown as ever."""
     if Path(filename).parent in (_CHECKOUT, _CHECKOUT / "libs"):
@@ -146,7 +158,7 @@ def get_logger(directory, rank: int) -> logging.Logger:
         handler.close()
     file_handler = _LogFile(Path(directory) / "output.log", encoding="utf-8")
     mark = f"rank {rank} " if rank else ""
-    formatter = logging.Formatter(f"%(asctime)s {mark}%(levelname)s %(message)s")
+    formatter = _Formatter(f"%(asctime)s {mark}%(levelname)s %(message)s")
     for handler in file_handler, _ConsoleHandler():
         handler.setFormatter(formatter)
         logger.addHandler(handler)

@@ -14,6 +14,7 @@ reads everything and compares checksums.
 import contextlib
 import hashlib
 import json
+import math
 import os
 import sys
 import time
@@ -32,7 +33,7 @@ from libs import flags, run, watch
 from libs.autoencoder import load_autoencoder
 from libs.feature_writer import Packing, ShardWriter, make_settings
 from libs.features import Features
-from libs.images import unreadable_reason
+from libs.images import refuse_system_error, unreadable_reason
 from libs.launch import make_accelerator
 from libs.weights import listed
 
@@ -62,6 +63,7 @@ FLAGS = {
     "skip_unreadable": (bool, False, "let the next image stand in for one that cannot be read"),
     "verify": (bool, False, "only compare the checksums of the latents in --output"),
 }  # fmt: skip
+MAX_SHARDS = 50_000  # each is a memory map, of which Linux allows 65,530
 RANGES = {
     "resolution": flags.RANGES["dataset.resolution"],
     "batch_size": flags.RANGES["train.batch_size"],
@@ -88,6 +90,13 @@ def settings_of(args, images, autoencoder):
     if rest:
         raise utils.UserError(
             f"--resolution is {args.resolution}, it must be a multiple of {autoencoder.downsample}"
+        )
+    shards = math.ceil(len(images) / args.images_per_shard)
+    if shards > MAX_SHARDS:
+        raise utils.UserError(
+            f"--images_per_shard={args.images_per_shard} makes {shards:,} shards, more than the "
+            f"{MAX_SHARDS:,} that can be opened at once: take "
+            f"{math.ceil(len(images) / MAX_SHARDS)} or more"
         )
     listing = json.dumps([images.files, images.class_names]).encode()
     return make_settings(
@@ -131,6 +140,7 @@ class Pixels(Dataset):
                 return pixels, note and {**note, "source": source}
             except Exception as error:  # noqa: BLE001 - PIL raises many kinds, bombs included
                 file = str(self.images.root / self.images.files[image])
+                refuse_system_error(error, file)
                 note = note or {"image": image, "file": file, "reason": unreadable_reason(error)}
         return torch.zeros(self.images.shape, dtype=torch.uint8), {**note, "source": None}
 
@@ -286,6 +296,7 @@ def deal(accelerator, packing):
     if accelerator.is_main_process:
         missing = [None if packing.begin() else packing.missing()]
     broadcast_object_list(missing)
+    watch.beat(watch.WAITING)  # also of a process that has nothing to do, and goes
     if missing[0] is None:
         return None
     return missing[0][accelerator.process_index :: accelerator.num_processes]

@@ -263,6 +263,29 @@ def test_packed_statistics(tmp_path, monkeypatch, method):
     assert peak.grown > 60 * MIB, "the attack is a real one"
 
 
+@pytest.mark.parametrize("kind", ["statistics", "latents", "sparse file"])
+def test_a_long_npy_header(tmp_path, kind):
+    """numpy reads what its length claims, up to 4 GiB, before it looks at it."""
+    size = 256 * MIB
+    start = b"\x93NUMPY\x02\x00" + size.to_bytes(4, "little")
+    path = tmp_path / ("0.npy" if kind == "sparse file" else "0.npy.npz")
+    if kind == "sparse file":
+        path.write_bytes(start)
+        os.truncate(path, len(start) + size)
+    else:
+        name = "mu.npy" if kind == "statistics" else "z.npy"
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            with archive.open(name, "w") as file:
+                file.write(start)
+                for _ in range(size // MIB):
+                    file.write(b" " * MIB)
+    with refused(path, f"header claims {size} bytes"):
+        if kind == "statistics":
+            metrics.load_statistics(path, extractor="x", resolution=8)
+        else:
+            read_feature_file(path)
+
+
 def test_a_short_array_in_a_long_member(tmp_path):
     """bzip2 unpacks a piece as a whole: 8 numbers would cost what the member holds."""
     path = tmp_path / "0.npy.npz"

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import stat
 import subprocess
 import sys
 import textwrap
@@ -217,6 +218,29 @@ def test_what_the_system_does_not_let_us_read_is_not_taken_for_damaged(tmp_path,
 
     monkeypatch.setattr("builtins.open", refusing)
     with pytest.raises(UserError, match=r"cannot read checkpoint .*2.ckpt \(Permission denied\)"):
+        checkpoint.latest(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "training.pt", "manifest.json"])
+def test_what_the_system_does_not_know_is_not_taken_for_missing(tmp_path, monkeypatch, name):
+    """As pathlib does from Python 3.14 on."""
+    save_step(tmp_path, 1)
+    newest, asked = save_step(tmp_path, 2), os.stat
+
+    def stale(path, *args, **keywords):
+        if Path(path) == newest / name:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+        return asked(path, *args, **keywords)
+
+    def quiet(self):
+        try:
+            return stat.S_ISREG(os.stat(self).st_mode)
+        except OSError:
+            return False
+
+    monkeypatch.setattr(os, "stat", stale)
+    monkeypatch.setattr(Path, "is_file", quiet)
+    with pytest.raises(UserError, match=r"cannot read checkpoint .*2.ckpt \(Stale file handle\)"):
         checkpoint.latest(tmp_path)
 
 

@@ -1,5 +1,6 @@
 """Data sets against files in their true formats, hostile ones included, and the training order."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -14,6 +15,7 @@ import urllib.error
 import warnings
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -497,6 +499,23 @@ def test_an_unreadable_image_is_replaced_by_the_next(tmp_path, kind):
         assert y == {2: 1, 5: 0}.get(i, expected[i][1])
     named = [str(warning.message) for warning in warned]
     assert len(named) == 2 and "05.png" in named[0] and "02.png" in named[1] and len(broken) == 6
+
+
+@pytest.mark.parametrize("error, says", [
+    (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
+    (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
+    (MemoryError(), "memory ran out"),
+])  # fmt: skip
+def test_a_passing_error_of_the_system_replaces_no_image(tmp_path, monkeypatch, error, says):
+    """The image is there again afterwards: another in its place would stay for the whole run."""
+    write_folder(tmp_path)
+    folder = get_dataset("folder", path=tmp_path, resolution=8)
+    expected = folder[0, 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(images.Image, "open", Mock(side_effect=error))
+        with pytest.raises(UserError, match=f"cannot read .*bee/03.png: {says}; once"):
+            folder[0, 3]
+    assert not folder.unreadable and torch.equal(folder[0, 3][0], expected[0])
 
 
 def test_too_many_unreadable_images_end_the_run(tmp_path):

@@ -1,5 +1,6 @@
 """Evaluations that are interrupted, what they refuse, and what they write."""
 
+import contextlib
 import importlib
 import json
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,7 +24,7 @@ from datasets import dataset_of
 from libs import evaluation, evaluation_run, flags, metrics
 from libs.codec import PixelCodec
 from libs.evaluation import ImageGenerator
-from libs.image_store import ImageStore, compared
+from libs.image_store import ImageStore, compared, create, pending
 from libs.launch import Precision, make_accelerator
 from libs.metrics import DigitsClassifier, DigitsClassifierFeatures, save_statistics
 from libs.models import build_model
@@ -142,6 +144,61 @@ def undisturbed(files, tmp_path_factory):
 
 # ---------------------------------------------------------------------------------------------
 # Interruptions
+
+
+def test_pictures_that_are_gone_are_made_again(files, undisturbed, tmp_path, monkeypatch):
+    """The images' rows were kept, but the folder of pictures was cleaned meanwhile."""
+    changes = dict(sample__sample_steps=20, sample__path=str(tmp_path / "png"))
+    interrupted(tmp_path, files, monkeypatch, 3, **changes)
+    shutil.rmtree(tmp_path / "png")
+    (tmp_path / "png").mkdir()
+    (tmp_path / "png" / ".4.png.123.tmp").touch()  # of a kill
+    found = evaluate(tmp_path, files, **changes)
+    assert figures(found) == figures(undisturbed[1]) and found["images_made_now"] == N
+    assert pictures(tmp_path).any() and not list((tmp_path / "png").glob(".*"))
+
+
+def test_images_that_were_lost_meanwhile_are_told(files, tmp_path, monkeypatch):
+    """As another machine can on a network file system: their zeros are no features."""
+    write = ImageStore.write
+
+    def losing(self, indices, *arguments):
+        write(self, indices, *arguments)
+        self.done.write(0, np.zeros(1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageStore, "write", losing)
+        with pytest.raises(UserError, match=f"{BATCH} images that were made are not in .*again"):
+            evaluate(tmp_path, files)
+    assert not (tmp_path / "result.json").exists()
+    assert evaluate(tmp_path, files)["images_made_now"] == BATCH
+
+
+def test_a_kill_while_the_store_is_removed_leaves_none_that_looks_damaged(tmp_path, monkeypatch):
+    arrays = {"features": ((4, 2), np.float32), "done": ((4,), np.uint8)}
+    for deletions in range(1, 4):
+        folder = tmp_path / str(deletions)
+        folder.mkdir()
+        create(folder, {"n": 4}, arrays)
+        left, unlink = iter(range(deletions)), Path.unlink
+
+        def killed(self, *arguments, left=left, unlink=unlink, **keywords):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            unlink(self, *arguments, **keywords)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", killed)
+            with contextlib.suppress(KeyboardInterrupt):
+                ImageStore(folder).remove()
+        folder.mkdir(exist_ok=True)
+        create(folder, {"n": 4}, arrays)
+        assert len(pending(folder, 2)) == 2
+
+
+def test_a_store_that_another_process_does_not_see_is_told(tmp_path):
+    with pytest.raises(UserError, match="features.npy is not there: every process must see"):
+        ImageStore(tmp_path)
 
 
 def kill(process):
@@ -375,6 +432,8 @@ def test_the_npz_of_adm_has_the_pictures(undisturbed):
 def test_the_recipe_is_whole(undisturbed, files, capsys):
     folder, result = undisturbed
     assert result["weights"]["sha256"] == metrics.sha256_of(files / "a.safetensors")
+    images = result["statistics"].pop("images")
+    assert images["dataset"] == "digits" and len(images["files_sha256"]) == 64
     assert result["statistics"] == {"file": None, "count": 1797, "known": True}
     assert result["features"].startswith("digits_classifier-") and result["img_s"] > 0
     assert result["n"] == N and result["nnet"]["dim"] == 16 and result["labels"] == "balanced"
@@ -438,6 +497,7 @@ class FirstDigits:
     def __init__(self, length, whole):
         self.length, self.whole = length, whole
         self.shape, self.num_classes = whole.shape, whole.num_classes
+        self.class_names = None
 
     def __len__(self):
         return self.length
@@ -473,7 +533,7 @@ def test_real_images_that_do_not_fit_are_refused(tmp_path):
     real = measured(2, 8)
     for length in (3, 4):
         found = evaluation.figures_of(
-            real.mu, real.sigma, None, real, FirstPixels(), FirstDigits(length, whole), 0
+            real.mu, real.sigma, None, measured(length, 8), 0
         )
         assert ("real_halves" in found) == (length == 4)
 
@@ -491,7 +551,19 @@ def test_a_data_set_that_is_not_needed_is_not_opened(tmp_path, changes):
 def test_images_without_classes_have_no_agreement(tmp_path):
     for mode, expected in (("cond", True), ("uncond", False)):
         dataset = FirstDigits(20, dataset_of(parse(tmp_path, train__mode=mode).config))
-        assert (dataset_features(FirstPixels(), dataset)[1] is not None) == expected
+        rows, right = dataset_features(FirstPixels(), dataset)
+        assert rows.shape == (20, 2) and (right is not None) == expected
+    labels = [y for _, y in (dataset_of(parse(tmp_path).config)[0, i] for i in range(20))]
+    right = dataset_features(FirstPixels(), FirstDigits(20, dataset_of(parse(tmp_path).config)))[1]
+    assert right.tolist() == [y == 0 for y in labels]
+
+
+def test_measuring_real_images_is_progress(tmp_path, monkeypatch):
+    """Of a run of several processes whose others wait: else the watch would end it."""
+    beats = []
+    monkeypatch.setattr("libs.watch.beat", beats.append)
+    dataset_features(FirstPixels(), FirstDigits(101, dataset_of(parse(tmp_path).config)))
+    assert beats == ["measuring real images"] * 3
 
 
 def outputs_of(tmp_path, others_failed=0, **changes):

@@ -4,10 +4,12 @@ On generated images and a tiny autoencoder, in this process, in processes that a
 accelerate launch.
 """
 
+import importlib
 import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from test_bad_input import (  # noqa: F401
 )
 
 from datasets import get_dataset
+from libs import watch
 from libs.autoencoder import load_autoencoder, to_ldm
 from libs.features import Features
 from utils import UserError
@@ -112,6 +115,29 @@ def copied(folder, to, without=()):
 
 
 # ------------------------------------------------------------ what is written
+
+
+def test_a_process_without_a_shard_waits_for_the_others(monkeypatch):
+    """One that never said so would count as frozen, and end them."""
+    script, beats = importlib.import_module("scripts.extract_imagenet_feature"), []
+    monkeypatch.setattr("libs.watch.beat", beats.append)
+    packing = SimpleNamespace(begin=lambda: False, missing=lambda: [4, 7])
+    monkeypatch.setattr(script, "broadcast_object_list", lambda found: None)
+    for rank, expected in (0, [4]), (1, [7]), (2, []):
+        accelerator = SimpleNamespace(
+            is_main_process=rank == 0, process_index=rank, num_processes=3
+        )
+        if rank:
+            monkeypatch.setattr(
+                script, "broadcast_object_list", lambda found: found.__setitem__(0, [4, 7])
+            )
+        assert script.deal(accelerator, packing) == expected
+    assert beats == [watch.WAITING] * 3
+
+
+def test_more_shards_than_can_be_opened_are_refused(refused, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.extract_imagenet_feature.MAX_SHARDS", 3)
+    refused(words_for(inputs, tmp_path / "latents"), "makes 4 shards, more than", "take 5 or more")
 
 
 def test_records_are_the_autoencoders_moments(whole, inputs):

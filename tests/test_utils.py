@@ -466,10 +466,10 @@ def test_log_goes_to_file_and_console_by_rank(tmp_path, capsys):
     logger.info("second run")
     other = run.get_logger(tmp_path, rank=3)
     other.info("silent")
-    other.warning("odd image")
+    other.warning("odd %s", "im\nage\x1b[2J")
     lines = (tmp_path / "output.log").read_text().splitlines()
     assert [line.split(" ", 2)[2] for line in lines] == [
-        "INFO first run", "INFO second run", "rank 3 WARNING odd image"]
+        "INFO first run", "INFO second run", r"rank 3 WARNING odd im age\x1b[2J"]
     assert capsys.readouterr().err.splitlines() == lines
     other.handlers.clear()
 
@@ -586,6 +586,10 @@ def test_what_was_left_behind_is_removed(tmp_path):
         (tmp_path / name).touch()
     utils.remove_leftovers(tmp_path, tmp_path / "absent")
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "mine.tmp"]
+    for name in (".a[1].npz.5.tmp", ".b.npz.5.tmp"):
+        (tmp_path / name).touch()
+    utils.remove_leftovers(tmp_path, name="a[1].npz")
+    assert sorted(os.listdir(tmp_path)) == [".b.npz.5.tmp", ".lock", "config.json", "mine.tmp"]
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path):
