@@ -145,18 +145,6 @@ def test_a_second_run_in_the_directory_is_refused(tmp_path):
     assert len(error) == 1 and str(first.pid) in error[0] and "Traceback" not in output
 
 
-def test_settings_of_the_optimizer_are_the_config_s(tmp_path):
-    """As the log says of a changed value, its averages stay."""
-    runs.train(tmp_path, train__n_steps=4)
-    changes = {"optimizer__weight_decay": 0.5, "optimizer__betas": "(0,0.5)"}
-    output = runs.train(tmp_path, train__n_steps=8, **changes)
-    assert "optimizer.weight_decay: 0.03 -> 0.5" in output
-    state = torch.load(tmp_path / "ckpts" / "8.ckpt" / "training.pt", weights_only=True)
-    (group,) = state["optimizer"]["param_groups"]
-    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0, 0.5)
-    assert state["optimizer"]["state"][0]["step"] == 8
-
-
 @pytest.mark.parametrize(
     "key, value",
     [("step", -1e300), ("step", float("nan")), ("betas", (1.5, 0.9)), ("lr", float("inf"))],

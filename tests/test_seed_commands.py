@@ -182,14 +182,19 @@ def test_evaluation(place, trained_256, trained_512, name, side):
     assert standard == 1 + result["guidance_scale"] and f"w = {standard:g}" in log
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_training_of_the_smaller_networks(place):
+def test_training_of_the_latent_l(place):
     words = command("train_ldm_discrete.py", "imagenet256_L_DiM.py")
     data = {"dataset.path": place / "ImageNet", **sizes(1)}
     log = run(words, {"workdir": place / "L"} | config_options(
         autoencoder(place), NETWORK, TRAINING, data, train__grid_samples=0,
     ))  # fmt: skip
     assert "ranks [0, 1]" in log and (place / "L" / "ckpts" / "4.ckpt").is_dir()
+
+
+@pytest.mark.timeout(900)
+def test_cifar10(place):
     words = command("train.py", "cifar10_S_DiM.py")
     log = run(words, {"workdir": place / "S"} | config_options(
         NETWORK, TRAINING, dataset__path=place, nnet__num_classes=10, train__grid_samples=0,

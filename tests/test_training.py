@@ -211,6 +211,19 @@ def test_the_disk_is_full(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
 
 
+def test_settings_of_the_optimizer_are_the_config_s(tmp_path):
+    """As the log says of a changed value, its averages stay."""
+    train(tmp_path, config_of(train__n_steps=2, train__grid_samples=0))
+    AcceleratorState._reset_state()
+    changes = {"optimizer__weight_decay": 0.5, "optimizer__betas": (0.0, 0.5)}
+    train(tmp_path, config_of(train__n_steps=4, train__grid_samples=0, **changes))
+    assert "optimizer.weight_decay: 0.03 -> 0.5" in (tmp_path / "output.log").read_text()
+    state = checkpoint.load(tmp_path / "ckpts" / "4.ckpt").training_state["optimizer"]
+    (group,) = state["param_groups"]
+    assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0, 0.5)
+    assert state["state"][0]["step"] == 4
+
+
 def test_run_directory_holds_config_commit_versions_and_devices(tmp_path):
     config = config_of()
     train(tmp_path, config)
@@ -331,6 +344,7 @@ def write_cifar10(folder, count=20):
     return folder
 
 
+@pytest.mark.slow
 def test_cifar10_config_trains_two_steps_on_files_in_its_format(tmp_path):
     """The published configuration, 50.6M parameters, from a packed archive; only the batch is
     smaller and the sampling short.
