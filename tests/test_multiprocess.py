@@ -102,6 +102,7 @@ def test_several_processes_without_multi_gpu_stop(tmp_path):
     assert not (tmp_path / "metrics.jsonl").exists() and not (tmp_path / "ckpts").exists()
 
 
+@pytest.mark.slow
 def test_scripts_run_from_another_directory(tmp_path):
     """Where `import datasets` would find Hugging Face's, had the checkout not been put first."""
     weights, out = tmp_path / "classifier.safetensors", tmp_path / "stats" / "digits.npz"

@@ -155,7 +155,8 @@ def trained_512(place, trained_256):
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name, side", [
-    ("imagenet256_H_DiM", 1), ("imagenet512_H_DiM_ft", 2), ("imagenet512_H_DiM_upsample_test", 4),
+    pytest.param("imagenet256_H_DiM", 1, marks=pytest.mark.slow),
+    ("imagenet512_H_DiM_ft", 2), ("imagenet512_H_DiM_upsample_test", 4),
     pytest.param("imagenet512_H_DiM_upsample_3x_test", 6, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_evaluation(place, trained_256, trained_512, name, side):
