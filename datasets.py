@@ -7,8 +7,10 @@ scikit-learn: accelerate may look for Hugging Face's package of the same name an
 """
 
 import functools
+import hashlib
 import importlib.util
 import itertools
+import json
 import warnings
 from pathlib import Path
 
@@ -37,10 +39,10 @@ class ImageDataset(Dataset):
     Attributes: `shape` (C, H, W); `num_classes`, 0 for none; `labels`, int64 array (length,) or
     None, known without reading an image; `preprocessing`, a note for the records of statistics;
     `latent`, whether items are an autoencoder's moments instead of images; `class_names`, by
-    number, None where they have none.
+    number, and `files`, None where there are none.
     """
 
-    preprocessing, latent, class_names = "none", False, None
+    preprocessing, latent, class_names, files = "none", False, None, None
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
         self.length, self.shape, self.random_flip, self.seed = length, shape, random_flip, seed
@@ -49,6 +51,11 @@ class ImageDataset(Dataset):
 
     def __len__(self):
         return self.length
+
+    def list_sha256(self):
+        """Of the names of files and classes: what tells a folder from another, without reading."""
+        listing = json.dumps([self.files, self.class_names]).encode()
+        return hashlib.sha256(listing).hexdigest()
 
     def _read(self, epoch, index):
         """The image as float32 (C, H, W) in [-1, 1], and the index it was read from."""

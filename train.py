@@ -11,7 +11,13 @@ import utils
 from datasets import dataset_of
 from libs import flags
 from libs.codec import PixelCodec
-from libs.models import build_model, check_data, check_kind, start_from
+from libs.models import (
+    build_model,
+    check_data,
+    check_kind,
+    require_trained_labels,
+    start_from,
+)
 from libs.training import train
 from sde import VPSDE
 
@@ -21,6 +27,7 @@ FLAGS = flags.TRAINING
 def main(args):
     config = args.config
     check_kind(config, latent=False)
+    require_trained_labels(config, utils.flatten(config), "the config")
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     dataset = dataset_of(config, augmented=True)
     model = build_model(config.nnet, seed=config.seed)

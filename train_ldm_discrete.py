@@ -10,7 +10,14 @@ import utils
 from datasets import dataset_of
 from libs import flags
 from libs.codec import latent_codec
-from libs.models import build_model, check_codec, check_data, check_kind, start_from
+from libs.models import (
+    build_model,
+    check_codec,
+    check_data,
+    check_kind,
+    require_trained_labels,
+    start_from,
+)
 from libs.training import train
 from sde import DiscreteSchedule
 
@@ -20,6 +27,7 @@ FLAGS = flags.TRAINING
 def main(args):
     config = args.config
     check_kind(config, latent=True)
+    require_trained_labels(config, utils.flatten(config), "the config")
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     dataset = dataset_of(config, augmented=True)
     model = build_model(config.nnet, seed=config.seed)

@@ -4,6 +4,7 @@ Layer 0: imports nothing of ours, nor accelerate; torch and Pillow where they ar
 """
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -14,6 +15,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 from ml_collections import config_dict
@@ -50,6 +52,19 @@ def make_directory(path) -> Path:
     return Path(path)
 
 
+def listed(names):
+    """The first three names, and how many more."""
+    names = list(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+# What a system says when it is short of something or its network is: another time the same file
+# can be read.
+PASSING_ERRORS = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
+}  # fmt: skip
+
+
 def require_place(path) -> None:
     """UserError unless a picture can be put at `path`: a .png, in a directory that is there."""
     path = Path(path)
@@ -62,12 +77,18 @@ def require_place(path) -> None:
 
 
 def file_to_write(path, name):
-    """`path` as a Path, its directory made; UserError for a directory. name: of the flag."""
+    """`path` as a Path, its directory made; UserError for a directory, and where no file can be
+    made, now and not after hours. name: of the flag.
+    """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a directory: {name} is the file to write")
     make_directory(path.parent)
-    return path
+    try:
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent):
+            return path
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}): give another {name}") from error
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.weights import listed, read_safetensors, read_torch, sha256_of
-from utils import UserError, read_json
+from libs.weights import read_safetensors, read_torch, sha256_of
+from utils import UserError, listed, read_json
 
 SCALE_FACTOR = 0.18215  # Stable Diffusion's latents get about unit variance by it
 NORM_GROUPS = 32

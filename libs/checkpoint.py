@@ -21,14 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from libs.weights import manifest_of, read_safetensors, read_torch, sha256_of
-from utils import UserError, read_json, write_json
+from utils import PASSING_ERRORS, UserError, read_json, write_json
 
 FORMAT = 1
 _FILES = ("nnet.safetensors", "nnet_ema.safetensors", "training.pt", "config.json")
 _LOGGER = logging.getLogger("dim")
 
 # A disk or its rights that say no, which is not the file's fault.
-_UNREADABLE = {errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT}
+_UNREADABLE = PASSING_ERRORS | {errno.EACCES, errno.EPERM}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from utils import UserError
 log = logging.getLogger("dim")
 
 # DDP's, of a DiM's two depthwise convolutions: strides differ in the axis of size 1 alone.
-HARMLESS = r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, 1, 3, 3\]"
+_HARMLESS = r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, 1, 3, 3\]"
 
 
 class Engine:
@@ -41,7 +41,7 @@ class Engine:
         if graphed:
             capture = graphs.CudaCapture(accelerator.device)
             network = graphs.GraphedTraining(network, capture.both_ways)
-        warnings.filterwarnings("ignore", HARMLESS, UserWarning)
+        warnings.filterwarnings("ignore", _HARMLESS, UserWarning)
         self.model = accelerator.prepare_model(network)
 
     def is_active(self):

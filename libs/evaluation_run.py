@@ -3,7 +3,6 @@ written beside each other.
 """
 
 import contextlib
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -80,18 +79,6 @@ def require_own_place(output_path, png_folder, adm_npz, recipe):
             raise UserError(f"{png_folder} holds pictures that are not this evaluation's: {remedy}")
 
 
-def require_creatable(path, name):
-    """UserError unless a new file can be made at `path`, now and not after hours. name: of the
-    flag.
-    """
-    path = utils.file_to_write(path, name)
-    try:
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): give another {name}") from error
-
-
 def prepare(folder, png_folder, recipe, config, generator, dim):
     """Make or find the files of the images, by the main process, which holds the folder's lock.
 
@@ -104,6 +91,7 @@ def prepare(folder, png_folder, recipe, config, generator, dim):
         arrays["pixels"] = ((n, height, width, 3), np.uint8)
     create(folder, recipe, arrays)
     if png_folder:
+        utils.remove_leftovers(png_folder)
         utils.write_json(png_folder / RECIPE, recipe)
 
 
@@ -131,6 +119,15 @@ def make_images(store, generator, features, batches, *, quiet):
             writing = writer.submit(store.write, indices, rows, agrees, pixels)
         if writing:
             writing.result()
+
+
+def require_all(folder, mini_batch_size, png_folder):
+    """UserError unless every image is there, once all processes are through."""
+    if lost := pending(folder, mini_batch_size, png_folder):
+        raise UserError(
+            f"{sum(map(len, lost))} images that were made are not in {folder}, as another process "
+            "or machine overwrote or deleted them: run the same command again"
+        )
 
 
 def manifold_figures(real, rows, device):
@@ -230,15 +227,13 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
         if main:
             utils.file_to_write(output_path, "--output_path")
             if settings.adm_npz:
-                require_creatable(settings.adm_npz, "--config.sample.adm_npz")
+                utils.file_to_write(settings.adm_npz, "--config.sample.adm_npz")
             recipe = whole_recipe(generator, features, real, config, args.nnet_path, changes)
             require_own_place(output_path, png_folder, settings.adm_npz, recipe)
             require_own_folder(folder)
             stack.enter_context(utils.RunLock(folder, "--output_path"))
             for path in filter(None, (output_path, settings.adm_npz)):
                 utils.remove_leftovers(Path(path).parent, name=Path(path).name)
-            if png_folder:
-                utils.remove_leftovers(png_folder)
             prepare(folder, png_folder, recipe, config, generator, features.dim)
             batches = pending(folder, settings.mini_batch_size, png_folder)
         batches = from_main_process(batches, accelerator)
@@ -251,11 +246,7 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
         accelerator.end_training()
         if not main:
             return
-        if lost := pending(folder, settings.mini_batch_size, png_folder):
-            raise UserError(
-                f"{sum(map(len, lost))} images that were made are not in {folder}, as another "
-                "process or machine overwrote or deleted them: run the same command again"
-            )
+        require_all(folder, settings.mini_batch_size, png_folder)
         made, seconds = sum(map(len, batches)), time.monotonic() - began
         speed = {"images_made_now": made, "img_s": made / seconds if made else None}
         result = {

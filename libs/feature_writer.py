@@ -26,8 +26,16 @@ from libs.features import (
     shard_name,
     shard_records,
 )
-from libs.weights import listed, sha256_of
-from utils import UserError, config_differences, make_directory, read_json, replacing, write_json
+from libs.weights import sha256_of
+from utils import (
+    UserError,
+    config_differences,
+    listed,
+    make_directory,
+    read_json,
+    replacing,
+    write_json,
+)
 
 PLAN = "plan.json"
 _STATE = {**SHARD_ENTRY, "stand_ins": dict}

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from libs.weights import listed, sha256_of
-from utils import UserError, read_json
+from libs.weights import sha256_of
+from utils import UserError, listed, read_json
 
 MANIFEST, LABELS = "manifest.json", "labels.bin"
 FORMAT = "DiM latents 1"

@@ -24,7 +24,7 @@ from ml_collections.config_flags import tuple_parser
 from configs import common
 from libs import watch
 from libs.run import one_line
-from utils import UserError, flatten
+from utils import UserError, flatten, listed
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -77,9 +77,8 @@ def _check_complete(path: str, config) -> None:
         if key not in found or (found[key] is None and default is not None)
     ]  # fmt: skip
     if absent:
-        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         raise FlagError(
-            f"config file {path} has no value for {', '.join(absent[:3])}{more}: a config file "
+            f"config file {path} has no value for {listed(absent)}: a config file "
             "starts from configs.common.get_config() and gives it an nnet, as "
             "configs/digits_T_DiM.py does"
         )

@@ -1,6 +1,5 @@
 """Image files: which there are below a directory, their classes, and their pixels as squares."""
 
-import errno
 import math
 import os
 import stat
@@ -8,7 +7,7 @@ import stat
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from utils import UserError
+from utils import PASSING_ERRORS, UserError
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 # PIL's decoders of those, and of GIF, which often has another's name; of any other file PIL would
@@ -87,16 +86,9 @@ def read_image(path, crop):
         return np.ascontiguousarray(np.asarray(crop(_to_rgb(image))).transpose(2, 0, 1))
 
 
-# What a system says when it is short of something or its network is: another time the same file
-# can be read.
-_PASSING = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
-}  # fmt: skip
-
-
 def refuse_system_error(error, path):
     """UserError where what `read_image` raised for `path` is not the image's fault."""
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) in _PASSING:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in PASSING_ERRORS:
         reason = getattr(error, "strerror", None) or "memory ran out"
         raise UserError(
             f"cannot read {path}: {reason}; once that is mended, the same command goes on"

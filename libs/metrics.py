@@ -317,12 +317,17 @@ def save_statistics(
         np.savez(file, **arrays)
 
 
-def _read_arrays(path):
-    """The file's arrays by name, pickled objects refused, and its sha256."""
+def require_file(path):
+    """UserError unless there is a statistics file at `path`."""
     if not Path(path).is_file():
         raise UserError(
             f"the statistics {path} do not exist: scripts/compute_fid_stats.py makes them"
         )
+
+
+def _read_arrays(path):
+    """The file's arrays by name, pickled objects refused, and its sha256."""
+    require_file(path)
     try:
         return read_npz(path, _ARRAYS, MAX_STATISTICS_BYTES), sha256_of(path)
     except Exception as error:  # broken zip members and array headers raise many kinds

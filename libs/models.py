@@ -13,8 +13,8 @@ from libs.dim import DiM
 from libs.mamba import Mamba
 from libs.official import from_official, is_official, load_checkpoint, resize_state
 from libs.uvit import UViT
-from libs.weights import listed, load_strict, weights_file
-from utils import UserError, flatten, read_json
+from libs.weights import load_strict, weights_file
+from utils import UserError, flatten, listed, read_json
 
 log = logging.getLogger("dim")
 
@@ -176,9 +176,10 @@ def config_beside(path):
 _UNSEEN = ("pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads")
 
 
-def _require_trained_labels(config, saved, beside):
+def require_trained_labels(config, saved, source):
     """UserError where `config` asks for labels that the run of the flat config `saved` never
-    trained: classes, or the label of none, which guidance and unconditional pictures need.
+    trains: classes, or the label of none, which guidance and unconditional pictures need. source:
+    what says so.
     """
     if saved.get("nnet.pretrained_path"):  # those may know more than this run did
         return
@@ -186,16 +187,16 @@ def _require_trained_labels(config, saved, beside):
     dropped = saved.get("dataset.cfg") and saved.get("dataset.p_uncond")
     if conditional and saved.get("train.mode") == "uncond":
         raise UserError(
-            f"train.mode is 'cond', but the weights were trained without classes, says {beside}: "
+            f"train.mode is 'cond', but the weights were trained without classes, says {source}: "
             "use their config, or --config.train.mode=uncond"
         )
     if saved.get("train.mode") == "cond" and not dropped:
         if not conditional or (settings.cfg and settings.scale):
             what = "guidance is" if conditional else "images without classes are"
             raise UserError(
-                f"{what} asked for, but the weights were trained with a class for every image, "
-                f"says {beside} (dataset.cfg): draw classes without guidance, "
-                "--config.train.mode=cond --config.sample.cfg=False"
+                f"{what} asked for, but every image is trained with its class, says {source} "
+                "(dataset.cfg, dataset.p_uncond): train with --config.dataset.cfg=True, or draw "
+                "classes without guidance, --config.train.mode=cond --config.sample.cfg=False"
             )
 
 
@@ -216,7 +217,7 @@ def require_same(config, path):
                 f"{key} is {own[key]!r}, but the weights were trained with {saved[key]!r}, says "
                 f"{beside}: use their config, or --config.{key}={saved[key]}"
             )
-    _require_trained_labels(config, saved, beside)
+    require_trained_labels(config, saved, beside)
 
 
 def load_into(model, path):

@@ -13,13 +13,12 @@ from libs.layers import interpolate_positions
 from libs.uvit import UViT
 from libs.weights import (
     check_manifest,
-    listed,
     load_strict,
     read_safetensors,
     read_torch,
     weights_file,
 )
-from utils import UserError, read_json
+from utils import UserError, listed, read_json
 
 # ----------------------------------------------------------------------------------- configurations
 

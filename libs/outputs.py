@@ -1,7 +1,6 @@
 """What a training run writes besides its log: checkpoints, grids of samples, FID at intervals."""
 
 import logging
-from pathlib import Path
 
 import torch
 
@@ -29,13 +28,6 @@ class Outputs:
         self.generator, self.dataset, self.state = generator, dataset, state
         self.features, self.real = None, None  # of FID, from the first one on
         self.fid_samples = config.train.fid_samples
-        guided = config.train.mode == "cond" and config.sample.cfg and config.sample.scale
-        if guided and not (config.dataset.cfg or config.nnet.pretrained_path):
-            raise UserError(
-                "sample.cfg asks for guided pictures, but dataset.cfg is False, so the label of no "
-                "class is never trained: set --config.dataset.cfg=True, or "
-                "--config.sample.cfg=False"
-            )
         if config.sample.features == metrics.NoFeatures.name:
             self.fid_samples = 0
         if self.fid_samples:
@@ -46,15 +38,11 @@ class Outputs:
         statistics yet, which may still come before the first FID.
         """
         metrics.require_known(self.config.sample.features)
-        file, missing = self.config.dataset.fid_stats, None
         try:
             require_statistics(self.config, self.dataset)
-            if file and not Path(file).is_file():
-                missing = f"the statistics {file} do not exist"
         except UserError as error:
-            missing = error
-        if missing and self.accelerator.is_main_process:
-            log.warning("FID will be left out, unless this changes before the first: %s", missing)
+            if self.accelerator.is_main_process:
+                log.warning("FID will be left out, unless this changes before the first: %s", error)
 
     def save(self, step):
         """A checkpoint of `step`, written by the main process."""
@@ -156,7 +144,5 @@ class Outputs:
         if found is None:
             return None
         return self.by_all(
-            lambda: evaluation.result_of(
-                found, self.generator, self.features, real, n
-            )
+            lambda: evaluation.result_of(found, self.generator, self.features, real, n)
         )

@@ -1,7 +1,5 @@
 """The real side of an evaluation: features of real images from a statistics file, or measured."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,9 +47,11 @@ def can_be_measured(dataset):
 
 
 def require_statistics(config, dataset):
-    """UserError where FID can have no real side: no statistics file, and many images, latents, or
-    no data set (None).
+    """UserError where FID can have no real side: no statistics file where one is named; none named,
+    and many images, latents, or no data set (None).
     """
+    if config.dataset.fid_stats:
+        metrics.require_file(config.dataset.fid_stats)
     if not config.dataset.fid_stats and not can_be_measured(dataset):
         raise UserError(
             "dataset.fid_stats names no statistics file: make one with "
@@ -75,12 +75,6 @@ def dataset_features(features, dataset):
             labels = torch.tensor([int(y) for _, y in items])
             right.append(classify(images).cpu() == labels)
     return torch.cat(rows).numpy(), torch.cat(right).numpy() if right else None
-
-
-def _fingerprint(name, dataset):
-    """What tells a data set from another of the same length, for the recipe."""
-    files = json.dumps([getattr(dataset, "files", None), dataset.class_names]).encode()
-    return {"dataset": name, "files_sha256": hashlib.sha256(files).hexdigest()}
 
 
 def moments_of(rows, device):
@@ -121,7 +115,7 @@ def real_images(config, features, dataset, *, resolution, device):
         rows, right = dataset_features(features, dataset)
         source = {
             "file": None, "count": len(dataset), "known": True,
-            "images": _fingerprint(config.dataset.name, dataset),
+            "images": {"dataset": config.dataset.name, "list_sha256": dataset.list_sha256()},
         }  # fmt: skip
         return RealImages(*moments_of(rows, device), rows, source, right)
     found = metrics.load_statistics(

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from libs import checkpoint
-from libs.weights import listed, load_strict
-from utils import UserError
+from libs.weights import load_strict
+from utils import UserError, listed
 
 log = logging.getLogger("dim")
 

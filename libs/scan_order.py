@@ -36,7 +36,6 @@ def kept(function):
             results[arguments] = made
         return results[arguments]
 
-    call.results = results
     return call
 
 

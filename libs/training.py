@@ -233,6 +233,17 @@ class Speed:
         self.began += time.monotonic() - paused
 
 
+def note_run(config, directory, dataset):
+    """Write config.json and environment.json, and log what differs from the run's start."""
+    classes = {name: number for number, name in enumerate(dataset.class_names or ())}
+    environment = run.environment() | {"images": len(dataset), "classes": classes}
+    changes = utils.write_run_files(directory, config, environment)
+    for line in changes[:MAX_CHANGES]:
+        log.warning("changed since this run began: %s", line)
+    if len(changes) > MAX_CHANGES:
+        log.warning("and %d more", len(changes) - MAX_CHANGES)
+
+
 def announce(config, directory, accelerator, all_ranks, precision, engine, dataset, start):
     """The first lines of a run's log."""
     environment = run.environment()
@@ -328,15 +339,7 @@ def loop(
     outputs = Outputs(config, directory, accelerator, generator, dataset, state)
     metrics_log, all_ranks = None, ranks(accelerator)
     if accelerator.is_main_process:
-        names = dataset.class_names or ()
-        environment = run.environment() | {
-            "images": len(dataset), "classes": {name: i for i, name in enumerate(names)},
-        }  # fmt: skip
-        changes = utils.write_run_files(directory, config, environment)
-        for line in changes[:MAX_CHANGES]:
-            log.warning("changed since this run began: %s", line)
-        if len(changes) > MAX_CHANGES:
-            log.warning("and %d more", len(changes) - MAX_CHANGES)
+        note_run(config, directory, dataset)
         metrics_log = run.MetricsLog(
             directory, tensorboard=config.train.tensorboard, wandb=config.train.wandb
         )

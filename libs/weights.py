@@ -6,7 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from libs import pickled, torch_files
-from utils import UserError, read_json
+from utils import UserError, listed, read_json
 
 USE_ANOTHER = "use another checkpoint"
 
@@ -88,12 +88,6 @@ def read_torch(path):
     except Exception as error:  # broken and hostile files raise almost any kind
         reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
         raise UserError(f"{path} is damaged or no torch file ({reason}); {USE_ANOTHER}") from error
-
-
-def listed(names):
-    """The first three names, and how many more."""
-    names = list(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_strict(module, tensors, source):

@@ -19,11 +19,11 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from datasets import DATASETS, get_dataset
+from datasets import DATASETS, LATENTS, get_dataset
 from libs import flags
 from libs.metrics import FEATURES, Moments, NoFeatures, make_features, save_statistics
 
-IMAGES = [name for name in DATASETS if not name.endswith("_features")]  # not of latents
+IMAGES = [name for name in DATASETS if name not in LATENTS]  # not of latents
 NETWORKS = [name for name in FEATURES if name != NoFeatures.name]
 FLAGS = {
     "dataset": (str, flags.REQUIRED, f"one of {', '.join(IMAGES)}"),

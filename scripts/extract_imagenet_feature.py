@@ -12,8 +12,6 @@ reads everything and compares checksums.
 """
 
 import contextlib
-import hashlib
-import json
 import math
 import os
 import sys
@@ -32,10 +30,9 @@ from datasets import CROPPED, get_dataset
 from libs import flags, run, watch
 from libs.autoencoder import load_autoencoder
 from libs.feature_writer import Packing, ShardWriter, make_settings
-from libs.features import Features
+from libs.features import Features, num_shards
 from libs.images import refuse_system_error, unreadable_reason
 from libs.launch import make_accelerator
-from libs.weights import listed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C, as in training
@@ -91,15 +88,7 @@ def settings_of(args, images, autoencoder):
         raise utils.UserError(
             f"--resolution is {args.resolution}, it must be a multiple of {autoencoder.downsample}"
         )
-    shards = math.ceil(len(images) / args.images_per_shard)
-    if shards > MAX_SHARDS:
-        raise utils.UserError(
-            f"--images_per_shard={args.images_per_shard} makes {shards:,} shards, more than the "
-            f"{MAX_SHARDS:,} that can be opened at once: take "
-            f"{math.ceil(len(images) / MAX_SHARDS)} or more"
-        )
-    listing = json.dumps([images.files, images.class_names]).encode()
-    return make_settings(
+    settings = make_settings(
         record_shape=(2 * autoencoder.latent_channels, side, side),
         scale_factor=float(autoencoder.scale_factor),
         resolution=args.resolution,
@@ -108,11 +97,18 @@ def settings_of(args, images, autoencoder):
         flips=args.flip,
         crop=images.preprocessing,
         source=args.dataset,
-        images_sha256=hashlib.sha256(listing).hexdigest(),
+        images_sha256=images.list_sha256(),
         num_images=len(images),
         images_per_shard=args.images_per_shard,
         class_names=None if images.class_names is None else tuple(images.class_names),
     )
+    if num_shards(settings) > MAX_SHARDS:
+        raise utils.UserError(
+            f"--images_per_shard={args.images_per_shard} makes {num_shards(settings):,} shards, "
+            f"more than the {MAX_SHARDS:,} that can be opened at once: take "
+            f"{math.ceil(len(images) / MAX_SHARDS)} or more"
+        )
+    return settings
 
 
 # ------------------------------------------------------------ reading
@@ -337,7 +333,8 @@ def finish(packing, labels):
     stand_ins = features.manifest["stand_ins"]
     if stand_ins:
         print(
-            f"{len(stand_ins)} images could not be read, the next stands in: {listed(stand_ins)}",
+            f"{len(stand_ins)} images could not be read, the next stands in: "
+            f"{utils.listed(stand_ins)}",
             file=sys.stderr,
         )
     return features

@@ -321,6 +321,12 @@ def test_sample_flags(refused, trained, tmp_path, words, expected, says):
     assert not (tmp_path / "grid.png").exists()
 
 
+def test_guidance_by_a_label_that_is_never_trained(refused, tmp_path):
+    words = [*runs.arguments(tmp_path / "run", **QUICK), "--config.dataset.cfg=False"]
+    refused("train", words, "guidance is asked for", "says the config", "--config.dataset.cfg=True")
+    assert not (tmp_path / "run").exists()
+
+
 def test_classes_of_a_model_without_classes(refused, trained):
     words = [f"--nnet_path={trained / 'ckpts' / '4.ckpt'}", *runs.arguments("", **QUICK)[1:]]
     words += ["--config.train.mode=uncond", "--classes=3"]

@@ -347,21 +347,6 @@ def test_a_failed_launch_is_told(driver):
 
 # ---------------------------------------- self-check
 
-def test_a_block_s_backward_leaves_the_autocast_of_its_caller(monkeypatch):
-    """Its products would be in that dtype, and its kernels would read them as another."""
-    from libs.ops import cuda_block
-
-    seen = []
-    monkeypatch.setattr(
-        torch.ops.dim, "mamba_block_bwd",
-        lambda *arguments: seen.append(torch.is_autocast_enabled("cpu")) or [None] * 13,
-    )  # fmt: skip
-    ctx = types.SimpleNamespace(saved_tensors=(), dtype=torch.float32, in_fp8=False)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        cuda_block._gradients(ctx, torch.zeros(1, 1, 1))
-    assert seen == [False]
-
-
 def test_dim_fused_is_0_or_1(monkeypatch):
     sizes = torch.device("cpu"), torch.float32, 64, 16, 3
     for value, says in ("1", "it takes CUDA tensors"), ("0", "DIM_FUSED=0"):

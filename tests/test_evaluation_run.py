@@ -433,7 +433,7 @@ def test_the_recipe_is_whole(undisturbed, files, capsys):
     folder, result = undisturbed
     assert result["weights"]["sha256"] == metrics.sha256_of(files / "a.safetensors")
     images = result["statistics"].pop("images")
-    assert images["dataset"] == "digits" and len(images["files_sha256"]) == 64
+    assert images["dataset"] == "digits" and len(images["list_sha256"]) == 64
     assert result["statistics"] == {"file": None, "count": 1797, "known": True}
     assert result["features"].startswith("digits_classifier-") and result["img_s"] > 0
     assert result["n"] == N and result["nnet"]["dim"] == 16 and result["labels"] == "balanced"
@@ -497,7 +497,7 @@ class FirstDigits:
     def __init__(self, length, whole):
         self.length, self.whole = length, whole
         self.shape, self.num_classes = whole.shape, whole.num_classes
-        self.class_names = None
+        self.list_sha256 = whole.list_sha256
 
     def __len__(self):
         return self.length

@@ -201,10 +201,9 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, g_out, *_):
     cuda.refuse_double_backward("mamba_block")
     saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-    with torch.autocast(g_out.device.type, enabled=False):  # that of who calls backward
-        g_x, g_modulation, *of_parameters = torch.ops.dim.mamba_block_bwd(
-            g_out, *saved, ctx.dtype, ctx.in_fp8
-        )
+    g_x, g_modulation, *of_parameters = torch.ops.dim.mamba_block_bwd(
+        g_out, *saved, ctx.dtype, ctx.in_fp8
+    )
     return g_x, g_modulation, None, *of_parameters, None, None, None, None
 
 
