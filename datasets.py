@@ -18,10 +18,19 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from libs import images
-from libs.cifar10 import read_cifar10
-from libs.feature_files import open_features
-from libs.features import empty
+from libs.data import (
+    center_crop,
+    class_names,
+    empty,
+    labels_from_directories,
+    list_images,
+    open_features,
+    random_crop,
+    read_cifar10,
+    read_image,
+    refuse_system_error,
+    unreadable_reason,
+)
 from utils import UserError
 
 # Purposes of the keyed random streams: two purposes never share a draw.
@@ -181,15 +190,15 @@ class ImageFolder(ImageDataset):
                 f"the data set {self.name!r} needs dataset.resolution (--resolution of the "
                 "scripts), to crop and resize to"
             )
-        self.files = images.list_images(self.root)
+        self.files = list_images(self.root)
         self.random_crop = random_crop
         self.unreadable = {}  # index -> reason
         kind = "random crop" if random_crop else "centre crop"
         self.preprocessing = f"RGB, {kind} to {resolution} (ADM: box halvings, then bicubic)"
         targets = None
         if labels:
-            self.class_names = images.class_names(class_root)
-            targets = images.labels_from_directories(self.root, self.files, self.class_names)
+            self.class_names = class_names(class_root)
+            targets = labels_from_directories(self.root, self.files, self.class_names)
             self._check_classes(class_root, targets)
         super().__init__(
             length=len(self.files),
@@ -218,7 +227,7 @@ class ImageFolder(ImageDataset):
             raise UserError(f"the class directory {name} has no images: remove it")
 
     def _note_unreadable(self, index, error):
-        self.unreadable[index] = images.unreadable_reason(error)
+        self.unreadable[index] = unreadable_reason(error)
         named = [f"{self.root / self.files[i]} ({why})" for i, why in self.unreadable.items()]
         limit = min(MAX_UNREADABLE, self.length - 1)
         if len(named) > limit:
@@ -234,11 +243,11 @@ class ImageFolder(ImageDataset):
 
         def crop(image):
             if not self.random_crop:
-                return images.center_crop(image, resolution)
+                return center_crop(image, resolution)
             words = _philox(self.seed, CROP, epoch=epoch, index=index).random_raw(3)
-            return images.random_crop(image, resolution, words)
+            return random_crop(image, resolution, words)
 
-        return images.read_image(self.root / self.files[index], crop)
+        return read_image(self.root / self.files[index], crop)
 
     def _read(self, epoch, index):
         while True:
@@ -246,7 +255,7 @@ class ImageFolder(ImageDataset):
                 try:
                     return _uint8_to_float(self.pixels(epoch, index)), index
                 except Exception as error:  # noqa: BLE001 - PIL raises many kinds, bombs included
-                    images.refuse_system_error(error, self.root / self.files[index])
+                    refuse_system_error(error, self.root / self.files[index])
                     self._note_unreadable(index, error)
             index = (index + 1) % self.length
 
@@ -291,7 +300,8 @@ class Latents(ImageDataset):
     Items are x float32 (2C, h, w), mean and log-variance, unscaled, and y as everywhere. With
     random_flip the record of the flipped image is read, by the same draw that flips pixels.
 
-    Further attributes: `features`, the open libs.features.Features or FeatureFiles; `scale_factor`
+    Further attributes: `features`, the open libs.data.latents.Features or FeatureFiles;
+    `scale_factor`
     and `autoencoder_sha256`, with which latents were made, None where the files do not say.
     """
 

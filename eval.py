@@ -7,15 +7,19 @@
 The same command resumes an interrupted evaluation.
 """
 
-from libs import flags
-from libs.codec import PixelCodec
-from libs.evaluation_run import run_evaluation
-from libs.launch import make_accelerator
-from libs.models import build_model, check_data, check_kind, load_into, require_same
-from libs.real_images import images_to_measure
+from libs.data import PixelCodec
+from libs.evaluate import images_to_measure, run_evaluation
+from libs.model import (
+    build_model,
+    check_data,
+    check_kind,
+    load_into,
+    require_same,
+)
+from libs.runtime import EVALUATION, make_accelerator, run_main
 from sde import VPSDE
 
-FLAGS = flags.EVALUATION
+FLAGS = EVALUATION
 
 
 def main(args):
@@ -33,4 +37,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run_main(main, FLAGS)
+    run_main(main, FLAGS)

@@ -5,20 +5,36 @@
 """
 
 import utils
-from libs import evaluation, flags
-from libs.codec import PixelCodec, latent_codec
-from libs.launch import Precision, make_accelerator
-from libs.models import build_model, check_codec, config_beside, load_into, require_same
+from libs.data import PixelCodec, latent_codec
+from libs.evaluate import ImageGenerator, draw_in_batches, labels_of_classes
+from libs.model import (
+    build_model,
+    check_codec,
+    config_beside,
+    load_into,
+    require_same,
+)
+from libs.runtime import (
+    RANGES,
+    REQUIRED,
+    Precision,
+    check_numbers,
+    config_file,
+    file_path,
+    int_list,
+    make_accelerator,
+    run_main,
+)
 from sde import VPSDE, DiscreteSchedule
 
 FLAGS = {
     "nnet_path": (
-        flags.file_path, flags.REQUIRED,
+        file_path, REQUIRED,
         "a <step>.ckpt directory, a file in it, or (with --config) an official nnet_ema.pth",
     ),
-    "config": (flags.config_file, None, "needed where no config.json is beside the weights"),
+    "config": (config_file, None, "needed where no config.json is beside the weights"),
     "classes": (
-        flags.int_list, None,
+        int_list, None,
         "classes, for example 3,7; otherwise all, or none in an unconditional model",
     ),
     "n": (int, 4, "images of each class"),
@@ -26,9 +42,9 @@ FLAGS = {
     "scale": (float, None, "guidance: cond + scale (cond - uncond); otherwise the config's"),
     "algorithm": (str, None, "sampling algorithm; else the config's, for latents not dpm_solver"),
     "steps": (int, None, "sampling steps; otherwise the config's, or 25 of dpm_solver_pp_2m"),
-    "out": (flags.file_path, "samples.png", "the picture: a row for each class"),
+    "out": (file_path, "samples.png", "the picture: a row for each class"),
 }  # fmt: skip
-RANGES = {"scale": flags.RANGES["sample.scale"], "steps": flags.RANGES["sample.sample_steps"]}
+RANGES = {"scale": RANGES["sample.scale"], "steps": RANGES["sample.sample_steps"]}
 
 
 def config_of(args):
@@ -48,7 +64,7 @@ def config_of(args):
 
 
 def main(args):
-    flags.check_numbers(args, {"n": (1, 10**6), **RANGES})
+    check_numbers(args, {"n": (1, 10**6), **RANGES})
     utils.require_place(args.out)
     config = config_of(args)
     device = make_accelerator().device
@@ -57,23 +73,23 @@ def main(args):
     for change in load_into(model, args.nnet_path):
         print(change)
     conditional = config.train.mode == "cond"
-    labels = evaluation.labels_of_classes(
+    labels = labels_of_classes(
         args.classes, args.n, model.num_classes, conditional=conditional, scale=args.scale
     )
     latent = config.get("z_shape") is not None
     process = DiscreteSchedule() if latent else VPSDE()
     codec = latent_codec(config).to(device) if latent else PixelCodec()
     check_codec(model, codec, config)
-    generator = evaluation.ImageGenerator(
+    generator = ImageGenerator(
         model.to(device).eval(), process, codec, config,
         image_shape=codec.image_shape((model.in_channels, *model.input_size)),
         precision=Precision(config.train.mixed_precision, device), seed=args.seed,
     )  # fmt: skip
-    images = evaluation.draw_in_batches(generator, labels, args.n)
+    images = draw_in_batches(generator, labels, args.n)
     utils.save_grid(args.out, images, args.n)
     rows = ", a row for each class" if conditional else ""
     print(f"wrote {args.out}: {len(images)} images{rows}")
 
 
 if __name__ == "__main__":
-    flags.run_main(main, FLAGS)
+    run_main(main, FLAGS)

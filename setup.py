@@ -21,7 +21,7 @@ if os.environ.get("DIM_PREBUILD_ARCHS") and installing:
         print("no CUDA kernels prebuilt: torch is not visible; add --no-build-isolation to pip")
     else:  # in a process of its own: whatever goes wrong there, the installation is complete
         subprocess.run(
-            [sys.executable, "-m", "libs.ops.prebuild", os.environ["DIM_PREBUILD_ARCHS"]],
+            [sys.executable, "-m", "libs.ops.cuda.prebuild", os.environ["DIM_PREBUILD_ARCHS"]],
             cwd=Path(__file__).resolve().parent,
             check=False,
         )

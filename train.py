@@ -9,19 +9,19 @@ The same command resumes an interrupted run.
 
 import utils
 from datasets import dataset_of
-from libs import flags
-from libs.codec import PixelCodec
-from libs.models import (
+from libs.data import PixelCodec
+from libs.model import (
     build_model,
     check_data,
     check_kind,
     require_trained_labels,
     start_from,
 )
-from libs.training import train
+from libs.runtime import TRAINING, run_main
+from libs.train import train
 from sde import VPSDE
 
-FLAGS = flags.TRAINING
+FLAGS = TRAINING
 
 
 def main(args):
@@ -41,4 +41,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run_main(main, FLAGS)
+    run_main(main, FLAGS)

@@ -8,9 +8,8 @@ The same command resumes an interrupted run.
 
 import utils
 from datasets import dataset_of
-from libs import flags
-from libs.codec import latent_codec
-from libs.models import (
+from libs.data import latent_codec
+from libs.model import (
     build_model,
     check_codec,
     check_data,
@@ -18,10 +17,11 @@ from libs.models import (
     require_trained_labels,
     start_from,
 )
-from libs.training import train
+from libs.runtime import TRAINING, run_main
+from libs.train import train
 from sde import DiscreteSchedule
 
-FLAGS = flags.TRAINING
+FLAGS = TRAINING
 
 
 def main(args):
@@ -43,4 +43,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run_main(main, FLAGS)
+    run_main(main, FLAGS)

@@ -247,7 +247,8 @@ class RunLock:
 
 
 def write_run_files(directory, config, environment: dict) -> list[str]:
-    """Write config.json and environment.json (from `libs.run.environment`) into `directory`.
+    """Write config.json and environment.json (from `libs.runtime.logs.environment`) into
+    `directory`.
 
     Returns lines saying what differs from the files that were there; none for a new run.
     """

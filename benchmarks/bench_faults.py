@@ -22,7 +22,7 @@ import fault_cases as cases  # noqa: E402
 import fault_ranks as ranks  # noqa: E402
 import faults  # noqa: E402
 
-from libs import run  # noqa: E402
+from libs.runtime import logs  # noqa: E402
 
 STEPS = 300  # of the runs that are killed at random
 
@@ -166,7 +166,7 @@ def ranks_paused(lab, count):
 
 
 def ranks_frozen(lab, count):
-    if importlib.util.find_spec("libs.watch") is None:
+    if importlib.util.find_spec("libs.runtime.watch") is None:
         return {"skipped": "nothing watches the processes here"}
     reference = ranks.undisturbed(lab)
     return repeat(ranks.frozen_rank, [(lab, reference, k % 2, 3 + k) for k in range(count)])
@@ -249,7 +249,7 @@ def main():
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each fault is done")
     args = parser.parse_args()
     results = json.loads(args.out.read_text()) if args.out.exists() else {"parts": {}}
-    environment = run.environment()
+    environment = logs.environment()
     results["environment"] = {key: environment[key] for key in ("devices", "packages", "python")}
     with tempfile.TemporaryDirectory() as temporary, faults.Warm() as warm:
         undisturbed = undisturbed_run(warm, Path(temporary))

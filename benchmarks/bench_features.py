@@ -1,6 +1,7 @@
 """Times cached latents: `python benchmarks/bench_features.py`, on a quiet machine.
 
-Writes random records in the shards of libs.features, and some in the official layouts of one file
+Writes random records in the shards of libs.data.latents, and some in the official layouts of one
+file
 an image, warms the page cache, and reads 256 random ones at a time. Prints a table and writes it to
 benchmarks/results/features_cpu.md, with every figure in features_cpu.json. A figure is the median
 of many batches, its spread the 10th and 90th percentile. Needs 1.2 GB of disk and memory.
@@ -23,9 +24,9 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader, default_collate  # noqa: E402
 
 from datasets import GlobalBatchSampler, get_dataset  # noqa: E402
-from libs.feature_writer import Packing, ShardWriter, make_settings  # noqa: E402
-from libs.features import Features, empty  # noqa: E402
-from libs.run import environment  # noqa: E402
+from libs.data.latent_writer import Packing, ShardWriter, make_settings  # noqa: E402
+from libs.data.latents import Features, empty  # noqa: E402
+from libs.runtime.logs import environment  # noqa: E402
 
 BATCH = 256
 PACKED_BYTES = 1 << 29  # 16 times the last-level cache of the machine of the published figures

@@ -22,12 +22,12 @@ from diffusers import AutoencoderKL  # noqa: E402
 from model_report import result_path  # noqa: E402
 
 from configs import imagenet256_H_DiM, imagenet512_H_DiM_upsample_3x_test  # noqa: E402
-from libs import guidance  # noqa: E402
-from libs.autoencoder import Autoencoder  # noqa: E402
-from libs.codec import LatentCodec  # noqa: E402
-from libs.graphs import SamplingNetwork  # noqa: E402
-from libs.models import build_model  # noqa: E402
-from libs.samplers import sample  # noqa: E402
+from libs.data.autoencoder import Autoencoder  # noqa: E402
+from libs.data.codec import LatentCodec  # noqa: E402
+from libs.diffusion import guidance  # noqa: E402
+from libs.diffusion.samplers import sample  # noqa: E402
+from libs.model.build import build_model  # noqa: E402
+from libs.runtime.cuda_graphs import SamplingNetwork  # noqa: E402
 from sde import DiscreteSchedule, eps_from_model  # noqa: E402
 
 RECORDS = []

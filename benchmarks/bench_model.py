@@ -31,7 +31,7 @@ import workloads  # noqa: E402
 from bench_ops import current_commit  # noqa: E402
 from workloads import Unavailable  # noqa: E402
 
-from libs.run import environment  # noqa: E402
+from libs.runtime.logs import environment  # noqa: E402
 
 MODELS = tuple(workloads.NETWORKS)
 TASKS = ("train", "forward", "sample")

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from libs.mamba import Mamba  # noqa: E402
+from libs.model.mamba import Mamba  # noqa: E402
 from libs.ops import causal_conv1d, selective_scan  # noqa: E402
 
 D, N, WIDTH = 3072, 16, 3  # DiM-H

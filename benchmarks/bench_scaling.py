@@ -6,7 +6,7 @@ It starts its own processes, `accelerate launch --config_file configs/accelerate
 adds its figures to benchmarks/results/scaling_<gpu>.json and .md. NCCL's multicast over NVLink
 stays off (NCCL_NVLS_ENABLE=0). Without a GPU: gloo and the `tiny` network, to try it out.
 
-A step is the one of libs/training.py: forward, backward, clipping, AdamW, average, bf16. Weak
+A step is the one of libs/train/loop.py: forward, backward, clipping, AdamW, average, bf16. Weak
 scaling: 96 images a GPU; strong: 768 in all. Where a micro-batch does not fit, it is halved, and
 the gradients are accumulated. A step is timed three times, each the mean of --steps steps after a
 warm-up, by the slowest process:
@@ -51,18 +51,23 @@ from bench_ops import current_commit  # noqa: E402
 
 from configs import digits_T_DiM, imagenet256_H_DiM, imagenet256_L_DiM  # noqa: E402
 from datasets import dataset_of  # noqa: E402
-from libs import watch  # noqa: E402
-from libs.batches import micro_batches  # noqa: E402
-from libs.codec import LatentCodec, PixelCodec  # noqa: E402
-from libs.ema import EMA  # noqa: E402
-from libs.engine import Engine, make_engine  # noqa: E402
-from libs.evaluation import ImageGenerator, batches_of_rank  # noqa: E402
-from libs.launch import Precision, make_accelerator  # noqa: E402
-from libs.models import build_model  # noqa: E402
-from libs.resume import Progress  # noqa: E402
-from libs.training import (  # noqa: E402
-    Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate, update,
-)  # fmt: skip
+from libs.runtime import watch  # noqa: E402
+from libs.train.loader import micro_batches  # noqa: E402
+from libs.data.codec import LatentCodec, PixelCodec  # noqa: E402
+from libs.train.ema import EMA  # noqa: E402
+from libs.train.engine import Engine, make_engine  # noqa: E402
+from libs.evaluate.generate import ImageGenerator, batches_of_rank  # noqa: E402
+from libs.runtime.launch import Precision, make_accelerator  # noqa: E402
+from libs.model.build import build_model  # noqa: E402
+from libs.train.resume import Progress  # noqa: E402
+from libs.train.loop import (  # noqa: E402
+    Draws,
+    Verdict,
+    accumulate_gradients,
+    make_optimizer,
+    set_learning_rate,
+    update,
+)
 from sde import VPSDE, DiscreteSchedule  # noqa: E402
 
 # name: config, images a GPU in weak scaling, images in all in strong scaling, images a GPU to draw.
@@ -124,7 +129,7 @@ def parts_of(config):
 
 
 class Steps:
-    """Optimizer steps of one process, as libs.training's loop makes them.
+    """Optimizer steps of one process, as libs.train.loop's loop makes them.
 
     batches: None for one batch that lies on the device, else an iterator over micro-batches.
     """

@@ -36,8 +36,8 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from configs import imagenet256_H_DiM, imagenet512_H_DiM_ft  # noqa: E402
-from libs.autoencoder import to_ldm  # noqa: E402
-from libs.models import build_model  # noqa: E402
+from libs.data.autoencoder import to_ldm  # noqa: E402
+from libs.model.build import build_model  # noqa: E402
 
 # name: words that find the command in the README, its global batch, and the images a GPU of 8.
 TRAININGS = {

@@ -3,7 +3,7 @@ losses: `python benchmarks/compare_training.py --images DIR --variants fused,ref
 
 Variants: `fused` (blocks as one operator, as shipped), `composed` (layer by layer on our kernels),
 `reference` (layer by layer on the operators' definition in plain PyTorch), `fp8` (fused, with the
-matrix products of libs/ops/fp8.py). All under bf16 autocast, or in float32 without TF32, with
+matrix products of libs/ops/cuda/fp8.py). All under bf16 autocast, or in float32 without TF32, with
 AdamW, in the order of one seeded permutation an epoch, with the same times, noise and labels. Also
 prints each variant's relative error of one forward pass after training, against float32.
 
@@ -26,7 +26,7 @@ import torch  # noqa: E402
 from bench_ops import current_commit  # noqa: E402
 
 from datasets import get_dataset  # noqa: E402
-from libs.dim import PRESETS, DiM  # noqa: E402
+from libs.model.dim import PRESETS, DiM  # noqa: E402
 from sde import VPSDE, denoising_loss  # noqa: E402
 
 ENVIRONMENT = {  # variant -> variables of libs.ops

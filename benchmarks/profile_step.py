@@ -2,7 +2,7 @@
 
 For each model:pixels:batch it profiles, with torch.profiler, a training step on random data, one
 evaluation of the network in sampling (an image, guidance in one batch; eager, and by CUDA graph),
-and steps of the real loop of libs/training.py on a small generated data set, with what makes the
+and steps of the real loop of libs/train/loop.py on a small generated data set, with what makes the
 host wait there. Kernels are grouped by name. Writes benchmarks/results/profile_<gpu>.md.
 """
 
@@ -33,9 +33,9 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 
 from configs import cifar10_S_DiM, imagenet256_H_DiM  # noqa: E402
 from datasets import dataset_of  # noqa: E402
-from libs.codec import LatentCodec, PixelCodec  # noqa: E402
-from libs.feature_writer import Packing, ShardWriter, make_settings  # noqa: E402
-from libs.training import train  # noqa: E402
+from libs.data.codec import LatentCodec, PixelCodec  # noqa: E402
+from libs.data.latent_writer import Packing, ShardWriter, make_settings  # noqa: E402
+from libs.train.loop import train  # noqa: E402
 
 STEPS = 3  # profiled
 SKIPPED = 12  # of the loop before them; the later ones are timed without the profiler
@@ -261,7 +261,7 @@ def watching(recording):
 
 
 def profiled_loop(target, device, workers=8):
-    """(Recording, milliseconds of a step before it): of libs.training's loop, batch and all."""
+    """(Recording, milliseconds of a step before it): of libs.train.loop's loop, batch and all."""
     model = workloads.make_network(target.model, target.pixels, device, "bf16")
     recording = Recording(device)
     with watching(recording) as times, tempfile.TemporaryDirectory() as folder:
@@ -307,14 +307,14 @@ def sampling_section(target, device, graph):
 
 
 def loop_section(target, device, workers=8):
-    """The loop of libs/training.py, EMA and data loading included."""
+    """The loop of libs/train/loop.py, EMA and data loading included."""
     recording, ms = profiled_loop(target, device, workers)
     speed = (
         f"Without the profiler a step takes {ms:.2f} ms, {1e3 * target.batch / ms:.4g} img/s; "
         f"{workers} workers load the data."
     )
     tables = [*groups_table(recording), "", *waits_table(recording)]
-    return ["", "### The loop of libs/training.py", "", speed, "", *tables]
+    return ["", "### The loop of libs/train/loop.py", "", speed, "", *tables]
 
 
 def report(targets, device, facts, workers=8):

@@ -14,14 +14,14 @@ from configs import (
     imagenet256_uvit_huge,
     imagenet512_H_DiM_ft,
 )
-from libs import guidance
-from libs.dim import EXTRA_TOKENS, PRESETS, DiM
-from libs.graphs import CudaCapture, GraphedTraining
-from libs.launch import Precision
-from libs.models import build_model
-from libs.samplers import sample
-from libs.training import make_optimizer
-from libs.uvit import UViT
+from libs.diffusion import guidance
+from libs.diffusion.samplers import sample
+from libs.model.build import build_model
+from libs.model.dim import EXTRA_TOKENS, PRESETS, DiM
+from libs.model.uvit import UViT
+from libs.runtime.cuda_graphs import CudaCapture, GraphedTraining
+from libs.runtime.launch import Precision
+from libs.train.loop import make_optimizer
 from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
 from utils import UserError
 

@@ -14,7 +14,8 @@ def d(**kwargs):
 
 
 def dim_nnet(**differences):
-    """The nnet section of a DiM; see libs.dim.DiM for the keywords and libs.dim.PRESETS for the
+    """The nnet section of a DiM; see libs.model.dim.DiM for the keywords and
+    libs.model.dim.PRESETS for the
     published sizes.
     """
     nnet = d(
@@ -40,7 +41,7 @@ def dim_nnet(**differences):
 
 
 def uvit_nnet(**differences):
-    """The nnet section of the U-ViT baseline; see libs.uvit.UViT for the keywords."""
+    """The nnet section of the U-ViT baseline; see libs.model.uvit.UViT for the keywords."""
     nnet = d(
         name="uvit",
         pretrained_path=config_dict.placeholder(str),
@@ -123,7 +124,7 @@ def get_config():
     )
 
     config.sample = d(
-        algorithm="dpm_solver",  # see libs.samplers
+        algorithm="dpm_solver",  # see libs.diffusion.samplers
         sample_steps=50,
         n_samples=50_000,
         mini_batch_size=500,  # per process

@@ -20,20 +20,32 @@ from tqdm import tqdm
 
 import utils
 from datasets import DATASETS, LATENTS, get_dataset
-from libs import flags
-from libs.metrics import FEATURES, Moments, NoFeatures, make_features, save_statistics
+from libs.evaluate import (
+    FEATURES,
+    Moments,
+    NoFeatures,
+    make_features,
+    save_statistics,
+)
+from libs.runtime import (
+    RANGES,
+    REQUIRED,
+    check_numbers,
+    file_path,
+    run_main,
+)
 
 IMAGES = [name for name in DATASETS if name not in LATENTS]  # not of latents
 NETWORKS = [name for name in FEATURES if name != NoFeatures.name]
 FLAGS = {
-    "dataset": (str, flags.REQUIRED, f"one of {', '.join(IMAGES)}"),
-    "path": (flags.file_path, None, "the data set's directory"),
-    "resolution": (int, flags.REQUIRED, "side of the images in pixels"),
+    "dataset": (str, REQUIRED, f"one of {', '.join(IMAGES)}"),
+    "path": (file_path, None, "the data set's directory"),
+    "resolution": (int, REQUIRED, "side of the images in pixels"),
     "features": (str, "inception", f"one of {', '.join(NETWORKS)}"),
     "weights": (
-        flags.file_path, None, "the feature network's file; where it usually is if not given",
+        file_path, None, "the feature network's file; where it usually is if not given",
     ),
-    "out": (flags.file_path, flags.REQUIRED, "the .npz file to write"),
+    "out": (file_path, REQUIRED, "the .npz file to write"),
     "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
     "kept_features": (
         int, 10_000, "keep the features of this many random images (80 MB of 10,000); 0 for none",
@@ -43,9 +55,9 @@ FLAGS = {
     "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where the network runs"),
 }  # fmt: skip
 RANGES = {
-    "resolution": flags.RANGES["dataset.resolution"], "max_images": (2, 10**9),
-    "kept_features": (0, 10**9), "batch_size": flags.RANGES["train.batch_size"],
-    "num_workers": flags.RANGES["train.num_workers"],
+    "resolution": RANGES["dataset.resolution"], "max_images": (2, 10**9),
+    "kept_features": (0, 10**9), "batch_size": RANGES["train.batch_size"],
+    "num_workers": RANGES["train.num_workers"],
 }  # fmt: skip
 
 
@@ -65,7 +77,7 @@ def check_device(name):
 
 def check_flags(args):
     """Raise UserError for numbers out of range and for a device that is not there."""
-    flags.check_numbers(args, RANGES)
+    check_numbers(args, RANGES)
     if args.features == NoFeatures.name:
         raise utils.UserError(f"--features is none, expected {' or '.join(NETWORKS)}")
     check_device(args.device)
@@ -136,4 +148,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run_main(main, FLAGS)
+    run_main(main, FLAGS)

@@ -27,12 +27,29 @@ from tqdm import tqdm
 
 import utils
 from datasets import CROPPED, get_dataset
-from libs import flags, run, watch
-from libs.autoencoder import load_autoencoder
-from libs.feature_writer import Packing, ShardWriter, make_settings
-from libs.features import Features, num_shards
-from libs.images import refuse_system_error, unreadable_reason
-from libs.launch import make_accelerator
+from libs.data import (
+    Features,
+    Packing,
+    ShardWriter,
+    load_autoencoder,
+    make_settings,
+    num_shards,
+    refuse_system_error,
+    unreadable_reason,
+)
+from libs.runtime import (
+    RANGES,
+    REQUIRED,
+    WAITING,
+    StopRequest,
+    beat,
+    check_numbers,
+    detach_worker,
+    file_path,
+    make_accelerator,
+    run_main,
+    starting_workers,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STOPPED = 143  # exit status after SIGTERM or Ctrl-C, as in training
@@ -40,14 +57,14 @@ NAMED = 10  # unreadable images that are named
 
 FLAGS = {
     "path": (
-        flags.file_path, None, "the data set's directory; ImageNet's is the one that holds train/",
+        file_path, None, "the data set's directory; ImageNet's is the one that holds train/",
     ),
     "output": (
-        flags.file_path, flags.REQUIRED,
+        file_path, REQUIRED,
         "the folder to write, for example .../imagenet256_features",
     ),
     "autoencoder": (
-        flags.file_path, "assets/stable-diffusion/autoencoder_kl_ema.pth", "its weights",
+        file_path, "assets/stable-diffusion/autoencoder_kl_ema.pth", "its weights",
     ),
     "dataset": (str, "imagenet", f"one of {', '.join(CROPPED)}"),
     "labels": (bool, True, "whether the data set has classes"),
@@ -62,16 +79,16 @@ FLAGS = {
 }  # fmt: skip
 MAX_SHARDS = 50_000  # each is a memory map, of which Linux allows 65,530
 RANGES = {
-    "resolution": flags.RANGES["dataset.resolution"],
-    "batch_size": flags.RANGES["train.batch_size"],
+    "resolution": RANGES["dataset.resolution"],
+    "batch_size": RANGES["train.batch_size"],
     "images_per_shard": (1, 10**9),
-    "num_workers": flags.RANGES["train.num_workers"],
+    "num_workers": RANGES["train.num_workers"],
 }
 
 
 def check_flags(args):
     """Raise UserError for values out of range and a data set of another kind."""
-    flags.check_numbers(args, RANGES)
+    check_numbers(args, RANGES)
     for name, allowed in {"precision": DTYPES, "dataset": CROPPED}.items():
         if getattr(args, name) not in allowed:
             raise utils.UserError(
@@ -164,9 +181,9 @@ def make_loader(args, images, batches, accelerator):
         num_workers=workers,
         collate_fn=collate,
         pin_memory=on_gpu,
-        worker_init_fn=run.detach_worker,
+        worker_init_fn=detach_worker,
     )
-    with run.starting_workers():
+    with starting_workers():
         return iter(loader)
 
 
@@ -259,7 +276,7 @@ def encode_shard(packing, number, encoded, num_batches, bar, stop):
     notes = []
     with ShardWriter(packing, number) as writer:
         for _ in range(num_batches):
-            watch.beat("encoding")
+            beat("encoding")
             records, unreadable = next(encoded)
             writer.write(records)
             notes += unreadable
@@ -292,7 +309,7 @@ def deal(accelerator, packing):
     if accelerator.is_main_process:
         missing = [None if packing.begin() else packing.missing()]
     broadcast_object_list(missing)
-    watch.beat(watch.WAITING)  # also of a process that has nothing to do, and goes
+    beat(WAITING)  # also of a process that has nothing to do, and goes
     if missing[0] is None:
         return None
     return missing[0][accelerator.process_index :: accelerator.num_processes]
@@ -300,8 +317,8 @@ def deal(accelerator, packing):
 
 def wait_for_others(packing, bar, stop):
     """Wait for the shards of other processes; should one of them fail, the launcher ends us, and
-    should it hang, libs.watch."""
-    watch.beat(watch.WAITING)
+    should it hang, libs.runtime.watch."""
+    beat(WAITING)
     while packing.missing() and not stop.requested:
         bar.count()
         time.sleep(0.5)
@@ -366,7 +383,7 @@ def extract(args, accelerator):
     packing = Packing(args.output, settings_of(args, images, autoencoder))
     if main_process:
         packing.check()  # before the lock's file is put into somebody else's folder
-    with lock(args.output) if main_process else contextlib.nullcontext(), run.StopRequest() as stop:
+    with lock(args.output) if main_process else contextlib.nullcontext(), StopRequest() as stop:
         shards = deal(accelerator, packing)
         if shards is None:
             if main_process:
@@ -395,4 +412,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run_main(main, FLAGS)
+    run_main(main, FLAGS)

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 import utils
 from datasets import get_dataset
-from libs import flags
-from libs.metrics import DIGITS_CLASSIFIER_PATH, DigitsClassifier
+from libs.evaluate import DIGITS_CLASSIFIER_PATH, DigitsClassifier
+from libs.runtime import check_numbers, file_path, run_main
 
 EPOCHS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 25, 64, 3e-3, 0.05
 MIN_ACCURACY = 0.97
 FLAGS = {
     "seed": (int, 0, "of the split and the training"),
-    "out": (flags.file_path, str(DIGITS_CLASSIFIER_PATH), "the file to write"),
+    "out": (file_path, str(DIGITS_CLASSIFIER_PATH), "the file to write"),
 }
 
 
@@ -77,7 +77,7 @@ def accuracy(model, images, labels):
 
 def main(args):
     """args: the flags of FLAGS."""
-    flags.check_numbers(args, {"seed": (0, 2**32 - 1)})  # scikit-learn's limits
+    check_numbers(args, {"seed": (0, 2**32 - 1)})  # scikit-learn's limits
     utils.file_to_write(args.out, "--out")
     torch.set_num_threads(1)  # sums in one order: the same weights on any number of cores
     images, labels, held_out_images, held_out_labels = load_split(args.seed)
@@ -97,4 +97,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    flags.run_main(main, FLAGS)
+    run_main(main, FLAGS)

@@ -34,8 +34,8 @@ def main(arch, which):
     sys.path.insert(0, str(ROOT))
     package = sys.modules["libs.ops"] = types.ModuleType("libs.ops")
     package.__path__ = [str(ROOT / "libs" / "ops")]  # without its __init__, which imports torch
-    from libs.ops import cuda_compile, launch_plan
-    from libs.ops.shipped import kernels_of_configs
+    from libs.ops.cuda import compiler, launch_plan
+    from libs.ops.cuda.shipped import kernels_of_configs
 
     kernels = set(kernels_of_configs(int(arch)))
     if which == "others":
@@ -43,8 +43,8 @@ def main(arch, which):
     results = []
     for kernel in sorted(kernels):
         start = time.monotonic()
-        program = cuda_compile.Program(kernel.source, kernel.defines)
-        used = cuda_compile.compile_program(program, arch).resources[kernel.name]
+        program = compiler.Program(kernel.source, kernel.defines)
+        used = compiler.compile_program(program, arch).resources[kernel.name]
         results.append([kernel.source, kernel.defines, time.monotonic() - start, used._asdict()])
     print(json.dumps(results))
 

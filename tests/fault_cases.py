@@ -323,7 +323,7 @@ def no_network(lab, kind):
 
 def write_latents(folder, count=64, shape=(8, 8, 8)):
     """Packed latents of `count` images without classes, 32 of them in a shard."""
-    from libs.feature_writer import Packing, ShardWriter, make_settings
+    from libs.data.latent_writer import Packing, ShardWriter, make_settings
 
     records = np.random.default_rng(0).standard_normal((count, *shape)).astype(np.float16)
     packing = Packing(folder, make_settings(

@@ -90,15 +90,15 @@ def nan_images(indices):
 
 def slow(seconds):
     """A pause in each step, so that a fault hits the step it is meant for."""
-    from libs import training
+    from libs.train import loop
 
-    update = training.update
+    update = loop.update
 
     def slow_update(*args):
         time.sleep(seconds)
         return update(*args)
 
-    training.update = slow_update
+    loop.update = slow_update
 
 
 def stuck(indices):
@@ -125,7 +125,7 @@ def serve():
     """Requests on stdin, a JSON object a line, each answered by a line; never returns in the
     parent before stdin ends.
     """
-    from libs import flags
+    from libs.runtime import flags
 
     scripts = {name: importlib.import_module(name) for name in ("train", "train_ldm_discrete")}
     _prepare()
@@ -150,11 +150,11 @@ def _prepare():
     import torchvision.utils  # noqa: F401
 
     from datasets import get_dataset
-    from libs import run
-    from libs.models import build_model
+    from libs.model.build import build_model
+    from libs.runtime import logs
 
     get_dataset("digits")
-    run.environment = functools.partial(copy.deepcopy, run.environment())
+    logs.environment = functools.partial(copy.deepcopy, logs.environment())
 
     torch.set_num_threads(1)
     nnet = dict(name="dim", input_size=8, in_channels=1, dim=16, depth=3, num_classes=10)
@@ -328,7 +328,7 @@ def digest(path):
     """SHA-256 of every bit of a checkpoint that a run goes on from. The bytes of training.pt are no
     measure: pickle writes the same values in several ways.
     """
-    from libs import checkpoint
+    from libs.train import checkpoint
 
     saved, result = checkpoint.load(path), hashlib.sha256()
 
@@ -389,7 +389,7 @@ class Undisturbed:
 
 def newest(workdir):
     """(path, step) of the checkpoint that a run would go on from; (None, 0) if there is none."""
-    from libs import checkpoint
+    from libs.train import checkpoint
 
     found = checkpoint.latest(Path(workdir) / "ckpts", report=lambda line: None)
     return found or (None, 0)

@@ -42,17 +42,19 @@ from safetensors.torch import save_file
 
 import utils
 from datasets import get_dataset
-from libs import checkpoint, flags, metrics
-from libs.autoencoder import load_autoencoder
-from libs.evaluation_run import require_own_place
-from libs.feature_files import open_features
-from libs.feature_writer import Packing, ShardWriter, make_settings
-from libs.features import Features
-from libs.image_store import ImageStore, create, pending
-from libs.models import build_model, config_beside, load_into
-from libs.official import to_official
-from libs.resume import resume
-from libs.weights import sha256_of
+from libs.data.autoencoder import load_autoencoder
+from libs.data.latent_writer import Packing, ShardWriter, make_settings
+from libs.data.latents import Features
+from libs.data.official_latents import open_features
+from libs.evaluate import metrics
+from libs.evaluate.image_store import ImageStore, create, pending
+from libs.evaluate.run import require_own_place
+from libs.files import sha256_of
+from libs.model.build import build_model, config_beside, load_into
+from libs.model.published import to_official
+from libs.runtime import flags
+from libs.train import checkpoint
+from libs.train.resume import resume
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

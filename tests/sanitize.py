@@ -19,16 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import test_ops  # noqa: E402
 import torch  # noqa: E402
 
-from libs.dim import Block  # noqa: E402
-from libs.ops import (  # noqa: E402
-    causal_conv1d,
-    cuda,
-    cuda_adaln,
-    fp8,
-    launch_plan,
-    selective_scan,
-)
-from libs.ops.launch_plan import Variant  # noqa: E402
+from libs.model.dim import Block  # noqa: E402
+from libs.ops import causal_conv1d, selective_scan  # noqa: E402
+from libs.ops.cuda import adaln, fp8, launch, launch_plan  # noqa: E402
+from libs.ops.cuda.launch_plan import Variant  # noqa: E402
 
 PARAMETERS = ("A", "D", "delta_bias", "weight", "bias")  # float32 in a network of any dtype
 VARIANTS = [
@@ -64,7 +58,7 @@ def forward_variants(B=2, L=61, D=70, N=16):
     }  # fmt: skip
     for variant in VARIANTS:
         plan = launch_plan.scan_forward(B, L, D, N, "float32", 132, variant)
-        cuda.run(cuda.prepare(plan, launch_plan.ScanParams, 0), rows["u"].device, rows, scalars)
+        launch.run(launch.prepare(plan, launch_plan.ScanParams, 0), rows["u"].device, rows, scalars)
 
 
 def block(dtype):
@@ -81,14 +75,14 @@ def passes(dtype):
     """Those around the mixer, both ways, for a residual stream in float32 and in dtype."""
     branch, g_n = (torch.randn(2, 61, 72).cuda().to(dtype) for _ in range(2))
     parameters = (torch.randn(*shape).cuda() for shape in ((2, 3, 72), (3, 72), (72,), (2,)))
-    of = cuda_adaln.Adaln(*parameters)
+    of = adaln.Adaln(*parameters)
     for stream in {torch.float32, dtype}:
         x, g_out = (torch.randn(2, 61, 72).cuda().to(stream) for _ in range(2))
-        cuda_adaln.norm(x, of, dtype)
-        cuda_adaln.gate(x, branch, of, stream)
-        _, g_factor = cuda_adaln.gate_backward(g_out, branch, of)
-        _, _, g_shift, g_gain = cuda_adaln.norm_backward(g_n, g_out, x, of)
-        cuda_adaln.modulation_backward(g_shift, g_gain, g_factor, of)
+        adaln.norm(x, of, dtype)
+        adaln.gate(x, branch, of, stream)
+        _, g_factor = adaln.gate_backward(g_out, branch, of)
+        _, _, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, of)
+        adaln.modulation_backward(g_shift, g_gain, g_factor, of)
 
 
 def main():

@@ -7,9 +7,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
-from libs import flags, training  # noqa: E402
+from libs.runtime import flags
+from libs.train import loop  # noqa: E402
 
-update = training.update
+update = loop.update
 
 
 def slow_update(*args):
@@ -17,7 +18,7 @@ def slow_update(*args):
     return update(*args)
 
 
-training.update = slow_update
+loop.update = slow_update
 
 if __name__ == "__main__":
     flags.run_main(train.main, train.FLAGS)

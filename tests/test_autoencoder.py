@@ -14,16 +14,16 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from libs import autoencoder
-from libs.autoencoder import (
+from libs.data import autoencoder
+from libs.data.autoencoder import (
     Autoencoder,
     load_autoencoder,
     network_from_state,
     sample_moments,
     to_ldm,
 )
-from libs.dim import DiM
-from libs.weights import sha256_of
+from libs.files import sha256_of
+from libs.model.dim import DiM
 from utils import UserError
 
 # torch's remark on the pickle that is refused here.

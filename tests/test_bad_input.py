@@ -22,11 +22,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import save_file
 
-from libs import checkpoint, flags
-from libs.metrics import DigitsClassifier
-from libs.models import build_model
-from libs.official import model_from_official, to_official, uvit_from_official
-from libs.weights import sha256_of
+from libs.evaluate.metrics import DigitsClassifier
+from libs.files import sha256_of
+from libs.model.build import build_model
+from libs.model.published import model_from_official, to_official, uvit_from_official
+from libs.runtime import flags
+from libs.train import checkpoint
 from utils import UserError, flatten, read_json
 
 # torch's remark on the pickles that are refused here.

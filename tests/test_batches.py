@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from datasets import get_dataset
-from libs import batches
+from libs.train import loader
 
 CONFIG = types.SimpleNamespace(
     seed=0, gradient_accumulation_steps=2, train=types.SimpleNamespace(batch_size=8, num_workers=2)
@@ -18,7 +18,7 @@ ACCELERATOR = types.SimpleNamespace(
 
 
 def first(n):
-    found = batches.micro_batches(CONFIG, get_dataset("digits"), ACCELERATOR, 3)
+    found = loader.micro_batches(CONFIG, get_dataset("digits"), ACCELERATOR, 3)
     return [next(found) for _ in range(n)]
 
 
@@ -35,7 +35,7 @@ def test_a_worker_that_dies_while_the_others_are_started(monkeypatch):
             multiprocessing.active_children()  # forgets the dead
         return found
 
-    monkeypatch.setattr(batches, "iter", iterator, raising=False)
+    monkeypatch.setattr(loader, "iter", iterator, raising=False)
     for (x, y), (x_expected, y_expected) in zip(first(3), expected, strict=True):
         assert torch.equal(x, x_expected) and torch.equal(y, y_expected)
     assert killed
@@ -45,4 +45,4 @@ def test_an_error_of_a_batch_is_no_death(monkeypatch):
     dataset = get_dataset("digits")
     monkeypatch.setattr(type(dataset), "_read", lambda self, epoch, index: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        next(batches.micro_batches(CONFIG, dataset, ACCELERATOR, 0))
+        next(loader.micro_batches(CONFIG, dataset, ACCELERATOR, 0))

@@ -18,8 +18,8 @@ import profile_step  # noqa: E402
 import workloads  # noqa: E402
 from bench_model import Case  # noqa: E402
 
-from libs.dim import DiM  # noqa: E402
-from libs.uvit import UViT  # noqa: E402
+from libs.model.dim import DiM  # noqa: E402
+from libs.model.uvit import UViT  # noqa: E402
 
 
 def tiny_dim(pixels, dim=16, depth=3):
@@ -248,7 +248,7 @@ def test_profile_of_steps_and_of_the_real_loop(tiny_networks):
     text = profile_step.report([profile_step.Target("DiM-H", 64, 2)], "cpu", FACTS, workers=0)
     sections = text.split("###")[1:]
     assert [s.splitlines()[0].split(",")[0] for s in sections] == [
-        " Training step", " Sampling", " The loop of libs/training.py",
+        " Training step", " Sampling", " The loop of libs/train/loop.py",
     ]  # fmt: skip
     assert all("| matrix products |" in section for section in sections)
     assert "optimizer, clipping" not in sections[1] and "| optimizer, clipping" in sections[2]

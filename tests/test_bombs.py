@@ -30,10 +30,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from datasets import get_dataset
-from libs import cifar10, images, metrics, pickled
-from libs.feature_files import read_feature_file
-from libs.models import config_beside, load_into
-from libs.official import load_checkpoint
+from libs import pickled
+from libs.data import cifar10, images
+from libs.data.official_latents import read_feature_file
+from libs.evaluate import metrics
+from libs.model.build import config_beside, load_into
+from libs.model.published import load_checkpoint
 from utils import MAX_JSON_BYTES, UserError, read_json
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux's /proc")

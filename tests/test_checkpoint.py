@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from libs import checkpoint
-from libs.weights import load_strict, weights_file
+from libs.files import load_strict, weights_file
+from libs.train import checkpoint
 from utils import UserError
 
 CHECKOUT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ from test_extract import write_autoencoder
 from test_seed_commands import place  # noqa: F401  (images and an autoencoder's file)
 
 from configs import imagenet256_H_DiM
-from libs.autoencoder import load_autoencoder
-from libs.codec import LatentCodec, PixelCodec, latent_codec
+from libs.data.autoencoder import load_autoencoder
+from libs.data.codec import LatentCodec, PixelCodec, latent_codec
 from utils import UserError
 
 SCALE = 0.18215

@@ -1,4 +1,4 @@
-"""The block as one operator (libs/ops/cuda_block.py) on a GPU, against its definition,
+"""The block as one operator (libs/ops/cuda/mamba_block.py) on a GPU, against its definition,
 Block.composed, in float64. Oracle: see test_cuda_kernels.py; "plain" is the composed block on the
 reference operators in the same dtype.
 """
@@ -11,7 +11,7 @@ import test_ops
 import torch
 from test_cuda_kernels import error
 
-from libs.dim import Block, DiM
+from libs.model.dim import Block, DiM
 from libs.ops.mamba_block import is_fused
 
 pytestmark = [
@@ -127,10 +127,10 @@ def test_gradients_are_bit_equal():
 
 def test_opcheck():
     block, (x, modulation, order, keep, _) = make_block(16), make_inputs(2, 9, 16, keep=True)
-    from libs.ops import cuda_block
+    from libs.ops.cuda import mamba_block
 
     assert is_fused(x.device, x.dtype, 16, 16, 3)
-    parameters = [block.by_name()[name].detach() for name in cuda_block.PARAMETERS]
+    parameters = [block.by_name()[name].detach() for name in mamba_block.PARAMETERS]
     arguments = [x, modulation, keep, *parameters]
     arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
     options = (order.long(), torch.float32, False, torch.float32)

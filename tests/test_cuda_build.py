@@ -15,13 +15,13 @@ import textwrap
 import golden_cases
 import pytest
 
-from libs.ops import cuda_compile, launch_plan, prebuild
-from libs.ops.cuda_compile import Program, load_or_compile
-from libs.ops.shipped import kernels_of_configs
+from libs.ops.cuda import compiler, launch_plan, prebuild
+from libs.ops.cuda.compiler import Program, load_or_compile
+from libs.ops.cuda.shipped import kernels_of_configs
 from utils import UserError
 
 torch = pytest.importorskip("torch")
-MISSING = cuda_compile.missing(torch.version.cuda)
+MISSING = compiler.missing(torch.version.cuda)
 needs_nvrtc = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 # ---------------------------------------- keys and cache, on a small kernel of our own
@@ -39,8 +39,8 @@ def small(tmp_path, monkeypatch):
     (tmp_path / "csrc" / "small").mkdir(parents=True)
     (tmp_path / "csrc" / "small" / "add.cu").write_text(SOURCE)
     (tmp_path / "csrc" / "small" / "shift.cuh").write_text("constexpr int kShift = 1;\n")
-    monkeypatch.setattr(cuda_compile, "CSRC", tmp_path / "csrc")
-    monkeypatch.setattr(cuda_compile, "PREBUILT", tmp_path / "prebuilt")
+    monkeypatch.setattr(compiler, "CSRC", tmp_path / "csrc")
+    monkeypatch.setattr(compiler, "PREBUILT", tmp_path / "prebuilt")
     monkeypatch.setenv("DIM_CACHE_DIR", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -48,13 +48,13 @@ def small(tmp_path, monkeypatch):
 @pytest.fixture
 def compilations(monkeypatch):
     """A list that grows by one at each compilation."""
-    done, compile_program = [], cuda_compile.compile_program
+    done, compile_program = [], compiler.compile_program
 
     def counted(program, arch):
         done.append((program, arch))
         return compile_program(program, arch)
 
-    monkeypatch.setattr(cuda_compile, "compile_program", counted)
+    monkeypatch.setattr(compiler, "compile_program", counted)
     return done
 
 
@@ -109,28 +109,28 @@ def test_a_foreign_entry_is_rebuilt(small, compilations):
 
 @needs_nvrtc
 def test_the_key_holds_all_that_matters(small, monkeypatch):
-    csrc = cuda_compile.CSRC / "small"
-    keys = [cuda_compile.key(PROGRAM, 80)]
-    assert cuda_compile.key(PROGRAM, 80) == keys[0]
-    keys.append(cuda_compile.key(PROGRAM, 90))
-    keys.append(cuda_compile.key(Program(PROGRAM.source, (("kType", "double"),)), 80))
+    csrc = compiler.CSRC / "small"
+    keys = [compiler.key(PROGRAM, 80)]
+    assert compiler.key(PROGRAM, 80) == keys[0]
+    keys.append(compiler.key(PROGRAM, 90))
+    keys.append(compiler.key(Program(PROGRAM.source, (("kType", "double"),)), 80))
     (csrc / "shift.cuh").write_text("constexpr int kShift = 2;\n")
-    keys.append(cuda_compile.key(PROGRAM, 80))
+    keys.append(compiler.key(PROGRAM, 80))
     (csrc / "add.cu").write_text(SOURCE + "// more\n")
-    keys.append(cuda_compile.key(PROGRAM, 80))
-    monkeypatch.setattr(cuda_compile, "nvrtc_version", lambda: "12.8.93")
-    keys.append(cuda_compile.key(PROGRAM, 80))
-    monkeypatch.setattr(cuda_compile, "OPTIONS", cuda_compile.OPTIONS | {"debug": True})
-    keys.append(cuda_compile.key(PROGRAM, 80))
+    keys.append(compiler.key(PROGRAM, 80))
+    monkeypatch.setattr(compiler, "nvrtc_version", lambda: "12.8.93")
+    keys.append(compiler.key(PROGRAM, 80))
+    monkeypatch.setattr(compiler, "OPTIONS", compiler.OPTIONS | {"debug": True})
+    keys.append(compiler.key(PROGRAM, 80))
     assert len(set(keys)) == len(keys)
     (csrc / "unrelated.cuh").write_text("")
-    assert cuda_compile.key(PROGRAM, 80) == keys[-1]
+    assert compiler.key(PROGRAM, 80) == keys[-1]
 
 
 @needs_nvrtc
 def test_prebuilt_comes_first(small, compilations):
-    compiled = cuda_compile.compile_program(PROGRAM, 80)
-    cuda_compile.write_entry(cuda_compile.PREBUILT, PROGRAM, 80, compiled)
+    compiled = compiler.compile_program(PROGRAM, 80)
+    compiler.write_entry(compiler.PREBUILT, PROGRAM, 80, compiled)
     assert load_or_compile(PROGRAM, 80) == compiled
     assert len(compilations) == 1 and not small.exists()
 
@@ -138,7 +138,7 @@ def test_prebuilt_comes_first(small, compilations):
 @needs_nvrtc
 def test_an_unwritable_cache_is_no_error(small, compilations, caplog):
     small.write_text("a file where the directory should be")
-    cuda_compile.warn_once.cache_clear()
+    compiler.warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "dim"):
         assert load_or_compile(PROGRAM, 80).cubin == load_or_compile(PROGRAM, 80).cubin
     assert len(compilations) == 2
@@ -151,7 +151,7 @@ def test_many_processes_at_once(small):
     """All find an empty cache, all get the kernel, one whole entry stays and nothing else."""
     code = """
         import importlib.util, pathlib, sys
-        spec = importlib.util.spec_from_file_location("cuda_compile", "libs/ops/cuda_compile.py")
+        spec = importlib.util.spec_from_file_location("cuda_compile", "libs/ops/cuda/compiler.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.CSRC, module.PREBUILT = map(pathlib.Path, sys.argv[1:])
@@ -163,7 +163,7 @@ def test_many_processes_at_once(small):
         module.load_or_compile(program, 80)
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    command += [str(cuda_compile.CSRC), str(cuda_compile.PREBUILT)]
+    command += [str(compiler.CSRC), str(compiler.PREBUILT)]
     processes = [
         subprocess.Popen(
             command, cwd=golden_cases.ROOT, env=dict(os.environ), text=True,
@@ -181,7 +181,7 @@ def test_many_processes_at_once(small):
 
 @needs_nvrtc
 def test_a_mistake_in_a_kernel_is_told(small):
-    (cuda_compile.CSRC / "small" / "add.cu").write_text("extern int;\nnonsense")
+    (compiler.CSRC / "small" / "add.cu").write_text("extern int;\nnonsense")
     message = r"(?s)csrc/small/add.cu does not compile for sm_80 .*nonsense"
     with pytest.raises(UserError, match=message):
         load_or_compile(PROGRAM, 80)
@@ -192,9 +192,9 @@ def test_cache_directory(monkeypatch):
     monkeypatch.delenv("DIM_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     if sys.platform != "win32":
-        assert str(cuda_compile.cache_directory()) == "/somewhere/dim-kernels"
+        assert str(compiler.cache_directory()) == "/somewhere/dim-kernels"
     monkeypatch.setenv("DIM_CACHE_DIR", "elsewhere")
-    assert str(cuda_compile.cache_directory()) == "elsewhere"
+    assert str(compiler.cache_directory()) == "elsewhere"
 
 
 # ---------------------------------------- what is missing
@@ -203,15 +203,15 @@ def test_cache_directory(monkeypatch):
 @pytest.fixture
 def no_memory():
     """`missing` forgets what it found, before and after."""
-    cuda_compile.missing.cache_clear()
+    compiler.missing.cache_clear()
     yield
-    cuda_compile.missing.cache_clear()
+    compiler.missing.cache_clear()
 
 
 @needs_nvrtc
 def test_another_cuda_than_torchs(no_memory):
-    assert 'pip install "cuda-bindings==9.*"' in cuda_compile.missing("9.1")
-    assert "built without CUDA" in cuda_compile.missing(None)
+    assert 'pip install "cuda-bindings==9.*"' in compiler.missing("9.1")
+    assert "built without CUDA" in compiler.missing(None)
 
 
 @needs_nvrtc
@@ -221,7 +221,7 @@ def test_another_cuda_than_torchs(no_memory):
 )
 def test_a_package_that_is_not_installed(no_memory, monkeypatch, module, command):
     monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
-    assert f'pip install {"-U " * (module == "cuda.core")}"{command}' in cuda_compile.missing(
+    assert f'pip install {"-U " * (module == "cuda.core")}"{command}' in compiler.missing(
         torch.version.cuda
     )
 
@@ -231,17 +231,17 @@ def test_headers_and_compiler_that_are_not_there(no_memory, monkeypatch):
     def nothing():
         raise OSError("libnvrtc.so.13: cannot open shared object file")
 
-    monkeypatch.setattr(cuda_compile, "_cuda_headers", lambda: None)
-    assert "pip install \"nvidia-cuda-runtime" in cuda_compile.missing(torch.version.cuda)
-    cuda_compile.missing.cache_clear()
-    monkeypatch.setattr(cuda_compile, "nvrtc_version", nothing)
-    assert "pip install \"nvidia-cuda-nvrtc" in cuda_compile.missing(torch.version.cuda)
+    monkeypatch.setattr(compiler, "_cuda_headers", lambda: None)
+    assert "pip install \"nvidia-cuda-runtime" in compiler.missing(torch.version.cuda)
+    compiler.missing.cache_clear()
+    monkeypatch.setattr(compiler, "nvrtc_version", nothing)
+    assert "pip install \"nvidia-cuda-nvrtc" in compiler.missing(torch.version.cuda)
 
 
 @needs_nvrtc
 def test_a_gpu_that_nvrtc_does_not_know():
-    assert cuda_compile.unsupported(80) is None
-    assert "not for sm_999" in cuda_compile.unsupported(999)
+    assert compiler.unsupported(80) is None
+    assert "not for sm_999" in compiler.unsupported(999)
 
 
 # ---------------------------------------- ahead of time
@@ -251,12 +251,12 @@ def test_a_gpu_that_nvrtc_does_not_know():
 def test_prebuild(small, monkeypatch, capsys):
     kernel = launch_plan.Kernel(PROGRAM.source, "add", PROGRAM.defines)
     monkeypatch.setattr(prebuild, "kernels_of_configs", lambda arch: [kernel])
-    monkeypatch.setattr(prebuild, "REPORT", cuda_compile.PREBUILT / "report.txt")
+    monkeypatch.setattr(prebuild, "REPORT", compiler.PREBUILT / "report.txt")
     assert prebuild.main("80;sm_90") == 0
     printed = capsys.readouterr().out
     assert "sm_80: 1 CUDA kernels compiled with NVRTC" in printed and "sm_90: 1" in printed
     assert prebuild.REPORT.read_text() == printed
-    monkeypatch.setattr(cuda_compile, "compile_program", None)  # not called
+    monkeypatch.setattr(compiler, "compile_program", None)  # not called
     assert load_or_compile(PROGRAM, "90").cubin and load_or_compile(PROGRAM, 80).cubin
 
 
@@ -265,7 +265,7 @@ def test_prebuild(small, monkeypatch, capsys):
     "archs, message", [("13;90", "not for sm_13"), ("hopper", "like '90;100'")]
 )
 def test_what_cannot_be_prebuilt_is_told(small, monkeypatch, capsys, archs, message):
-    monkeypatch.setattr(prebuild, "REPORT", cuda_compile.PREBUILT / "report.txt")
+    monkeypatch.setattr(prebuild, "REPORT", compiler.PREBUILT / "report.txt")
     assert prebuild.main(archs) == 1
     assert message in capsys.readouterr().out
 
@@ -289,7 +289,7 @@ def test_setup_prebuilds_only_when_it_installs_and_is_asked(monkeypatch):
     run("egg_info", DIM_PREBUILD_ARCHS="90")
     assert not started
     run("editable_wheel", DIM_PREBUILD_ARCHS="90;100")
-    assert started == [[sys.executable, "-m", "libs.ops.prebuild", "90;100"]]
+    assert started == [[sys.executable, "-m", "libs.ops.cuda.prebuild", "90;100"]]
 
 
 # ---------------------------------------- the kernels

@@ -13,21 +13,12 @@ import pytest
 import test_ops
 import torch
 
-from libs.mamba import Mamba
-from libs.ops import (
-    backends,
-    causal_conv1d,
-    cuda,
-    cuda_check,
-    cuda_conv,
-    cuda_scan,
-    describe_backends,
-    launch_plan,
-    mamba_block,
-    peers,
-    selective_scan,
-)
+from libs.model.mamba import Mamba
+from libs.ops import backends, causal_conv1d, describe_backends, mamba_block, peers, selective_scan
 from libs.ops.backends import Backend
+from libs.ops.cuda import causal_conv1d as cuda_conv
+from libs.ops.cuda import launch, launch_plan, self_check
+from libs.ops.cuda import selective_scan as cuda_scan
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
 from utils import UserError
 
@@ -172,17 +163,17 @@ def test_a_last_axis_with_strides_is_copied_once(monkeypatch):
         torch.Tensor, "contiguous", lambda x, **kw: copies.append(x.shape) or contiguous(x, **kw)
     )
     both = torch.randn(2, 19, 10, requires_grad=True)
-    assert cuda.as_rows(both[..., 5:]).data_ptr() == both[..., 5:].data_ptr() and not copies
+    assert launch.as_rows(both[..., 5:]).data_ptr() == both[..., 5:].data_ptr() and not copies
     x = torch.randn(2, 5, 19).mT
-    assert cuda.as_rows(x).is_contiguous() and copies == [(2, 19, 5)]
-    assert cuda.as_rows(x[:, :, :1]) is not None
-    assert cuda.as_rows(torch.empty(1).as_strided((2, 1, 1), (0, 2**31, 1))) is not None
+    assert launch.as_rows(x).is_contiguous() and copies == [(2, 19, 5)]
+    assert launch.as_rows(x[:, :, :1]) is not None
+    assert launch.as_rows(torch.empty(1).as_strided((2, 1, 1), (0, 2**31, 1))) is not None
 
 
 @pytest.mark.parametrize("absent, options, order", SCAN_VARIANTS)
 def test_scan_opcheck(absent, options, order):
     x = test_ops.scan_inputs(L=7, absent=absent)
-    order = cuda.as_order(test_ops.make_order(order, 7))
+    order = launch.as_order(test_ops.make_order(order, 7))
     softplus = options.get("delta_softplus", False)
     arguments = [x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     arguments += [order, softplus]
@@ -199,7 +190,7 @@ def test_scan_opcheck(absent, options, order):
 @pytest.mark.parametrize("absent, activation", [((), "silu"), (("bias",), None)])
 def test_convolution_opcheck(absent, activation):
     x = test_ops.conv_inputs(L=7, absent=absent)
-    order = cuda.as_order(test_ops.make_order("permuted", 7))
+    order = launch.as_order(test_ops.make_order("permuted", 7))
     tensors = [x["x"], x["weight"], x.get("bias")]
     rest = (order, activation == "silu")
     torch.library.opcheck(
@@ -277,13 +268,13 @@ class Driver:
 def driver(monkeypatch):
     """A driver that launches nothing, for tensors that are on the CPU."""
     driver = Driver()
-    monkeypatch.setattr(cuda, "_driver", lambda: driver)
-    monkeypatch.setattr(cuda, "_make_context_current", lambda index: None)
+    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(launch, "_make_context_current", lambda index: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     stream = types.SimpleNamespace(cuda_stream=77)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
     gpu = types.SimpleNamespace(function=lambda kernel, shared: f"{kernel.name} {shared}")
-    monkeypatch.setattr(cuda.Gpu, "of", staticmethod(lambda index: gpu))
+    monkeypatch.setattr(launch.Gpu, "of", staticmethod(lambda index: gpu))
     return driver
 
 
@@ -302,10 +293,10 @@ def test_what_is_launched(driver):
             launch_plan.Sum("parts_A", "g_B", (5, 2), "bfloat16"),
         ),
     )
-    prepared = cuda.prepare(plan, launch_plan.ScanParams, 0)
+    prepared = launch.prepare(plan, launch_plan.ScanParams, 0)
     u, g_A, g_B = torch.randn(2, 19, 10)[..., 5:], torch.empty(5, 16), torch.empty(0)
     driver.size = ctypes.sizeof(launch_plan.SumParams)
-    cuda.run(
+    launch.run(
         prepared, u.device, {"u": u, "z": None}, {"batch": 2, "D": g_A, "order": None},
         {"g_A": g_A, "g_B": g_B},
     )  # fmt: skip
@@ -321,8 +312,8 @@ def test_what_is_launched(driver):
     driver.launches.clear()
     driver.size = ctypes.sizeof(launch_plan.ScanParams)
     plan = plan._replace(sums=())
-    cuda.run(
-        cuda.prepare(plan, launch_plan.ScanParams, 0), u.device, {"u": u, "z": None},
+    launch.run(
+        launch.prepare(plan, launch_plan.ScanParams, 0), u.device, {"u": u, "z": None},
         {"batch": 2, "D": g_A, "order": None, "delta_softplus": True},
     )  # fmt: skip
     params = launch_plan.ScanParams.from_buffer_copy(driver.launches[0][1])
@@ -339,10 +330,10 @@ def test_a_failed_launch_is_told(driver):
         (launch_plan.Launch(launch_plan.Kernel("a.cu", "walk", ()), (1, 1, 1), (1, 1, 1), 0),),
         (), {},
     )  # fmt: skip
-    prepared = cuda.prepare(plan, launch_plan.ConvParams, 0)
+    prepared = launch.prepare(plan, launch_plan.ConvParams, 0)
     driver.error = cuda_driver.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
     with pytest.raises(RuntimeError, match="launching walk: .*LAUNCH_OUT_OF_RESOURCES"):
-        cuda.run(prepared, torch.device("cpu"), {}, {})
+        launch.run(prepared, torch.device("cpu"), {}, {})
 
 
 # ---------------------------------------- self-check
@@ -368,7 +359,7 @@ SHAPES = [
 @pytest.mark.parametrize("name", ["forward", "backward"])
 @pytest.mark.parametrize("states", [1, 16, 17, 33, 64])
 def test_the_self_check_runs_every_kernel_of_a_plan(monkeypatch, name, states):
-    monkeypatch.setattr(cuda, "prepare", lambda plan, struct, index: plan)
+    monkeypatch.setattr(launch, "prepare", lambda plan, struct, index: plan)
     gpu = types.SimpleNamespace(index=0, multiprocessors=132)
     choose = getattr(launch_plan, f"{name}_variant")
     dtype = ("bfloat16",) if name == "backward" else ()
@@ -385,7 +376,7 @@ def test_the_self_check_runs_every_kernel_of_a_plan(monkeypatch, name, states):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_self_check_tells_right_from_wrong(monkeypatch, dtype):
     """With the reference for the kernels, right and then a little wrong."""
-    monkeypatch.setattr(cuda, "prepare", lambda plan, struct, index: None)
+    monkeypatch.setattr(launch, "prepare", lambda plan, struct, index: None)
     gpu = types.SimpleNamespace(
         index=0, multiprocessors=132, device="cpu", name="a GPU", arch=90
     )
@@ -409,7 +400,7 @@ def test_the_self_check_tells_right_from_wrong(monkeypatch, dtype):
         forward, backward, size = plans[module is cuda_conv]
         shape = (2, 366, 64, size)
         for name, check in ((forward, module._check_forward), (backward, module._check_backward)):
-            plan = getattr(launch_plan, name)(*shape, cuda.name_of(dtype), 132)
+            plan = getattr(launch_plan, name)(*shape, launch.name_of(dtype), 132)
             wrong.clear()
             assert plan.kernels() <= check(gpu, plan, shape, dtype)
             for error in (0.05, float("nan")):
@@ -420,10 +411,10 @@ def test_the_self_check_tells_right_from_wrong(monkeypatch, dtype):
 
 def test_undisturbed_lets_errors_through():
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not cuda_check.undisturbed(torch.is_inference_mode_enabled)
-        assert not cuda_check.undisturbed(torch.is_autocast_enabled, "cpu")
+        assert not self_check.undisturbed(torch.is_inference_mode_enabled)
+        assert not self_check.undisturbed(torch.is_autocast_enabled, "cpu")
     with pytest.raises(UserError, match="so it goes"):
-        cuda_check.undisturbed(lambda: (_ for _ in ()).throw(UserError("so it goes")))
+        self_check.undisturbed(lambda: (_ for _ in ()).throw(UserError("so it goes")))
 
 
 # ---------------------------------------- dispatch
@@ -454,14 +445,14 @@ def test_a_slow_choice_is_warned_of_once(monkeypatch, caplog):
 
 def test_compiling_is_said_in_one_line(monkeypatch, caplog, capsys):
     gpu = types.SimpleNamespace(name="a GPU", arch=90)
-    monkeypatch.setattr(cuda, "_log", logging.Logger("a run's"))
+    monkeypatch.setattr(launch, "_log", logging.Logger("a run's"))
     for handler in ((), (logging.NullHandler(),)):
         for each in handler:
-            cuda._log.addHandler(each)
+            launch._log.addHandler(each)
             each.handle = lambda record: print("logged:", record.getMessage(), file=sys.stderr)
-        cuda._say_once.cache_clear()
+        launch._say_once.cache_clear()
         for _ in range(3):
-            cuda.Gpu._announce(gpu)
+            launch.Gpu._announce(gpu)
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("logged: " * len(handler) + "compiling CUDA kernels for a GPU")
 

@@ -10,10 +10,11 @@ import pytest
 import test_ops
 import torch
 
-from libs.ops import causal_conv1d, cuda, launch_plan, selective_scan
-from libs.ops.launch_plan import Variant
+from libs.model.scan_order import COLUMNS, COLUMNS_REVERSED, ROWS, ROWS_REVERSED, sequence_order
+from libs.ops import causal_conv1d, selective_scan
+from libs.ops.cuda import launch, launch_plan
+from libs.ops.cuda.launch_plan import Variant
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
-from libs.scan_order import COLUMNS, COLUMNS_REVERSED, ROWS, ROWS_REVERSED, sequence_order
 
 pytestmark = [
     pytest.mark.cuda,
@@ -160,7 +161,7 @@ BACKWARD_VARIANTS = [Variant(1, 64, 8, 1, 6), Variant(1, 64, 8, 3, 6), Variant(4
 
 
 def results_of(plan, struct, rows, scalars, outputs=None):
-    cuda.run(cuda.prepare(plan, struct, 0), torch.device("cuda", 0), rows, scalars, outputs)
+    launch.run(launch.prepare(plan, struct, 0), torch.device("cuda", 0), rows, scalars, outputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -173,7 +174,7 @@ def test_variants(length, dtype):
     options = {"delta_softplus": True, "order": order, "return_last_state": True}
     expected = run(selective_scan, inputs, backend="cuda", **options)
     sequences = ("u", "delta", "z", "B", "C")
-    shape = (B, length, D, N, cuda.name_of(dtype), 132)
+    shape = (B, length, D, N, launch.name_of(dtype), 132)
     scalars = {k: inputs[k] for k in ("A", "D", "delta_bias")} | {
         "batch": B, "length": length, "channels": D, "states": N, "delta_softplus": 1,
         "order": order,

@@ -13,8 +13,9 @@ import test_golden_scan
 import test_ops
 import torch
 
-from libs.mamba import Mamba
-from libs.ops import causal_conv1d, cuda, cuda_scan, describe_backends, selective_scan
+from libs.model.mamba import Mamba
+from libs.ops import causal_conv1d, describe_backends, selective_scan
+from libs.ops.cuda import launch
 from libs.ops.reference import selective_scan_ref
 from utils import UserError
 
@@ -81,7 +82,7 @@ def test_chosen_automatically():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scan_opcheck(absent, dtype):
     x = on("cuda", test_ops.scan_inputs(L=17, D=33, absent=absent), dtype)
-    order = cuda.as_order(order_of(17))
+    order = launch.as_order(order_of(17))
     arguments = [x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     g_y, g_state = torch.randn_like(x["u"]), torch.randn(2, 33, 16, device="cuda")
     test_ops.scan(**x, order=order, backend="cuda")  # registers the operators
@@ -94,7 +95,7 @@ def test_scan_opcheck(absent, dtype):
 @pytest.mark.parametrize("absent", [(), ("bias",)])
 def test_convolution_opcheck(absent):
     x = on("cuda", test_ops.conv_inputs(L=17, D=33, absent=absent))
-    order = cuda.as_order(order_of(17))
+    order = launch.as_order(order_of(17))
     causal_conv1d(**x, backend="cuda")
     arguments = [x["x"], x["weight"], x.get("bias")]
     g_y = torch.randn_like(x["x"])
@@ -153,7 +154,7 @@ def test_cuda_graph():
 def test_first_use_in_a_capture_is_told():
     """A shape that needs a kernel nobody has loaded: 27 states, float16."""
     x = on("cuda", test_ops.scan_inputs(B=1, L=5, D=8, N=27), torch.float16)
-    cuda.forget()  # whatever ran before this test
+    launch.forget()  # whatever ran before this test
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(UserError, match="before this graph capture"), torch.cuda.graph(graph):
         selective_scan(**x, backend="cuda")
@@ -287,9 +288,9 @@ def test_kernels_that_compute_wrong_numbers_are_refused(monkeypatch):
     """Every call, until they compute right ones."""
     x = on("cuda", test_ops.scan_inputs())
     with monkeypatch.context() as patch:
-        cuda.forget()
+        launch.forget()
         patch.setattr(
-            cuda_scan, "selective_scan_ref",
+            selective_scan, "selective_scan_ref",
             lambda **inputs: tuple(1.1 * y for y in selective_scan_ref(**inputs)),
         )  # fmt: skip
         for _ in range(2):

@@ -11,16 +11,16 @@ import torch
 from torch import nn
 
 from configs import digits_T_DiM
-from libs import guidance, samplers
-from libs.codec import PixelCodec
-from libs.dim import DiM
-from libs.ema import EMA
-from libs.engine import Engine
-from libs.graphs import CudaCapture, GraphedNetwork, GraphedTraining, SamplingNetwork
-from libs.launch import Precision
-from libs.loading import Prefetcher
-from libs.training import Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate
-from libs.training import update as update_after
+from libs.data.codec import PixelCodec
+from libs.diffusion import guidance, samplers
+from libs.model.dim import DiM
+from libs.runtime.cuda_graphs import CudaCapture, GraphedNetwork, GraphedTraining, SamplingNetwork
+from libs.runtime.launch import Precision
+from libs.train.ema import EMA
+from libs.train.engine import Engine
+from libs.train.loop import Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate
+from libs.train.loop import update as update_after
+from libs.train.prefetch import Prefetcher
 from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
 
 pytestmark = [

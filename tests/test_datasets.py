@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 
 import datasets
 from datasets import GlobalBatchSampler, get_dataset, permutation
-from libs import cifar10, images
+from libs.data import cifar10, images
 from utils import UserError
 
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]

@@ -5,12 +5,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import cifar10_S_DiM, digits_T_DiM
-from libs import scan_order
-from libs.dim import PRESETS, DiM
-from libs.layers import PaddedSequence, drop_path, freeu_backbone
-from libs.models import build_model, require_same
-from libs.official import resize_state, to_official
-from libs.weights import load_strict
+from libs.files import load_strict
+from libs.model import scan_order
+from libs.model.build import build_model, require_same
+from libs.model.dim import PRESETS, DiM
+from libs.model.layers import PaddedSequence, drop_path, freeu_backbone
+from libs.model.published import resize_state, to_official
 from utils import UserError, write_json
 
 TINY = dict(input_size=8, in_channels=4, dim=16, depth=5, num_classes=10)

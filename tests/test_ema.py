@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from libs.ema import EMA
-from libs.lr import lr_factor, warmup_factor
+from libs.train.ema import EMA
+from libs.train.lr import lr_factor, warmup_factor
 
 
 def make_model(seed=0):

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from libs import engine, launch
+from libs.runtime import launch
+from libs.train import engine
 from utils import UserError
 
 NO_DEEPSPEED = importlib.util.find_spec("deepspeed") is None

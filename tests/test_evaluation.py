@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from libs import samplers
+from libs.diffusion import samplers
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +134,8 @@ def test_sample_draws_a_grid_from_nothing_but_the_checkpoint(trained, tmp_path):
 
 def test_sample_takes_official_weights(trained, tmp_path):
     """The same picture from our checkpoint and from its translation to an official .pth."""
-    from libs.models import build_model
-    from libs.official import to_official
+    from libs.model.build import build_model
+    from libs.model.published import to_official
     from utils import read_json
 
     model = build_model(read_json(trained / "config.json")["nnet"])

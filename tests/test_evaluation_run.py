@@ -21,15 +21,16 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from datasets import dataset_of
-from libs import evaluation, evaluation_run, flags, metrics
-from libs.codec import PixelCodec
-from libs.evaluation import ImageGenerator
-from libs.image_store import ImageStore, compared, create, pending
-from libs.launch import Precision, make_accelerator
-from libs.metrics import DigitsClassifier, DigitsClassifierFeatures, save_statistics
-from libs.models import build_model
-from libs.outputs import Outputs
-from libs.real_images import dataset_features, images_to_measure, real_images
+from libs.data.codec import PixelCodec
+from libs.evaluate import generate, metrics, run
+from libs.evaluate.generate import ImageGenerator
+from libs.evaluate.image_store import ImageStore, compared, create, pending
+from libs.evaluate.metrics import DigitsClassifier, DigitsClassifierFeatures, save_statistics
+from libs.evaluate.real_images import dataset_features, images_to_measure, real_images
+from libs.model.build import build_model
+from libs.runtime import flags
+from libs.runtime.launch import Precision, make_accelerator
+from libs.train.snapshots import Outputs
 from sde import VPSDE
 from utils import UserError, read_json
 
@@ -337,7 +338,7 @@ def test_a_network_that_makes_nan_is_told(files, tmp_path, monkeypatch):
     """By sample.py and, where the features hide it, by an evaluation."""
     generator = generator_of(tmp_path, codec=NaN(), sample__mini_batch_size=4)
     with pytest.raises(UserError, match="images that are not finite: image 1 .*sample.scale"):
-        evaluation.draw_in_batches(generator, None, 6)
+        generate.draw_in_batches(generator, None, 6)
     monkeypatch.setattr(importlib.import_module("eval"), "PixelCodec", NaN)
     monkeypatch.setattr(metrics.NoFeatures, "__call__", lambda self, x: torch.zeros(len(x), 1))
     with pytest.raises(UserError, match="images that are not finite: image 1 "):
@@ -353,7 +354,7 @@ def test_fp8_is_another_recipe():
 
 
 def test_fp8_is_in_the_recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr("libs.ops.fp8.turn_on", lambda *arguments: None)
+    monkeypatch.setattr("libs.ops.cuda.fp8.turn_on", lambda *arguments: None)
     assert generator_of(tmp_path).recipe()["fp8"] is False
     assert generator_of(tmp_path, sample__fp8=True).recipe()["fp8"] is True
 
@@ -384,7 +385,7 @@ def test_an_npz_of_others_stays(files, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/proc/images.npz", "n" * 255])
 def test_an_npz_that_cannot_be_made_is_refused_at_once(files, tmp_path, monkeypatch, path):
-    monkeypatch.setattr(evaluation_run, "make_images", lambda *arguments, **keywords: 1 / 0)
+    monkeypatch.setattr(run, "make_images", lambda *arguments, **keywords: 1 / 0)
     with pytest.raises(UserError, match="cannot write .*another --config.sample.adm_npz"):
         evaluate(tmp_path, files, sample__adm_npz=tmp_path / path)
 
@@ -410,7 +411,7 @@ def test_an_output_path_that_is_the_partial_folder_is_refused(files, tmp_path):
     args.output_path = tmp_path / "result.partial"
     accelerator = SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
     with pytest.raises(UserError, match="result.partial, but .partial is for the folder"):
-        evaluation_run.run_evaluation(
+        run.run_evaluation(
             args, args.config, accelerator, model=None, process=None, codec=None
         )
 
@@ -440,7 +441,7 @@ def test_the_recipe_is_whole(undisturbed, files, capsys):
     assert result["precision_recall"]["real"] == 1797
     assert result["precision_recall"]["generated"] == N
     assert read_json(folder / "png" / "recipe.json")["weights"] == result["weights"]
-    evaluation_run.report(result, "result.json")
+    run.report(result, "result.json")
     output = capsys.readouterr().out
     for words_ in ("precision ", "recall ", "steps = 20", "weights.sha256", "commit = ", "img_s"):
         assert words_ in output
@@ -532,7 +533,7 @@ def test_real_images_that_do_not_fit_are_refused(tmp_path):
         measured(2, 16)
     real = measured(2, 8)
     for length in (3, 4):
-        found = evaluation.figures_of(
+        found = generate.figures_of(
             real.mu, real.sigma, None, measured(length, 8), 0
         )
         assert ("real_halves" in found) == (length == 4)
@@ -561,7 +562,7 @@ def test_images_without_classes_have_no_agreement(tmp_path):
 def test_measuring_real_images_is_progress(tmp_path, monkeypatch):
     """Of a run of several processes whose others wait: else the watch would end it."""
     beats = []
-    monkeypatch.setattr("libs.watch.beat", beats.append)
+    monkeypatch.setattr("libs.runtime.watch.beat", beats.append)
     dataset_features(FirstPixels(), FirstDigits(101, dataset_of(parse(tmp_path).config)))
     assert beats == ["measuring real images"] * 3
 
@@ -579,11 +580,11 @@ def outputs_of(tmp_path, others_failed=0, **changes):
 
 def test_fid_is_left_out_by_all_if_one_process_cannot(tmp_path, files, monkeypatch, caplog):
     """The one that cannot says why; none goes on to the collectives of the measurement."""
-    monkeypatch.setattr(evaluation, "measure", lambda *arguments, **keywords: 1 / 0)
+    monkeypatch.setattr(generate, "measure", lambda *arguments, **keywords: 1 / 0)
     here = outputs_of(tmp_path, sample__fid_weights_path=tmp_path / "absent.safetensors")
     other = outputs_of(tmp_path, 1, sample__fid_weights_path=files / "classifier.safetensors")
     with caplog.at_level("WARNING", "dim"):
-        monkeypatch.setattr("libs.outputs.log.propagate", True)
+        monkeypatch.setattr("libs.train.snapshots.log.propagate", True)
         assert other.fid(lambda: False) is None and other.fid_samples == 0 and not caplog.text
         assert here.by_all(here.real_side) is None and here.fid_samples == 0
     assert "no FID in this run: " in caplog.text and "absent.safetensors" in caplog.text
@@ -639,7 +640,7 @@ def latent(files, tmp_path, monkeypatch):
         args = parse(tmp_path, files, nnet__input_size=4, **changes)
         model = build_model(args.config.nnet)
         args.nnet_path = random_weights(tmp_path / "latent.safetensors", 0, args.config.nnet)
-        evaluation_run.run_evaluation(
+        run.run_evaluation(
             args, args.config, make_accelerator(),
             model=model, process=VPSDE(), codec=Enlarging(),
         )  # fmt: skip

@@ -24,9 +24,9 @@ from test_bad_input import (  # noqa: F401
 )
 
 from datasets import get_dataset
-from libs import watch
-from libs.autoencoder import load_autoencoder, to_ldm
-from libs.features import Features
+from libs.data.autoencoder import load_autoencoder, to_ldm
+from libs.data.latents import Features
+from libs.runtime import watch
 from utils import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*the whole ImageNet has")
@@ -120,7 +120,7 @@ def copied(folder, to, without=()):
 def test_a_process_without_a_shard_waits_for_the_others(monkeypatch):
     """One that never said so would count as frozen, and end them."""
     script, beats = importlib.import_module("scripts.extract_imagenet_feature"), []
-    monkeypatch.setattr("libs.watch.beat", beats.append)
+    monkeypatch.setattr("libs.runtime.watch.beat", beats.append)
     packing = SimpleNamespace(begin=lambda: False, missing=lambda: [4, 7])
     monkeypatch.setattr(script, "broadcast_object_list", lambda found: None)
     for rank, expected in (0, [4]), (1, [7]), (2, []):

@@ -11,7 +11,7 @@ import fault_ranks as ranks
 import faults
 import pytest
 
-from libs import checkpoint
+from libs.train import checkpoint
 
 STEPS = 30
 needs_mount = pytest.mark.skipif(not cases.can_mount(), reason="mounting needs root on Linux")
@@ -167,7 +167,7 @@ def test_the_loggers_have_no_network(lab, kind):
 @pytest.mark.timeout(900)
 def test_one_of_two_processes_is_killed_or_frozen(lab):
     reference = ranks.undisturbed(lab)
-    if importlib.util.find_spec("libs.watch"):
+    if importlib.util.find_spec("libs.runtime.watch"):
         right(ranks.frozen_rank(lab, reference, 1, 4))
     right(ranks.killed_rank(lab, reference, 0, 4))
     right(ranks.killed_rank(lab, reference, 1, 5))

@@ -12,9 +12,9 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import get_dataset
-from libs.feature_files import read_feature_file
-from libs.feature_writer import Packing, ShardWriter, make_settings
-from libs.features import Features
+from libs.data.latent_writer import Packing, ShardWriter, make_settings
+from libs.data.latents import Features
+from libs.data.official_latents import read_feature_file
 from utils import UserError
 
 SHAPE = (8, 4, 4)

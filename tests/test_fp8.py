@@ -1,11 +1,11 @@
-"""Matrix products in fp8 (libs/ops/fp8.py): the definition on the CPU, the rest on a GPU."""
+"""Matrix products in fp8 (libs/ops/cuda/fp8.py): the definition on the CPU, the rest on a GPU."""
 
 import pytest
 import torch
 from test_cuda_kernels import error
 
-from libs.dim import DiM
-from libs.ops import fp8
+from libs.model.dim import DiM
+from libs.ops.cuda import fp8
 from utils import UserError
 
 cuda = [

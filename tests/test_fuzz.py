@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from libs import flags, pickled, torch_files
+from libs import pickled, torch_files
+from libs.runtime import flags
 from utils import UserError, flatten
 
 CASES = int(os.environ.get("DIM_FUZZ", "20"))

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from golden_cases import assert_close, det_weights, params
 
-from libs import layers, scan_order
-from libs.models import build_model
-from libs.official import (
+from libs.files import load_strict
+from libs.model import layers, scan_order
+from libs.model.build import build_model
+from libs.model.published import (
     is_official,
     model_from_official,
     resize_state,
     to_official,
     uvit_from_official,
 )
-from libs.weights import load_strict
 
 ROOT = Path(__file__).resolve().parent.parent
 

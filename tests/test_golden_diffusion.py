@@ -7,10 +7,10 @@ import torch
 from gaussian import noise_prediction
 from golden_cases import assert_close
 
-from libs.dpm_solver import blocks_on_times, solve_singlestep
-from libs.ema import EMA
-from libs.lr import warmup_factor
-from libs.samplers import sample
+from libs.diffusion.samplers import sample
+from libs.diffusion.solvers import blocks_on_times, solve_singlestep
+from libs.train.ema import EMA
+from libs.train.lr import warmup_factor
 from sde import VPSDE, DiscreteSchedule, denoising_loss
 
 SAMPLER_TOL = 5e-6  # tolerances of the golden README
@@ -146,7 +146,7 @@ def test_vpsde_loss(case, arrays):
 
 
 def dim_network(nnet_kwargs, weight_seed):
-    from libs.official import model_from_official, to_official
+    from libs.model.published import model_from_official, to_official
 
     untrained = to_official(model_from_official(nnet_kwargs, None))
     shapes = [(name, tuple(value.shape)) for name, value in untrained.items()]

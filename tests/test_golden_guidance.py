@@ -6,8 +6,8 @@ import pytest
 import torch
 from golden_cases import assert_close
 
-from libs import guidance
-from libs.samplers import sample
+from libs.diffusion import guidance
+from libs.diffusion.samplers import sample
 from sde import DiscreteSchedule
 from utils import UserError
 

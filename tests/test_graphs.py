@@ -13,11 +13,12 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from configs import digits_T_DiM
-from libs import evaluation, graphs
-from libs.codec import PixelCodec
-from libs.ema import EMA
-from libs.launch import Precision
-from libs.models import build_model
+from libs.data.codec import PixelCodec
+from libs.evaluate import generate
+from libs.model.build import build_model
+from libs.runtime import cuda_graphs
+from libs.runtime.launch import Precision
+from libs.train.ema import EMA
 from sde import VPSDE
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def test_half_matrices_change_no_bit_of_the_output(dtype):
     before, objects = bits(model), dict(model.named_parameters())
     with torch.autocast("cpu", dtype):
         expected = model(*make_inputs())
-        with graphs.HalfMatrices(model, dtype).installed():
+        with cuda_graphs.HalfMatrices(model, dtype).installed():
             found = model(*make_inputs())
             half = {name for name, p in model.named_parameters() if p.dtype == dtype}
     assert torch.equal(found, expected)
@@ -81,7 +82,7 @@ def test_half_matrices_change_no_bit_of_the_output(dtype):
 
 def test_half_matrices_follow_at_the_same_addresses():
     model = nn.Linear(4, 3)
-    matrices = graphs.HalfMatrices(model, torch.bfloat16)
+    matrices = cuda_graphs.HalfMatrices(model, torch.bfloat16)
     with matrices.installed():
         address, old = model.weight.data_ptr(), model.weight.clone()
     nn.init.normal_(model.weight)
@@ -94,7 +95,7 @@ def test_half_matrices_follow_at_the_same_addresses():
 
 def test_half_matrices_made_under_inference_mode_follow_outside_of_it():
     model = nn.Linear(4, 3)
-    matrices = graphs.HalfMatrices(model, torch.bfloat16)
+    matrices = cuda_graphs.HalfMatrices(model, torch.bfloat16)
     with torch.inference_mode(), matrices.installed():
         pass
     nn.init.normal_(model.weight)
@@ -106,14 +107,14 @@ def test_half_matrices_made_under_inference_mode_follow_outside_of_it():
 def test_an_error_within_leaves_the_network_as_it_was():
     model = nn.Linear(4, 3)
     weight = model.weight
-    with pytest.raises(KeyError), graphs.HalfMatrices(model, torch.bfloat16).installed():
+    with pytest.raises(KeyError), cuda_graphs.HalfMatrices(model, torch.bfloat16).installed():
         raise KeyError
     assert model.weight is weight and weight.requires_grad
 
 
 def test_float32_has_none():
     model = make_dim()
-    with graphs.HalfMatrices(model, None).installed():
+    with cuda_graphs.HalfMatrices(model, None).installed():
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -143,7 +144,7 @@ def traced(call):
 def graphed(capture=traced):
     torch.manual_seed(0)
     network = Network()
-    return network, graphs.GraphedNetwork(network, capture)
+    return network, cuda_graphs.GraphedNetwork(network, capture)
 
 
 @torch.no_grad()
@@ -185,10 +186,10 @@ def test_a_graph_for_each_signature():
 @torch.no_grad()
 def test_graphs_are_bounded_and_released():
     network, fast = graphed()
-    for batch in 2 * list(range(1, graphs.MAX_GRAPHS + 3)):
+    for batch in 2 * list(range(1, cuda_graphs.MAX_GRAPHS + 3)):
         fast(*make_inputs(batch))
-    assert len(fast.graphs) == graphs.MAX_GRAPHS
-    beyond = make_inputs(graphs.MAX_GRAPHS + 2)
+    assert len(fast.graphs) == cuda_graphs.MAX_GRAPHS
+    beyond = make_inputs(cuda_graphs.MAX_GRAPHS + 2)
     assert torch.equal(fast(*beyond), network(*beyond))
     fast.release()
     calls = network.calls
@@ -201,7 +202,7 @@ def test_graphs_are_bounded_and_released():
 def test_a_graph_follows_the_weights(dtype):
     """float32 ones in place, halves by their copies."""
     network, fast = graphed()
-    matrices = graphs.HalfMatrices(network, dtype)
+    matrices = cuda_graphs.HalfMatrices(network, dtype)
 
     def both():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
@@ -232,7 +233,7 @@ def test_a_failing_capture_is_said_once_and_sampling_goes_on(caplog):
 
 def test_on_the_cpu_it_is_the_network_itself():
     model = make_dim()
-    with graphs.SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
+    with cuda_graphs.SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
         assert network is model
 
 
@@ -265,7 +266,7 @@ def trained(capture, steps=4, accumulation=2, labels=True, unused=True, wrap=Non
     network = make_dim().train()
     if unused:
         network.unused = nn.Parameter(torch.ones(3))
-    graphed = graphs.GraphedTraining(network, capture) if capture else network
+    graphed = cuda_graphs.GraphedTraining(network, capture) if capture else network
     called = wrap(graphed) if wrap else graphed
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for step in range(steps):
@@ -354,7 +355,7 @@ def test_a_failing_capture_is_said_once_and_training_goes_on(caplog):
 
 
 def make_generator(ema, precision="bf16"):
-    return evaluation.ImageGenerator(
+    return generate.ImageGenerator(
         ema.model, VPSDE(), PixelCodec(), make_config(**{"sample.mini_batch_size": 3}),
         image_shape=(1, 8, 8), precision=Precision(precision, CPU), seed=1,
     )  # fmt: skip
@@ -369,7 +370,7 @@ def test_an_evaluation_in_training_leaves_the_average_as_it_was():
     accelerator = types.SimpleNamespace(
         device=CPU, process_index=0, num_processes=1, reduce=lambda tensor, how: tensor
     )
-    grid = evaluation.make_grid_images(generator, accelerator, 5)
+    grid = generate.make_grid_images(generator, accelerator, 5)
     assert torch.equal(grid[:2], first)
     assert_same_bits(ema.model, before)
     assert addresses == [p.data_ptr() for p in ema.model.parameters()]

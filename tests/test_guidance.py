@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from libs.guidance import classifier_free, unguided
+from libs.diffusion.guidance import classifier_free, unguided
 from utils import UserError
 
 NULL = 10

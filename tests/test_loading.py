@@ -9,9 +9,9 @@ import types
 import pytest
 import torch
 
-from libs.engine import Engine
-from libs.loading import Prefetcher
-from libs.training import Verdict
+from libs.train.engine import Engine
+from libs.train.loop import Verdict
+from libs.train.prefetch import Prefetcher
 
 CPU = torch.device("cpu")
 

@@ -18,9 +18,9 @@ import torch
 import torchvision
 from PIL import Image
 
-import libs.metrics
+import libs.evaluate.metrics
 from datasets import get_dataset
-from libs.metrics import (
+from libs.evaluate.metrics import (
     DigitsClassifier,
     DigitsClassifierFeatures,
     InceptionFeatures,
@@ -32,7 +32,7 @@ from libs.metrics import (
 )
 from utils import UserError
 
-SCRIPTS = Path(libs.metrics.__file__).parents[1] / "scripts"
+SCRIPTS = Path(libs.evaluate.metrics.__file__).parents[1] / "scripts"
 
 
 def random_covariance(dim, rank, seed):
@@ -311,7 +311,7 @@ def test_inception_features_are_pytorch_fids(inception_weights, tmp_path, monkey
 
 
 def test_inception_weights_are_checksummed(inception_weights, tmp_path):
-    digest = libs.metrics.sha256_of(inception_weights)[:8]
+    digest = libs.evaluate.metrics.sha256_of(inception_weights)[:8]
     with pytest.raises(UserError, match=f"sha256 starts with {digest}, expected 6726825d"):
         make_features("inception", inception_weights, "cpu")
     features = InceptionFeatures(inception_weights, sha256_prefix=digest)

@@ -12,11 +12,12 @@ import golden_cases
 import pytest
 import torch
 
-from libs.ops import backends, causal_conv1d, cpu, describe_backends, selective_scan
+from libs.ops import backends, causal_conv1d, describe_backends, selective_scan
+from libs.ops.cpu import kernels
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
 from utils import UserError
 
-TILE, BLOCK = cpu.TILE, cpu.BLOCK
+TILE, BLOCK = kernels.TILE, kernels.BLOCK
 # Oracle: error(cpu, float64) <= 2 error(reference in float32, float64) + FLOOR, errors relative to
 # the tensor's largest value. The floor is two units in the last place, for tensors in which the
 # reference happens to round well.
@@ -478,15 +479,15 @@ def test_a_requested_backend_that_cannot_run_is_an_error(monkeypatch, no_numba):
 
 
 def test_unwritable_cache_is_no_error(monkeypatch):
-    njit = cpu.numba.njit
+    njit = kernels.numba.njit
 
     def njit_without_cache(*args, cache=False, **options):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")
         return njit(*args, **options)
 
-    monkeypatch.setattr(cpu.numba, "njit", njit_without_cache)
-    assert cpu._kernel(lambda a: a + 1)(1) == 2
+    monkeypatch.setattr(kernels.numba, "njit", njit_without_cache)
+    assert kernels._kernel(lambda a: a + 1)(1) == 2
 
 
 def test_command_line_and_lazy_numba():

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from libs import metrics
-from libs.precision_recall import precision_recall
+from libs.evaluate import metrics
+from libs.evaluate.precision_recall import precision_recall
 
 
 def brute_force(real, generated, k):
@@ -28,7 +28,7 @@ def both(real, generated, **keywords):
 def block(request, monkeypatch):
     """All rows at once, and in many uneven blocks."""
     monkeypatch.setattr(metrics, "BLOCK", request.param)
-    monkeypatch.setattr("libs.precision_recall.BLOCK", request.param)
+    monkeypatch.setattr("libs.evaluate.precision_recall.BLOCK", request.param)
 
 
 @pytest.mark.parametrize("offset", [0, 1000])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from libs import run
+from libs.runtime import logs
 
 ROOT = Path(__file__).resolve().parent.parent
 WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -90,10 +90,10 @@ def test_what_wandb_gets_is_all_that_it_uploads(logged):
 )
 def test_home_and_keys_are_scrubbed(monkeypatch, word, expected):
     monkeypatch.setenv("HOME", "/srv/ada")
-    assert run.scrubbed(word) == expected
+    assert logs.scrubbed(word) == expected
 
 
 def test_the_recorded_command_line_is_scrubbed(monkeypatch):
     monkeypatch.setenv("HOME", "/srv/ada")
     monkeypatch.setattr(sys, "argv", ["/srv/ada/train.py", f"--x={HUB_TOKEN}", "--seed=1"])
-    assert run.environment()["argv"] == ["~/train.py", "--x=***", "--seed=1"]
+    assert logs.environment()["argv"] == ["~/train.py", "--x=***", "--seed=1"]

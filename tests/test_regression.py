@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from libs.dim import DiM
-from libs.guidance import unguided
-from libs.samplers import ImageNoise, sample
-from libs.uvit import UViT
+from libs.diffusion.guidance import unguided
+from libs.diffusion.samplers import ImageNoise, sample
+from libs.model.dim import DiM
+from libs.model.uvit import UViT
 from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
 
 DATA = Path(__file__).resolve().parent / "data" / "regression.npz"

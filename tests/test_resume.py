@@ -9,7 +9,7 @@ import pytest
 import runs
 import torch
 
-from libs.resume import check_optimizer_state
+from libs.train.resume import check_optimizer_state
 
 STEPS = runs.TINY["train.n_steps"]
 

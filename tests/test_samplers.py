@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from libs import samplers
-from libs.dpm_solver import fast_orders
-from libs.samplers import ImageNoise, image_seed, sample
+from libs.diffusion import samplers
+from libs.diffusion.samplers import ImageNoise, image_seed, sample
+from libs.diffusion.solvers import fast_orders
 from sde import VPSDE, DiscreteSchedule
 from utils import UserError
 

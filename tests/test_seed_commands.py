@@ -17,9 +17,9 @@ from test_datasets import write_cifar10
 from test_extract import write_autoencoder
 
 from configs import imagenet256_H_DiM, imagenet512_H_DiM_ft
-from libs.models import build_model
-from libs.official import to_official
-from libs.weights import read_safetensors
+from libs.files import read_safetensors
+from libs.model.build import build_model
+from libs.model.published import to_official
 
 CLASSES, PIXELS = 4, 64  # of "256 px" images; 8x8 latents
 README = (runs.ROOT / "README.md").read_text(encoding="utf-8")

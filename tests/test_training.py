@@ -16,10 +16,10 @@ from test_datasets import write_folder
 import utils
 from configs import digits_T_DiM
 from datasets import dataset_of, get_dataset
-from libs import checkpoint, training
-from libs.codec import PixelCodec
-from libs.models import build_model
-from libs.weights import weights_file
+from libs.data.codec import PixelCodec
+from libs.files import weights_file
+from libs.model.build import build_model
+from libs.train import checkpoint, loop
 from sde import VPSDE
 from utils import UserError
 
@@ -53,7 +53,7 @@ def train(workdir, config, codec=None, dataset=None):
     torch.manual_seed(config.seed)
     model = build_model(config.nnet)
     dataset = dataset or get_dataset("digits", seed=config.seed)
-    training.train(
+    loop.train(
         config, workdir, model=model, process=VPSDE(), codec=codec or PixelCodec(), dataset=dataset
     )
     return model
@@ -254,7 +254,7 @@ def test_fid_at_intervals(tmp_path):
 def test_fid_that_a_kill_prevented_is_made_by_the_next_start(tmp_path, monkeypatch):
     """A run that ended after its last checkpoint and before its last evaluation; and only then."""
     changes = dict(train__n_steps=2, train__save_interval=2, train__fid_samples=60)
-    monkeypatch.setattr(training.Outputs, "make", lambda *args: None)
+    monkeypatch.setattr(loop.Outputs, "make", lambda *args: None)
     train(tmp_path, config_of(**changes))
     monkeypatch.undo()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -269,7 +269,7 @@ def test_fid_that_a_kill_prevented_is_made_by_the_next_start(tmp_path, monkeypat
 
 def test_what_fid_will_miss_is_said_at_the_start(tmp_path, monkeypatch):
     """And unknown features end the run there."""
-    monkeypatch.setattr(training.Outputs, "make", lambda *args: None)
+    monkeypatch.setattr(loop.Outputs, "make", lambda *args: None)
     changes = dict(train__n_steps=1, train__fid_samples=60)
     absent = str(tmp_path / "absent.npz")
     train(tmp_path / "run", config_of(**changes, dataset__fid_stats=absent))

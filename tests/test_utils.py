@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import utils
-from libs import flags, run
+from libs.runtime import flags, logs
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -314,7 +314,7 @@ def test_run_directory_names():
 def test_run_files_record_the_run_and_a_resume_tells_differences(tmp_path, config):
     loaded = flags.load_config(config)
     loaded.optimizer.lr = 0.1 + 0.2
-    environment = run.environment()
+    environment = logs.environment()
     assert utils.write_run_files(tmp_path, loaded, environment) == []
     assert utils.write_run_files(tmp_path, loaded, environment) == []
     read = utils.read_json(tmp_path / "config.json")
@@ -339,7 +339,7 @@ def test_config_differences():
 
 
 def test_environment():
-    environment = run.environment()
+    environment = logs.environment()
     assert environment["packages"]["torch"] == torch.__version__
     assert environment["torch_threads"] == torch.get_num_threads()
     assert environment["argv"] == sys.argv and environment["devices"][0]
@@ -351,20 +351,20 @@ def test_commit_is_the_checkouts_own(tmp_path, monkeypatch):
         subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c",
                         *arguments], check=True, capture_output=True)
 
-    monkeypatch.setattr(run, "_CHECKOUT", tmp_path.resolve())
-    assert run._commit() == "unknown"
+    monkeypatch.setattr(logs, "_CHECKOUT", tmp_path.resolve())
+    assert logs._commit() == "unknown"
     git("init")
     (tmp_path / "file").write_text("1")
     git("add", "file")
     git("commit", "-m", "one")
     (tmp_path / "untracked").touch()
-    commit = run._commit()
+    commit = logs._commit()
     assert len(commit) == 40 and int(commit, 16)
     (tmp_path / "file").write_text("2")
-    assert run._commit() == f"{commit}-dirty"
+    assert logs._commit() == f"{commit}-dirty"
     (tmp_path / "unpacked").mkdir()
-    monkeypatch.setattr(run, "_CHECKOUT", tmp_path.resolve() / "unpacked")
-    assert run._commit() == "unknown"
+    monkeypatch.setattr(logs, "_CHECKOUT", tmp_path.resolve() / "unpacked")
+    assert logs._commit() == "unknown"
 
 
 HOLDER = '''
@@ -461,10 +461,10 @@ def test_grid_is_enlarged_by_whole_pixels(tmp_path):
 # Log and metrics
 
 def test_log_goes_to_file_and_console_by_rank(tmp_path, capsys):
-    run.get_logger(tmp_path, rank=0).info("first run")
-    logger = run.get_logger(tmp_path, rank=0)
+    logs.get_logger(tmp_path, rank=0).info("first run")
+    logger = logs.get_logger(tmp_path, rank=0)
     logger.info("second run")
-    other = run.get_logger(tmp_path, rank=3)
+    other = logs.get_logger(tmp_path, rank=3)
     other.info("silent")
     other.warning("odd %s", "im\nage\x1b[2J")
     lines = (tmp_path / "output.log").read_text().splitlines()
@@ -479,7 +479,7 @@ def read_lines(path):
 
 
 def test_metrics_are_valid_json_and_truncate_on_resume(tmp_path):
-    log = run.MetricsLog(tmp_path)
+    log = logs.MetricsLog(tmp_path)
     log.truncate_after(0)
     for step in range(1, 5):
         log.write(step, {"loss": torch.tensor(0.5), "lr": np.float64(0.1 + 0.2), "n": step})
@@ -491,7 +491,7 @@ def test_metrics_are_valid_json_and_truncate_on_resume(tmp_path):
                         "note": "x"}
     with path.open("a") as file:
         file.write('{"step": 3, "lo')  # kill -9 in the middle of a line
-    log = run.MetricsLog(tmp_path)
+    log = logs.MetricsLog(tmp_path)
     log.truncate_after(3)
     log.write(4, {"loss": 7})
     log.close()
@@ -507,7 +507,7 @@ def test_metrics_are_valid_json_and_truncate_on_resume(tmp_path):
 
 def test_batches_that_are_taken_again_are_dropped(tmp_path):
     """Of steps that were not made, because a loss was not finite, there may be many at one step."""
-    log = run.MetricsLog(tmp_path)
+    log = logs.MetricsLog(tmp_path)
     for step, batch in (1, 1), (1, 2), (2, 3), (2, 4), (2, 5):
         log.write(step, {"batch": batch})
     log.write(2, {"frechet_distance": 3.0})
@@ -526,7 +526,7 @@ def test_a_disk_that_takes_a_part_of_a_line(tmp_path):
         taken.append(bytes(data[:7]))
         return len(taken[-1])
 
-    log = run.MetricsLog(tmp_path)
+    log = logs.MetricsLog(tmp_path)
     log._file = types.SimpleNamespace(write=write)
     log.write(1, {"a": 1})
     assert b"".join(taken) == b'{"step": 1, "a": 1}\n'
@@ -535,7 +535,7 @@ def test_a_disk_that_takes_a_part_of_a_line(tmp_path):
 
 
 def test_a_log_file_that_cannot_grow_is_said_once(tmp_path, capsys):
-    logger = run.get_logger(tmp_path, rank=0)
+    logger = logs.get_logger(tmp_path, rank=0)
 
     def full(text):
         raise OSError(28, "No space left on device")
@@ -563,12 +563,12 @@ def test_wandb_that_hangs_delays_nothing(tmp_path, monkeypatch, where):
         return types.SimpleNamespace(log=maybe("log"), finish=maybe("finish"))
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
-    monkeypatch.setattr(run, "_CLOSE_S", 0.5)
-    monkeypatch.setattr(run, "_QUEUED_STEPS", 4)
+    monkeypatch.setattr(logs, "_CLOSE_S", 0.5)
+    monkeypatch.setattr(logs, "_QUEUED_STEPS", 4)
     monkeypatch.setattr(logging.getLogger("dim"), "warning",
                         lambda text, *values: said.append(text % values))
     began = time.monotonic()
-    log = run.MetricsLog(tmp_path, wandb=True)
+    log = logs.MetricsLog(tmp_path, wandb=True)
     log.truncate_after(0)
     for step in range(10 if where == "log" else 3):
         log.write(step, {"loss": 0.5})
@@ -595,7 +595,7 @@ def test_what_was_left_behind_is_removed(tmp_path):
 def test_tensorboard_gets_the_same_numbers(tmp_path):
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator")
-    log = run.MetricsLog(tmp_path, tensorboard=True)
+    log = logs.MetricsLog(tmp_path, tensorboard=True)
     log.truncate_after(0)
     log.write(1, {"loss": torch.tensor(0.25), "note": "x"})
     log.write(2, {"loss": 0.5})
@@ -620,7 +620,7 @@ def test_wandb_is_offline_and_its_failure_is_told_once(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr(logging.getLogger("dim"), "warning",
                         lambda text, *values: warnings.append(text % values))
-    log = run.MetricsLog(tmp_path, wandb=True)
+    log = logs.MetricsLog(tmp_path, wandb=True)
     log.truncate_after(0)
     for step in 1, 2, 3:
         log.write(step, {"loss": 0.5})

@@ -10,8 +10,8 @@ import pytest
 import runs
 import torch
 
-from libs import watch
-from libs.watch import WAITING, Watch
+from libs.runtime import watch
+from libs.runtime.watch import WAITING, Watch
 from utils import UserError
 
 

@@ -1,7 +1,7 @@
 // What surrounds the mixer in a block of DiM, one pass over the tokens each:
 //   n   = x / rms(x) * gain + shift,   gain = weight (1 + table_1 + modulation_1), shift = table_0 + modulation_0
 //   out = x + factor * branch,         factor = keep (1 + table_2 + modulation_2)
-// with one modulation (3, D) a batch entry. Definition: Block.composed of libs/dim.py.
+// with one modulation (3, D) a batch entry. Definition: Block.composed of libs/model/dim.py.
 //
 // A thread owns 8 neighbouring channels, a block all channels of kRows tokens at a time and a chunk of
 // the tokens of one batch entry, so that sums over tokens stay in registers.
@@ -19,11 +19,11 @@ struct AdalnParams {
   const float *g_shift, *g_gain, *g_factor;           // (B, dim)
   float *g_modulation, *g_table, *g_weight;
 };
-static_assert(sizeof(AdalnParams) == 5 * 8 + 8 * 24 + 13 * 8, "mirrored by libs/ops/adaln_plan.py");
+static_assert(sizeof(AdalnParams) == 5 * 8 + 8 * 24 + 13 * 8, "mirrored by libs/ops/cuda/adaln_plan.py");
 
 constexpr int kOwn = 8;
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // at most; a block has dim / 8 threads
-constexpr float kEpsilon = 1e-5f;                      // RMSNorm of libs/layers.py
+constexpr float kEpsilon = 1e-5f;                      // RMSNorm of libs/model/layers.py
 
 struct Eight {
   float v[kOwn];

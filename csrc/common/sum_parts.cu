@@ -15,7 +15,7 @@ struct SumTask {
 struct SumParams {
   SumTask task[kTasks];
 };
-static_assert(sizeof(SumParams) == 40 * kTasks, "mirrored by libs/ops/launch_plan.py");
+static_assert(sizeof(SumParams) == 40 * kTasks, "mirrored by libs/ops/cuda/launch_plan.py");
 
 // A block adds 32 or, where rows are vectors of 4, 128 neighbouring columns, each on kLanes threads.
 constexpr int kLanes = 8;

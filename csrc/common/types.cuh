@@ -5,13 +5,13 @@
 
 typedef long long Int64;
 
-// A (B, L, X) tensor with X contiguous, strides in elements; `Rows` of libs/ops/launch_plan.py.
+// A (B, L, X) tensor with X contiguous, strides in elements; `Rows` of libs/ops/cuda/launch_plan.py.
 struct Rows {
   void* data;
   Int64 batch_stride;
   Int64 row_stride;
 };
-static_assert(sizeof(Rows) == 24, "mirrored by libs/ops/launch_plan.py");
+static_assert(sizeof(Rows) == 24, "mirrored by libs/ops/cuda/launch_plan.py");
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }

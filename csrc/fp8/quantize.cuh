@@ -8,7 +8,7 @@ struct QuantizeParams {
   unsigned char* out;   // (M, K) or, transposed, (K, M); contiguous
   float* scale;         // (M); or read, (M), all of them
 };
-static_assert(sizeof(QuantizeParams) == 2 * 8 + 24 + 2 * 8, "mirrored by libs/ops/fp8_plan.py");
+static_assert(sizeof(QuantizeParams) == 2 * 8 + 24 + 2 * 8, "mirrored by libs/ops/cuda/fp8_plan.py");
 
 constexpr int kThreads = 256, kOwn = 8;
 constexpr float kLargest = 448.0f;  // of e4m3

@@ -422,7 +422,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     scan_backward(const __grid_constant__ ScanParams p) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
-  static_assert(sizeof(Shared) == kSharedBytes, "computed by libs/ops/launch_plan.py");
+  static_assert(sizeof(Shared) == kSharedBytes, "computed by libs/ops/cuda/launch_plan.py");
   const Place at(p);
   const Outputs outputs(p, at);
   Channel channel(p, at);

@@ -1,5 +1,5 @@
 // The scan's parameter struct, one for all its kernels; meaning: ScanParams of
-// libs/ops/launch_plan.py, which mirrors it.
+// libs/ops/cuda/launch_plan.py, which mirrors it.
 #pragma once
 #include "common/types.cuh"
 

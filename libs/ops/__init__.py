@@ -8,13 +8,24 @@ CUDA kernels are kept; DIM_CHECK=1 also checks that orders are permutations.
 
 import torch
 
-from libs.ops import backends, mamba_block
+from libs.ops import backends
 from libs.ops.causal_conv1d import BACKENDS as _CONV_BACKENDS
 from libs.ops.causal_conv1d import causal_conv1d
+from libs.ops.cuda import fp8
+from libs.ops.mamba_block import compute_dtype, is_fused, mamba_block
+from libs.ops.mamba_block import describe as describe_block
 from libs.ops.selective_scan import BACKENDS as _SCAN_BACKENDS
 from libs.ops.selective_scan import selective_scan
 
-__all__ = ["causal_conv1d", "describe_backends", "selective_scan"]
+__all__ = [
+    "causal_conv1d",
+    "compute_dtype",
+    "describe_backends",
+    "fp8",
+    "is_fused",
+    "mamba_block",
+    "selective_scan",
+]
 
 
 def describe_backends(device="cpu"):
@@ -26,4 +37,4 @@ def describe_backends(device="cpu"):
     device = torch.device(device)
     tables = {"selective_scan": _SCAN_BACKENDS, "causal_conv1d": _CONV_BACKENDS}
     lines = [backends.describe(operator, table, device) for operator, table in tables.items()]
-    return [*lines, mamba_block.describe(device)]
+    return [*lines, describe_block(device)]

@@ -4,8 +4,9 @@ import sys
 
 import torch
 
-from libs.ops import cuda_compile, describe_backends
-from libs.ops.prebuild import REPORT
+from libs.ops import describe_backends
+from libs.ops.cuda import compiler
+from libs.ops.cuda.prebuild import REPORT
 from utils import UserError
 
 
@@ -20,7 +21,7 @@ def main():
         sys.exit(f"error: {error}")
     if "cuda" not in devices:
         print("cuda tensors: PyTorch finds no CUDA device here")
-        reason = cuda_compile.missing(torch.version.cuda)
+        reason = compiler.missing(torch.version.cuda)
         print(f"  CUDA kernels: {reason or 'can be compiled here'}")
     if REPORT.exists():
         print("prebuilt CUDA kernels:")

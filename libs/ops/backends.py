@@ -146,14 +146,14 @@ def cpu_backend(module, function):
 
 
 def _describe_cuda(device):
-    return importlib.import_module("libs.ops.cuda").describe(device)
+    return importlib.import_module("libs.ops.cuda.launch").describe(device)
 
 
 def cuda_backend(run, sizes):
     """Our kernels, compiled at first use. sizes: (smallest, largest, what is counted)."""
 
     def can_run(device, dtype, size):
-        unavailable = importlib.import_module("libs.ops.cuda").unavailable
+        unavailable = importlib.import_module("libs.ops.cuda.launch").unavailable
         return _unfit(dtype, size, sizes) or unavailable(device)
 
     return Backend("cuda", can_run, run, _describe_cuda)

@@ -7,14 +7,14 @@ from libs.ops.reference import causal_conv1d_ref
 
 def _run_cuda(*args, **kwargs):
     # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
-    from libs.ops.cuda_conv import causal_conv1d_cuda
+    from libs.ops.cuda.causal_conv1d import causal_conv1d_cuda
 
     return causal_conv1d_cuda(*args, **kwargs)
 
 
 BACKENDS = {
     "cuda": backends.cuda_backend(_run_cuda, (2, 8, "taps")),
-    "cpu": backends.cpu_backend("libs.ops.cpu_conv", "causal_conv1d_cpu"),
+    "cpu": backends.cpu_backend("libs.ops.cpu.causal_conv1d", "causal_conv1d_cpu"),
     "reference": backends.reference_backend(causal_conv1d_ref),
     "mamba_ssm": backends.peer_backend("causal_conv1d", "causal_conv1d_peer", (2, 4, "taps")),
 }

@@ -1,14 +1,15 @@
 """A block of DiM as one operator, where it can run: on the GPU, with our kernels.
 
 Everywhere else, and with DIM_FUSED=0, DIM_BACKEND=reference or another backend's name, the block is
-composed of its layers (libs/dim.py), which is its definition.
+composed of its layers (libs/model/dim.py), which is its definition.
 """
 
 import os
 
 import torch
 
-from libs.ops import adaln_plan, backends
+from libs.ops import backends
+from libs.ops.cuda import adaln_plan
 from libs.ops.selective_scan import BACKENDS as _SCAN_BACKENDS
 from utils import UserError
 
@@ -57,7 +58,7 @@ def describe(device):
 
 def mamba_block(x, modulation, keep, parameters, order, dtype, in_fp8, out_dtype):
     """x + keep (1 + gate) mixer(RMSNorm(x) (1 + scale) + shift) in one operator; see
-    libs/ops/cuda_block.py, whose PARAMETERS `parameters` (name -> tensor) lists.
+    libs/ops/cuda/mamba_block.py, whose PARAMETERS `parameters` (name -> tensor) lists.
 
     x (B, L, dim); modulation (B, 3, dim): shift, scale, gate, to which the parameter `table` is
     added; keep (B,) or None; order (L,) or None. dtype: of the products, those of in_proj and
@@ -65,6 +66,6 @@ def mamba_block(x, modulation, keep, parameters, order, dtype, in_fp8, out_dtype
     tensor.
     """
     # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
-    from libs.ops.cuda_block import mamba_block_cuda
+    from libs.ops.cuda.mamba_block import mamba_block_cuda
 
     return mamba_block_cuda(x, modulation, keep, parameters, order, dtype, in_fp8, out_dtype)

@@ -7,14 +7,14 @@ from libs.ops.reference import selective_scan_ref
 
 def _run_cuda(*args, **kwargs):
     # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
-    from libs.ops.cuda_scan import selective_scan_cuda
+    from libs.ops.cuda.selective_scan import selective_scan_cuda
 
     return selective_scan_cuda(*args, **kwargs)
 
 
 BACKENDS = {
     "cuda": backends.cuda_backend(_run_cuda, (1, 64, "states")),
-    "cpu": backends.cpu_backend("libs.ops.cpu_scan", "selective_scan_cpu"),
+    "cpu": backends.cpu_backend("libs.ops.cpu.selective_scan", "selective_scan_cpu"),
     "reference": backends.reference_backend(selective_scan_ref),
     "mamba_ssm": backends.peer_backend("mamba_ssm", "selective_scan_peer", (1, 256, "states")),
 }

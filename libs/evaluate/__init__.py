@@ -1,0 +1,51 @@
+"""Pictures from a trained network, and their figures."""
+
+from libs.evaluate.generate import (
+    ImageGenerator,
+    describe,
+    draw_in_batches,
+    labels_of_classes,
+    make_grid_images,
+    measure,
+    result_of,
+)
+from libs.evaluate.metrics import (
+    DIGITS_CLASSIFIER_PATH,
+    FEATURES,
+    DigitsClassifier,
+    Moments,
+    NoFeatures,
+    make_features,
+    require_known,
+    save_statistics,
+)
+from libs.evaluate.real_images import (
+    can_be_measured,
+    images_to_measure,
+    real_images,
+    require_statistics,
+)
+from libs.evaluate.run import run_evaluation
+
+__all__ = [
+    "DIGITS_CLASSIFIER_PATH",
+    "DigitsClassifier",
+    "FEATURES",
+    "ImageGenerator",
+    "Moments",
+    "NoFeatures",
+    "can_be_measured",
+    "describe",
+    "draw_in_batches",
+    "images_to_measure",
+    "labels_of_classes",
+    "make_features",
+    "make_grid_images",
+    "measure",
+    "real_images",
+    "require_known",
+    "require_statistics",
+    "result_of",
+    "run_evaluation",
+    "save_statistics",
+]

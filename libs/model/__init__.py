@@ -1,0 +1,30 @@
+"""Networks: DiM, the U-ViT baseline, and how a config builds and loads them."""
+
+from libs.model.build import (
+    build_model,
+    check_codec,
+    check_data,
+    check_kind,
+    config_beside,
+    load_into,
+    require_same,
+    require_trained_labels,
+    start_from,
+)
+from libs.model.dim import PRESETS, DiM
+from libs.model.uvit import UViT
+
+__all__ = [
+    "PRESETS",
+    "DiM",
+    "UViT",
+    "build_model",
+    "check_codec",
+    "check_data",
+    "check_kind",
+    "config_beside",
+    "load_into",
+    "require_same",
+    "require_trained_labels",
+    "start_from",
+]

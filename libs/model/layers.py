@@ -1,0 +1,216 @@
+"""Layers around the mixer: time embedding, position interpolation, RMSNorm, modulation, skip
+projection, and FreeU's two filters.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from libs.ops import compute_dtype
+from utils import UserError
+
+
+def sinusoidal_embedding(t, dim):
+    """Sinusoidal features of time, cosines first, frequencies 10000^(-i / (dim/2)) (Vaswani et al.
+    2017).
+
+    Args:
+        t: (B,) network time, any real dtype; may be fractional.
+        dim: width of the embedding, even.
+
+    Returns:
+        (B, dim) float32, whatever the autocast state.
+    """
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) * (
+        -math.log(10000.0) / half
+    )
+    angle = t.float()[:, None] * exponent.exp()[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+def interpolate_positions(pos_embed, native, grid, extra=2):
+    """Resize a learned position table to another grid: bilinear, corners not aligned, no
+    antialiasing.
+
+    Args:
+        pos_embed: (1, extra + h*w, dim); the first `extra` rows belong to tokens that are not on
+            the grid and stay as they are.
+        native, grid: (h, w) of the table and of the result.
+
+    Returns:
+        (1, extra + grid[0]*grid[1], dim); `pos_embed` itself where the grids are equal.
+    """
+    if tuple(native) == tuple(grid):
+        return pos_embed
+    front, table = pos_embed[:, :extra], pos_embed[:, extra:]
+    image = table.transpose(1, 2).unflatten(2, tuple(native)).float()
+    resized = F.interpolate(image, size=tuple(grid), mode="bilinear", align_corners=False)
+    return torch.cat([front, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
+
+
+def grid_of(x, in_channels, patch_size):
+    """(h, w) patches of a network's input x (B, C, H, W); UserError where it does not fit."""
+    fits = x.dim() == 4 and x.shape[1] == in_channels
+    if not fits or x.shape[2] % patch_size or x.shape[3] % patch_size:
+        raise UserError(
+            f"the network was given an input of shape {tuple(x.shape)}; expected (batch, "
+            f"{in_channels}, height, width) with height and width divisible by the patch size "
+            f"{patch_size}"
+        )
+    return x.shape[2] // patch_size, x.shape[3] // patch_size
+
+
+class PaddedSequence(torch.autograd.Function):
+    """apply(image, extra, split, right, bottom): the sequence [extra, split, image with pads at the
+    ends of its rows and columns], each token written once; the gradients are views of the
+    sequence's, but for sums over the batch.
+
+    image (B, h, w, dim), extra (B, E, dim), split (S, dim), right (h, P, dim), bottom (P, w + P,
+    dim), all in one dtype -> (B, E + S + (h + P) (w + P), dim).
+    """
+
+    @staticmethod
+    def forward(ctx, image, extra, split, right, bottom):
+        (batch, h, w, dim), (pad, width, _) = image.shape, bottom.shape
+        ctx.sizes = extra.shape[1], split.shape[0], h, w, pad
+        length = extra.shape[1] + split.shape[0] + (h + pad) * width
+        out = image.new_empty(batch, length, dim)
+        parts = PaddedSequence.parts(out, *ctx.sizes)
+        for part, given in zip(parts, (image, extra, split, right, bottom), strict=True):
+            part.copy_(given)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        image, extra, *of_all = PaddedSequence.parts(g, *ctx.sizes)
+        return image, extra, *(part.sum(0) for part in of_all)
+
+    @staticmethod
+    def parts(sequence, extra, split, h, w, pad):
+        """Views of a sequence: image, extra, split, right, bottom, each (B, ..., dim)."""
+        front = extra + split
+        grid = sequence[:, front:].unflatten(1, (h + pad, w + pad))
+        return (
+            grid[:, :h, :w], sequence[:, :extra], sequence[:, extra:front], grid[:, :h, w:],
+            grid[:, h:],
+        )  # fmt: skip
+
+
+def unpatchify(patches, grid, patch_size):
+    """Patches (B, h*w, p*p*C), channels innermost, of a grid (h, w) -> image (B, C, h*p, w*p)."""
+    (h, w), p = grid, patch_size
+    return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang & Sennrich 2019);
+    eps 1e-5 as Mamba has it.
+    """
+
+    def __init__(self, dim, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
+
+
+class TimeMLP(nn.Sequential):
+    """Linear, SiLU, Linear on a time embedding (B, in_dim) -> (B, out_dim)."""
+
+    def __init__(self, in_dim, hidden_dim, out_dim):
+        super().__init__(nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))
+
+
+class SharedModulation(nn.Module):
+    """adaLN-single (PixArt-alpha, arXiv 2310.00426, section 2.3): one shift, scale and gate from
+    time and label for all blocks.
+    """
+
+    FREQUENCIES = 256
+
+    def __init__(self, dim, num_classes):
+        super().__init__()
+        self.dim = dim
+        self.time_mlp = TimeMLP(self.FREQUENCIES, dim, dim)
+        self.label_embed = nn.Embedding(num_classes + 1, dim)
+        self.linear = nn.Linear(dim, 3 * dim)
+
+    def forward(self, t, y):
+        """t (B,), y (B,) int64 -> (B, 3, dim): shift, scale, gate."""
+        frequencies = sinusoidal_embedding(t, self.FREQUENCIES)
+        emb = self.time_mlp(frequencies.to(self.linear.weight.dtype)) + self.label_embed(y)
+        return self.linear(F.silu(emb)).unflatten(-1, (3, self.dim))
+
+
+class SkipProjection(nn.Module):
+    """Merges a long skip into the stream: Linear(2 dim, dim) of their concatenation, computed
+    without concatenating.
+
+    Up to dim 512 the official network has one Linear, above it two with a bias each; `fused` keeps
+    that difference in the parameters.
+    """
+
+    FUSED_UP_TO = 512
+
+    def __init__(self, dim):
+        super().__init__()
+        self.fused = dim <= self.FUSED_UP_TO
+        if self.fused:
+            self.linear = nn.Linear(2 * dim, dim)
+        else:
+            self.stream, self.skip = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, skip, in_fp8=False):
+        """x, skip (B, L, dim) -> (B, L, dim); in_fp8: its products in fp8, libs/ops/cuda/fp8.py."""
+        if self.fused:
+            of_x, of_skip = self.linear.weight.chunk(2, dim=1)
+            bias = self.linear.bias
+        else:
+            of_x, of_skip = self.stream.weight, self.skip.weight
+            bias = self.stream.bias + self.skip.bias
+        dtype = compute_dtype(of_x)
+        if in_fp8 and dtype != torch.float32:
+            from libs.ops import fp8
+
+            return fp8.linear(x.to(dtype), of_x, bias) + fp8.linear(skip.to(dtype), of_skip)
+        merged = F.linear(x.to(dtype), of_x, bias).flatten(0, 1)
+        return torch.addmm(merged, skip.to(dtype).flatten(0, 1), of_skip.T).view(x.shape)
+
+
+def drop_path(draw, keep_probability):
+    """Stochastic depth (Huang et al. 2016): what each sample's branch is multiplied by, 1 over the
+    probability where `draw` (B,), uniform in [0, 1), is below it, else 0.
+    """
+    return (draw < keep_probability).float() / keep_probability
+
+
+def freeu_skip(skip, scale):
+    """FreeU's filter of a skip (arXiv 2309.11497, eq. 3-4) over the token axis, (B, L, dim) -> the
+    same, in float32.
+
+    Scales two bins of the shifted spectrum, frequencies -1 and 0. The paper's mask is symmetric;
+    the official DiM code's is not and drops the imaginary part that this leaves, and so do we
+    (golden item 10).
+    """
+    length = skip.shape[1]
+    spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
+    mask = torch.ones(length, device=skip.device)
+    mask[max(length // 2 - 1, 0) : length // 2 + 1] = scale
+    filtered = torch.fft.ifft(torch.fft.ifftshift(spectrum * mask[:, None], dim=1), dim=1).real
+    return filtered.to(skip.dtype)
+
+
+def freeu_backbone(x, scale):
+    """FreeU's backbone factor (arXiv 2309.11497, eq. 1-2): (B, L, dim) grows with the mean feature
+    map; all channels here, not half.
+    """
+    mean = x.float().mean(dim=-1, keepdim=True)
+    low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
+    return (x * (1 + (scale - 1) * (mean - low) / (high - low))).to(x.dtype)

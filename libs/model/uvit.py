@@ -1,0 +1,152 @@
+"""U-ViT, the transformer baseline (Bao et al., arXiv 2209.12152): all inputs are tokens, long skips
+join shallow and deep blocks.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from libs.model import layers
+from utils import UserError
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, L, dim) -> (B, L, dim)."""
+
+    def __init__(self, dim, heads, qkv_bias):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block that may first merge a long skip by Linear(2 dim, dim)."""
+
+    def __init__(self, dim, heads, mlp_ratio, qkv_bias, has_skip):
+        super().__init__()
+        self.skip = nn.Linear(2 * dim, dim) if has_skip else None
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads, qkv_bias)
+        hidden = int(dim * mlp_ratio)
+        self.norm2, self.mlp = (
+            nn.LayerNorm(dim),
+            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)),
+        )
+
+    def forward(self, x, skip=None):
+        """x, skip (B, L, dim) -> (B, L, dim)."""
+        if self.skip is not None:
+            x = self.skip(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class UViT(nn.Module):
+    """The network of U-ViT, with DiM's interface.
+
+    Args:
+        input_size: side of the square input (or its (height, width)) of the position table; other
+            sizes interpolate it.
+        in_channels: channels of the input and of the prediction.
+        dim, depth, heads: width, blocks (half of them before, half after the middle block),
+            attention heads.
+        num_classes: 0 for no labels; otherwise label `num_classes` is the null class.
+        final_conv: a 3x3 convolution on the output image.
+        activation_checkpointing: recompute each block in the backward pass.
+
+    Raises:
+        UserError: an impossible value, named.
+    """
+
+    def __init__(
+        self, *, input_size, in_channels, dim, depth, heads, num_classes, patch_size=2, mlp_ratio=4,
+        qkv_bias=False, mlp_time_embed=False, final_conv=True, activation_checkpointing=False,
+    ):  # fmt: skip
+        super().__init__()
+        sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        if any(side <= 0 or side % patch_size for side in sides):
+            raise UserError(
+                f"nnet.input_size {sides} is not divisible by nnet.patch_size {patch_size}; choose "
+                "a multiple of it"
+            )
+        if dim % heads or dim % 2:
+            raise UserError(
+                f"nnet.dim is {dim}; expected an even number divisible by nnet.heads, {heads}"
+            )
+        self.input_size, self.patch_size, self.in_channels = sides, patch_size, in_channels
+        self.dim, self.num_classes = dim, num_classes
+        self.activation_checkpointing = activation_checkpointing
+        self.extra_tokens = 2 if num_classes else 1
+        self.native_grid = tuple(side // patch_size for side in self.input_size)
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, self.extra_tokens + self.native_grid[0] * self.native_grid[1], dim)
+        )
+        self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.time_embed = layers.TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
+        self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
+
+        def block(has_skip):
+            return Block(dim, heads, mlp_ratio, qkv_bias, has_skip)
+
+        self.in_blocks = nn.ModuleList(block(False) for _ in range(depth // 2))
+        self.mid_block = block(False)
+        self.out_blocks = nn.ModuleList(block(True) for _ in range(depth // 2))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, patch_size**2 * in_channels)
+        self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else None
+        self.reset_parameters()
+
+    @property
+    def blocks(self):
+        """All blocks, in the order of the forward pass."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Linear weights and positions truncated normal 0.02, Linear biases zero."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x, t, y=None):
+        """x (B, C, H, W), t (B,) network time, y (B,) int64 or None (null) -> (B, C, H, W)."""
+        grid = layers.grid_of(x, self.in_channels, self.patch_size)
+        tokens = self.embed(x, t, y, grid)                              # (B, extra + h*w, dim)
+        skips = []
+        for block in self.in_blocks:
+            tokens = self.run(block, tokens)
+            skips.append(tokens)
+        tokens = self.run(self.mid_block, tokens)
+        for block in self.out_blocks:
+            tokens = self.run(block, tokens, skips.pop())
+        patches = self.head(self.norm(tokens))[:, self.extra_tokens :]  # (B, h*w, p*p*C)
+        image = layers.unpatchify(patches, grid, self.patch_size)       # (B, C, H, W)
+        return image if self.final_conv is None else self.final_conv(image)
+
+    def embed(self, x, t, y, grid):
+        """[label, time, image] tokens with positions: (B, extra + h*w, dim)."""
+        image = self.patch_embed(x).flatten(2).transpose(1, 2)
+        time = layers.sinusoidal_embedding(t, self.dim).to(image.dtype)
+        tokens = [time if self.time_embed is None else self.time_embed(time)]
+        if self.label_embed is not None:
+            y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
+            tokens.insert(0, self.label_embed(y))
+        tokens = torch.cat([torch.stack(tokens, dim=1).to(image.dtype), image], dim=1)
+        return tokens + layers.interpolate_positions(
+            self.pos_embed, self.native_grid, grid, self.extra_tokens
+        )
+
+    def run(self, block, *tokens):
+        """One block, recomputed in the backward pass where asked."""
+        if self.activation_checkpointing and self.training:
+            return checkpoint(block, *tokens, use_reentrant=False, preserve_rng_state=False)
+        return block(*tokens)

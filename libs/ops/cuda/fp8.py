@@ -1,0 +1,191 @@
+"""Matrix products in fp8 (e4m3, Micikevicius et al., arXiv 2209.05433), by torch's scaled product:
+an option for the blocks' in_proj, out_proj and skip projections (DiM.use_fp8).
+
+Every row of both factors (backwards, the whole weight) is scaled by its largest value at every
+call. Forward products and the gradients of activations are in fp8; the gradients of weights, sums
+over all tokens, stay in the dtype of the activations. Needs a GPU of compute capability 9.0 or
+newer.
+"""
+
+import torch
+
+from libs.ops.cuda import fp8_plan, launch, self_check
+from utils import UserError
+
+E4M3 = torch.float8_e4m3fn
+_library = torch.library.Library("dim", "FRAGMENT")
+# x (B, L, K), weight (N, K), bias (N) or none -> (B, L, N)
+_library.define("fp8_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_library.define("fp8_linear_bwd(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)")
+
+
+def unsupported(device, widths):
+    """None, or why products of these widths cannot run in fp8 on this device."""
+    if device.type != "cuda":
+        return f"it needs a GPU, not {device.type}"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < divmod(fp8_plan.OLDEST_ARCH, 10):
+        return f"it needs compute capability 9.0 (Hopper), not {'.'.join(map(str, capability))}"
+    odd = [width for width in widths if width % fp8_plan.GRAIN or width > fp8_plan.MAX_COLUMNS]
+    if odd:
+        return (
+            f"widths must be multiples of {fp8_plan.GRAIN} up to {fp8_plan.MAX_COLUMNS}, not "
+            f"{odd[0]}"
+        )
+    return None
+
+
+def require(device, widths):
+    """UserError where products of these widths cannot run in fp8."""
+    reason = unsupported(device, widths)
+    if reason:
+        raise UserError(f"matrix products in fp8 are asked for, but {reason}")
+
+
+def turn_on(network, dtype, key):
+    """Products of the network in fp8 from now on, as the config's `key` asks. dtype: autocast's, or
+    None. UserError where that cannot be."""
+    if not hasattr(network, "use_fp8"):
+        raise UserError(f"{key} is for DiM, not for {type(network).__name__}: leave it out")
+    if dtype is None:
+        raise UserError(f"{key} replaces products in half precision: add --mixed_precision bf16")
+    network.use_fp8(next(network.parameters()).device)
+
+
+# ---------------------------------------- quantising
+
+
+def quantize_rows_ref(x):
+    """(x8, scale) of x (M, K): e4m3 numbers (M, K) and scales (M, 1), x ~ x8 scale; rows without
+    an |x| from 1e-30 are zeros.
+    """
+    largest = x.float().abs().amax(-1, keepdim=True)
+    scale = torch.where(largest < 1e-30, 1.0, largest / 448.0)
+    return (x.float() / scale).to(E4M3), scale
+
+
+def quantize_rows(x, prepared=None):
+    """`quantize_rows_ref` of x (M, K), rows contiguous, by our kernel."""
+    rows, columns = x.shape
+    if prepared is None:
+        prepared = launch.prepared(
+            x.device.index, fp8_plan.quantize_rows, fp8_plan.QuantizeParams, (rows, columns),
+            x.dtype, _check,
+        )  # fmt: skip
+    out = torch.empty(rows, columns, dtype=E4M3, device=x.device)
+    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
+    launch.run(prepared, x.device, {"x": x[None]}, scalars)
+    return out, scale
+
+
+def _check(gpu, plan, shape, dtype):
+    inputs = self_check.random_inputs({"x": (19, shape[1])}, "x", dtype)
+    small = fp8_plan.quantize_rows(19, shape[1], launch.name_of(dtype), gpu.multiprocessors)
+    prepared = launch.prepare(small, fp8_plan.QuantizeParams, gpu.index)
+    x8, scale = quantize_rows(inputs["x"].to(gpu.device), prepared)
+    again = {"x": x8.float().cpu() * scale.cpu()}
+    expected8, expected_scale = quantize_rows_ref(inputs["x"])
+    # Half a unit of e4m3's last place apart at most, where a division rounds to the other side.
+    self_check.require_agreement(
+        "quantize_rows", gpu, again, {"x": expected8.float() * expected_scale}, E4M3
+    )
+    return plan.kernels()
+
+
+def quantize_transposed(x, scale, prepared=None):
+    """x (M, K) divided by the largest of scale (M, 1) and transposed, as e4m3 numbers (K, M)."""
+    rows, columns = x.shape
+    if prepared is None:
+        prepared = launch.prepared(
+            x.device.index, fp8_plan.quantize_transposed, fp8_plan.QuantizeParams, (rows, columns),
+            x.dtype, _check_transposed,
+        )  # fmt: skip
+    out = torch.empty(columns, rows, dtype=E4M3, device=x.device)
+    scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
+    launch.run(prepared, x.device, {"x": x[None]}, scalars)
+    return out
+
+
+def _check_transposed(gpu, plan, shape, dtype):
+    x = self_check.random_inputs({"x": (80, 112)}, "x", dtype)["x"]
+    scale = x.float().abs().amax(-1, keepdim=True) / 448.0
+    small = fp8_plan.quantize_transposed(80, 112, launch.name_of(dtype), gpu.multiprocessors)
+    prepared = launch.prepare(small, fp8_plan.QuantizeParams, gpu.index)
+    actual = quantize_transposed(x.to(gpu.device), scale.to(gpu.device), prepared)
+    expected = (x.float() / scale.max()).to(E4M3).t()
+    self_check.require_agreement(
+        "quantize_transposed", gpu, {"x": actual.float()}, {"x": expected.float()}, E4M3
+    )
+    return plan.kernels()
+
+
+# ---------------------------------------- products
+
+
+def _scaled_product(x, w8, w_scale):
+    """x (B, L, K) times the transpose of w8 w_scale (N, K); w_scale (N, 1)."""
+    x8, x_scale = quantize_rows(x.flatten(0, 1))
+    out = torch._scaled_mm(
+        x8, w8.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )  # fmt: skip
+    return out.to(x.dtype).view(*x.shape[:2], -1)
+
+
+def product(x, weight):
+    """x (B, L, K) times the transpose of weight (N, K), in x's dtype."""
+    return _scaled_product(x, *quantize_rows(weight))
+
+
+def product_back(g, weight):
+    """g (B, L, N) times weight (N, K), in g's dtype. The GPU wants the weight transposed in memory,
+    which one scale for all of it makes a single pass."""
+    _, scale = quantize_rows(weight)
+    w8 = quantize_transposed(weight, scale)
+    return _scaled_product(g, w8, scale.amax().expand(w8.shape[0], 1).contiguous())
+
+
+def _linear(x, weight, bias):
+    out = product(x, weight)
+    return out if bias is None else out.add_(bias)
+
+
+def _linear_backward(g, x, weight):
+    g = g.contiguous()
+    return product_back(g, weight), g.flatten(0, 1).T @ x.flatten(0, 1)
+
+
+_library.impl("fp8_linear", _linear, "CUDA")
+_library.impl("fp8_linear_bwd", _linear_backward, "CUDA")
+torch.library.register_fake(
+    "dim::fp8_linear",
+    lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[0])),
+    lib=_library,
+)
+torch.library.register_fake(
+    "dim::fp8_linear_bwd",
+    lambda g, x, weight: (torch.empty_like(x), torch.empty_like(weight)),
+    lib=_library,
+)
+
+
+def _save(ctx, inputs, output):
+    x, weight, bias = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.has_bias = bias is not None
+
+
+def _gradients(ctx, g):
+    g_x, g_weight = torch.ops.dim.fp8_linear_bwd(g, *ctx.saved_tensors)
+    return g_x, g_weight, g.sum((0, 1)) if ctx.has_bias else None
+
+
+torch.library.register_autograd("dim::fp8_linear", _gradients, setup_context=_save, lib=_library)
+
+
+def linear(x, weight, bias=None):
+    """torch.nn.functional.linear of x (B, L, K) in bfloat16 or float16, with weight (N, K) and bias
+    (N) of any dtype, its products in fp8. Differentiable."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return torch.ops.dim.fp8_linear(x.contiguous(), weight.to(x.dtype), bias)

@@ -1,0 +1,340 @@
+"""Runs the plans of launch_plan.py: loads the kernels onto the GPU and launches them on torch's
+current stream.
+
+A kernel is compiled (cuda_compile.py) and loaded at its first use on a device; after that a launch
+is one call of the driver, without synchronisation, so that CUDA graphs can capture it.
+"""
+
+import ctypes
+import functools
+import logging
+import math
+import sys
+import threading
+from typing import NamedTuple
+
+import torch
+
+from libs.ops.cuda import compiler, launch_plan
+from libs.ops.cuda.compiler import Program
+from libs.ops.cuda.self_check import undisturbed
+from utils import UserError
+
+_log = logging.getLogger("dim")
+_ALIGNMENT = 256  # of scratch tensors inside their one allocation; what torch.empty guarantees
+_STATIC_SHARED_LIMIT = 48 * 1024  # above it a kernel must be told
+
+
+# ---------------------------------------- can it run
+
+
+def unavailable(device):
+    """None, or why no kernel of ours can run on this CUDA device, and what mends it."""
+    if device.index is None and not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device here"
+    return _unavailable(_index(device))
+
+
+@functools.cache
+def _unavailable(index):
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device here"
+    if torch.version.hip:
+        return "PyTorch is built for ROCm; our kernels are for CUDA"
+    reason = compiler.missing(torch.version.cuda)
+    if reason:
+        return reason
+    gpu = Gpu.of(index)
+    if gpu.arch < 75:
+        return f"{gpu.name} is sm_{gpu.arch}; the kernels are for sm_75 (Turing) and newer"
+    return compiler.unsupported(gpu.arch)
+
+
+def describe(device):
+    gpu = Gpu.of(_index(device))
+    return f"{gpu.name}, sm_{gpu.arch}, NVRTC {compiler.nvrtc_version()}"
+
+
+def _index(device):
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+# ---------------------------------------- kernels on a device
+
+
+class Gpu:
+    """One device: its properties, the kernels loaded on it, and which of them were checked."""
+
+    def __init__(self, index):
+        properties = torch.cuda.get_device_properties(index)
+        self.index = index
+        self.device = torch.device("cuda", index)
+        self.name = properties.name
+        self.arch = 10 * properties.major + properties.minor
+        self.multiprocessors = properties.multi_processor_count
+        self.prepared = {}  # arguments of `prepared` -> Prepared
+        self.checked = set()  # kernels that agreed with the reference
+        self._loaded = {}
+        self._lock = threading.RLock()
+
+    @staticmethod
+    @functools.cache
+    def of(index):
+        return Gpu(index)
+
+    def function(self, kernel, shared_bytes=0):
+        """The driver's handle of a kernel, compiled and loaded if this is its first use."""
+        with self._lock:
+            if (kernel, shared_bytes) not in self._loaded:
+                self._loaded[kernel, shared_bytes] = self._load(kernel, shared_bytes)
+            return self._loaded[kernel, shared_bytes]
+
+    def _load(self, kernel, shared_bytes):
+        driver = _driver()
+        if torch.cuda.is_current_stream_capturing():
+            raise UserError(
+                f"the CUDA kernel {kernel.name} was not used before this graph capture; run the "
+                "model once on inputs of the same shapes and dtypes, then capture"
+            )
+        with torch.cuda.device(self.index):
+            _make_context_current(self.index)
+            loaded = self._code(Program(kernel.source, kernel.defines)).get_kernel(kernel.name)
+            handle = int(loaded.handle)
+            if shared_bytes > _STATIC_SHARED_LIMIT:
+                attribute = driver.CUfunction_attribute
+                (error,) = driver.cuKernelSetAttribute(
+                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    shared_bytes, driver.CUkernel(handle), driver.CUdevice(self.index),
+                )  # fmt: skip
+                if int(error):
+                    raise UserError(
+                        f"{kernel.name} needs {shared_bytes} bytes of shared memory a block, which "
+                        f"{self.name} has not ({error.name}); DIM_BACKEND=reference runs without it"
+                    )
+        return driver.CUfunction(handle)  # the driver takes the one for the other
+
+    def _code(self, program):
+        """The loaded ObjectCode; kept for ever, as the handles of its kernels point into it."""
+        import cuda.core
+
+        if program not in self._loaded:
+            compiled = compiler.load_or_compile(program, self.arch, self._announce)
+            self._loaded[program] = cuda.core.ObjectCode.from_cubin(
+                compiled.cubin, name=program.source
+            )
+        return self._loaded[program]
+
+    def _announce(self):
+        _say_once(
+            f"compiling CUDA kernels for {self.name} (sm_{self.arch}), once; they are kept in "
+            f"{compiler.cache_directory()}"
+        )
+
+
+_thread = threading.local()
+
+
+def _make_context_current(index):
+    """A thread that autograd made may come here before torch has given it a context."""
+    if getattr(_thread, "has_context", False):
+        return
+    driver = _driver()
+    error, context = driver.cuCtxGetCurrent()
+    _raise(error, "cuCtxGetCurrent")
+    if int(context) == 0:
+        error, context = driver.cuDevicePrimaryCtxRetain(driver.CUdevice(index))
+        _raise(error, "cuDevicePrimaryCtxRetain")
+        _raise(driver.cuCtxSetCurrent(context)[0], "cuCtxSetCurrent")
+    _thread.has_context = True
+
+
+@functools.cache
+def _say_once(line):
+    if _log.hasHandlers() and _log.isEnabledFor(logging.INFO):
+        _log.info(line)
+    else:  # outside a run nobody listens to the log
+        print(line, file=sys.stderr, flush=True)
+
+
+def _raise(error, what):
+    if int(error):
+        raise RuntimeError(f"{what}: the CUDA driver says {error.name}")
+
+
+# ---------------------------------------- launching plans
+
+
+@functools.cache
+def _slots(struct):
+    """{field: index} of a parameter struct seen as 8-byte integers; Rows take three."""
+    slots, position = {}, 0
+    for name, kind in struct._fields_:
+        slots[name] = position
+        position += ctypes.sizeof(kind) // 8
+    assert 8 * position == ctypes.sizeof(struct), "only 8-byte fields"
+    return slots, ctypes.c_int64 * position
+
+
+class Prepared(NamedTuple):
+    """A plan on a device, with everything that does not change from call to call worked out."""
+
+    launches: tuple  # of (function, grid x, y, z, block x, y, z, shared bytes, name)
+    sums: tuple  # of (offset of the parts, count, size, is it float32, name of the result)
+    sum_launch: tuple | None  # as in launches
+    values: tuple  # the struct's 8-byte values, with the plan's integers
+    scratch: tuple  # of (slot, offset)
+    scratch_bytes: int
+    slots: dict
+    array: type
+    index: int
+
+
+def prepared(index, plan_of, struct, shape, dtype, check):
+    """A plan for a device, ready to `run`; compiled, loaded and checked at the first call.
+
+    plan_of: a function of launch_plan.py or adaln_plan.py; shape: its arguments up to the dtype.
+    check: (gpu, plan, shape, dtype) -> kernels, runs a small problem on the plan's kernels and
+    raises if they compute wrong numbers.
+    """
+    gpu = Gpu.of(index)
+    key = (plan_of, shape, dtype)
+    if key not in gpu.prepared:
+        plan = plan_of(*shape, name_of(dtype), gpu.multiprocessors)
+        result = prepare(plan, struct, index)
+        if not plan.kernels() <= gpu.checked:
+            gpu.checked |= undisturbed(check, gpu, plan, shape, dtype)
+        gpu.prepared[key] = result
+    return gpu.prepared[key]
+
+
+def forget():
+    """Drop every loaded kernel, as if this process had used none; for tests."""
+    Gpu.of.cache_clear()
+
+
+def prepare(plan, struct, index):
+    """Compile and load what a plan launches; the result serves any number of `run`s."""
+    gpu = Gpu.of(index)
+    slots, array = _slots(struct)
+    values = [0] * array._length_
+    for name, value in plan.integers.items():
+        values[slots[name]] = value
+    offsets, counts, end = {}, {}, 0
+    for name, shape, dtype in plan.scratch:
+        offsets[name], counts[name] = end, shape[0]
+        size = math.prod(shape) * getattr(torch, dtype).itemsize
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def loaded(launch):
+        function = gpu.function(launch.kernel, launch.shared_bytes)
+        return function, *launch.grid, *launch.block, launch.shared_bytes, launch.kernel.name
+
+    launches = tuple(loaded(launch) for launch in plan.launches)
+    sums = tuple(
+        (offsets[s.parts], counts[s.parts], math.prod(s.shape), s.dtype == "float32", s.out)
+        for s in plan.sums
+    )
+    sum_launch = loaded(launch_plan.sum_launch(plan.sums)) if sums else None
+    scratch = tuple((slots[name], offset) for name, offset in offsets.items())
+    return Prepared(
+        launches, sums, sum_launch, tuple(values), scratch, end, slots, array, index
+    )
+
+
+def run(prepared, device, rows, scalars, outputs=None):
+    """Launch a prepared plan on torch's current stream of the device.
+
+    rows: field -> tensor (B, L, X), X contiguous, or None. scalars: field -> integer, or tensor
+    whose address is meant, or None. outputs: name -> tensor, for the plan's sums; an empty one is
+    not wanted.
+    """
+    values, slots = list(prepared.values), prepared.slots
+    for name, x in rows.items():
+        if x is not None:
+            slot = slots[name]
+            values[slot : slot + 3] = x.data_ptr(), x.stride(0), x.stride(1)
+    for name, x in scalars.items():
+        if x is not None:
+            values[slots[name]] = x.data_ptr() if isinstance(x, torch.Tensor) else x
+    if prepared.index == torch.cuda.current_device():
+        return _run(prepared, device, values, outputs)
+    with torch.cuda.device(prepared.index):
+        return _run(prepared, device, values, outputs)
+
+
+def _run(prepared, device, values, outputs):
+    _make_context_current(prepared.index)
+    stream = torch.cuda.current_stream(prepared.index).cuda_stream
+    # Freed on return, as torch's own operators do: later work on this stream comes after ours.
+    scratch = torch.empty(prepared.scratch_bytes, dtype=torch.uint8, device=device)
+    base = scratch.data_ptr()
+    for slot, offset in prepared.scratch:
+        values[slot] = base + offset
+    params = prepared.array(*values)
+    for launch in prepared.launches:
+        _launch(launch, stream, params)
+    tasks = []
+    for offset, count, size, is_float, name in prepared.sums:
+        out = outputs[name]
+        tasks += base + offset, out.data_ptr(), count, size if out.numel() else 0, is_float
+    if tasks:
+        _launch(prepared.sum_launch, stream, _SUM_ARRAY(*tasks))
+
+
+_SUM_ARRAY = _slots(launch_plan.SumParams)[1]
+
+
+def _launch(launch, stream, params):
+    """One kernel with one struct by value; the driver copies it before it returns."""
+    *config, name = launch
+    pointer = ctypes.c_void_p(ctypes.addressof(params))
+    (error,) = _driver().cuLaunchKernel(*config, stream, ctypes.addressof(pointer), 0)
+    _raise(error, f"launching {name}")
+
+
+@functools.cache
+def _driver():
+    from cuda.bindings import driver
+
+    return driver
+
+
+# ---------------------------------------- tensors as the kernels want them
+
+
+def as_rows(x):
+    """x (B, L, X) with X contiguous: itself, or a copy; None for None."""
+    if x is None:
+        return None
+    # A kernel holds row strides in bytes in 31 bits; those of a (B, L, X) view can be longer.
+    fits = x.stride(-1) == 1 and x.stride(1) * x.element_size() < 2**31
+    return x if fits else x.contiguous()
+
+
+def as_parameter(x):
+    if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
+        return x
+    return x.to(torch.float32).contiguous()
+
+
+def as_order(order):
+    return None if order is None else order.to(torch.int64).contiguous()
+
+
+def one_dtype(*tensors):
+    """The tensors in the dtype they share, in float32 if they share none; None stays None."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def refuse_double_backward(operator):
+    """Raises where backward is itself recorded: its result would silently carry no gradient."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: backend 'cuda' has no second derivative; use backend='reference'"
+        )

@@ -1,0 +1,62 @@
+"""Around every script: flags, processes, logs, CUDA graphs."""
+
+from libs.runtime.cuda_graphs import CudaCapture, GraphedTraining, SamplingNetwork
+from libs.runtime.flags import (
+    EVALUATION,
+    RANGES,
+    REQUIRED,
+    TRAINING,
+    check_elements,
+    check_numbers,
+    check_values,
+    config_file,
+    file_path,
+    int_list,
+    run_main,
+)
+from libs.runtime.launch import (
+    Precision,
+    make_accelerator,
+    ranks,
+    requested_engine,
+)
+from libs.runtime.logs import (
+    MetricsLog,
+    StopRequest,
+    detach_worker,
+    environment,
+    get_logger,
+    has_logged,
+    starting_workers,
+)
+from libs.runtime.watch import WAITING, beat
+
+__all__ = [
+    "CudaCapture",
+    "EVALUATION",
+    "GraphedTraining",
+    "MetricsLog",
+    "Precision",
+    "RANGES",
+    "REQUIRED",
+    "SamplingNetwork",
+    "StopRequest",
+    "TRAINING",
+    "WAITING",
+    "beat",
+    "check_elements",
+    "check_numbers",
+    "check_values",
+    "config_file",
+    "detach_worker",
+    "environment",
+    "file_path",
+    "get_logger",
+    "has_logged",
+    "int_list",
+    "make_accelerator",
+    "ranks",
+    "requested_engine",
+    "run_main",
+    "starting_workers",
+]

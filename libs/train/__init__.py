@@ -1,0 +1,7 @@
+"""Training: the loop and its parts."""
+
+from libs.train.loop import train
+
+__all__ = [
+    "train",
+]
