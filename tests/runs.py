@@ -1,6 +1,7 @@
 """Runs of the project's scripts as users start them, on a tiny digits network."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -149,3 +151,39 @@ def numbers(workdir):
         for line in steps_logged(workdir)
         if "loss" in line
     ]
+
+
+def fresh_state():
+    """Every call is the first of its process, for accelerate and for the log."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    logger = logging.getLogger("dim")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = True
+
+
+def snapshot(*folders):
+    """{path: content} of all files, without the lock of a run, which holds a process id."""
+    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files if path.name != ".lock"}
+
+
+def assert_nothing_lost(before):
+    """Every file is what it was; the log of a run may have grown."""
+    for path, content in before.items():
+        assert path.is_file(), f"{path} is gone"
+        found = path.read_bytes()
+        assert found.startswith(content) if path.name == "output.log" else found == content, path
+
+
+def assert_one_sentence(status, output, *says, expected=1):
+    """One line that begins 'error:' and holds the key words; returned."""
+    lines = [line for line in output.split("\n") if line.startswith("error:")]
+    assert len(lines) == 1, output
+    assert status == expected, output
+    assert "Traceback" not in output, output
+    for words in says:
+        assert words in lines[0], f"{words!r} is not in {lines[0]!r}"
+    return lines[0]

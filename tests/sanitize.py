@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import test_ops  # noqa: E402
+import ops_cases  # noqa: E402
 import torch  # noqa: E402
 
 from libs.model.dim import Block  # noqa: E402
@@ -43,13 +43,13 @@ def operators(dtype):
     for B, L, D in ((2, 61, 70), (1, 1100, 33)):  # the second in segments
         order = torch.randperm(L).cuda()
         scan = {"delta_softplus": True, "order": order}
-        both_ways(selective_scan, test_ops.scan_inputs(B, L, D, 16), dtype, **scan)
+        both_ways(selective_scan, ops_cases.scan_inputs(B, L, D, 16), dtype, **scan)
         conv = {"activation": "silu", "order": order}
-        both_ways(causal_conv1d, test_ops.conv_inputs(B, L, D, 3), dtype, **conv)
+        both_ways(causal_conv1d, ops_cases.conv_inputs(B, L, D, 3), dtype, **conv)
 
 
 def forward_variants(B=2, L=61, D=70, N=16):
-    inputs = {k: x.cuda() for k, x in test_ops.scan_inputs(B, L, D, N).items()}
+    inputs = {k: x.cuda() for k, x in ops_cases.scan_inputs(B, L, D, N).items()}
     rows = {k: inputs[k] for k in ("u", "delta", "z", "B", "C")}
     rows["y"] = torch.empty_like(inputs["u"])
     scalars = {k: inputs[k] for k in ("A", "D", "delta_bias")} | {

@@ -6,7 +6,6 @@ The scripts run in this process, as their users start them; some also in process
 
 import importlib
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -18,8 +17,8 @@ import numpy as np
 import pytest
 import runs
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
+from runs import assert_nothing_lost, assert_one_sentence, snapshot
 from safetensors.torch import save_file
 
 from libs.evaluate.metrics import DigitsClassifier
@@ -35,66 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 
 DIGITS = "--config=configs/digits_T_DiM.py"
 QUICK = dict(nnet__depth=3, train__num_workers=0, train__n_steps=4, train__grid_samples=0)
-
-
-def fresh_state():
-    """Every call is the first of its process, for accelerate and for the log."""
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    logger = logging.getLogger("dim")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
-    logger.propagate = True
-
-
-def snapshot(*folders):
-    """{path: content} of all files, without the lock of a run, which holds a process id."""
-    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
-    return {path: path.read_bytes() for path in files if path.name != ".lock"}
-
-
-def assert_nothing_lost(before):
-    """Every file is what it was; the log of a run may have grown."""
-    for path, content in before.items():
-        assert path.is_file(), f"{path} is gone"
-        found = path.read_bytes()
-        assert found.startswith(content) if path.name == "output.log" else found == content, path
-
-
-def assert_one_sentence(status, output, *says, expected=1):
-    """One line that begins 'error:' and holds the key words; returned."""
-    lines = [line for line in output.split("\n") if line.startswith("error:")]
-    assert len(lines) == 1, output
-    assert status == expected, output
-    assert "Traceback" not in output, output
-    for words in says:
-        assert words in lines[0], f"{words!r} is not in {lines[0]!r}"
-    return lines[0]
-
-
-@pytest.fixture(scope="module")
-def in_process():
-    """in_process(script, words): the script's exit status, run in this process on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.chdir(runs.ROOT)
-
-        def call(script, words):
-            module = importlib.import_module(script)
-            patch.setattr(sys, "argv", [f"{script}.py", *map(str, words)])
-            try:
-                flags.run_main(module.main, module.FLAGS)
-            except SystemExit as ended:
-                return ended.code
-            finally:
-                fresh_state()
-            return 0
-
-        yield call
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

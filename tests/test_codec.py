@@ -4,9 +4,8 @@ import types
 
 import pytest
 import torch
-from test_bad_input import assert_one_sentence, in_process  # noqa: F401
-from test_extract import write_autoencoder
-from test_seed_commands import place  # noqa: F401  (images and an autoencoder's file)
+from runs import assert_one_sentence
+from writers import place_of_everything, write_autoencoder
 
 from configs import imagenet256_H_DiM
 from libs.data.autoencoder import load_autoencoder
@@ -14,6 +13,11 @@ from libs.data.codec import LatentCodec, PixelCodec, latent_codec
 from utils import UserError
 
 SCALE = 0.18215
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return place_of_everything(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture(scope="module")

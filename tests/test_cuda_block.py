@@ -6,10 +6,10 @@ reference operators in the same dtype.
 import copy
 import functools
 
+import ops_cases
 import pytest
-import test_ops
 import torch
-from test_cuda_kernels import error
+from ops_cases import error
 
 from libs.model.dim import Block, DiM
 from libs.ops.mamba_block import is_fused
@@ -46,7 +46,7 @@ def make_inputs(B, L, dim, keep=False):
     generator = torch.Generator().manual_seed(1)
     x, g = (torch.randn(B, L, dim, generator=generator).cuda() for _ in range(2))
     modulation = torch.randn(B, 3, dim, generator=generator).cuda() / 2
-    order = test_ops.make_order("permuted", L).cuda()
+    order = ops_cases.make_order("permuted", L).cuda()
     return x, modulation, order, torch.tensor([1.25, 0.0] * B)[:B].cuda() if keep else None, g
 
 

@@ -9,16 +9,17 @@ import sys
 import types
 
 import golden_cases
+import ops_cases
 import pytest
-import test_ops
 import torch
 
 from libs.model.mamba import Mamba
-from libs.ops import backends, causal_conv1d, describe_backends, mamba_block, peers, selective_scan
+from libs.ops import backends, causal_conv1d, describe_backends, peers, selective_scan
 from libs.ops.backends import Backend
 from libs.ops.cuda import causal_conv1d as cuda_conv
 from libs.ops.cuda import launch, launch_plan, self_check
 from libs.ops.cuda import selective_scan as cuda_scan
+from libs.ops.mamba_block import not_fused
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
 from utils import UserError
 
@@ -119,39 +120,39 @@ SCAN_VARIANTS = [
 
 @pytest.mark.parametrize("absent, options, order", SCAN_VARIANTS)
 def test_scan_gradients(absent, options, order):
-    inputs, order = test_ops.scan_inputs(absent=absent), test_ops.make_order(order, 19)
+    inputs, order = ops_cases.scan_inputs(absent=absent), ops_cases.make_order(order, 19)
     same(
-        test_ops.run(cuda_scan.selective_scan_cuda, inputs, order=order, **options),
-        test_ops.run(selective_scan_ref, inputs, order=order, **options),
+        ops_cases.run(cuda_scan.selective_scan_cuda, inputs, order=order, **options),
+        ops_cases.run(selective_scan_ref, inputs, order=order, **options),
     )
 
 
 @pytest.mark.parametrize("absent, activation", [((), "silu"), (("bias",), None)])
 def test_convolution_gradients(absent, activation):
-    inputs, order = test_ops.conv_inputs(absent=absent), test_ops.make_order("permuted", 19)
+    inputs, order = ops_cases.conv_inputs(absent=absent), ops_cases.make_order("permuted", 19)
     options = {"activation": activation, "order": order}
     same(
-        test_ops.run(cuda_conv.causal_conv1d_cuda, inputs, **options),
-        test_ops.run(causal_conv1d_ref, inputs, **options),
+        ops_cases.run(cuda_conv.causal_conv1d_cuda, inputs, **options),
+        ops_cases.run(causal_conv1d_ref, inputs, **options),
     )
 
 
 def test_mixed_dtypes():
     """As the mixer makes them under autocast, and a mixture that only float32 holds."""
-    inputs = test_ops.scan_inputs()
+    inputs = ops_cases.scan_inputs()
     for low in (("u", "delta", "B", "C", "z"), ("u", "C"), ("D", "A")):
         mixed = {k: x.bfloat16() if k in low else x for k, x in inputs.items()}
         same(
-            test_ops.run(cuda_scan.selective_scan_cuda, mixed, delta_softplus=True),
-            test_ops.run(selective_scan_ref, mixed, delta_softplus=True),
+            ops_cases.run(cuda_scan.selective_scan_cuda, mixed, delta_softplus=True),
+            ops_cases.run(selective_scan_ref, mixed, delta_softplus=True),
             2**-7,  # one rounding to bfloat16 more
         )
-    x = test_ops.conv_inputs()
+    x = ops_cases.conv_inputs()
     for low in (("x",), ("weight", "bias")):
         mixed = {k: t.bfloat16() if k in low else t for k, t in x.items()}
         same(
-            test_ops.run(cuda_conv.causal_conv1d_cuda, mixed),
-            test_ops.run(causal_conv1d_ref, mixed),
+            ops_cases.run(cuda_conv.causal_conv1d_cuda, mixed),
+            ops_cases.run(causal_conv1d_ref, mixed),
             2**-7,
         )
 
@@ -172,8 +173,8 @@ def test_a_last_axis_with_strides_is_copied_once(monkeypatch):
 
 @pytest.mark.parametrize("absent, options, order", SCAN_VARIANTS)
 def test_scan_opcheck(absent, options, order):
-    x = test_ops.scan_inputs(L=7, absent=absent)
-    order = launch.as_order(test_ops.make_order(order, 7))
+    x = ops_cases.scan_inputs(L=7, absent=absent)
+    order = launch.as_order(ops_cases.make_order(order, 7))
     softplus = options.get("delta_softplus", False)
     arguments = [x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     arguments += [order, softplus]
@@ -189,8 +190,8 @@ def test_scan_opcheck(absent, options, order):
 
 @pytest.mark.parametrize("absent, activation", [((), "silu"), (("bias",), None)])
 def test_convolution_opcheck(absent, activation):
-    x = test_ops.conv_inputs(L=7, absent=absent)
-    order = launch.as_order(test_ops.make_order("permuted", 7))
+    x = ops_cases.conv_inputs(L=7, absent=absent)
+    order = launch.as_order(ops_cases.make_order("permuted", 7))
     tensors = [x["x"], x["weight"], x.get("bias")]
     rest = (order, activation == "silu")
     torch.library.opcheck(
@@ -220,27 +221,27 @@ def test_compiled_mixer_has_no_graph_breaks(dispatched, dynamic):
 
 def test_autocast_leaves_precision_alone(dispatched):
     torch.manual_seed(0)
-    inputs = test_ops.scan_inputs()
-    expected = test_ops.run(selective_scan_ref, inputs, delta_softplus=True)
+    inputs = ops_cases.scan_inputs()
+    expected = ops_cases.run(selective_scan_ref, inputs, delta_softplus=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        same(test_ops.run(selective_scan, inputs, delta_softplus=True), expected)
+        same(ops_cases.run(selective_scan, inputs, delta_softplus=True), expected)
 
 
 def test_double_backward_is_refused(dispatched):
-    x = {k: t.requires_grad_() for k, t in test_ops.scan_inputs().items()}
+    x = {k: t.requires_grad_() for k, t in ops_cases.scan_inputs().items()}
     with pytest.raises(RuntimeError, match="second derivative; use backend='reference'"):
         torch.autograd.grad(selective_scan(**x).sum(), x["u"], create_graph=True)
-    x = {k: t.requires_grad_() for k, t in test_ops.conv_inputs().items()}
+    x = {k: t.requires_grad_() for k, t in ops_cases.conv_inputs().items()}
     with pytest.raises(RuntimeError, match="second derivative; use backend='reference'"):
         torch.autograd.grad(causal_conv1d(**x).sum(), x["x"], create_graph=True)
 
 
 def test_gradient_of_the_last_state_alone(dispatched):
-    x = {k: t.requires_grad_() for k, t in test_ops.scan_inputs(absent=("z", "D")).items()}
+    x = {k: t.requires_grad_() for k, t in ops_cases.scan_inputs(absent=("z", "D")).items()}
     wanted = [x[k] for k in ("u", "delta", "A", "B")]
     gradients = [
         torch.autograd.grad(
-            test_ops.scan(**x, return_last_state=True, backend=name)[1].sum(), wanted
+            ops_cases.scan(**x, return_last_state=True, backend=name)[1].sum(), wanted
         )
         for name in ("cuda", "reference")
     ]
@@ -342,10 +343,10 @@ def test_dim_fused_is_0_or_1(monkeypatch):
     sizes = torch.device("cpu"), torch.float32, 64, 16, 3
     for value, says in ("1", "it takes CUDA tensors"), ("0", "DIM_FUSED=0"):
         monkeypatch.setenv("DIM_FUSED", value)
-        assert says in mamba_block.not_fused(*sizes)
+        assert says in not_fused(*sizes)
     monkeypatch.setenv("DIM_FUSED", "off")
     with pytest.raises(UserError, match="DIM_FUSED is 'off', expected 0 or 1"):
-        mamba_block.not_fused(*sizes)
+        not_fused(*sizes)
 
 
 SHAPES = [
@@ -427,7 +428,7 @@ def test_without_a_gpu_the_reason_is_told():
     assert line.startswith("selective_scan: reference") and "finds no CUDA device" in line
     for name in ("cuda", "mamba_ssm"):
         with pytest.raises(UserError, match="takes CUDA tensors, not cpu"):
-            test_ops.scan(**test_ops.scan_inputs(), backend=name)
+            ops_cases.scan(**ops_cases.scan_inputs(), backend=name)
 
 
 def test_a_slow_choice_is_warned_of_once(monkeypatch, caplog):
@@ -437,8 +438,8 @@ def test_a_slow_choice_is_warned_of_once(monkeypatch, caplog):
     backends._warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "dim"):
         for _ in range(2):
-            test_ops.scan(**test_ops.scan_inputs())
-        test_ops.scan(**{k: x.double() for k, x in test_ops.scan_inputs().items()})
+            ops_cases.scan(**ops_cases.scan_inputs())
+        ops_cases.scan(**{k: x.double() for k, x in ops_cases.scan_inputs().items()})
     (record,) = caplog.records
     assert "plain PyTorch, slowly" in record.message and "mend it" in record.message
 
@@ -480,18 +481,18 @@ def test_peers_get_their_layout(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(functions)
         monkeypatch.setitem(sys.modules, name, module)
-    order = test_ops.make_order("permuted", 19)
+    order = ops_cases.make_order("permuted", 19)
     options = {"order": order, "delta_softplus": True, "return_last_state": True}
-    inputs = test_ops.scan_inputs()
+    inputs = ops_cases.scan_inputs()
     same(
-        test_ops.run(peers.selective_scan_peer, inputs, **options),
-        test_ops.run(selective_scan_ref, inputs, **options),
+        ops_cases.run(peers.selective_scan_peer, inputs, **options),
+        ops_cases.run(selective_scan_ref, inputs, **options),
         1e-6,
     )
-    inputs, options = test_ops.conv_inputs(), {"order": order, "activation": "silu"}
+    inputs, options = ops_cases.conv_inputs(), {"order": order, "activation": "silu"}
     same(
-        test_ops.run(peers.causal_conv1d_peer, inputs, **options),
-        test_ops.run(causal_conv1d_ref, inputs, **options),
+        ops_cases.run(peers.causal_conv1d_peer, inputs, **options),
+        ops_cases.run(causal_conv1d_ref, inputs, **options),
         1e-6,
     )
 

@@ -6,9 +6,10 @@ relative to the tensor's largest value. The floor is two units in the last place
 tensors in which the reference happens to round well.
 """
 
+import ops_cases
 import pytest
-import test_ops
 import torch
+from ops_cases import error
 
 from libs.model.scan_order import COLUMNS, COLUMNS_REVERSED, ROWS, ROWS_REVERSED, sequence_order
 from libs.ops import causal_conv1d, selective_scan
@@ -51,10 +52,6 @@ def run(function, inputs, dtype=None, **options):
     return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
 
 
-def error(actual, exact):
-    return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
-
-
 def check_oracle(operator, reference, inputs, floor=FLOOR, **options):
     exact = run(reference, inputs, torch.float64, **options)
     plain = run(reference, inputs, **options)
@@ -66,18 +63,18 @@ def check_oracle(operator, reference, inputs, floor=FLOOR, **options):
 
 
 def check_scan(dtype, B=2, L=19, D=5, N=16, absent=(), **options):
-    inputs = to_gpu(test_ops.scan_inputs(B, L, D, N, absent), dtype)
+    inputs = to_gpu(ops_cases.scan_inputs(B, L, D, N, absent), dtype)
     options = {"delta_softplus": True, "return_last_state": True} | options
     check_oracle(selective_scan, selective_scan_ref, inputs, **options)
 
 
 def check_conv(dtype, B=2, L=19, D=5, W=3, absent=(), **options):
-    inputs = to_gpu(test_ops.conv_inputs(B, L, D, W, absent), dtype)
+    inputs = to_gpu(ops_cases.conv_inputs(B, L, D, W, absent), dtype)
     check_oracle(causal_conv1d, causal_conv1d_ref, inputs, **options)
 
 
 def permutation(length):
-    return test_ops.make_order("permuted", length).cuda()
+    return ops_cases.make_order("permuted", length).cuda()
 
 
 # ---------------------------------------- shapes
@@ -136,7 +133,7 @@ def test_many_short_sequences():
 
 
 def test_without_softplus():
-    inputs = to_gpu(test_ops.scan_inputs(), torch.float32)
+    inputs = to_gpu(ops_cases.scan_inputs(), torch.float32)
     inputs["delta"] = inputs["delta"].abs()
     check_oracle(selective_scan, selective_scan_ref, inputs)
 
@@ -144,7 +141,7 @@ def test_without_softplus():
 def test_large_arguments():
     """Softplus and silu far out, decays down to nothing, and growth (A > 0). Exponents up to some
     16 are rounded by 16 * 2^-24 each: the floor."""
-    inputs = to_gpu(test_ops.scan_inputs(), torch.float32)
+    inputs = to_gpu(ops_cases.scan_inputs(), torch.float32)
     far = inputs | {"delta": 40 * inputs["delta"], "z": 40 * inputs["z"]}
     growing = inputs | {"A": inputs["A"].abs() / 10}
     for x in (far, growing):
@@ -169,7 +166,7 @@ def results_of(plan, struct, rows, scalars, outputs=None):
 def test_variants(length, dtype):
     """Every variant gives what the one chosen for the shape gives, which the oracle holds."""
     B, D, N = 2, 70, 16
-    inputs = to_gpu(test_ops.scan_inputs(B, length, D, N), dtype)
+    inputs = to_gpu(ops_cases.scan_inputs(B, length, D, N), dtype)
     order = permutation(length).long()
     options = {"delta_softplus": True, "order": order, "return_last_state": True}
     expected = run(selective_scan, inputs, backend="cuda", **options)
@@ -219,7 +216,7 @@ def test_variants(length, dtype):
 
 def test_strided_inputs():
     """Slices of projections, as the network hands them over, and an odd start in memory."""
-    inputs = to_gpu(test_ops.scan_inputs(B=3, D=6, N=4), torch.bfloat16)
+    inputs = to_gpu(ops_cases.scan_inputs(B=3, D=6, N=4), torch.bfloat16)
     both = torch.cat([inputs["u"], inputs["z"]], -1)
     strided = inputs | {"u": both[..., :6], "z": both[..., 6:]}
     strided["B"], strided["C"] = torch.cat([inputs["B"], inputs["C"]], -1).split(4, -1)
@@ -227,7 +224,7 @@ def test_strided_inputs():
     expected, actual = (run(selective_scan, x, **scan) for x in (inputs, strided))
     assert all(torch.equal(actual[k], expected[k]) for k in expected)
 
-    conv = to_gpu(test_ops.conv_inputs(D=8), torch.bfloat16)
+    conv = to_gpu(ops_cases.conv_inputs(D=8), torch.bfloat16)
     odd = torch.cat([conv["x"][..., :1], conv["x"]], -1)[..., 1:]
     expected, actual = (causal_conv1d(**conv | {"x": x}) for x in (conv["x"], odd))
     assert torch.equal(actual, expected)
@@ -246,7 +243,7 @@ def test_offsets_beyond_31_bits():
 
 def test_bit_equal_gradients():
     for dtype in DTYPES:
-        inputs = to_gpu(test_ops.scan_inputs(3, 100, 130), dtype)
+        inputs = to_gpu(ops_cases.scan_inputs(3, 100, 130), dtype)
         first, second = (
             run(selective_scan, inputs, delta_softplus=True, backend="cuda") for _ in range(2)
         )
@@ -254,7 +251,7 @@ def test_bit_equal_gradients():
 
 
 def test_nan_stays_where_it_belongs():
-    inputs = to_gpu(test_ops.scan_inputs(B=2, L=20, D=5), torch.float32)
+    inputs = to_gpu(ops_cases.scan_inputs(B=2, L=20, D=5), torch.float32)
     inputs["delta"][0, 7, 2] = float("nan")
     results = run(selective_scan, inputs, delta_softplus=True, backend="cuda")
     expected = torch.zeros(2, 20, 5, dtype=torch.bool, device="cuda")

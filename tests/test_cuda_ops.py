@@ -7,10 +7,8 @@ import shutil
 import threading
 
 import golden_cases
+import ops_cases
 import pytest
-import test_golden_backbone
-import test_golden_scan
-import test_ops
 import torch
 
 from libs.model.mamba import Mamba
@@ -43,7 +41,7 @@ def on(device, inputs, dtype=None):
 
 
 def run(function, inputs, **options):
-    """As test_ops.run, for tensors of any device."""
+    """As ops_cases.run, for tensors of any device."""
     inputs = {k: x.detach().requires_grad_() for k, x in inputs.items()}
     outputs = function(**inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -67,7 +65,7 @@ def close(actual, expected, tol):
 
 
 def order_of(length, device="cuda"):
-    return test_ops.make_order("permuted", length).to(device)
+    return ops_cases.make_order("permuted", length).to(device)
 
 
 # ---------------------------------------- PyTorch
@@ -81,11 +79,11 @@ def test_chosen_automatically():
 @pytest.mark.parametrize("absent", [(), ("D",), ("z", "delta_bias"), ("D", "z", "delta_bias")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scan_opcheck(absent, dtype):
-    x = on("cuda", test_ops.scan_inputs(L=17, D=33, absent=absent), dtype)
+    x = on("cuda", ops_cases.scan_inputs(L=17, D=33, absent=absent), dtype)
     order = launch.as_order(order_of(17))
     arguments = [x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     g_y, g_state = torch.randn_like(x["u"]), torch.randn(2, 33, 16, device="cuda")
-    test_ops.scan(**x, order=order, backend="cuda")  # registers the operators
+    ops_cases.scan(**x, order=order, backend="cuda")  # registers the operators
     torch.library.opcheck(torch.ops.dim.selective_scan_bwd, (g_y, g_state, *arguments, order, True))
     arguments = [None if t is None else t.requires_grad_() for t in arguments]
     torch.library.opcheck(torch.ops.dim.selective_scan_fwd, (*arguments, order, True, True))
@@ -94,7 +92,7 @@ def test_scan_opcheck(absent, dtype):
 
 @pytest.mark.parametrize("absent", [(), ("bias",)])
 def test_convolution_opcheck(absent):
-    x = on("cuda", test_ops.conv_inputs(L=17, D=33, absent=absent))
+    x = on("cuda", ops_cases.conv_inputs(L=17, D=33, absent=absent))
     order = launch.as_order(order_of(17))
     causal_conv1d(**x, backend="cuda")
     arguments = [x["x"], x["weight"], x.get("bias")]
@@ -153,7 +151,7 @@ def test_cuda_graph():
 
 def test_first_use_in_a_capture_is_told():
     """A shape that needs a kernel nobody has loaded: 27 states, float16."""
-    x = on("cuda", test_ops.scan_inputs(B=1, L=5, D=8, N=27), torch.float16)
+    x = on("cuda", ops_cases.scan_inputs(B=1, L=5, D=8, N=27), torch.float16)
     launch.forget()  # whatever ran before this test
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(UserError, match="before this graph capture"), torch.cuda.graph(graph):
@@ -163,7 +161,7 @@ def test_first_use_in_a_capture_is_told():
 
 
 def test_autocast_leaves_precision_alone():
-    x = on("cuda", test_ops.scan_inputs())
+    x = on("cuda", ops_cases.scan_inputs())
     expected = run(selective_scan, x, backend="cuda", return_last_state=True, delta_softplus=True)
     with torch.autocast("cuda", dtype=torch.bfloat16):
         actual = run(selective_scan, x, backend="cuda", return_last_state=True, delta_softplus=True)
@@ -185,8 +183,8 @@ def test_mixer_under_autocast(dtype):
 
 def test_another_stream():
     """The kernels wait for what is before them on their stream, and nothing else."""
-    x = on("cuda", test_ops.scan_inputs(B=4, L=200, D=128))
-    expected = run(test_ops.scan, x, backend="cuda")
+    x = on("cuda", ops_cases.scan_inputs(B=4, L=200, D=128))
+    expected = run(ops_cases.scan, x, backend="cuda")
     stream = torch.cuda.Stream()
     big = torch.randn(4096, 4096, device="cuda")
     torch.cuda.synchronize()
@@ -195,7 +193,7 @@ def test_another_stream():
         for _ in range(20):
             big = big @ big * 1e-3  # the stream is busy while the inputs wait
         late = {k: late[k].copy_(t) for k, t in x.items()}
-        actual = run(test_ops.scan, late, backend="cuda")
+        actual = run(ops_cases.scan, late, backend="cuda")
         conv = causal_conv1d(late["u"], torch.ones(128, 3, device="cuda"), backend="cuda")
     stream.synchronize()
     assert_equal(actual, expected)
@@ -208,7 +206,7 @@ def test_another_stream():
 def test_the_second_gpu():
     """With the first one current."""
     assert torch.cuda.current_device() == 0
-    first = test_ops.scan_inputs(D=70)
+    first = ops_cases.scan_inputs(D=70)
     options = {"backend": "cuda", "delta_softplus": True, "return_last_state": True}
     expected = run(selective_scan, on("cuda:0", first), order=order_of(19), **options)
     actual = run(selective_scan, on("cuda:1", first), order=order_of(19, "cuda:1"), **options)
@@ -219,7 +217,7 @@ def test_the_second_gpu():
 
 def test_a_thread_of_its_own():
     """A thread that never used CUDA before has no context."""
-    x = on("cuda", test_ops.scan_inputs())
+    x = on("cuda", ops_cases.scan_inputs())
     expected, results = selective_scan(**x, backend="cuda", delta_softplus=True), []
     thread = threading.Thread(
         target=lambda: results.append(selective_scan(**x, backend="cuda", delta_softplus=True))
@@ -232,14 +230,14 @@ def test_a_thread_of_its_own():
 def test_two_runs_are_bit_equal():
     """Of shapes that take several blocks and segments."""
     for B, L, D in ((2, 700, 96), (16, 61, 256)):
-        inputs, order = on("cuda", test_ops.scan_inputs(B=B, L=L, D=D)), order_of(L)
-        conv = on("cuda", test_ops.conv_inputs(B=B, L=L, D=D))
+        inputs, order = on("cuda", ops_cases.scan_inputs(B=B, L=L, D=D)), order_of(L)
+        conv = on("cuda", ops_cases.conv_inputs(B=B, L=L, D=D))
         try:
             for deterministic in (False, True):
                 torch.use_deterministic_algorithms(deterministic)
                 runs = [
                     (
-                        run(test_ops.scan, inputs, backend="cuda", order=order),
+                        run(ops_cases.scan, inputs, backend="cuda", order=order),
                         run(causal_conv1d, conv, backend="cuda", order=order, activation="silu"),
                     )
                     for _ in range(3)
@@ -252,23 +250,23 @@ def test_two_runs_are_bit_equal():
 
 
 def test_no_grad_inference_and_empty_gradients():
-    x = on("cuda", test_ops.scan_inputs())
-    expected = test_ops.scan(**x, backend="cuda")
+    x = on("cuda", ops_cases.scan_inputs())
+    expected = ops_cases.scan(**x, backend="cuda")
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            assert torch.equal(test_ops.scan(**x, backend="cuda"), expected)
+            assert torch.equal(ops_cases.scan(**x, backend="cuda"), expected)
     leaf = x["A"].clone().requires_grad_()
-    test_ops.scan(**x | {"A": leaf}, backend="cuda").sum().backward()
+    ops_cases.scan(**x | {"A": leaf}, backend="cuda").sum().backward()
     assert leaf.grad.isfinite().all() and leaf.grad.abs().sum() > 0
 
 
 def test_gradient_of_the_last_state_alone():
-    inputs = on("cuda", test_ops.scan_inputs(absent=("z", "D")))
+    inputs = on("cuda", ops_cases.scan_inputs(absent=("z", "D")))
     inputs = {k: x.requires_grad_() for k, x in inputs.items()}
     wanted = [inputs[k] for k in ("u", "delta", "A", "B")]
     gradients = [
         torch.autograd.grad(
-            test_ops.scan(**inputs, return_last_state=True, backend=name)[1].sum(), wanted
+            ops_cases.scan(**inputs, return_last_state=True, backend=name)[1].sum(), wanted
         )
         for name in ("cuda", "reference")
     ]
@@ -277,16 +275,16 @@ def test_gradient_of_the_last_state_alone():
 
 
 def test_double_backward_is_refused():
-    x = {k: t.requires_grad_() for k, t in on("cuda", test_ops.scan_inputs()).items()}
+    x = {k: t.requires_grad_() for k, t in on("cuda", ops_cases.scan_inputs()).items()}
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.autograd.grad(
-            test_ops.scan(**x, backend="cuda").sum(), x["u"], create_graph=True
+            ops_cases.scan(**x, backend="cuda").sum(), x["u"], create_graph=True
         )
 
 
 def test_kernels_that_compute_wrong_numbers_are_refused(monkeypatch):
     """Every call, until they compute right ones."""
-    x = on("cuda", test_ops.scan_inputs())
+    x = on("cuda", ops_cases.scan_inputs())
     with monkeypatch.context() as patch:
         launch.forget()
         patch.setattr(
@@ -295,24 +293,24 @@ def test_kernels_that_compute_wrong_numbers_are_refused(monkeypatch):
         )  # fmt: skip
         for _ in range(2):
             with pytest.raises(UserError, match="compute wrong numbers: y is off by 0.09"):
-                test_ops.scan(**x, backend="cuda")
+                ops_cases.scan(**x, backend="cuda")
     golden_cases.assert_close(
-        test_ops.scan(**x, backend="cuda"), test_ops.scan(**x, backend="reference"), 1e-5
+        ops_cases.scan(**x, backend="cuda"), ops_cases.scan(**x, backend="reference"), 1e-5
     )
 
 
 def test_mamba_ssm():
     pytest.importorskip("mamba_ssm")
-    x, order = on("cuda", test_ops.scan_inputs(D=32)), order_of(19)
+    x, order = on("cuda", ops_cases.scan_inputs(D=32)), order_of(19)
     expected, actual = (
-        run(test_ops.scan, x, backend=name, order=order) for name in ("reference", "mamba_ssm")
+        run(ops_cases.scan, x, backend=name, order=order) for name in ("reference", "mamba_ssm")
     )
     close(actual, expected, 1e-5)
 
 
 def test_causal_conv1d_of_others():
     pytest.importorskip("causal_conv1d")
-    x, order = on("cuda", test_ops.conv_inputs(D=32)), order_of(19)
+    x, order = on("cuda", ops_cases.conv_inputs(D=32)), order_of(19)
     expected, actual = (
         run(causal_conv1d, x, backend=name, order=order, activation="silu")
         for name in ("reference", "mamba_ssm")
@@ -334,66 +332,30 @@ def test_causal_conv1d_of_others():
     ],
 )
 def test_validation(change, error, message):
-    x = on("cuda", test_ops.scan_inputs())
+    x = on("cuda", ops_cases.scan_inputs())
     with pytest.raises(error, match="selective_scan: " + message):
         selective_scan(**x | change(x), backend="cuda")
 
 
 def test_a_permutation_is_checked_when_asked(monkeypatch):
-    x, order = on("cuda", test_ops.scan_inputs()), torch.zeros(19, dtype=torch.int64, device="cuda")
+    x = on("cuda", ops_cases.scan_inputs())
+    order = torch.zeros(19, dtype=torch.int64, device="cuda")
     monkeypatch.setenv("DIM_CHECK", "1")
     with pytest.raises(ValueError, match="order must be a permutation"):
         selective_scan(**x, order=order)
 
 
 def test_what_cuda_cannot_is_told_or_left_to_the_reference():
-    x = on("cuda", {k: t.double() for k, t in test_ops.scan_inputs().items()})
+    x = on("cuda", {k: t.double() for k, t in ops_cases.scan_inputs().items()})
     with pytest.raises(UserError, match="backend='reference' for float64"):
-        test_ops.scan(**x, backend="cuda")
-    assert torch.equal(test_ops.scan(**x), test_ops.scan(**x, backend="reference"))
-    x = on("cuda", test_ops.scan_inputs(N=65))
+        ops_cases.scan(**x, backend="cuda")
+    assert torch.equal(ops_cases.scan(**x), ops_cases.scan(**x, backend="reference"))
+    x = on("cuda", ops_cases.scan_inputs(N=65))
     with pytest.raises(UserError, match="1 to 64 states, not 65"):
-        test_ops.scan(**x, backend="cuda")
-    assert torch.equal(test_ops.scan(**x), test_ops.scan(**x, backend="reference"))
-    x = on("cuda", test_ops.conv_inputs(W=9))
+        ops_cases.scan(**x, backend="cuda")
+    assert torch.equal(ops_cases.scan(**x), ops_cases.scan(**x, backend="reference"))
+    x = on("cuda", ops_cases.conv_inputs(W=9))
     with pytest.raises(UserError, match="2 to 8 taps, not 9"):
         causal_conv1d(**x, backend="cuda")
     with pytest.raises(UserError, match="takes CUDA tensors, not cpu"):
-        test_ops.scan(**test_ops.scan_inputs(), backend="cuda")
-
-
-# ---------------------------------------- golden cases
-
-
-@pytest.mark.parametrize("case, arrays", golden_cases.params("selective_scan"))
-def test_golden_scan_cases(case, arrays, monkeypatch):
-    to_ours = test_golden_scan.to_ours
-    monkeypatch.setattr(test_golden_scan, "to_ours", lambda name, x: to_ours(name, x).cuda())
-    tolerance = test_golden_scan.TOLERANCE
-    test_golden_scan.check(case, arrays, torch.float32, "cuda", "", tolerance)
-
-
-@pytest.fixture
-def models_on_gpu(monkeypatch):
-    """test_golden_backbone's models run on the GPU; its inputs and outputs stay on the CPU."""
-    build = test_golden_backbone.model_from_official
-
-    def run_call(model, call, arrays):
-        label = None if call["y"] is None else torch.from_numpy(arrays[call["y"]]).cuda()
-        x = torch.from_numpy(arrays[call["x"]]).requires_grad_()
-        return x, model(x.cuda(), torch.from_numpy(arrays[call["t"]]).cuda(), label).cpu()
-
-    monkeypatch.setattr(test_golden_backbone, "model_from_official", lambda *a: build(*a).cuda())
-    monkeypatch.setattr(test_golden_backbone, "run_call", run_call)
-    monkeypatch.setenv("DIM_BACKEND", "cuda")
-
-
-@pytest.mark.parametrize("case, arrays", golden_cases.params("dim_backbone"))
-def test_golden_outputs(case, arrays, models_on_gpu):
-    test_golden_backbone.test_outputs(case, arrays)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("case, arrays", golden_cases.params("dim_backbone"))
-def test_golden_gradients(case, arrays, checkpointing, models_on_gpu):
-    test_golden_backbone.test_gradients(case, arrays, checkpointing)
+        ops_cases.scan(**ops_cases.scan_inputs(), backend="cuda")

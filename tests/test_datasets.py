@@ -23,13 +23,21 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from torch.utils.data import DataLoader
+from writers import (
+    TRAIN_FILES,
+    cifar10_batch,
+    noise_image,
+    python2_pickle,
+    python3_pickle,
+    write_archive,
+    write_cifar10,
+    write_folder,
+)
 
 import datasets
 from datasets import GlobalBatchSampler, get_dataset, permutation
 from libs.data import cifar10, images
 from utils import UserError
-
-TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 
 # ------------------------------------------------------------ digits
 
@@ -103,56 +111,6 @@ def test_import_is_cheap():
 
 
 # ------------------------------------------------------------ CIFAR-10
-
-
-class Python2Pickler(pickle._Pickler):
-    """Writes str and bytes as Python 2's cPickle wrote the published files (opcode BINSTRING)."""
-
-    def save_string(self, value):
-        raw = value.encode("latin1") if isinstance(value, str) else value
-        self.write(b"T" + struct.pack("<i", len(raw)) + raw)
-        self.memoize(value)
-
-
-Python2Pickler.dispatch = {
-    **pickle._Pickler.dispatch,
-    str: Python2Pickler.save_string,
-    bytes: Python2Pickler.save_string,
-}
-
-
-def python2_pickle(value):
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-
-
-def python3_pickle(value):
-    return pickle.dumps(value, protocol=2)
-
-
-def cifar10_batch(number, count=3):
-    rng = np.random.default_rng(number)
-    return {
-        b"batch_label": b"testing batch",
-        b"labels": rng.integers(10, size=count).tolist(),
-        b"data": rng.integers(256, size=(count, 3072), dtype=np.uint8),
-        b"filenames": [b"x.png"] * count,
-    }
-
-
-def write_cifar10(parent, dump=python2_pickle):
-    folder = parent / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    for number, name in enumerate([*TRAIN_FILES, "test_batch"], start=1):
-        (folder / name).write_bytes(dump(cifar10_batch(number)))
-    return folder
-
-
-def write_archive(parent, folder):
-    with tarfile.open(parent / "cifar-10-python.tar.gz", "w:gz") as tar:
-        tar.add(folder, "cifar-10-batches-py")
-    return parent / "cifar-10-python.tar.gz"
 
 
 @pytest.fixture
@@ -323,23 +281,6 @@ def test_a_download_is_kept_and_read(tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------ image folders
-
-
-def noise_image(seed, size=(8, 8)):
-    pixels = np.random.default_rng(seed).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def write_folder(root, count=6):
-    """Classes 'ant' and 'bee' with `count` 8x8 PNG images in all; returns their pixels in order."""
-    images = []
-    for i in range(count):
-        path = root / ("ant" if i < count // 2 else "bee") / f"{i:02}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = noise_image(i)
-        image.save(path)
-        images.append(np.asarray(image).transpose(2, 0, 1))
-    return images
 
 
 def pixels_of(x):

@@ -37,16 +37,7 @@ from utils import UserError, read_json
 N, BATCH = 40, 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in runs.environment, so that runs in this process sum in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        patch.chdir(runs.ROOT)
-        yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Named(DigitsClassifierFeatures):

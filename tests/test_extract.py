@@ -15,16 +15,11 @@ import numpy as np
 import pytest
 import runs
 import torch
-from PIL import Image
-from test_bad_input import (  # noqa: F401
-    assert_nothing_lost,
-    assert_one_sentence,
-    in_process,
-    snapshot,
-)
+from runs import assert_nothing_lost, assert_one_sentence, snapshot
+from writers import NUM_IMAGES, WNIDS, write_autoencoder, write_images
 
 from datasets import get_dataset
-from libs.data.autoencoder import load_autoencoder, to_ldm
+from libs.data.autoencoder import load_autoencoder
 from libs.data.latents import Features
 from libs.runtime import watch
 from utils import UserError
@@ -32,35 +27,6 @@ from utils import UserError
 pytestmark = pytest.mark.filterwarnings("ignore:.*the whole ImageNet has")
 
 SCRIPT = "scripts/extract_imagenet_feature.py"
-WNIDS = ["n01440764", "n01443537", "n02105855"]
-NUM_IMAGES = 14
-
-
-def write_images(root):
-    """ImageNet's layout: RGB, grey and CMYK JPEGs and palette PNGs, all named .JPEG."""
-    modes = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG")]
-    rng = np.random.default_rng(0)
-    for i in range(NUM_IMAGES):
-        wnid, (mode, kind) = WNIDS[i * len(WNIDS) // NUM_IMAGES], modes[i % 4]
-        path = root / "train" / wnid / f"{wnid}_{i:02}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(rng.integers(256, size=(4, 5, 3), dtype=np.uint8))
-        small.resize((32 + 3 * i, 40)).convert(mode).save(path, kind)
-    return root
-
-
-def write_autoencoder(path, seed=0):
-    from diffusers import AutoencoderKL
-
-    torch.manual_seed(seed)
-    network = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4,
-    )  # fmt: skip
-    torch.save(to_ldm(network), path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
     """A folder with the images, in imagenet/, and the autoencoder, ae.pth."""
@@ -80,7 +46,7 @@ def words_for(inputs, output, **changes):
 
 
 @pytest.fixture(scope="module")
-def extract(in_process):  # noqa: F811
+def extract(in_process):
     """extract(words): the script's exit status, run in this process on one thread."""
     return lambda words: in_process("scripts.extract_imagenet_feature", words)
 

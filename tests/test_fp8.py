@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_cuda_kernels import error
+from ops_cases import error
 
 from libs.model.dim import DiM
 from libs.ops.cuda import fp8

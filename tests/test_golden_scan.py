@@ -24,15 +24,16 @@ def to_ours(name, array):
     return x.mT if name in SEQUENCES or name == "out" else x
 
 
-def load_inputs(case, arrays, dtype):
+def load_inputs(case, arrays, dtype, device):
     names = [
         n for n in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias") if n not in case["absent"]
     ]
-    return {n: to_ours(n, arrays[n]).to(dtype).requires_grad_() for n in names}
+    return {n: to_ours(n, arrays[n]).to(device, dtype).requires_grad_() for n in names}
 
 
 def check(case, arrays, dtype, backend, suffix, tolerance):
-    inputs = load_inputs(case, arrays, dtype)
+    device = "cuda" if backend == "cuda" else "cpu"
+    inputs = load_inputs(case, arrays, dtype, device)
     y, last_state = selective_scan(
         **inputs, delta_softplus=case["delta_softplus"], return_last_state=True, backend=backend
     )
@@ -40,13 +41,16 @@ def check(case, arrays, dtype, backend, suffix, tolerance):
     golden_cases.assert_close(
         last_state, arrays["last_state" + suffix], tolerance["last_state"], "last_state"
     )
-    gradients = torch.autograd.grad(y, list(inputs.values()), to_ours("out", arrays["g"]).to(dtype))
+    g = to_ours("out", arrays["g"]).to(device, dtype)
+    gradients = torch.autograd.grad(y, list(inputs.values()), g)
     for name, gradient in zip(inputs, gradients, strict=True):
         expected = to_ours(name, arrays[f"grad{suffix}/{name}"])
         golden_cases.assert_close(gradient, expected, tolerance["grad"], f"gradient of {name}")
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "backend", ["reference", "cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+)
 @pytest.mark.parametrize("case, arrays", golden_cases.params("selective_scan"))
 def test_float32(case, arrays, backend):
     check(case, arrays, torch.float32, backend, "", TOLERANCE)

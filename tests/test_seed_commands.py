@@ -8,13 +8,11 @@ import shlex
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import runs
 import torch
 from PIL import Image
-from test_datasets import write_cifar10
-from test_extract import write_autoencoder
+from writers import place_of_everything
 
 from configs import imagenet256_H_DiM, imagenet512_H_DiM_ft
 from libs.files import read_safetensors
@@ -87,18 +85,7 @@ def sizes(side):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with ImageNet's layout (40 images), CIFAR-10's and an autoencoder's file."""
-    folder = tmp_path_factory.mktemp("seed")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        wnid = f"n{i % CLASSES:08}"
-        path = folder / "ImageNet" / "train" / wnid / f"{wnid}_{i}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        small = Image.fromarray(rng.integers(256, size=(6, 7, 3), dtype=np.uint8))
-        small.resize((150, 140)).save(path)
-    write_cifar10(folder)
-    write_autoencoder(folder / "autoencoder_kl.pth")
-    return folder
+    return place_of_everything(tmp_path_factory.mktemp("place"))
 
 
 def autoencoder(place):

@@ -2,7 +2,6 @@
 says of them.
 """
 
-import logging
 import pickle
 import tarfile
 
@@ -11,7 +10,7 @@ import pytest
 import runs
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from test_datasets import write_folder
+from writers import write_folder
 
 import utils
 from configs import digits_T_DiM
@@ -23,18 +22,7 @@ from libs.train import checkpoint, loop
 from sde import VPSDE
 from utils import UserError
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate(monkeypatch):
-    """Each run of these tests is its process's first; the log reaches pytest's caplog."""
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    logger = logging.getLogger("dim")
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-    logger.propagate = True
+pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
 def config_of(**changes):

@@ -1,0 +1,70 @@
+"""Inputs of the operators, and how far a result is from float64."""
+
+import functools
+
+import torch
+
+from libs.ops import selective_scan
+from libs.ops.reference import selective_scan_ref
+
+# Oracle: error(cpu, float64) <= 2 error(reference in float32, float64) + FLOOR, errors relative to
+# the tensor's largest value. The floor is two units in the last place, for tensors in which the
+# reference happens to round well.
+FLOOR = 2.0**-22
+
+scan = functools.partial(selective_scan, delta_softplus=True)
+scan_ref = functools.partial(selective_scan_ref, delta_softplus=True)
+
+
+def scan_inputs(B=2, L=19, D=5, N=16, absent=(), seed=0):
+    """float32 inputs like those of a network: decays between 0 and 1 over a wide range."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = {
+        "u": normal(B, L, D),
+        "delta": normal(B, L, D) - 1,
+        "A": -torch.exp(normal(D, N)),
+        "B": normal(B, L, N),
+        "C": normal(B, L, N),
+        "D": normal(D),
+        "z": normal(B, L, D),
+        "delta_bias": 0.3 * normal(D),
+    }
+    return {name: x for name, x in inputs.items() if name not in absent}
+
+
+def conv_inputs(B=2, L=19, D=5, W=3, absent=(), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = {
+        "x": torch.randn(B, L, D, generator=generator),
+        "weight": torch.randn(D, W, generator=generator),
+        "bias": torch.randn(D, generator=generator),
+    }
+    return {name: x for name, x in inputs.items() if name not in absent}
+
+
+def make_order(kind, length):
+    if kind == "permuted":
+        return torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(
+            torch.int32
+        )
+    return {"none": None, "reversed": torch.arange(length).flip(0)}[kind]
+
+
+def run(function, inputs, dtype=None, **options):
+    """Outputs and the gradient of every input, for fixed random output gradients."""
+    inputs = {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in inputs.items()}
+    outputs = function(**inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    generator = torch.Generator().manual_seed(1)
+    g = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    gradients = torch.autograd.grad(outputs, list(inputs.values()), g)
+    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
+
+
+def error(actual, exact):
+    return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
