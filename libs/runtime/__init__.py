@@ -19,6 +19,7 @@ from libs.runtime.launch import (
     make_accelerator,
     ranks,
     requested_engine,
+    wait_without_timeout,
 )
 from libs.runtime.logs import (
     MetricsLog,
@@ -59,4 +60,5 @@ __all__ = [
     "requested_engine",
     "run_main",
     "starting_workers",
+    "wait_without_timeout",
 ]

@@ -26,7 +26,7 @@ from libs.runtime import watch
 from libs.runtime.logs import one_line
 from utils import UserError, flatten, listed
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 class FlagError(UserError):

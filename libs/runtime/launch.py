@@ -118,8 +118,26 @@ def make_accelerator():
     if not on_cpu:
         require_reported(requested, accelerator)
     if accelerator.num_processes > 1:
+        _make_patient_group()
         watch.start(timeout)
     return accelerator
+
+
+_patient_group = None  # of all processes, on gloo, with a time-out that no work reaches
+
+
+def _make_patient_group():
+    global _patient_group
+    patience = datetime.timedelta(days=30)
+    _patient_group = torch.distributed.new_group(backend="gloo", timeout=patience)
+
+
+def wait_without_timeout(accelerator):
+    """Wait for all processes, for as long as it takes: for work that rank 0 does alone, such as
+    saving, which must not trip the time-out of the process group.
+    """
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(group=_patient_group)
 
 
 def require_reported(requested, accelerator):

@@ -23,7 +23,7 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torchvision", "numpy", "accelerate", "ml_collections", "safetensors",
              "numba", "diffusers", "timm", "cuda-core", "mamba-ssm", "causal-conv1d")
 
