@@ -1,4 +1,5 @@
 # make demo: install, train on handwritten digits, draw and measure.   make test: install, then the tests.
+# make check: lint, numbers, operators and a tiny run, in under a minute on two cores.
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -6,13 +7,19 @@ RUN := workdir/digits_T_DiM/default
 comma := ,
 NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
 
-.PHONY: demo test test-slow lint clean-demo
+CHECKS := tests/test_road.py $(wildcard tests/test_golden_*.py) tests/test_regression.py tests/test_ops.py tests/test_rooms.py
+
+.PHONY: demo check test test-slow lint clean-demo
 
 demo: .venv/installed assets/digits_classifier.safetensors
 	$(BIN)/python train.py --config=configs/digits_T_DiM.py
 	$(BIN)/python sample.py --nnet_path=$(NEWEST) --n=10 --out=$(RUN)/digits.png
 	$(BIN)/python eval.py --config=configs/digits_T_DiM.py --nnet_path=$(NEWEST)
 	@echo "the picture, a row for each digit, is $(RUN)/digits.png"
+
+check: .venv/installed-tests
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadfile $(CHECKS)
 
 test: .venv/installed-tests
 	$(BIN)/ruff check .

@@ -1,0 +1,26 @@
+"""The whole road in seconds: train, resume, sample and evaluate a tiny network, by the scripts."""
+
+import runs
+from PIL import Image
+
+
+def test_train_resume_sample_evaluate(in_process, tmp_path):
+    """A run that stops and goes on has the losses of one that never stopped; its weights give
+    pictures and an evaluation.
+    """
+    tiny = dict(train__num_workers=0, train__grid_samples=0)
+    assert in_process("train", runs.arguments(tmp_path / "whole", **tiny)) == 0
+    assert in_process("train", runs.arguments(tmp_path / "run", **tiny, train__n_steps=4)) == 0
+    assert in_process("train", runs.arguments(tmp_path / "run", **tiny)) == 0
+    assert runs.numbers(tmp_path / "run") == runs.numbers(tmp_path / "whole")
+
+    weights, picture = tmp_path / "run" / "ckpts" / "12.ckpt", tmp_path / "grid.png"
+    words = [f"--nnet_path={weights}", "--classes=3,7", "--n=2", "--steps=2", f"--out={picture}"]
+    assert in_process("sample", words) == 0
+    assert Image.open(picture).size[0] >= 600
+
+    changes = dict(sample__n_samples=4, sample__mini_batch_size=2, sample__features="none")
+    words = runs.arguments(tmp_path / "run", **changes, sample__path=tmp_path / "pictures")
+    assert in_process("eval", [*words, f"--nnet_path={weights}"]) == 0
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
+    assert (tmp_path / "run" / "evaluation.json").is_file()
