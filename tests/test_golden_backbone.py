@@ -272,9 +272,8 @@ def test_weights_of_another_resolution(case, arrays):
     model = model_from_official(case["dst_nnet_kwargs"]).eval()
     source = official_state(case, "src_state_dict")
     assert is_official(source)
-    tensors, changes = resize_state(source, model)
+    tensors, _ = resize_state(source, model)
     load_strict(model, tensors, "the source")
-    assert len(changes) == len(case["changed"])
     after = to_official(model)
     assert [[name, list(tensor.shape)] for name, tensor in after.items()] == case["dst_state_dict"]
     for name, tensor in after.items():

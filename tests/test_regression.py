@@ -1,9 +1,11 @@
 """Frozen outputs of our own, for clones without the golden fixtures.
 
-The numbers in data/regression.npz were written by `python tests/test_regression.py` when every
-golden case passed; write them again only when a golden case proves them wrong.
+The numbers in data/regression.npz were written when every golden case passed. Where a golden case
+proves the numbers of a network wrong, they alone are written again, by
+`PYTHONPATH=. python tests/test_regression.py NETWORK`.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +95,9 @@ def test_losses_and_samplers():
 
 
 if __name__ == "__main__":
-    everything = {}
-    for name in NETWORKS:
-        everything.update(network_outputs(name))
-    with torch.no_grad():
-        everything.update(diffusion_outputs())
-    arrays = {name: tensor.detach().numpy() for name, tensor in everything.items()}
+    with np.load(DATA, allow_pickle=False) as stored:
+        arrays = dict(stored)
+    for name in sys.argv[1:]:
+        found = network_outputs(name)
+        arrays.update({key: tensor.detach().numpy() for key, tensor in found.items()})
     np.savez_compressed(DATA, **arrays)
-    print(f"wrote {DATA}, {DATA.stat().st_size / 1e3:.0f} kB")

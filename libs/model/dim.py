@@ -95,7 +95,7 @@ class DiM(nn.Module):
         pad_layout: 'lateral' (256 px) or 'rho_pad' (512 px and above), see
         libs/model/scan_order.py.
         scan_directions: directions besides row-major, 1 to 3.
-        mlp_time_embed: an MLP on the time token.
+        mlp_time_embed: an MLP on the time embedding of the time token and of the head.
         drop_path: stochastic depth of the last block; grows linearly from 0.
         activation_checkpointing: recompute each block in the backward pass; memory for about a
             third more time.
@@ -198,6 +198,7 @@ class DiM(nn.Module):
         grid = layers.grid_of(x, self.in_channels, self.patch_size)
         y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
         time = layers.sinusoidal_embedding(t, self.dim).to(self.pos_embed.dtype)  # (B, dim)
+        time = time if self.time_embed is None else self.time_embed(time)         # (B, dim)
         label = self.label_embed(y)                                               # (B, dim)
         modulation = self.modulation(t, y)                                        # (B, 3, dim)
         tokens = self.embed(x, time, label, grid)                                 # (B, L, dim)
@@ -215,7 +216,6 @@ class DiM(nn.Module):
         positions = layers.interpolate_positions(
             self.pos_embed, self.native_grid, grid, EXTRA_TOKENS
         )
-        time = time if self.time_embed is None else self.time_embed(time)
         extra = torch.stack([time, label], dim=1) + positions[:, :EXTRA_TOKENS]   # (B, 2, dim)
         image = self.patch_embed(x).permute(0, 2, 3, 1)                           # (B, h, w, dim)
         image = image + positions[:, EXTRA_TOKENS:].unflatten(1, grid)
