@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from utils import UserError, replacing
 
-CSRC = Path(__file__).resolve().parents[2] / "csrc"
+CSRC = Path(__file__).resolve().parents[3] / "csrc"
 PREBUILT = Path(__file__).resolve().parent / "prebuilt"
 # lineinfo lets profilers show source lines and does not change the code; -v reports Resources.
 OPTIONS = {"std": "c++17", "lineinfo": True, "ptxas_options": ["-v"]}
