@@ -6,7 +6,7 @@
 
 import utils
 from libs.data import PixelCodec, latent_codec
-from libs.evaluate import ImageGenerator, draw_in_batches, labels_of_classes
+from libs.evaluate import draw_in_batches, make_grid_labels, make_image_sampler
 from libs.model import (
     build_model,
     check_codec,
@@ -73,19 +73,19 @@ def main(args):
     for change in load_into(model, args.nnet_path):
         print(change)
     conditional = config.train.mode == "cond"
-    labels = labels_of_classes(
+    labels = make_grid_labels(
         args.classes, args.n, model.num_classes, conditional=conditional, scale=args.scale
     )
     latent = config.get("z_shape") is not None
     process = DiscreteSchedule() if latent else VPSDE()
     codec = latent_codec(config).to(device) if latent else PixelCodec()
     check_codec(model, codec, config)
-    generator = ImageGenerator(
-        model.to(device).eval(), process, codec, config,
-        image_shape=codec.image_shape((model.in_channels, *model.input_size)),
-        precision=Precision(config.train.mixed_precision, device), seed=args.seed,
-    )  # fmt: skip
-    images = draw_in_batches(generator, labels, args.n)
+    precision = Precision(config.train.mixed_precision, device)
+    model = model.to(device).eval()
+    image_sampler = make_image_sampler(
+        config, model, process, codec, precision=precision, seed=args.seed
+    )
+    images = draw_in_batches(image_sampler, labels, args.n)
     utils.save_grid(args.out, images, args.n)
     rows = ", a row for each class" if conditional else ""
     print(f"wrote {args.out}: {len(images)} images{rows}")

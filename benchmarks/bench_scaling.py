@@ -56,7 +56,8 @@ from libs.train.loader import micro_batches  # noqa: E402
 from libs.data.codec import LatentCodec, PixelCodec  # noqa: E402
 from libs.train.ema import EMA  # noqa: E402
 from libs.train.engine import Engine, make_engine  # noqa: E402
-from libs.evaluate.generate import ImageGenerator, batches_of_rank  # noqa: E402
+from libs.evaluate import make_image_sampler  # noqa: E402
+from libs.evaluate.generate import batches_of_rank  # noqa: E402
 from libs.runtime.launch import Precision, make_accelerator  # noqa: E402
 from libs.model.build import build_model  # noqa: E402
 from libs.train.resume import Progress  # noqa: E402
@@ -260,17 +261,16 @@ def evaluation_record(job, config, accelerator):
         codec = LatentCodec(autoencoder, scale_factor=config.autoencoder.scale_factor)
     with accelerator.device:
         model = build_model(config.nnet, seed=config.seed).eval()
-    generator = ImageGenerator(
-        model, process, codec, config,
-        image_shape=codec.image_shape((model.in_channels, *model.input_size)),
-        precision=Precision(config.train.mixed_precision, accelerator.device), seed=config.seed,
-    )  # fmt: skip
+    precision = Precision(config.train.mixed_precision, accelerator.device)
+    image_sampler = make_image_sampler(
+        config, model, process, codec, precision=precision, seed=config.seed
+    )
     n = MODELS[job["model"]][3] * accelerator.num_processes
     batches = batches_of_rank(n, config.sample.mini_batch_size, accelerator)
 
     def draw(batches):
         for indices in batches:
-            generator(indices)
+            image_sampler(indices)
 
     draw(batches[:1])
     seconds = timed(functools.partial(draw, batches), 1, 0, accelerator)

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from datasets import dataset_of
 from libs.data.codec import PixelCodec
 from libs.evaluate import generate, metrics, run
-from libs.evaluate.generate import ImageGenerator
 from libs.evaluate.image_store import ImageStore, compared, create, pending
 from libs.evaluate.metrics import DigitsClassifier, DigitsClassifierFeatures, save_statistics
 from libs.evaluate.real_images import dataset_features, images_to_measure, real_images
@@ -327,9 +326,9 @@ class NaN(PixelCodec):
 
 def test_a_network_that_makes_nan_is_told(files, tmp_path, monkeypatch):
     """By sample.py and, where the features hide it, by an evaluation."""
-    generator = generator_of(tmp_path, codec=NaN(), sample__mini_batch_size=4)
+    image_sampler = make_image_sampler(tmp_path, codec=NaN(), sample__mini_batch_size=4)
     with pytest.raises(UserError, match="images that are not finite: image 1 .*sample.scale"):
-        generate.draw_in_batches(generator, None, 6)
+        generate.draw_in_batches(image_sampler, None, 6)
     monkeypatch.setattr(importlib.import_module("eval"), "PixelCodec", NaN)
     monkeypatch.setattr(metrics.NoFeatures, "__call__", lambda self, x: torch.zeros(len(x), 1))
     with pytest.raises(UserError, match="images that are not finite: image 1 "):
@@ -346,8 +345,8 @@ def test_fp8_is_another_recipe():
 
 def test_fp8_is_in_the_recipe(tmp_path, monkeypatch):
     monkeypatch.setattr("libs.ops.cuda.fp8.turn_on", lambda *arguments: None)
-    assert generator_of(tmp_path).recipe()["fp8"] is False
-    assert generator_of(tmp_path, sample__fp8=True).recipe()["fp8"] is True
+    assert make_image_sampler(tmp_path).describe()["fp8"] is False
+    assert make_image_sampler(tmp_path, sample__fp8=True).describe()["fp8"] is True
 
 
 # ---------------------------------------------------------------------------------------------
@@ -450,31 +449,28 @@ def test_all_images_of_one_class(files, tmp_path):
     assert (a != b).any(), "the others are not"
 
 
-def generator_of(tmp_path, model=None, codec=None, **changes):
+def make_image_sampler(tmp_path, model=None, codec=None, **changes):
     config = parse(tmp_path, **changes).config
-    model = model or build_model(config.nnet)
-    codec = codec or PixelCodec()
-    return ImageGenerator(
-        model.eval(), VPSDE(), codec, config,
-        image_shape=codec.image_shape((model.in_channels, *model.input_size)),
-        precision=Precision("no", torch.device("cpu")), seed=1,
-    )  # fmt: skip
+    model, precision = model or build_model(config.nnet), Precision("no", torch.device("cpu"))
+    return generate.make_image_sampler(
+        config, model.eval(), VPSDE(), codec or PixelCodec(), precision=precision, seed=1
+    )
 
 
 def test_labels(tmp_path):
-    balanced = generator_of(tmp_path)
+    balanced = make_image_sampler(tmp_path)
     for n in (10, 40, 47):
-        counts = torch.bincount(balanced.labels_of(range(n)), minlength=10)
+        counts = torch.bincount(balanced.get_labels(range(n)), minlength=10)
         assert counts.max() - counts.min() <= (n % 10 > 0)
-    random = generator_of(tmp_path, sample__labels="random")
-    labels = random.labels_of(range(1000))
-    assert torch.equal(random.labels_of([999, 5]), labels[[999, 5]])
+    random = make_image_sampler(tmp_path, sample__labels="random")
+    labels = random.get_labels(range(1000))
+    assert torch.equal(random.get_labels([999, 5]), labels[[999, 5]])
     counts = torch.bincount(labels, minlength=10)
     assert counts.min() > 60 and counts.max() > counts.min() + 1
-    one = generator_of(tmp_path, sample__vis_label=9)
-    assert one.labels_of(range(4)).tolist() == [9] * 4
-    with pytest.raises(UserError, match="vis_label is 3, but this model has no classes"):
-        generator_of(
+    one = make_image_sampler(tmp_path, sample__vis_label=9)
+    assert one.get_labels(range(4)).tolist() == [9] * 4
+    with pytest.raises(UserError, match="vis_label asks for class 3, but this model has 0 classes"):
+        make_image_sampler(
             tmp_path, sample__vis_label=3, train__mode="uncond", sample__cfg=False
         )  # fmt: skip
 
@@ -550,23 +546,16 @@ def test_images_without_classes_have_no_agreement(tmp_path):
     assert right.tolist() == [y == 0 for y in labels]
 
 
-def test_measuring_real_images_is_progress(tmp_path, monkeypatch):
-    """Of a run of several processes whose others wait: else the watch would end it."""
-    beats = []
-    monkeypatch.setattr("libs.runtime.watch.beat", beats.append)
-    dataset_features(FirstPixels(), FirstDigits(101, dataset_of(parse(tmp_path).config)))
-    assert beats == ["measuring real images"] * 3
-
-
 def outputs_of(tmp_path, others_failed=0, **changes):
     """The Outputs of a run whose other processes failed in every part that may fail, or did not."""
     accelerator = SimpleNamespace(
         device=torch.device("cpu"), is_main_process=True, process_index=0, num_processes=2,
         reduce=lambda tensor, how: tensor + others_failed,
     )  # fmt: skip
-    generator = generator_of(tmp_path, train__fid_samples=8, **changes)
-    dataset = dataset_of(generator.config, augmented=True)
-    return Outputs(generator.config, tmp_path, accelerator, generator, dataset, None)
+    image_sampler = make_image_sampler(tmp_path, train__fid_samples=8, **changes)
+    config = parse(tmp_path, train__fid_samples=8, **changes).config
+    dataset = dataset_of(config, augmented=True)
+    return Outputs(config, tmp_path, accelerator, image_sampler, dataset, None)
 
 
 def test_fid_is_left_out_by_all_if_one_process_cannot(tmp_path, files, monkeypatch, caplog):
@@ -625,7 +614,7 @@ def latent(files, tmp_path, monkeypatch):
 
     monkeypatch.setitem(metrics.FEATURES, "digits_classifier", Named)
 
-    def run(**changes):
+    def call(**changes):
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()
         args = parse(tmp_path, files, nnet__input_size=4, **changes)
@@ -637,7 +626,7 @@ def latent(files, tmp_path, monkeypatch):
         )  # fmt: skip
         return json.loads((tmp_path / "result.json").read_text())
 
-    return run
+    return call
 
 
 def test_a_latent_model_needs_only_statistics(latent, tmp_path, capsys):

@@ -354,10 +354,10 @@ def test_a_failing_capture_is_said_once_and_training_goes_on(caplog):
 # ---------------------------------------- in an evaluation
 
 
-def make_generator(ema, precision="bf16"):
-    return generate.ImageGenerator(
-        ema.model, VPSDE(), PixelCodec(), make_config(**{"sample.mini_batch_size": 3}),
-        image_shape=(1, 8, 8), precision=Precision(precision, CPU), seed=1,
+def make_image_sampler(ema, precision="bf16"):
+    return generate.make_image_sampler(
+        make_config(**{"sample.mini_batch_size": 3}), ema.model, VPSDE(), PixelCodec(),
+        precision=Precision(precision, CPU), seed=1,
     )  # fmt: skip
 
 
@@ -365,19 +365,19 @@ def test_an_evaluation_in_training_leaves_the_average_as_it_was():
     model = make_dim()
     ema = EMA(model, 0.9)
     before, addresses = bits(ema.model), [p.data_ptr() for p in ema.model.parameters()]
-    generator = make_generator(ema)
-    first = generator([0, 1])
+    image_sampler = make_image_sampler(ema)
+    first = image_sampler([0, 1])
     accelerator = types.SimpleNamespace(
         device=CPU, process_index=0, num_processes=1, reduce=lambda tensor, how: tensor
     )
-    grid = generate.make_grid_images(generator, accelerator, 5)
+    grid = generate.make_grid_images(image_sampler, accelerator, 5)
     assert torch.equal(grid[:2], first)
     assert_same_bits(ema.model, before)
     assert addresses == [p.data_ptr() for p in ema.model.parameters()]
-    assert not generator._network.matrices._copies  # their memory is training's again
+    assert not image_sampler._network.matrices._copies  # their memory is training's again
     for parameter in model.parameters():
         parameter.data += 0.1
     ema.update(model)
-    again = generator([0, 1])
-    fresh = make_generator(ema)([0, 1])
+    again = image_sampler([0, 1])
+    fresh = make_image_sampler(ema)([0, 1])
     assert torch.equal(again, fresh) and not torch.equal(again, first)

@@ -32,7 +32,7 @@ from libs.evaluate.metrics import (
 )
 from utils import UserError
 
-SCRIPTS = Path(libs.evaluate.metrics.__file__).parents[1] / "scripts"
+SCRIPTS = Path(libs.evaluate.metrics.__file__).parents[2] / "scripts"
 
 
 def random_covariance(dim, rank, seed):

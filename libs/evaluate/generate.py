@@ -1,5 +1,6 @@
-"""Images from a trained network, and their figures, streamed into statistics on every process;
-nothing is gathered to one. Resumable evaluations are libs.evaluate.run's.
+"""Images of a trained network by index, and their features.
+
+The same index gives the same picture, for any batch size and number of processes.
 """
 
 import functools
@@ -17,84 +18,81 @@ from sde import eps_from_model
 from utils import UserError
 
 
-class ImageGenerator:
-    """Image by index: the same index gives the same picture, whatever the batch and the number of
-    processes.
+def require_class(flag, label, num_classes):
+    """UserError unless the model has class `label`; num_classes: 0 without classes."""
+    if not 0 <= label < num_classes:
+        raise UserError(
+            f"{flag} asks for class {label}, but this model has {num_classes} classes, counted "
+            "from 0"
+        )
+
+
+class ImageSampler:
+    """Image by index; the memory that makes sampling fast goes back at the end of a `with` block.
 
     Args:
-        model: the network, in eval mode.
-        process, codec: of training.
-        config: the run's config; its `pred`, `train.mode`, `sample` and `ug_*` are read.
-        image_shape: (C, H, W) of the images that the codec decodes to.
-        precision: libs.runtime.launch.Precision of the forward passes.
+        model: the network, in eval mode; process, codec: of training.
+        pred: what the network predicts; conditional: whether it is given labels.
+        settings: config.sample.
+        guide: (predict(x, t, y), process, y, null_label) -> guided predict(x, t).
+        upsampling: None, or the settings of upsampling guidance, for `describe`.
+        precision: libs.runtime.Precision of the forward passes.
         seed: every image's noise and random label are keyed by (seed, index).
+
+    Raises:
+        UserError: a class that the model does not have; an algorithm that cannot be.
     """
 
-    def __init__(self, model, process, codec, config, *, image_shape, precision, seed):
-        self.model, self.process, self.codec, self.config = model, process, codec, config
-        self.image_shape, self.precision, self.seed = tuple(image_shape), precision, seed
-        self.settings, self.conditional = config.sample, config.train.mode == "cond"
-        self.vis_label = self.settings.get("vis_label")  # checkpoints may be older than the key
-        self.z_shape = codec.latent_shape(image_shape)
+    def __init__(
+        self, model, process, codec, *, pred, conditional, settings, guide, upsampling, precision,
+        seed,
+    ):  # fmt: skip
+        self.model, self.process, self.codec = model, process, codec
+        self.pred, self.conditional, self.settings = pred, conditional, settings
+        self.guide, self.upsampling, self.precision, self.seed = guide, upsampling, precision, seed
+        self.z_shape = (model.in_channels, *model.input_size)
+        self.image_shape = tuple(codec.image_shape(self.z_shape))
         self.device = next(model.parameters()).device
-        if self.settings.get("fp8"):  # checkpoints may be older than the key, and the next
+        if settings.vis_label is not None:
+            classes = model.num_classes if conditional else 0
+            require_class("sample.vis_label", settings.vis_label, classes)
+        if settings.fp8:
             fp8.turn_on(model, precision.dtype, "sample.fp8")
-        graphs = self.settings.get("cuda_graphs", True)
-        self._network = SamplingNetwork(model, precision.dtype, graphs=graphs)
-        self._check_labels()
-        # Whatever the sampler cannot do is said here, not at the first grid of a long training.
-        self._draw(lambda x, t, y: torch.zeros_like(x), [0], self.labels_of([0]))
+        self._network = SamplingNetwork(model, precision.dtype, graphs=settings.cuda_graphs)
+        # A sampler that refuses does so here, not at the first grid of a long training.
+        self._draw(lambda x, t, y: torch.zeros_like(x), [0], self.get_labels([0]))
 
-    def _check_labels(self):
-        labels, classes = self.settings.labels, self.model.num_classes
-        vis_label = self.vis_label
-        if labels not in ("random", "balanced"):
-            raise UserError(f"sample.labels is {labels!r}, expected 'random' or 'balanced'")
-        if self.conditional and not classes:
-            raise UserError("train.mode is 'cond', but nnet.num_classes is 0: give the classes")
-        if vis_label is not None and not self.conditional:
-            raise UserError(
-                f"sample.vis_label is {vis_label}, but this model has no classes: leave it out"
-            )
-        if vis_label is not None and not 0 <= vis_label < classes:
-            raise UserError(
-                f"sample.vis_label is {vis_label}, but this model has classes 0 to {classes - 1}"
-            )
-
-    def labels_of(self, indices):
+    def get_labels(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
         if not self.conditional:
             return None
-        classes = self.model.num_classes
-        if self.vis_label is not None:
-            return torch.full((len(indices),), self.vis_label)
-        if self.settings.labels == "balanced":
+        settings, classes = self.settings, self.model.num_classes
+        if settings.vis_label is not None:
+            return torch.full((len(indices),), settings.vis_label)
+        if settings.labels == "balanced":
             return torch.tensor([index % classes for index in indices])
-        return torch.tensor(
-            [utils.derive_seed("label", self.seed, index) % classes for index in indices]
-        )
+        seeds = [utils.derive_seed("label", self.seed, index) for index in indices]
+        return torch.tensor([seed % classes for seed in seeds])
 
-    def recipe(self):
-        """What it takes to make these images again, besides the network: dict for the log and the
-        result file.
-        """
-        settings, config = self.settings, self.config
+    def describe(self):
+        """Everything besides the weights that the images depend on: dict for records."""
+        settings = self.settings
         scale = settings.scale if self.conditional and settings.cfg else 0.0
-        upsampling = {key: config.get(f"ug_{key}") for key in ("m", "theta", "eta", "T")}
+        by_class = self.conditional and settings.vis_label is None
         return {
             "process": type(self.process).__name__,
-            "pred": config.pred,
+            "pred": self.pred,
             "algorithm": settings.algorithm,
             "steps": settings.sample_steps,
             "guidance_scale": scale,
             "guidance_scale_standard": 1 + scale,  # w of uncond + w * (cond - uncond)
             "guidance_interval": settings.guidance_interval if scale else None,
-            "upsampling_guidance": upsampling if upsampling["m"] is not None else None,
-            "labels": settings.labels if self.conditional and self.vis_label is None else None,
-            "vis_label": self.vis_label,
+            "upsampling_guidance": self.upsampling,
+            "labels": settings.labels if by_class else None,
+            "vis_label": settings.vis_label,
             "seed": self.seed,
             "precision": self.precision.name,
-            "fp8": bool(settings.get("fp8")),
+            "fp8": settings.fp8,
             "z_shape": self.z_shape,
             "image_shape": self.image_shape,
             "codec": {"name": type(self.codec).__name__, **self.codec.describe()},
@@ -103,26 +101,25 @@ class ImageGenerator:
     @torch.no_grad()
     def __call__(self, indices, labels=None, on_step=None):
         """Images (B, C, H, W) float32 in [0, 1] of `indices`; labels (B,) int64 override
-        `labels_of`.
+        `get_labels`; on_step(i, n) is called after network call i of n.
         """
-        labels = self.labels_of(indices) if labels is None else labels
+        labels = self.get_labels(indices) if labels is None else labels
         with self._network.ready() as network, self.precision.autocast():
-            predict = eps_from_model(network, self.process, self.config.pred)
+            predict = eps_from_model(network, self.process, self.pred)
             return self.codec.decode(self._draw(predict, indices, labels, on_step))
 
-    def release(self):
-        """Give back the memory that makes sampling fast; the next call takes it again."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
         self._network.release()
 
     def _draw(self, predict, indices, labels, on_step=None):
-        """z (B, *z_shape) of `indices`, by the noise prediction predict(x, t, y)."""
+        """z (B, *z_shape) of `indices`, by the prediction predict(x, t, y)."""
         y = None if labels is None else labels.to(self.device)
         noise = ImageNoise(self.seed, indices, self.z_shape)
-        eps_fn = guided_by(
-            self.config, predict, self.process, y, self.model.num_classes
-        )
         return sample(
-            eps_fn,
+            self.guide(predict, self.process, y, self.model.num_classes),
             self.process,
             noise.initial().to(self.device),
             algorithm=self.settings.algorithm,
@@ -130,6 +127,18 @@ class ImageGenerator:
             noise=noise,
             on_step=on_step,
         )
+
+
+def make_image_sampler(config, model, process, codec, *, precision, seed):
+    """The ImageSampler of a config; model and codec are on their device."""
+    upsampling = {key: config[f"ug_{key}"] for key in ("m", "theta", "eta", "T")}
+    return ImageSampler(
+        model, process, codec,
+        pred=config.pred, conditional=config.train.mode == "cond", settings=config.sample,
+        guide=functools.partial(guided_by, config),
+        upsampling=upsampling if config.ug_m is not None else None,
+        precision=precision, seed=seed,
+    )  # fmt: skip
 
 
 def require_finite(images, indices):
@@ -144,19 +153,6 @@ def require_finite(images, indices):
         )
 
 
-def _releasing(function):
-    """Decorator: function(generator, ...) leaves the memory to the training around it."""
-
-    @functools.wraps(function)
-    def call(generator, *args, **keywords):
-        try:
-            return function(generator, *args, **keywords)
-        finally:
-            generator.release()
-
-    return call
-
-
 def batches_of_rank(n, mini_batch_size, accelerator):
     """Lists of image indices of this process: every num_processes-th index below n,
     `mini_batch_size` at a time.
@@ -165,27 +161,26 @@ def batches_of_rank(n, mini_batch_size, accelerator):
     return [list(indices[i : i + mini_batch_size]) for i in range(0, len(indices), mini_batch_size)]
 
 
-def measured(generator, features, batches, *, quiet, stop=lambda: False):
+def measured(image_sampler, features, batches, *, quiet, stop=lambda: False):
     """For each batch of indices (indices, images as saved, features (B, dim), agrees), until
     `stop()` comes true; agrees (B,) bool says which images are classified as their labels, None
     where that is not defined.
     """
-    classify = getattr(features, "classify", None) if generator.conditional else None
+    classify = getattr(features, "classify", None) if image_sampler.conditional else None
     with tqdm(total=sum(map(len, batches)), desc="sampling", unit="img", disable=quiet) as bar:
         for indices in batches:
             if stop():
                 return
             beat("sampling")
-            images, agrees = as_saved(generator(indices)), None
+            images, agrees = as_saved(image_sampler(indices)), None
             if classify is not None:
                 found = classify(images)
-                agrees = found == generator.labels_of(indices).to(found.device)
+                agrees = found == image_sampler.get_labels(indices).to(found.device)
             yield indices, images, features(images), agrees
             bar.update(len(indices))
 
 
-@_releasing
-def measure(generator, features, accelerator, *, n, stop=lambda: False):
+def measure(image_sampler, features, accelerator, *, n, stop=lambda: False):
     """Make images 0..n-1 and sum up their features.
 
     Returns:
@@ -194,45 +189,48 @@ def measure(generator, features, accelerator, *, n, stop=lambda: False):
     """
     moments, agreement = metrics.Moments(features.dim, accelerator.device), None
     agreeing = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    batches = batches_of_rank(n, generator.settings.mini_batch_size, accelerator)
+    batches = batches_of_rank(n, image_sampler.settings.mini_batch_size, accelerator)
     quiet = not accelerator.is_main_process
-    for _, _, rows, agrees in measured(generator, features, batches, quiet=quiet, stop=stop):
-        moments.update(rows)
-        if agrees is not None:
-            agreeing += agrees.sum()
+    with image_sampler:
+        for _, _, rows, agrees in measured(
+            image_sampler, features, batches, quiet=quiet, stop=stop
+        ):
+            moments.update(rows)
+            if agrees is not None:
+                agreeing += agrees.sum()
     beat(WAITING)
     for tensor in (moments.count, moments.sum, moments.outer, agreeing):
         tensor.copy_(accelerator.reduce(tensor, "sum"))
     if moments.count.item() < n:
         return None
-    if hasattr(features, "classify") and generator.conditional:
+    if hasattr(features, "classify") and image_sampler.conditional:
         agreement = agreeing.item() / n
     return moments, agreement
 
 
-@_releasing
-def make_grid_images(generator, accelerator, n, stop=lambda: False):
+def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
     """Images 0..n-1 on every process, (n, C, H, W), each made on one of them; None if `stop()` came
     true. For small n.
     """
-    images = torch.zeros(n, *generator.image_shape, device=accelerator.device)
+    images = torch.zeros(n, *image_sampler.image_shape, device=accelerator.device)
     stopped = torch.zeros((), device=accelerator.device)
-    for indices in batches_of_rank(n, generator.settings.mini_batch_size, accelerator):
-        if stop():
-            stopped += 1
-            break
-        beat("sampling")
-        images[indices] = generator(indices)
+    with image_sampler:
+        for indices in batches_of_rank(n, image_sampler.settings.mini_batch_size, accelerator):
+            if stop():
+                stopped += 1
+                break
+            beat("sampling")
+            images[indices] = image_sampler(indices)
     beat(WAITING)
     stopped = accelerator.reduce(stopped, "sum")
     images = accelerator.reduce(images, "sum")
     return None if stopped.item() else images
 
 
-def recipe_of(generator, features, real, n):
+def recipe_of(image_sampler, features, real, n):
     """What a result of n images depends on, besides the network's weights."""
     source = real and real.source
-    return {"n": n, "features": features.name, "statistics": source, **generator.recipe()}
+    return {"n": n, "features": features.name, "statistics": source, **image_sampler.describe()}
 
 
 def figures_of(mu, sigma, agreement, real, seed):
@@ -246,15 +244,15 @@ def figures_of(mu, sigma, agreement, real, seed):
     return figures
 
 
-def result_of(found, generator, features, real, n):
+def result_of(found, image_sampler, features, real, n):
     """Frechet distance (FID with Inception features) of the n images that `measure` found to the
     real ones, and the recipe: dict for the log.
     """
     moments, agreement = found
     mu, sigma = moments.mean_and_covariance()
     return {
-        **figures_of(mu, sigma, agreement, real, generator.seed),
-        **recipe_of(generator, features, real, n),
+        **figures_of(mu, sigma, agreement, real, image_sampler.seed),
+        **recipe_of(image_sampler, features, real, n),
     }
 
 
@@ -292,7 +290,7 @@ def describe(result):
     return lines
 
 
-def labels_of_classes(classes, n, num_classes, *, conditional, scale=None):
+def make_grid_labels(classes, n, num_classes, *, conditional, scale=None):
     """Labels (classes x n,) of n images of each class asked for, or of all; None if unconditional.
 
     Raises:
@@ -312,14 +310,14 @@ def labels_of_classes(classes, n, num_classes, *, conditional, scale=None):
     return torch.tensor(classes or range(num_classes)).repeat_interleave(n)
 
 
-def draw_in_batches(generator, labels, n):
+def draw_in_batches(image_sampler, labels, n):
     """Images (n, C, H, W) on the CPU, of `labels` (n,) or n without labels, and a progress bar.
 
     Raises:
         UserError: an image contains NaN.
     """
     n = n if labels is None else len(labels)
-    batches = torch.arange(n).split(generator.settings.mini_batch_size)
+    batches = torch.arange(n).split(image_sampler.settings.mini_batch_size)
     with tqdm(unit="step") as bar:
 
         def on_step(i, steps):
@@ -329,6 +327,6 @@ def draw_in_batches(generator, labels, n):
         images = []
         for rows in batches:
             of_rows = None if labels is None else labels[rows]
-            images.append(generator(rows.tolist(), of_rows, on_step).cpu())
+            images.append(image_sampler(rows.tolist(), of_rows, on_step).cpu())
             require_finite(images[-1], rows.tolist())
     return torch.cat(images)

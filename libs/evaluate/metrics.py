@@ -102,7 +102,7 @@ class InceptionFeatures:
 
 # Where scripts/train_digits_classifier.py writes it.
 DIGITS_CLASSIFIER_PATH = (
-    Path(__file__).resolve().parents[1] / "assets/digits_classifier.safetensors"
+    Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
 )
 
 

@@ -13,9 +13,9 @@ import torch
 import utils
 from libs.evaluate import metrics
 from libs.evaluate.generate import (
-    ImageGenerator,
     describe,
     figures_of,
+    make_image_sampler,
     measured,
     recipe_of,
     require_finite,
@@ -37,7 +37,7 @@ from libs.runtime import WAITING, Precision, beat, environment, ranks
 from utils import UserError
 
 
-def whole_recipe(generator, features, real, config, nnet_path, changes):
+def whole_recipe(image_sampler, features, real, config, nnet_path, changes):
     """Everything that the result depends on: of two evaluations with the same, either can go on
     with the other's images. Hashes the weights.
     """
@@ -45,7 +45,7 @@ def whole_recipe(generator, features, real, config, nnet_path, changes):
     nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
     path = settings.path and str(Path(settings.path).resolve())
     return {
-        **recipe_of(generator, features, real, settings.n_samples),
+        **recipe_of(image_sampler, features, real, settings.n_samples),
         "weights": {"file": str(file), "sha256": sha256_of(file), "changes": list(changes)},
         "nnet": nnet,
         # The npz is made of what is kept here, so another path for it can still be given.
@@ -78,13 +78,13 @@ def require_own_place(output_path, png_folder, adm_npz, recipe):
             raise UserError(f"{png_folder} holds pictures that are not this evaluation's: {remedy}")
 
 
-def prepare(folder, png_folder, recipe, config, generator, dim):
+def prepare(folder, png_folder, recipe, config, image_sampler, dim):
     """Make or find the files of the images, by the main process, which holds the folder's lock.
 
     Raises:
         UserError: they belong to another recipe; nothing is changed.
     """
-    n, (_, height, width) = config.sample.n_samples, generator.image_shape
+    n, (_, height, width) = config.sample.n_samples, image_sampler.image_shape
     arrays = {"features": ((n, dim), np.float32), "done": ((n,), np.uint8)}
     if config.sample.adm_npz:
         arrays["pixels"] = ((n, height, width, 3), np.uint8)
@@ -102,13 +102,15 @@ def from_main_process(value, accelerator):
     return found[0]
 
 
-def make_images(store, generator, features, batches, *, quiet):
+def make_images(store, image_sampler, features, batches, *, quiet):
     """Make the images of `batches` and keep them; the files of a batch are written while the next
     one is computed.
     """
     with ThreadPoolExecutor(1) as writer:
         writing = None
-        for indices, images, rows, agrees in measured(generator, features, batches, quiet=quiet):
+        for indices, images, rows, agrees in measured(
+            image_sampler, features, batches, quiet=quiet
+        ):
             require_finite(images, indices)
             pixels = (images * 255).round().byte().cpu() if store.keeps_pictures else None
             agrees = None if agrees is None else agrees.cpu()
@@ -144,16 +146,16 @@ def manifold_figures(real, rows, device):
     return {"precision_recall": precision_recall(real.features, rows, device)}
 
 
-def figures(store, real, features, generator):
+def figures(store, real, features, image_sampler):
     """The figures of a store whose images are all done; without real images, none."""
     if real is None:
         return {"frechet_distance": None, "class_agreement": None, "precision_recall": None}
-    rows, device = store.features.read(), generator.device
-    classified = hasattr(features, "classify") and generator.conditional
+    rows, device = store.features.read(), image_sampler.device
+    classified = hasattr(features, "classify") and image_sampler.conditional
     agreement = store.agreement() if classified else None
     mu, sigma = moments_of(rows, device)
     return {
-        **figures_of(mu, sigma, agreement, real, generator.seed),
+        **figures_of(mu, sigma, agreement, real, image_sampler.seed),
         **manifold_figures(real, rows, device),
     }
 
@@ -167,16 +169,6 @@ def report(result, output_path):
     print("\n".join([*describe(result), "the recipe:"]))
     print("\n".join(f"  {key} = {value!r}" for key, value in utils.flatten(entries).items()))
     print(f"figures, recipe, config and environment are in {output_path}")
-
-
-def make_generator(config, accelerator, model, process, codec):
-    """The ImageGenerator of an evaluation, on this process's device."""
-    device = accelerator.device
-    return ImageGenerator(
-        model.to(device).eval(), process, codec.to(device), config,
-        image_shape=codec.image_shape((model.in_channels, *model.input_size)),
-        precision=Precision(config.train.mixed_precision, device), seed=config.seed,
-    )  # fmt: skip
 
 
 def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=None, changes=()):
@@ -214,8 +206,12 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
             "folder, --config.sample.path"
         )
     features = metrics.make_features(settings.features, settings.fid_weights_path, device)
-    generator = make_generator(config, accelerator, model, process, codec)
-    resolution = generator.image_shape[-1]
+    precision = Precision(config.train.mixed_precision, device)
+    model, codec = model.to(device).eval(), codec.to(device)
+    image_sampler = make_image_sampler(
+        config, model, process, codec, precision=precision, seed=config.seed
+    )
+    resolution = image_sampler.image_shape[-1]
     real = None
     if measures:
         real = real_images(config, features, dataset, resolution=resolution, device=device)
@@ -227,18 +223,18 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
             utils.file_to_write(output_path, "--output_path")
             if settings.adm_npz:
                 utils.file_to_write(settings.adm_npz, "--config.sample.adm_npz")
-            recipe = whole_recipe(generator, features, real, config, args.nnet_path, changes)
+            recipe = whole_recipe(image_sampler, features, real, config, args.nnet_path, changes)
             require_own_place(output_path, png_folder, settings.adm_npz, recipe)
             require_own_folder(folder)
             stack.enter_context(utils.RunLock(folder, "--output_path"))
             for path in filter(None, (output_path, settings.adm_npz)):
                 utils.remove_leftovers(Path(path).parent, name=Path(path).name)
-            prepare(folder, png_folder, recipe, config, generator, features.dim)
+            prepare(folder, png_folder, recipe, config, image_sampler, features.dim)
             batches = pending(folder, settings.mini_batch_size, png_folder)
         batches = from_main_process(batches, accelerator)
         store, began = ImageStore(folder, png_folder), time.monotonic()
         own = batches[accelerator.process_index :: accelerator.num_processes]
-        make_images(store, generator, features, own, quiet=not main)
+        make_images(store, image_sampler, features, own, quiet=not main)
         beat(WAITING)
         accelerator.wait_for_everyone()
         # With gloo, a process that exits without this aborts now and then (4 of 14 tries).
@@ -249,7 +245,7 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
         made, seconds = sum(map(len, batches)), time.monotonic() - began
         speed = {"images_made_now": made, "img_s": made / seconds if made else None}
         result = {
-            **figures(store, real, features, generator), **speed, "ranks": all_ranks,
+            **figures(store, real, features, image_sampler), **speed, "ranks": all_ranks,
             "mini_batch_size": settings.mini_batch_size, **recipe, "config": config.to_dict(),
             "environment": environment(),
         }  # fmt: skip

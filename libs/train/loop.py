@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from libs.evaluate import ImageGenerator
+from libs.evaluate import make_image_sampler
 from libs.ops import describe_backends, fp8
 from libs.runtime import (
     MetricsLog,
@@ -336,16 +336,15 @@ def loop(
     engine = make_engine(config, accelerator, network, ema, optimizer, precision)
     batches = micro_batches(config, dataset, accelerator, progress.batch)
     codec, z_shape = codec.to(accelerator.device), codec.latent_shape(dataset.shape)
-    generator = ImageGenerator(
-        ema.model, process, codec, config,
-        image_shape=codec.image_shape(z_shape), precision=precision, seed=config.seed,
-    )  # fmt: skip
+    image_sampler = make_image_sampler(
+        config, ema.model, process, codec, precision=precision, seed=config.seed
+    )
 
     def state():
         training = training_state(engine, precision, progress)
         return engine.whole(network.state_dict()), engine.whole(ema.state_dict()), training
 
-    outputs = Outputs(config, directory, accelerator, generator, dataset, state)
+    outputs = Outputs(config, directory, accelerator, image_sampler, dataset, state)
     metrics_log, all_ranks = None, ranks(accelerator)
     if accelerator.is_main_process:
         note_run(config, directory, dataset)

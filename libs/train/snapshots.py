@@ -31,13 +31,13 @@ GRID_COLUMNS = 10
 class Outputs:
     """Makes and writes them; every process takes part, the main one writes.
 
-    generator: of the averaged weights' images; dataset: of training; state: () -> (network's
+    image_sampler: of the averaged weights' images; dataset: of training; state: () -> (network's
     state_dict, average's, training_state), whole.
     """
 
-    def __init__(self, config, directory, accelerator, generator, dataset, state):
+    def __init__(self, config, directory, accelerator, image_sampler, dataset, state):
         self.config, self.directory, self.accelerator = config, directory, accelerator
-        self.generator, self.dataset, self.state = generator, dataset, state
+        self.image_sampler, self.dataset, self.state = image_sampler, dataset, state
         self.features, self.real = None, None  # of FID, from the first one on
         self.fid_samples = config.train.fid_samples
         if config.sample.features == NoFeatures.name:
@@ -72,8 +72,8 @@ class Outputs:
     def grid(self, step, stop):
         """samples/<step>.png, from the averaged weights."""
         n = self.config.train.grid_samples
-        with whole_weights(self.generator.model):
-            images = make_grid_images(self.generator, self.accelerator, n, stop)
+        with whole_weights(self.image_sampler.model):
+            images = make_grid_images(self.image_sampler, self.accelerator, n, stop)
         if images is not None and self.accelerator.is_main_process:
             (self.directory / "samples").mkdir(exist_ok=True)
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
@@ -125,7 +125,7 @@ class Outputs:
             )
             self.real = real_images(
                 config, self.features, dataset,
-                resolution=self.generator.image_shape[-1], device=device,
+                resolution=self.image_sampler.image_shape[-1], device=device,
             )  # fmt: skip
         return self.real
 
@@ -149,12 +149,12 @@ class Outputs:
         n, real = self.fid_samples, self.by_all(self.real_side)
         if real is None:
             return None
-        with whole_weights(self.generator.model):
+        with whole_weights(self.image_sampler.model):
             found = measure(
-                self.generator, self.features, self.accelerator, n=n, stop=stop
+                self.image_sampler, self.features, self.accelerator, n=n, stop=stop
             )
         if found is None:
             return None
         return self.by_all(
-            lambda: result_of(found, self.generator, self.features, real, n)
+            lambda: result_of(found, self.image_sampler, self.features, real, n)
         )
