@@ -2,204 +2,210 @@
 
 Training steps (forward, loss, backward, clipping, fused AdamW, float32 weights under autocast, no
 EMA, random data on the device), forward passes and sampling (a few steps of DPM-Solver++(2M) at
-256 px, guidance in one batch) of DiM-S, -L, -H, U-ViT-H and diffusers' DiT-XL/2, nobody with
-activation checkpointing. Forward passes and sampling keep matrix weights in bf16, every network's;
-'graph' is the replay of a CUDA graph, 'compile' torch.compile. A figure is the median of steps that
-follow one another without the host waiting, between events on the device.
+256 px, both halves of guidance in one batch) of DiM-S, -L, -H, U-ViT-H and diffusers' DiT-XL/2,
+without activation checkpointing. Forward passes and sampling hold the matrix weights of every
+network in bf16; 'graph' is the replay of CUDA graphs, 'compile' torch.compile. A figure is the
+median of steps that follow one another without the host waiting.
 
-Records are merged into benchmarks/results/model_<gpu>.json, with the table beside it, after every
-case, so that several calls add up: `--missing` goes on where another call of the same commit
-stopped, `--tasks`, `--models` and `--only` choose. `--draw` alone draws docs/throughput.png and
-writes the README's table from the records, without a GPU (pip install -e ".[bench]").
+Records are added to benchmarks/results/model_<gpu>.json after every case, the table beside them.
+`--only` selects cases; `--draw` draws docs/throughput.png from the records, without a GPU
+(pip install -e ".[bench]").
 """
 
-import argparse
+import contextlib
 import gc
 import itertools
-import statistics
 import sys
 import time
-from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import harness
+import torch
+from networks import NETWORKS, count_flops, get_input_shape, make_inputs
+from torch import nn
 
-import model_report as report  # noqa: E402
-import torch  # noqa: E402
-import workloads  # noqa: E402
-from bench_ops import current_commit  # noqa: E402
-from workloads import Unavailable  # noqa: E402
+from libs.diffusion import guidance
+from libs.diffusion.samplers import sample
+from libs.runtime import CudaCapture, GraphedTraining, Precision, SamplingNetwork
+from sde import VPSDE, DiscreteSchedule, eps_from_model
 
-from libs.runtime.logs import environment  # noqa: E402
-
-MODELS = tuple(workloads.NETWORKS)
-TASKS = ("train", "forward", "sample")
-PRECISIONS = ("bf16", "fp16", "fp8")
-TRAIN = [(256, 64), (512, 16)]  # (pixels, batch)
-TRAIN_S = [(32, 128), (256, 64)]
-FORWARD = [(256, 64), (256, 2), (512, 2), (1024, 2), (1536, 2), (2048, 2)]
-SAMPLE = [(256, 1), (256, 32)]
-# torch.compile takes from half a minute to minutes, so it runs where it is compared
-COMPILED = {
-    "DiM-H": [("train", 256, 64)],
-    "U-ViT-H": [("forward", pixels, 2) for pixels in (256, 1024, 1536, 2048)],
-    "DiT-XL/2": [("train", 256, 64), ("forward", 256, 64)]
-    + [("forward", pixels, 2) for pixels in (256, 1024, 1536, 2048)],
+SHAPES = {  # task: (pixels, batch)
+    "train": [(256, 64), (512, 16)],
+    "forward": [(256, 64), (256, 2), (512, 2), (1024, 2), (1536, 2), (2048, 2)],
+    "sample": [(256, 1), (256, 32)],
 }
+TRAIN_S = [(32, 128), (256, 64)]
+SMALL = [("forward", pixels, 2) for pixels in (256, 1024, 1536, 2048)]
+COMPILED = {  # torch.compile takes minutes, so it runs where it is compared
+    "DiM-H": [("train", 256, 64)],
+    "U-ViT-H": SMALL,
+    "DiT-XL/2": [("train", 256, 64), ("forward", 256, 64), *SMALL],
+}
+HOLD = {  # what a change of structure must not slow down
+    *(f"DiM-H forward {pixels} 2 bf16 graph" for pixels in (256, 1024, 1536, 2048)),
+    "DiM-S train 32 128 bf16 graph", "DiM-L train 256 64 bf16 eager",
+    "DiM-H train 256 64 bf16 eager", "DiM-H train 256 64 fp8 eager",
+    "DiM-H sample 256 32 bf16 graph",
+}  # fmt: skip
+WHAT = ("model", "task", "pixels", "batch", "precision", "compiled", "graph")
 SECONDS = 0.7  # of each measurement, about
 SOLVER_STEPS = 5  # timed at once
 IMAGE_STEPS = 50  # of an image, for images a second
+GUIDANCE_SCALE, MAX_NORM = 0.4, 1.0
 
 
 class Case(NamedTuple):
-    """One network built once; `graph` is measured with it where it is in `ways`."""
+    """One measurement."""
 
     model: str
     task: str
     pixels: int
     batch: int
-    precision: str
+    precision: str = "bf16"
     compiled: bool = False
-
-    @property
-    def ways(self):
-        """Values of `graph` to measure: replay where the launches of the host are the bound."""
-        few = self.task == "sample" or (self.task == "forward" and self.batch <= 2)
-        few |= (self.model, self.task) == ("DiM-S", "train")
-        return (False, True) if few else (False,)
+    graph: bool = False
 
     def __str__(self):
-        way = "compile" if self.compiled else "eager"
-        return f"{self.model} {self.task} {self.pixels} {self.batch} {self.precision} {way}"
+        return " ".join(map(str, self[:5])) + " " + describe_way(self._asdict())
 
 
-def all_cases(precisions):
-    """Every case, the compiled ones last: those that a short call can do without."""
-    for task, model, precision in itertools.product(TASKS, MODELS, precisions):
-        shapes = {"forward": FORWARD, "sample": SAMPLE, "train": TRAIN}[task]
-        if precision == "fp8" and not model.startswith("DiM"):
-            continue
-        for pixels, batch in TRAIN_S if (task, model) == ("train", "DiM-S") else shapes:
-            yield Case(model, task, pixels, batch, precision)
+def describe_way(record):
+    """'eager', 'graph', 'compile' or 'compile, graph'."""
+    words = {"compiled": "compile", "graph": "graph"}
+    return ", ".join(word for key, word in words.items() if record[key]) or "eager"
+
+
+def list_cases():
+    """Every case, the compiled ones last."""
+    for task, model in itertools.product(SHAPES, NETWORKS):
+        shapes = TRAIN_S if (task, model) == ("train", "DiM-S") else SHAPES[task]
+        precisions = ("bf16", "fp8") if model.startswith("DiM") else ("bf16",)
+        for precision, (pixels, batch) in itertools.product(precisions, shapes):
+            launches_bound = task == "sample" or batch == 2 or shapes is TRAIN_S
+            for graph in (False, True) if launches_bound else (False,):
+                yield Case(model, task, pixels, batch, precision, graph=graph)
     for model, shapes in COMPILED.items():
-        for shape in shapes if "bf16" in precisions else ():
-            yield Case(model, *shape, "bf16", compiled=True)
+        for shape in shapes:
+            for graph in (False, True) if shape in SMALL else (False,):
+                yield Case(model, *shape, compiled=True, graph=graph)
+
+
+# ---------------------------------------- what is timed
+
+
+def make_network(case, device):
+    """The network of a case on the device, its random weights drawn there."""
+    with torch.device(device):
+        network = NETWORKS[case.model](case.pixels)
+    if case.precision == "fp8":
+        network.use_fp8(device)
+    return network
+
+
+def make_process(pixels):
+    return VPSDE() if get_input_shape(pixels)[0] == 3 else DiscreteSchedule()
+
+
+def make_precision(case, device):
+    """fp8 is bf16 around fp8 products."""
+    return Precision("bf16" if case.precision == "fp8" else case.precision, torch.device(device))
+
+
+def make_training_step(case, network, device):
+    """A function that makes one optimizer step on random data that lie on the device."""
+    precision, process = make_precision(case, device), make_process(case.pixels)
+    x, _, y = make_inputs(network.train(), case.pixels, case.batch, device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=0.03, fused=True)
+    call = torch.compile(network) if case.compiled else network
+    if case.graph:
+        call = GraphedTraining(network, CudaCapture(x.device).both_ways)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        t = process.time_from_uniform(torch.rand(case.batch, device=device))
+        t, eps, x_t = process.sample(x, t=t)
+        with precision.autocast():
+            out = call(x_t, process.model_time(t), y)
+        loss = (out.float() - eps).square().mean()
+        precision.scaler.scale(loss).backward()
+        precision.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+        precision.scaler.step(optimizer)
+        precision.scaler.update()
+        return loss
+
+    return step
+
+
+@contextlib.contextmanager
+def prepare_for_sampling(case, network, device):
+    """A context that gives f(x, t, y) as samplers call it: no gradients, matrices in bf16."""
+    precision = make_precision(case, device)
+    network = network.eval().requires_grad_(False)
+    network = torch.compile(network) if case.compiled else network
+    sampling = SamplingNetwork(network, precision.dtype, graphs=case.graph)
+    with torch.no_grad(), precision.autocast(), sampling.ready() as call:
+        yield call
+
+
+def make_sampling(case, network, call, device):
+    """A function that makes SOLVER_STEPS steps on `case.batch` images."""
+    process = make_process(case.pixels)
+    z, _, y = make_inputs(network, case.pixels, case.batch, device)
+    predict = eps_from_model(call, process, "noise_pred")
+    eps_fn = guidance.classifier_free(predict, y, GUIDANCE_SCALE, network.num_classes)
+    return lambda: sample(eps_fn, process, z, algorithm="dpm_solver_pp_2m", steps=SOLVER_STEPS)
 
 
 # ---------------------------------------- measuring
 
 
-def synchronize(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-
-
-def between_marks(call, device, repeats):
-    """Milliseconds of each of `repeats` calls in a row; the host waits after the last only."""
-    if torch.device(device).type == "cuda":
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-        marks[0].record()
-        for mark in marks[1:]:
-            call()
-            mark.record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
-    marks = [time.perf_counter()]
-    for _ in range(repeats):
-        call()
-        marks.append(time.perf_counter())
-    return [1e3 * (b - a) for a, b in itertools.pairwise(marks)]
-
-
-def time_ms(call, device, seconds, warm_up=3):
-    """(sorted milliseconds of 5 to 50 calls, about `seconds` in all; seconds of the first call)."""
+def time_steps(call, device):
+    """(sorted milliseconds of 5 to 50 calls, about SECONDS in all; seconds of the first call)."""
     start = time.perf_counter()
     call()
-    synchronize(device)
+    harness.synchronize(device)
     first = time.perf_counter() - start
-    typical = statistics.median(between_marks(call, device, warm_up))
-    repeats = min(max(int(1e3 * seconds / typical), 5), 50)
-    return sorted(between_marks(call, device, repeats)), first
+    typical = median(harness.time_in_a_row(call, device, 3))
+    repeats = min(max(int(1e3 * SECONDS / typical), 5), 50)
+    return sorted(harness.time_in_a_row(call, device, repeats)), first
 
 
-def product_peak(device, size=8192, seconds=0.5):
+def measure_peak(device, size=8192):
     """FLOP/s of a product of two size x size matrices in bf16, random data."""
     a = torch.randn(size, size, device=device).bfloat16()
-    return 2e3 * size**3 / statistics.median(time_ms(lambda: a @ a, device, seconds)[0])
-
-
-def peak_gib(device):
-    """Since the last reset; None on a CPU."""
-    if torch.device(device).type != "cuda":
-        return None
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2)
-
-
-def reset_peak(device):
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-
-
-def forget(device):
-    """Give the memory of the last case back, its compiled code too."""
-    gc.collect()
-    torch.compiler.reset()
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-
-
-def timed_call(case, graph, evaluate, network, device):
-    """What is timed of a forward pass or of sampling: (call, evaluations of the network in it)."""
-    sampling = case.task == "sample"
-    batch = 2 * case.batch if sampling else case.batch
-    inputs = workloads.random_inputs(network, case.pixels, batch, device)
-    if graph:
-        evaluate = workloads.replayed(evaluate, *inputs)
-    if not sampling:
-        return lambda: evaluate(*inputs), 1
-    steps = workloads.solver_steps(
-        evaluate, network, case.pixels, case.batch, device, SOLVER_STEPS
-    )
-    return steps, SOLVER_STEPS
+    return 2e3 * size**3 / median(time_steps(lambda: a @ a, device)[0])
 
 
 def measure(case, device, peak):
-    """Records of a case, one for each of its ways.
-
-    Raises:
-        Unavailable: it cannot run here.
-    """
-    network = workloads.make_network(case.model, case.pixels, device, case.precision)
-    of_one = workloads.product_flops(network, case.pixels)
-    setting = (device, case.precision, case.compiled)
-    ways = case.ways if torch.device(device).type == "cuda" else (False,)
+    """The record of a case. peak: FLOP/s of the device."""
+    with torch.device("meta"):
+        flops = count_flops(NETWORKS[case.model](case.pixels), case.pixels)
+    network = make_network(case, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if case.task == "train":
-        for graph in ways:
-            reset_peak(device)
-            step = workloads.training_step(network, case.pixels, case.batch, *setting, graph)
-            yield record(case, graph, time_ms(step, device, SECONDS), 3 * of_one, device, peak)
-        return
-    evaluate = workloads.prepare_for_sampling(network, *setting)
-    for graph in ways:
-        reset_peak(device)
-        call, evaluations = timed_call(case, graph, evaluate, network, device)
-        times, first = time_ms(call, device, SECONDS)
-        times = [t / evaluations for t in times]
-        flops = of_one * (2 if case.task == "sample" else 1)
-        yield record(case, graph, (times, first), flops, device, peak)
+        times, first = time_steps(make_training_step(case, network, device), device)
+        return make_record(case, times, first, 3 * flops, device, peak)
+    with prepare_for_sampling(case, network, device) as call:
+        if case.task == "forward":
+            inputs = make_inputs(network, case.pixels, case.batch, device)
+            times, first = time_steps(lambda: call(*inputs), device)
+            return make_record(case, times, first, flops, device, peak)
+        times, first = time_steps(make_sampling(case, network, call, device), device)
+    times = [t / SOLVER_STEPS for t in times]
+    return make_record(case, times, first, 2 * flops, device, peak)
 
 
-def record(case, graph, timed, flops_of_image, device, peak):
-    """One record; flops_of_image: of the matrix products of a step, by image of the batch."""
-    times, first = timed
-    ms = statistics.median(times)
-    limit_ms = 1e3 * case.batch * flops_of_image / peak
+def make_record(case, times, first, flops, device, peak):
+    """flops: of the matrix products of a step, by image of the batch."""
+    ms, limit_ms = median(times), 1e3 * case.batch * flops / peak
     steps = IMAGE_STEPS if case.task == "sample" else 1
+    gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
     return {
-        **case._asdict(), "graph": graph, "ms": round(ms, 3),
-        "spread": [round(times[len(times) // 10], 3), round(times[-1 - len(times) // 10], 3)],
-        "img_s": float(f"{1e3 * case.batch / (ms * steps):.5g}"), "gib": peak_gib(device),
+        **case._asdict(), **harness.summarize(times),
+        "img_s": float(f"{1e3 * case.batch / (ms * steps):.5g}"), "gib": gib and round(gib, 2),
         "mfu": round(limit_ms / ms, 4), "limit_ms": round(limit_ms, 3),
         "compile_s": round(first, 1) if case.compiled else None,
         "peak_tflops": round(peak / 1e12, 1),
@@ -209,129 +215,118 @@ def record(case, graph, timed, flops_of_image, device, peak):
 # ---------------------------------------- a run
 
 
-def about(device, commit):
-    gpu = torch.cuda.get_device_name() if device == "cuda" else environment()["devices"][0]
-    return {"gpu": gpu, "torch": torch.__version__, "commit": commit or current_commit()}
-
-
 def attempt(case, device, peak):
-    """(records, None), or (those that came before, one line on why there are no more)."""
-    forget(device)
-    records = []
+    """(record, None), or (None, a line on why there is none): a peer's failure ends no run."""
+    gc.collect()
+    torch.compiler.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     try:
-        for r in measure(case, device, peak):
-            records.append(r)
-    except Unavailable as reason:
-        return records, f"skipped: {reason}"
-    except torch.OutOfMemoryError:
-        return records, "out of memory"
-    except Exception as error:  # a peer's own failure, or ours, must not end the run
-        lines = str(error).strip().splitlines() or [""]
-        return records, f"failed: {type(error).__name__}: {lines[0]}"
-    return records, None
+        return measure(case, device, peak), None
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return None, f"{type(error).__name__}: {reason}"
 
 
-def is_done(case, records, facts):
-    """Whether all records of a case are there, of this commit and torch."""
-    wanted = {**case._asdict(), **facts}
-    found = [r["graph"] for r in records if all(r.get(k) == v for k, v in wanted.items())]
-    return set(case.ways) <= set(found)
-
-
-def run(cases, path, facts, device, minutes):
-    """Measure what fits into `minutes`; returns the cases of ours that failed."""
-    start, failed, left = time.monotonic(), [], []
-    peak = product_peak(device)
-    print(f"{facts}; bf16 products {peak / 1e12:.0f} TFLOP/s", flush=True)
+def run(cases, path, setting, device):
+    """Measure the cases; returns those of our networks that failed."""
+    peak, failed = measure_peak(device), []
+    print(f"{setting}; bf16 products {peak / 1e12:.0f} TFLOP/s", flush=True)
     for case in cases:
-        if time.monotonic() - start > 60 * minutes:
-            left.append(case)
-            continue
-        records, problem = attempt(case, device, peak)
-        for r in records:
-            r.update(facts)
-            print(" | ".join(report.cells(r)), flush=True)
-        if records:
-            report.write(path, report.merged(report.load(path), records))
+        record, problem = attempt(case, device, peak)
         if problem:
             print(f"{case}: {problem}", flush=True)
-            failed += [case] if problem.startswith("failed") and "DiM" in case.model else []
-    if left:
-        print(f"no time for {len(left)} cases; --missing goes on: {'; '.join(map(str, left))}")
+            failed += [case] if case.model.startswith("DiM") else []
+            continue
+        record |= setting
+        print(" | ".join(make_cells(record)), flush=True)
+        records = harness.merge(harness.load(path), [record], (*WHAT, "gpu", "commit"))
+        harness.write(path, records, make_table(records))
     return failed
 
 
-def chosen(args):
-    """The cases that the command line asks for."""
-    only = args.only.lower()
-    for case in all_cases(args.precision):
-        if case.model in args.models and case.task in args.tasks and only in str(case).lower():
-            yield case
+def get_latest(records):
+    """The record of each case that was measured last."""
+    return list({tuple(r[k] for k in WHAT): r for r in records}.values())
 
 
-def list_of(known):
-    """An argparse type: a comma-separated part of `known`."""
-
-    def parse(text):
-        names = tuple(name.strip() for name in text.split(","))
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return names
-
-    return parse
+COLUMNS = (
+    "model", "task", "px", "batch", "precision", "how", "median ms", "10-90%", "img/s", "GiB",
+    "MFU", "limit ms", "ratio", "commit",
+)  # fmt: skip
 
 
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--models", type=list_of(MODELS), default=MODELS)
-    parser.add_argument("--tasks", type=list_of(TASKS), default=TASKS)
-    parser.add_argument("--precision", type=list_of(PRECISIONS), default=("bf16",))
-    parser.add_argument(
-        "--only", default="",
-        help="cases whose line holds this, such as 'DiT-XL/2 forward 1536 2 bf16 compile'",
+def make_cells(r):
+    low, high = r["spread"]
+    first = f" ({r['compile_s']:.0f} s)" if r["compile_s"] and not r["graph"] else ""
+    gib = "-" if r["gib"] is None else f"{r['gib']:.1f}"
+    return [
+        *(str(r[k]) for k in WHAT[:5]), describe_way(r) + first, f"{r['ms']:.2f}",
+        f"{low:.2f} - {high:.2f}", f"{r['img_s']:.4g}", gib, f"{r['mfu']:.1%}",
+        f"{r['limit_ms']:.2f}", f"{r['ms'] / r['limit_ms']:.2f}", r["commit"],
+    ]  # fmt: skip
+
+
+def make_table(records):
+    """Markdown: the latest record of each case by task, resolution and batch."""
+    tasks, rows = list(SHAPES), get_latest(records)
+    rows.sort(key=lambda r: (tasks.index(r["task"]), r["pixels"], -r["batch"], r["model"]))
+    versions = ", ".join(sorted({r["torch"] for r in rows}))
+    return (
+        f"`bench_model.py`: {rows[0]['gpu']}, torch {versions}. "
+        "MFU: FLOPs of all matrix products, attention included, times 3 in training, over time and "
+        "the speed of bf16 products of 8192 x 8192 matrices (fp8 too); limit: their time at that "
+        "speed; ratio: the time over the limit. sample: ms of one solver step on `batch` images, "
+        "both halves of guidance in one batch, and images of 50 steps a second. GiB: "
+        "max_memory_allocated. compile: in brackets the first call, with torch.compile's work.\n\n"
+    ) + harness.make_table(COLUMNS, map(make_cells, rows))
+
+
+def draw(records, path):
+    """Images a second of forward passes against resolution, each network its fastest way."""
+    from matplotlib.figure import Figure
+
+    best = {}
+    for r in get_latest(records):
+        if (r["task"], r["batch"], r["precision"]) == ("forward", 2, "bf16"):
+            points = best.setdefault(r["model"], {})
+            points[r["pixels"]] = max(points.get(r["pixels"], 0), r["img_s"])
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot(
+        xscale="log", yscale="log", xlabel="pixels a side",
+        ylabel="images a second, forward, batch 2, bf16",
+        title=f"{records[-1]['gpu']}, torch {records[-1]['torch']}; each its fastest way",
     )  # fmt: skip
-    parser.add_argument("--missing", action="store_true", help="what this commit has no record of")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--minutes", type=float, default=9, help="begin no case after these")
-    parser.add_argument("--out", type=Path, default=report.RESULTS)
-    parser.add_argument("--commit", default=None, help="what is measured; default: git's HEAD")
-    parser.add_argument("--draw", action="store_true", help="draw the records, measure nothing")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "throughput.png")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="its table")
-    parser.add_argument("--records", type=Path, default=None, help="the json file to draw")
-    return parser, parser.parse_args(argv)
-
-
-def draw(parser, args):
-    paths = [args.records] if args.records else sorted(args.out.glob("model_*.json"))
-    if len(paths) != 1:
-        parser.error(f"{len(paths)} files model_*.json in {args.out}: name one with --records")
-    records = report.load(paths[0])
-    report.draw(records, args.picture)
-    report.write_summary(records, args.readme)
-    print(f"drew {args.picture} and wrote the table of {args.readme}")
+    for model, points in sorted(best.items()):
+        style = "-o" if model.startswith("DiM") else "--s"
+        axes.plot(*zip(*sorted(points.items()), strict=True), style, label=model)
+    sizes = sorted({pixels for points in best.values() for pixels in points})
+    axes.set_xticks(sizes, map(str, sizes))
+    axes.minorticks_off()
+    axes.grid(True, alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
 
 
 def main(argv=None):
-    parser, args = parse_arguments(argv)
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--only", default="", help="cases whose line holds this, such as 'DiT-XL/2 "
+                        "forward 1536 2 bf16 compile'; or hold: those that a change of structure "
+                        "must not slow down")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the cases and stop")
+    parser.add_argument("--draw", type=harness.Path, metavar="JSON", help="records to draw")
+    args = parser.parse_args(argv)
     if args.draw:
-        return draw(parser, args)
-    cases = list(chosen(args))
+        return draw(harness.load(args.draw), harness.ROOT / "docs" / "throughput.png")
+    cases = [case for case in list_cases() if harness.is_selected(str(case), args.only, HOLD)]
     if args.list:
         return print("\n".join(map(str, cases)))
     if not torch.cuda.is_available():
         parser.error("there is no GPU here; --draw and --list need none")
     torch.manual_seed(0)
-    facts = about("cuda", args.commit)
-    path = report.result_path(args.out, facts["gpu"])
-    if args.missing:
-        cases = [case for case in cases if not is_done(case, report.load(path), facts)]
-    if run(cases, path, facts, "cuda", args.minutes):
-        sys.exit(1)
+    path = harness.result_path(args.out, "model")
+    return bool(run(cases, path, harness.describe_setting("cuda", args.commit), "cuda"))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,29 +1,24 @@
-"""Times the operators and the Mamba block on a GPU: `python benchmarks/bench_ops.py`.
+"""Times the operators and the Mamba mixer: `python benchmarks/bench_ops.py`, on a quiet machine.
 
-Prints a table and writes it to benchmarks/results/ops_<gpu>.md, with every figure in
-ops_<gpu>.json. A figure is the median of calls with a flushed L2 cache between them, its spread the
-10th and 90th percentile, timed by events on the device; limit_ms is what bytes moved and
-exponentials, or the block's matrix products, need at the speeds measured at the start; peer_ms is
-mamba_ssm's and causal_conv1d's time, where they can be imported. Scan orders are random
-permutations.
+Prints a table and adds the records to benchmarks/results/ops_<gpu>.json, the table beside them. On
+a GPU a figure is the median of calls with a flushed L2 cache between them, timed by events;
+limit_ms is the time that bytes and exponentials (for the mixer also its matrix products) need at
+the speeds measured at the start; peer_ms is the time of mamba_ssm and causal_conv1d, where they are
+installed. Scan orders are random. `--device=cpu` times the numba operators, ops_cpu.json.
 """
 
-import argparse
+import functools
 import importlib.util
-import json
-import re
+import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import harness
+import torch
 
-import torch  # noqa: E402
-
-from libs.model.mamba import Mamba  # noqa: E402
-from libs.ops import causal_conv1d, selective_scan  # noqa: E402
+from libs.model.mamba import Mamba
+from libs.ops import causal_conv1d, selective_scan
 
 D, N, WIDTH = 3072, 16, 3  # DiM-H
 # (B, L, dtypes): training at 256 and 512 pixels, sampling at 1024, 1536 and 256
@@ -33,33 +28,88 @@ SHAPES = [
 ]  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PEERS = {"selective_scan": "mamba_ssm", "causal_conv1d": "causal_conv1d", "mixer": None}
+HOLD = {f"{op} bf16 {B} {L}" for op in PEERS for B, L in ((96, 366), (32, 1230), (2, 9806))}
+# (op, backend, dtype, B, L, D, order): training, one image, one at DiM-L's width
+CPU_CASES = [
+    ("selective_scan", "cpu", "float32", 64, 126, 128, "raster"),
+    ("selective_scan", "cpu", "float32", 64, 126, 128, "random"),
+    ("selective_scan", "cpu", "bfloat16", 64, 126, 128, "raster"),
+    ("selective_scan", "cpu", "float32", 1, 126, 128, "raster"),
+    ("selective_scan", "cpu", "float32", 1, 366, 2048, "raster"),
+    ("causal_conv1d", "cpu", "float32", 64, 126, 128, "raster"),
+    ("causal_conv1d", "cpu", "float32", 1, 126, 128, "raster"),
+    ("causal_conv1d", "reference", "float32", 64, 126, 128, "raster"),
+    ("selective_scan", "reference", "float32", 64, 126, 128, "raster"),
+]
+COLUMNS = ("op", "pass", "dtype", "B", "L", "D", "N", "median ms", "10-90%", "limit ms", "peer ms")
+CPU_COLUMNS = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass", "median ms", "10-90%",
+               "least")  # fmt: skip
+CASE = ("op", "pass", "backend", "dtype", "B", "L", "D", "order")
 
 
-def time_ms(call, repeats, flush):
-    """Milliseconds of each call, sorted."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        for _ in range(16):  # 1 ms in which the host gets ahead: its gaps are not timed
-            flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)
+# ---------------------------------------- what is timed
 
 
-def measured_speeds(flush):
+def make_scan(device, dtype, B, L, channels, order):
+    """(f(operator), its differentiable inputs): softplus, bias, D and gate, as in the network."""
+    normal = functools.partial(torch.randn, B, L, device=device, dtype=dtype)
+    projected, z = normal(channels // 32 + 2 * N), normal(2 * channels)[..., channels:]
+    A = -torch.arange(1, N + 1, device=device).float().repeat(channels, 1)
+    skip, bias = torch.ones(channels, device=device), torch.full((channels,), -4.0, device=device)
+    B_BLN, C_BLN = projected[..., -2 * N : -N], projected[..., -N:]
+    inputs = [normal(channels), normal(channels), A, B_BLN, C_BLN, skip, z, bias]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    return lambda scan: scan(*inputs, delta_softplus=True, order=order), inputs
+
+
+def make_conv(device, dtype, B, L, channels, order):
+    x = torch.randn(B, L, 2 * channels, device=device, dtype=dtype)[..., :channels]
+    weight, bias = torch.randn(channels, WIDTH, device=device), torch.randn(channels, device=device)
+    inputs = [x.detach().requires_grad_() for x in (x, weight, bias)]
+    return lambda conv: conv(*inputs, activation="silu", order=order), inputs
+
+
+def make_mixer(device, dtype, B, L, channels, order):
+    torch.manual_seed(0)
+    mixer = Mamba(channels // 2).to(device)
+    x = torch.randn(B, L, channels // 2, device=device, dtype=dtype, requires_grad=True)
+
+    def forward(_):
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            return mixer(x, order)
+
+    return forward, [x, *mixer.parameters()]
+
+
+MAKE = {"selective_scan": make_scan, "causal_conv1d": make_conv, "mixer": make_mixer}
+OPERATORS = {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "mixer": None}
+
+
+def make_operator(op, backend):
+    return None if op == "mixer" else functools.partial(OPERATORS[op], backend=backend)
+
+
+def make_peer(op):
+    """The peer's operator behind our signature, or None where it is not installed."""
+    if PEERS[op] is None or importlib.util.find_spec(PEERS[op]) is None:
+        return None
+    import peers
+
+    return getattr(peers, f"{op}_peer")
+
+
+# ---------------------------------------- on a GPU
+
+
+def measure_speeds(flush):
     """Bytes a second of a copy (read and written), bf16 multiply-adds a second times 2,
     exponentials a second (16 a clock and multiprocessor) at the highest clock."""
     source = torch.empty(2**30, dtype=torch.float32, device="cuda")
     target = torch.empty_like(source)
-    copy_ms = statistics.median(time_ms(lambda: target.copy_(source), 10, flush))
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product_ms = statistics.median(time_ms(lambda: a @ a, 10, flush))
+    calls = (lambda: target.copy_(source), lambda: a @ a)
+    times = [harness.time_apart(call, "cuda", 10, flush) for call in calls]
+    copy_ms, product_ms = map(statistics.median, times)
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     clock = 1e6 * float(subprocess.check_output(query, text=True).split()[0])
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -70,143 +120,155 @@ def measured_speeds(flush):
     }
 
 
-def limit_ms(op, direction, B, L, dtype, speeds):
-    """The larger of bytes and exponentials (the walk back needs the states again, which nobody
-    keeps: twice as many); for the block its operators' limits and its products one after another.
+def compute_limit_ms(op, backward, tokens, size, speeds):
+    """The larger of bytes and exponentials; the backward computes the states again, so that it has
+    twice the exponentials. The mixer: its operators' limits and its products, added.
+
+    tokens: B L; size: bytes of an element.
     """
-    tokens, size = B * L, DTYPES[dtype].itemsize
-    backward = direction == "bwd"
     if op == "mixer":
         half = D // 2
         rank = half // 16
         weights = half * 2 * D + D * (rank + 2 * N) + rank * D + D * half
-        products = (4 if backward else 2) * weights * tokens / speeds["flops"] * 1e3
-        operators = ("selective_scan", "causal_conv1d")
-        return products + sum(limit_ms(o, direction, B, L, dtype, speeds) for o in operators)
+        products = 1e3 * (4 if backward else 2) * weights * tokens / speeds["flops"]
+        parts = [compute_limit_ms(o, backward, tokens, size, speeds) for o in list(PEERS)[:2]]
+        return products + sum(parts)
     rows = {"selective_scan": (4, 7), "causal_conv1d": (2, 3)}[op][backward]
-    bytes_moved = rows * tokens * D * size
     exponentials = {"selective_scan": N, "causal_conv1d": 1}[op] * tokens * D * (1 + backward)
-    return 1e3 * max(bytes_moved / speeds["bytes"], exponentials / speeds["exponentials"])
+    bytes_s = rows * tokens * D * size / speeds["bytes"]
+    return 1e3 * max(bytes_s, exponentials / speeds["exponentials"])
 
 
-def scan_inputs(B, L, dtype):
-    def normal(*shape):
-        return torch.randn(*shape, device="cuda", dtype=DTYPES[dtype])
-
-    z = normal(B, L, 2 * D)[..., D:]
-    projected = normal(B, L, D // 32 + 2 * N)
-    B_BLN, C_BLN = projected[..., -2 * N : -N], projected[..., -N:]
-    A = -torch.arange(1, N + 1, device="cuda").float().repeat(D, 1)
-    skip, bias = torch.ones(D, device="cuda"), torch.full((D,), -4.0, device="cuda")
-    return normal(B, L, D), normal(B, L, D), A, B_BLN, C_BLN, skip, z, bias
-
-
-def conv_inputs(B, L, dtype):
-    x = torch.randn(B, L, 2 * D, device="cuda", dtype=DTYPES[dtype])[..., :D]
-    return x, torch.randn(D, WIDTH, device="cuda"), torch.randn(D, device="cuda")
-
-
-def calls(op, B, L, dtype, backend):
-    """(forward, inputs): what is timed, and what it is differentiated by."""
-    order = torch.randperm(L, device="cuda")
-    if op == "mixer":
-        torch.manual_seed(0)
-        mixer = Mamba(D // 2).cuda()
-        x = torch.randn(B, L, D // 2, device="cuda", dtype=DTYPES[dtype], requires_grad=True)
-
-        def forward():
-            with torch.autocast("cuda", dtype=DTYPES[dtype], enabled=dtype != "fp32"):
-                return mixer(x, order)
-
-        return forward, [x, *mixer.parameters()]
-    inputs = (scan_inputs if op == "selective_scan" else conv_inputs)(B, L, dtype)
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    if op == "selective_scan":
-        options = {"delta_softplus": True, "order": order, "backend": backend}
-        return lambda: selective_scan(*inputs, **options), inputs
-    options = {"activation": "silu", "order": order, "backend": backend}
-    return lambda: causal_conv1d(*inputs, **options), inputs
-
-
-def measure(op, B, L, dtype, backend, repeats, flush):
-    """{'fwd': sorted ms, 'bwd': sorted ms}; forward as in training, with a graph recorded."""
-    forward, inputs = calls(op, B, L, dtype, backend)
-    forward_ms = time_ms(forward, repeats, flush)
-    y = forward()
+def time_passes(call, inputs, repeats, flush):
+    """{'fwd': sorted ms, 'bwd': sorted ms}; the forward records its graph, as in training."""
+    forward_ms = harness.time_apart(call, "cuda", repeats, flush)
+    y = call()
     g = torch.randn_like(y)
-
-    def backward():
-        torch.autograd.grad(y, inputs, g, retain_graph=True)
-
-    return {"fwd": forward_ms, "bwd": time_ms(backward, repeats, flush)}
+    backward = functools.partial(torch.autograd.grad, y, inputs, g, retain_graph=True)
+    return {"fwd": forward_ms, "bwd": harness.time_apart(backward, "cuda", repeats, flush)}
 
 
-def run_all(repeats, commit):
-    flush = torch.empty(2**26, dtype=torch.float32, device="cuda")  # 256 MiB: any L2
-    speeds = measured_speeds(flush)
-    rows = []
+def measure_cuda(op, dtype, B, L, repeats, flush, speeds):
+    """The records of one operator and shape."""
+    order = torch.randperm(L, device="cuda")
+    call, inputs = MAKE[op]("cuda", DTYPES[dtype], B, L, D, order)
+    run = functools.partial(time_passes, inputs=inputs, repeats=repeats, flush=flush)
+    ours, peer = run(functools.partial(call, make_operator(op, "cuda"))), make_peer(op)
+    theirs = run(functools.partial(call, peer)) if peer else None
+    for direction, times in ours.items():
+        size = DTYPES[dtype].itemsize
+        limit = compute_limit_ms(op, direction == "bwd", B * L, size, speeds)
+        yield {
+            "op": op, "pass": direction, "dtype": dtype, "B": B, "L": L, "D": D,
+            "N": WIDTH if op == "causal_conv1d" else N, **harness.summarize(times),
+            "limit_ms": round(limit, 4),
+            "peer_ms": theirs and round(statistics.median(theirs[direction]), 4),
+        }  # fmt: skip
+    torch.cuda.empty_cache()
+
+
+def run_cuda(args, setting):
+    """(records, head of the table)."""
+    cache = torch.empty(2**26, dtype=torch.float32, device="cuda")  # 256 MiB: any L2
+
+    def flush():
+        for _ in range(16):  # 1 ms in which the host gets ahead: its gaps are not timed
+            cache.zero_()
+
+    speeds = measure_speeds(flush)
+    records = []
     for B, L, dtypes in SHAPES:
-        for op, peer in PEERS.items():
+        for op in PEERS:
             for dtype in dtypes if op != "mixer" else dtypes[:1]:
-                ours = measure(op, B, L, dtype, "cuda", repeats, flush)
-                theirs = None
-                if peer and importlib.util.find_spec(peer):
-                    theirs = measure(op, B, L, dtype, "mamba_ssm", repeats, flush)
-                for direction, ms in ours.items():
-                    rows.append({
-                        "op": op, "pass": direction, "dtype": dtype, "B": B, "L": L, "D": D,
-                        "N": WIDTH if op == "causal_conv1d" else N,
-                        "ms": round(statistics.median(ms), 4),
-                        "spread": [round(ms[len(ms) // 10], 4), round(ms[-1 - len(ms) // 10], 4)],
-                        "limit_ms": round(limit_ms(op, direction, B, L, dtype, speeds), 4),
-                        "peer_ms": theirs and round(statistics.median(theirs[direction]), 4),
-                        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
-                        "commit": commit,
-                    })  # fmt: skip
-                torch.cuda.empty_cache()
-    return rows, speeds
+                if harness.is_selected(f"{op} {dtype} {B} {L}", args.only, HOLD):
+                    records += measure_cuda(op, dtype, B, L, args.repeats or 30, flush, speeds)
+    head = (
+        f"`bench_ops.py`: {setting['gpu']}, torch {setting['torch']}, commit {setting['commit']}. "
+        f"Copy {speeds['bytes'] / 1e12:.2f} TB/s, bf16 products {speeds['flops'] / 1e12:.0f} "
+        "TFLOP/s. N is the filter width for causal_conv1d; limit: see `bench_ops.py`.\n\n"
+    )
+    return [{**r, **setting} for r in records], head
 
 
-def table(rows, speeds):
-    first = rows[0]
-    lines = [
-        f"`bench_ops.py`: {first['gpu']}, torch {first['torch']}, commit {first['commit']}. Copy "
-        f"{speeds['bytes'] / 1e12:.2f} TB/s, bf16 products {speeds['flops'] / 1e12:.0f} TFLOP/s. N "
-        "is the filter width for causal_conv1d; limit: see `bench_ops.py`.", "",
-        "| op | pass | dtype | B | L | D | N | median ms | 10-90% | limit ms | peer ms |",
-        "|---" * 11 + "|",
-    ]  # fmt: skip
-    for r in rows:
-        cells = [r[k] for k in ("op", "pass", "dtype", "B", "L", "D", "N")]
-        cells += [f"{r['ms']:.3f}", "{:.3f} - {:.3f}".format(*r["spread"])]
-        cells += [f"{r['limit_ms']:.3f}", f"{r['peer_ms']:.3f}" if r["peer_ms"] else "-"]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+def make_cuda_cells(r):
+    numbers = (f"{r['ms']:.3f}", "{:.3f} - {:.3f}".format(*r["spread"]), f"{r['limit_ms']:.3f}")
+    return [r[k] for k in COLUMNS[:7]] + [*numbers, f"{r['peer_ms']:.3f}" if r["peer_ms"] else "-"]
 
 
-def current_commit():
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+# ---------------------------------------- on the CPU
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--commit", default=None, help="what was measured; default: git's HEAD")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU here")
+def measure_cpu(op, backend, dtype, B, L, channels, order, repeats):
+    """The records of one operator and shape: forward, backward, and both in a row."""
+    indices = torch.randperm(L) if order == "random" else None
+    call, inputs = MAKE[op]("cpu", getattr(torch, dtype), B, L, channels, indices)
+    operator = make_operator(op, backend)
+    grad, passes = torch.ones_like(call(operator)), []
+    for _ in range(repeats + 1):
+        marks = [harness.mark("cpu")]
+        y = call(operator)
+        marks.append(harness.mark("cpu"))
+        torch.autograd.grad(y, inputs, grad)
+        marks.append(harness.mark("cpu"))
+        pairs = (marks[:2], marks[1:], marks[::2])
+        passes.append([harness.milliseconds(*pair) for pair in pairs])
+    columns = map(sorted, zip(*passes[1:], strict=True))  # the first call compiles
+    for name, times in zip(("forward", "backward", "forward+backward"), columns, strict=True):
+        yield {
+            "op": op, "pass": name, "backend": backend, "dtype": dtype, "B": B, "L": L,
+            "D": channels, "N": WIDTH if op == "causal_conv1d" else N, "order": order,
+            **harness.summarize(times), "ms_min": round(times[0], 3),
+        }  # fmt: skip
+
+
+def run_cpu(args, setting):
+    """(records, head of the table)."""
+    import numba
+
+    records, load = [], os.getloadavg()[0]
+    for case in CPU_CASES:
+        if harness.is_selected(" ".join(map(str, case)), args.only, ()):
+            slow = case[:2] == ("selective_scan", "reference")
+            records += measure_cpu(*case, repeats=args.repeats or (10 if slow else 300))
+    machine = {"threads": torch.get_num_threads(), "cpu": setting["gpu"],
+               "torch": setting["torch"], "numba": numba.__version__}  # fmt: skip
+    head = (
+        f"`bench_ops.py --device=cpu`: {machine['cpu']}, {machine['threads']} threads, torch "
+        f"{machine['torch']}, numba {machine['numba']}; load average at the start {load:.1f}. N is "
+        "the filter width for causal_conv1d.\n\n"
+    )
+    return [{**r, **machine} for r in records], head
+
+
+def make_cpu_cells(r):
+    low, high = r["spread"]
+    keys = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass", "ms")
+    return [*(r[k] for k in keys), f"{low} - {high}", r["ms_min"]]
+
+
+# ---------------------------------------- a run
+
+
+def main(argv=None):
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--repeats", type=int, help="calls a figure: 30, on the CPU 300")
+    parser.add_argument("--only", default="", help="cases whose line holds this; or hold: the few "
+                        "that a change of structure must not slow down")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --device=cpu times the CPU operators")
 
     torch.manual_seed(0)
-    rows, speeds = run_all(args.repeats, args.commit or current_commit())
-    args.out.mkdir(parents=True, exist_ok=True)
-    gpu = re.sub(r"[^a-z0-9]+", "_", rows[0]["gpu"].lower()).strip("_")
-    (args.out / f"ops_{gpu}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (args.out / f"ops_{gpu}.md").write_text(table(rows, speeds))
-    print(table(rows, speeds))
+    setting = harness.describe_setting(args.device, args.commit)
+    path = harness.result_path(args.out, "ops", args.device)
+    on_cpu = args.device == "cpu"
+    records, head = (run_cpu if on_cpu else run_cuda)(args, setting)
+    make_cells, columns = (make_cpu_cells, CPU_COLUMNS) if on_cpu else (make_cuda_cells, COLUMNS)
+    print(head + harness.make_table(columns, map(make_cells, records)))
+    merged = harness.merge(harness.load(path), records, CASE)
+    harness.write(path, merged, head + harness.make_table(columns, map(make_cells, merged)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

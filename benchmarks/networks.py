@@ -1,0 +1,109 @@
+"""The networks of bench_model.py by name and resolution, two transformers among them, and the
+matrix products in them.
+"""
+
+import harness  # noqa: F401 - finds the project
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import (
+    cifar10_S_DiM,
+    imagenet256_H_DiM,
+    imagenet256_uvit_huge,
+    imagenet512_H_DiM_ft,
+)
+from libs.model import PRESETS, DiM, build_model
+
+PIXEL_SPACE = 32  # up to this resolution the network sees pixels (CIFAR-10), above it latents
+PAD_TOKENS, FRONT_TOKENS = 3, 5  # of every DiM here
+
+
+class DiT(nn.Module):
+    """diffusers' DiT-XL/2 (Peebles and Xie, arXiv 2212.09748) with DiM's interface: of its 8 output
+    channels the 4 of the noise.
+    """
+
+    SIZE = dict(num_layers=28, num_attention_heads=16, attention_head_dim=72)
+
+    def __init__(self, side, num_classes=1000, **size):
+        from diffusers import DiTTransformer2DModel
+
+        super().__init__()
+        self.num_classes = num_classes
+        self.network = DiTTransformer2DModel(
+            sample_size=side, patch_size=2, in_channels=4, out_channels=8,
+            num_embeds_ada_norm=num_classes, **(size or self.SIZE),
+        )  # fmt: skip
+
+    def forward(self, x, t, y):
+        return self.network(x, t, y, return_dict=False)[0][:, :4]
+
+
+def build_dim(size, pixels):
+    """DiM-S, -L or -H as the shipped configs have it, at this resolution."""
+    if pixels <= PIXEL_SPACE:
+        nnet = cifar10_S_DiM.get_config().nnet
+    else:
+        config = imagenet256_H_DiM if pixels < 512 else imagenet512_H_DiM_ft
+        nnet = config.get_config().nnet
+        nnet.input_size = pixels // 8
+    nnet.update(PRESETS[size])
+    return build_model(nnet)
+
+
+def build_uvit(pixels):
+    """U-ViT-H without its activation checkpointing, which costs time."""
+    nnet = imagenet256_uvit_huge.get_config().nnet
+    nnet.input_size, nnet.activation_checkpointing = pixels // 8, False
+    return build_model(nnet)
+
+
+NETWORKS = {
+    "DiM-S": lambda pixels: build_dim("S", pixels),
+    "DiM-L": lambda pixels: build_dim("L", pixels),
+    "DiM-H": lambda pixels: build_dim("H", pixels),
+    "U-ViT-H": build_uvit,
+    "DiT-XL/2": lambda pixels: DiT(pixels // 8),
+}
+
+
+def get_input_shape(pixels):
+    """(C, H, W) of what the network sees."""
+    return (3, pixels, pixels) if pixels <= PIXEL_SPACE else (4, pixels // 8, pixels // 8)
+
+
+def make_inputs(network, pixels, batch, device):
+    """x (B, C, H, W) standard normal, t (B,) network times, y (B,) labels."""
+    x = torch.randn(batch, *get_input_shape(pixels), device=device)
+    t = torch.rand(batch, device=device) * 999
+    return x, t, torch.randint(network.num_classes, (batch,), device=device)
+
+
+def count_flops(network, pixels):
+    """FLOPs, 2 a multiply-add, of all matrix products (attention and patch embedding included) in a
+    forward pass of one image. A training step has three times as many, since each product's
+    backward is two of its size.
+
+    network: on the meta device, where nothing is computed; of a DiM only the weights are read.
+    """
+    if isinstance(network, DiM):
+        return 2 * _count_dim_products(network, get_input_shape(pixels)[1] // network.patch_size)
+    inputs = make_inputs(network, pixels, 1, "meta")
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        network.eval()(*inputs)
+    return counter.get_total_flops()
+
+
+def _count_dim_products(network, side):
+    """Multiply-adds of a DiM on side x side patches, without scan and depthwise convolutions: the
+    blocks' matrices see every token, embedding and head every patch, the others one vector."""
+
+    def count_weights(module):
+        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+    blocks, tokens = count_weights(network.blocks), FRONT_TOKENS + (side + PAD_TOKENS) ** 2
+    patch = network.patch_size**2 * network.in_channels * network.dim
+    conditioning = count_weights(network) - blocks - patch  # the embedding is a convolution
+    return tokens * blocks + side**2 * 2 * patch + conditioning
