@@ -25,10 +25,10 @@ import torch
 from networks import NETWORKS, count_flops, get_input_shape, make_inputs
 from torch import nn
 
-from libs.diffusion import guidance
-from libs.diffusion.samplers import sample
+from configs.common import d
+from libs.diffusion import make_guided, sample
 from libs.runtime import CudaCapture, GraphedTraining, Precision, SamplingNetwork
-from sde import VPSDE, DiscreteSchedule, eps_from_model
+from sde import VPSDE, DiscreteSchedule
 
 SHAPES = {  # task: (pixels, batch)
     "train": [(256, 64), (512, 16)],
@@ -123,10 +123,10 @@ def make_training_step(case, network, device):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        t = process.time_from_uniform(torch.rand(case.batch, device=device))
-        t, eps, x_t = process.sample(x, t=t)
+        t = process.train_time(torch.rand(case.batch, device=device))
+        eps = torch.randn_like(x)
         with precision.autocast():
-            out = call(x_t, process.model_time(t), y)
+            out = call(process.mix(x, eps, t), process.model_time(t), y)
         loss = (out.float() - eps).square().mean()
         precision.scaler.scale(loss).backward()
         precision.scaler.unscale_(optimizer)
@@ -153,9 +153,12 @@ def make_sampling(case, network, call, device):
     """A function that makes SOLVER_STEPS steps on `case.batch` images."""
     process = make_process(case.pixels)
     z, _, y = make_inputs(network, case.pixels, case.batch, device)
-    predict = eps_from_model(call, process, "noise_pred")
-    eps_fn = guidance.classifier_free(predict, y, GUIDANCE_SCALE, network.num_classes)
-    return lambda: sample(eps_fn, process, z, algorithm="dpm_solver_pp_2m", steps=SOLVER_STEPS)
+    settings = d(cfg=True, scale=GUIDANCE_SCALE, guidance_interval=None)
+    output = make_guided(
+        call, process, y, pred="noise_pred", null_label=network.num_classes, settings=settings
+    )
+    options = dict(pred="noise_pred", algorithm="dpm_solver_pp_2m", steps=SOLVER_STEPS)
+    return lambda: sample(output, process, z, **options)
 
 
 # ---------------------------------------- measuring

@@ -130,6 +130,7 @@ def get_config():
         mini_batch_size=500,  # per process
         cfg=False,
         scale=0.0,  # cond + scale * (cond - uncond); elsewhere written 1 + scale
+        guidance=config_dict.placeholder(str),  # a name in GUIDANCE; else classifier_free
         guidance_interval=config_dict.placeholder(tuple),  # (from, to) in process time, 0 to 1
         labels="random",  # or balanced
         vis_label=config_dict.placeholder(int),  # the one class of all images

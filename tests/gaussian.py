@@ -10,9 +10,15 @@ def noise_prediction(x, mu, s, log_alpha):
     return sigma * (x.double() - alpha * mu) / (alpha**2 * s**2 + sigma**2)
 
 
-def eps_fn(process, mu, s):
-    """The noise prediction as a sampler calls it, in x's dtype."""
-    return lambda x, t: noise_prediction(x, mu, s, process.log_alpha(t.double())).to(x.dtype)
+def prediction(process, pred, mu, s):
+    """The raw output(x, t) of a perfect network for 'noise_pred' or 'x0_pred', in x's dtype."""
+
+    def output(x, t):
+        eps = noise_prediction(x, mu, s, process.log_alpha(t.double()))
+        x0, eps = process.to_x0_eps("noise_pred", eps, x.double(), t.double())
+        return (eps if pred == "noise_pred" else x0).to(x.dtype)
+
+    return output
 
 
 def ode_solution(process, x, mu, s, t_end):

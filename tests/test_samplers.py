@@ -10,8 +10,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from libs.diffusion import samplers
-from libs.diffusion.samplers import ImageNoise, image_seed, sample
+from libs.diffusion.noise import ImageNoise, _splitmix64, image_seed
+from libs.diffusion.samplers import SAMPLERS, sample
 from libs.diffusion.solvers import fast_orders
 from sde import VPSDE, DiscreteSchedule
 from utils import UserError
@@ -23,8 +23,9 @@ MU, S = 0.3, 0.5
 PROCESSES = {"vpsde": VPSDE(), "discrete": DiscreteSchedule()}
 
 
-def run(process, x, **options):
-    return sample(gaussian.eps_fn(process, MU, S), process, x, **options)
+def run(process, x, pred="noise_pred", **options):
+    output = gaussian.prediction(process, pred, MU, S)
+    return sample(output, process, x, pred=pred, **options)
 
 
 def solver_error(process, algorithm, steps, t_end):
@@ -42,6 +43,8 @@ def solver_error(process, algorithm, steps, t_end):
     ("vpsde", "dpm_solver", (80, 161), 1e-4, 2.9),
     ("vpsde", "dpm_solver_pp_2m", (80, 160), 1e-4, 1.9),
     ("vpsde", "euler_maruyama_ode", (400, 800), 0, 0.95),
+    ("vpsde", "euler", (400, 800), 0, 0.95),
+    ("discrete", "euler", (400, 800), 0, 0.95),
     # A grid even in time makes its last step the largest in lam, 0.4 at 500 steps: the order
     # appears late.
     ("discrete", "dpm_solver", (161, 320), 1e-3, 2.4),
@@ -59,15 +62,15 @@ def test_2m_is_diffusers_2m():
     """
     process, steps = DiscreteSchedule(), 27
     scheduler = DPMSolverMultistepScheduler(
-        trained_betas=samplers._trained_betas(process), algorithm_type="dpmsolver++",
+        trained_betas=process.betas().numpy(), algorithm_type="dpmsolver++",
         solver_order=2, lower_order_final=False, timestep_spacing="linspace",
         final_sigmas_type="sigma_min")
     scheduler.set_timesteps(steps)
     assert scheduler.timesteps.tolist() == list(range(999, 0, -37))
-    eps_fn = gaussian.eps_fn(process, MU, S)
+    predict = gaussian.prediction(process, "noise_pred", MU, S)
     x_init = x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     for timestep in scheduler.timesteps:
-        x = scheduler.step(eps_fn(x, (timestep + 1) / 1000), timestep, x).prev_sample
+        x = scheduler.step(predict(x, (timestep + 1) / 1000), timestep, x).prev_sample
     # Its betas and sigmas are float32 and lose 1e-5 of lam at the last step.
     ours = run(process, x_init, algorithm="dpm_solver_pp_2m", steps=steps)
     torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
@@ -81,13 +84,26 @@ def test_fast_orders_spend_every_step():
 
 @pytest.mark.parametrize("process, algorithm", [
     ("vpsde", "euler_maruyama_ode"),
-    *itertools.product(PROCESSES, ["dpm_solver", "dpm_solver_pp_2m", "DDIMScheduler"]),
+    *itertools.product(PROCESSES, ["euler", "dpm_solver", "dpm_solver_pp_2m", "DDIMScheduler"]),
 ])
-def test_what_eps_fn_and_on_step_receive(process, algorithm):
+def test_both_predictions_give_the_same_images(process, algorithm):
+    x = torch.linspace(-3, 3, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
+    found, expected = (
+        run(PROCESSES[process], x, pred, algorithm=algorithm, steps=7)
+        for pred in ("x0_pred", "noise_pred")
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("process, algorithm", [
+    ("vpsde", "euler_maruyama_ode"),
+    *itertools.product(PROCESSES, ["euler", "dpm_solver", "dpm_solver_pp_2m", "DDIMScheduler"]),
+])
+def test_what_the_output_and_on_step_receive(process, algorithm):
     times, steps = [], []
     weight = torch.ones((), requires_grad=True)
 
-    def eps_fn(x, t):
+    def output(x, t):
         assert x.dtype == t.dtype == torch.float32
         assert t.shape == ()
         assert t.device.type == "cpu"
@@ -95,7 +111,7 @@ def test_what_eps_fn_and_on_step_receive(process, algorithm):
         return x * weight
 
     z_T = torch.ones(2, 1, 2, 2, dtype=torch.bfloat16)
-    out = sample(eps_fn, PROCESSES[process], z_T, algorithm=algorithm, steps=7,
+    out = sample(output, PROCESSES[process], z_T, pred="noise_pred", algorithm=algorithm, steps=7,
                  on_step=lambda i, n: steps.append((i, n)))
     assert out.dtype == torch.float32
     assert not out.requires_grad
@@ -126,21 +142,13 @@ def test_statistics_of_the_samples(process, algorithm, steps):
 
 
 def test_every_diffusers_scheduler_that_is_offered_works():
-    names = [name for name in samplers.known_algorithms() if name.endswith("Scheduler")]
+    names = [name for name in SAMPLERS if name.endswith("Scheduler")]
     assert {"DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"} < set(names)
     for name in names:
         noise = ImageNoise(0, range(64), (1, 8, 8))
         out = run(PROCESSES["vpsde"], noise.initial(), algorithm=name, steps=50, noise=noise)
         assert out.mean().item() == pytest.approx(MU, abs=0.03), name
         assert out.std().item() == pytest.approx(S, abs=0.08), name
-
-
-@pytest.mark.parametrize("process", PROCESSES)
-def test_diffusers_get_the_process_s_schedule(process):
-    scheduler = samplers._make_scheduler("DDPMScheduler", PROCESSES[process], 10)
-    alpha = PROCESSES[process].alpha(torch.arange(1, 1001, dtype=torch.float64) / 1000)
-    # diffusers multiplies 1000 factors in float32
-    torch.testing.assert_close(scheduler.alphas_cumprod.double(), alpha**2, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("algorithm", [
@@ -182,7 +190,7 @@ def test_torch_s_defaults_change_nothing(algorithm):
 
     def draw():
         noise = ImageNoise(1, [0, 5], (1, 2, 2))
-        options = dict(algorithm=algorithm, steps=4, noise=noise)
+        options = dict(pred="noise_pred", algorithm=algorithm, steps=4, noise=noise)
         return sample(lambda x, t: x.tanh(), PROCESSES["vpsde"], noise.initial(), **options)
 
     expected = draw()
@@ -200,7 +208,7 @@ def test_image_seeds():
     """SplitMix64's published first output for state 0; and no two images share a 32-bit seed
     (random ones would: 1 - 1e-5).
     """
-    assert samplers._splitmix64(0) == 0xE220A8397B1DCDAF
+    assert _splitmix64(0) == 0xE220A8397B1DCDAF
     seeds = {image_seed(0, index) for index in range(300_000)}
     assert len(seeds) == 300_000
     assert max(seeds) < 2**32
@@ -217,21 +225,10 @@ def test_image_noise_is_gaussian_and_independent_between_images():
 # --- errors ---
 
 
-@pytest.mark.parametrize("name, nearest", [
-    ("dpm_solvr", "dpm_solver"), ("ddim", "DDIMScheduler"), ("DDIMSheduler", "DDIMScheduler")])
-def test_unknown_algorithm_names_the_nearest(name, nearest):
-    message = rf"{name}.* did you mean '{nearest}'.*euler_maruyama_sde.*UniPCMultistepScheduler"
-    with pytest.raises(UserError, match=message):
-        run(VPSDE(), torch.zeros(1, 1, 2, 2), algorithm=name, steps=2)
-
-
-@pytest.mark.parametrize("process, options, message", [
-    ("vpsde", {"algorithm": "dpm_solver", "steps": 0}, "at least 1 step, not 0"),
-    ("vpsde", {"algorithm": "euler_maruyama_sde", "steps": 2}, "noise=ImageNoise"),
-    ("discrete", {"algorithm": "euler_maruyama_ode", "steps": 2}, "VPSDE, not DiscreteSchedule"),
-    *(("vpsde", {"algorithm": name, "steps": 1001}, f"{name} cannot do 1001 steps: take 1000 or")
-      for name in ("DDIMScheduler", "UniPCMultistepScheduler", "DPMSolverSinglestepScheduler")),
+@pytest.mark.parametrize("process, algorithm, message", [
+    ("vpsde", "ddim", "unknown sampling algorithm 'ddim'.*euler_maruyama_sde.*DDIMScheduler"),
+    ("discrete", "euler_maruyama_ode", "euler_maruyama_ode needs g2, which process Discrete"),
 ])
-def test_errors(process, options, message):
+def test_errors(process, algorithm, message):
     with pytest.raises(UserError, match=message):
-        run(PROCESSES[process], torch.zeros(1, 1, 2, 2), **options)
+        run(PROCESSES[process], torch.zeros(1, 1, 2, 2), algorithm=algorithm, steps=2)

@@ -1,18 +1,19 @@
-"""Processes and losses beyond the golden numbers: exact times, draws, predictions."""
+"""Processes and losses beyond the golden numbers: exact times, conversions, velocities."""
 
 import pytest
 import torch
 
-from sde import VPSDE, DiscreteSchedule, denoising_loss, eps_from_model
+from sde import PROCESSES, VPSDE, DiscreteSchedule, denoising_loss, make_process
+from utils import UserError
 
-PROCESSES = [VPSDE(), DiscreteSchedule()]
+BOTH = [VPSDE(), DiscreteSchedule()]
 
 
 def test_the_network_gets_whole_steps_in_training():
     process = DiscreteSchedule()
     u = torch.cat([(torch.arange(1000) + 0.5) / 1000, torch.tensor([0.0, 1 - 2**-24])])
     expected = torch.cat([torch.arange(1, 1001), torch.tensor([1, 1000])]).float()
-    t = process.time_from_uniform(u)
+    t = process.train_time(u)
     assert torch.equal(process.model_time(t), expected)
     assert torch.equal(t, (expected.double() / 1000).float())
     assert (t * 1000 != expected).any()  # what the naive product would have given
@@ -24,59 +25,43 @@ def test_training_mixes_with_the_table_of_the_step():
     process = DiscreteSchedule()
     n = torch.arange(1, 1001)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)**2
-    cum_alpha = (1 - betas).cumprod(0)
+    alpha_bar = (1 - betas).cumprod(0)
     t = (n.double() / 1000).float()
     one, zero = torch.ones(1000, 1), torch.zeros(1000, 1)
-    assert torch.equal(process.sample(one, t=t, eps=zero)[2][:, 0], cum_alpha.sqrt().float())
-    assert torch.equal(process.sample(zero, t=t, eps=one)[2][:, 0], (1 - cum_alpha).sqrt().float())
+    assert torch.equal(process.mix(one, zero, t)[:, 0], alpha_bar.sqrt().float())
+    assert torch.equal(process.mix(zero, one, t)[:, 0], (1 - alpha_bar).sqrt().float())
+    torch.testing.assert_close(process.betas(), betas, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-def test_draws_come_from_the_generator(process):
-    x0 = torch.full((512, 1, 8, 8), 2.0)
-    draws = [process.sample(x0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-    for a, b, c in zip(*draws, strict=True):
-        assert torch.equal(a, b)
-        assert not torch.equal(a, c)
-    t, eps, x_t = draws[0]
-    assert 0 <= t.min() < 0.02
-    assert 0.98 < t.max() <= 1
-    assert abs(eps.std() - 1) < 0.02
-    alpha, sigma = (f(t.double()).reshape(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
-    torch.testing.assert_close(x_t.double(), alpha * x0 + sigma * eps, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("process", PROCESSES)
+@pytest.mark.parametrize("process", BOTH)
 def test_float64_schedule(process):
     t = torch.linspace(1e-3, 1, 777, dtype=torch.float64)
-    alpha, sigma = process.alpha(t), process.sigma(t)
+    alpha, sigma, lam = process.alpha(t), process.sigma(t), process.half_log_snr(t)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-14, atol=0)
-    torch.testing.assert_close(process.lam(t), (alpha / sigma).log(), rtol=1e-11, atol=1e-11)
-    torch.testing.assert_close(process.inverse_lam(process.lam(t)), t, rtol=1e-10, atol=0)
+    torch.testing.assert_close(lam, (alpha / sigma).log(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(process.inverse_half_log_snr(lam), t, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("process", PROCESSES)
-@pytest.mark.parametrize("time", [torch.tensor(0.25), torch.tensor([0.25, 0.5])])
-def test_both_predictions_give_the_same_noise(process, time):
-    x0, eps = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    t, _, x_t = process.sample(x0, t=time.expand(2), eps=eps)
-    calls = []
+@pytest.mark.parametrize("process", BOTH)
+@pytest.mark.parametrize("pred", ["noise_pred", "x0_pred"])
+@pytest.mark.parametrize("time", [torch.tensor(0.2505), torch.tensor([0.2505, 0.4995])])
+def test_conversions_undo_the_mixing(process, pred, time):
+    time = time.double()
+    x0, eps = torch.randn(2, 2, 3, 4, 4, generator=torch.Generator().manual_seed(0)).double()
 
-    def network(result):
-        def model(x, time, y):
-            calls.append((time, y))
-            return result
-        return model
+    def path(t):
+        factors = (f(t).reshape(-1, 1, 1, 1) for f in (process.alpha, process.sigma))
+        return sum(f * z for f, z in zip(factors, (x0, eps), strict=True))
 
-    y = torch.tensor([3, 1])
-    assert torch.equal(eps_from_model(network(eps), process, "noise_pred")(x_t, time, y), eps)
-    # The table of step n and the interpolation differ by up to 1e-6 in alpha.
-    from_x0 = eps_from_model(network(x0), process, "x0_pred")(x_t, time, y)
-    torch.testing.assert_close(from_x0, eps, rtol=0, atol=2e-5)
-    for model_time, labels in calls:
-        assert model_time.shape == (2,)
-        assert torch.equal(model_time, process.model_time(t))
-        assert labels is y
+    x_t, out = path(time), process.target(pred, x0, eps, time)
+    found = process.to_x0_eps(pred, out, x_t, time)
+    assert any(z is out for z in found)  # the predicted one costs no arithmetic
+    for z, expected in zip(found, (x0, eps), strict=True):
+        torch.testing.assert_close(z, expected, rtol=0, atol=1e-11)
+    h = 1e-6  # the times lie between steps, where the discrete schedule is smooth
+    expected = (path(time + h) - path(time - h)) / (2 * h)
+    found = process.velocity(pred, out, x_t, time)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
 def test_loss_passes_keywords_on_and_has_gradients():
@@ -95,8 +80,8 @@ def test_loss_passes_keywords_on_and_has_gradients():
     assert scale.grad.item() == 2 * (3 + 2 - 2)
 
 
-def test_unknown_prediction():
-    with pytest.raises(ValueError, match="'v_pred'.*noise_pred, x0_pred"):
-        eps_from_model(None, VPSDE(), "v_pred")
-    with pytest.raises(ValueError, match="'v_pred'.*noise_pred, x0_pred"):
-        denoising_loss(None, VPSDE(), None, None, pred="v_pred", t=None, eps=None)
+def test_processes_by_name():
+    assert {"vpsde", "discrete"} <= PROCESSES.keys()
+    assert make_process("vpsde", beta_max=10.0).g2(torch.tensor(1.0)) == 10
+    with pytest.raises(UserError, match="process.name is 'vp'.*vpsde, discrete"):
+        make_process("vp")

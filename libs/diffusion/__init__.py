@@ -1,10 +1,14 @@
-"""Guidance and samplers."""
+"""From a trained network to pictures' latents: guidance, samplers and the images' noise."""
 
-from libs.diffusion.guidance import guided_by
-from libs.diffusion.samplers import ImageNoise, sample
+from libs.diffusion.guidance import GUIDANCE, make_guided
+from libs.diffusion.noise import ImageNoise
+from libs.diffusion.samplers import SAMPLERS, sample, sampler
 
 __all__ = [
-    "ImageNoise",
-    "guided_by",
-    "sample",
+    "GUIDANCE",  # registry: name -> guidance
+    "ImageNoise",  # noise of images by (seed, index)
+    "SAMPLERS",  # registry: name -> sampler, filled by the decorator `sampler`
+    "make_guided",  # network -> output(x, t) under the config's guidance
+    "sample",  # output(x, t), z_T -> z_0
+    "sampler",  # decorator of a new sampler
 ]

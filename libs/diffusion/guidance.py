@@ -1,44 +1,61 @@
-"""Guidance: turns a noise prediction f(x, t, y) into the eps_fn(x, t) that a sampler integrates.
+"""Guidance: from a network to output(x, t), the raw output that a sampler converts.
 
-x (B, C, H, W); t process time, a 0-dim tensor; y (B,) int64 labels.
+x (B, C, H, W) float32; t process time, a 0-dim tensor on the CPU; y (B,) int64 labels or None.
+A new guidance is a function in GUIDANCE, chosen by `config.sample.guidance`.
 """
 
 import torch
 import torch.nn.functional as F
 
+from sde import require_offered
 from utils import UserError
 
 
-def unguided(eps_fn3, y):
-    """eps_fn(x, t) = eps_fn3(x, t, y); y None means unconditional."""
-    return lambda x, t: eps_fn3(x, t, y)
+def at_process_time(network, process):
+    """predict(x, t, y, hidden=()) of a network: its output in x's dtype, at process time t.
+
+    With `hidden`, numbers of blocks, the result is (output, {number: tokens (B, L, D)}).
+    """
+
+    def predict(x, t, y, hidden=()):
+        time = process.model_time(t)
+        if time.dim() == 0:  # filled in: copying t to the device would make the host wait for it
+            time = torch.full((len(x),), float(time), device=x.device)
+        if not hidden:
+            return network(x, time, y).to(x.dtype)
+        out, inner = network(x, time, y, hidden=hidden)
+        return out.to(x.dtype), inner
+
+    return predict
 
 
-def classifier_free(eps_fn3, y, scale, null_label, interval=None):
+def classifier_free(predict, y, null_label, settings):
     """cond + scale * (cond - uncond) (Ho and Salimans, arXiv 2207.12598, equation 6).
 
     This is the paper's convention; where guidance is written uncond + w * (cond - uncond), w = 1 +
     scale. Both halves run in one batch, the unconditional one with `null_label` (the number of
-    classes) for every image. With scale 0, and at times outside interval = (lo, hi), ends included
-    (Kynkäänniemi et al., arXiv 2404.07724), only the conditional half runs. y None runs
-    unconditionally. With a scale other than 0, UserError if y is None or the interval is empty.
+    classes) for every image. Only the network itself runs with scale 0, without `settings.cfg` or
+    labels, and at times outside guidance_interval = (lo, hi), ends included (Kynkäänniemi et al.,
+    arXiv 2404.07724).
     """
+    scale = settings.scale if settings.cfg and y is not None else 0
     if scale == 0:
-        return unguided(eps_fn3, y)
-    if y is None:
-        raise UserError(f"guidance of scale {scale} needs labels, and there are none: set it to 0")
-    lo, hi = interval or (0.0, 1.0)
-    if lo > hi:
-        raise UserError(f"the guidance interval ({lo}, {hi}) is empty: give the smaller first")
+        return lambda x, t: predict(x, t, y)
+    lo, hi = settings.guidance_interval or (0.0, 1.0)
     y_both = torch.cat([y, torch.full_like(y, null_label)])
 
-    def eps_fn(x, t):
+    def output(x, t):
         if t < lo or t > hi:  # compared in float32, so that a time on an end counts as inside
-            return eps_fn3(x, t, y)
-        cond, uncond = eps_fn3(torch.cat([x, x]), t, y_both).chunk(2)
+            return predict(x, t, y)
+        cond, uncond = predict(torch.cat([x, x]), t, y_both).chunk(2)
         return cond + scale * (cond - uncond)
 
-    return eps_fn
+    return output
+
+
+# name -> f(predict, y, null_label, settings) -> output(x, t); predict as `at_process_time` makes
+# it, settings the config's section `sample`.
+GUIDANCE = {"classifier_free": classifier_free}
 
 
 def low_resolution_time(process, t, m):
@@ -54,40 +71,40 @@ def low_resolution_time(process, t, m):
     return (1 - index.to(t.dtype) / 999).clamp(max=t.flatten()[0])
 
 
-def upsampling(eps_fn, process, m, theta=1.0, eta=0.3, end=1.0):
+def upsampling(output, process, pred, m, theta=1.0, eta=0.3, T=1.0):
     """Samples m times as large as the network was trained for, without training (Hwang et al.,
-    arXiv 2404.01709): where t >= (1 - eta) end, the prediction's m-fold average is moved towards
+    arXiv 2404.01709): where t >= (1 - eta) T, the predicted noise's m-fold average is moved towards
     that for the m times smaller image, by theta.
 
     The average of m x m pixels has m^2 times the signal-to-noise ratio; divided by the root of its
     power alpha^2 + sigma^2 / m^2 it is a noisy image of time tau (`low_resolution_time`), whose
-    noise is m times too large. UserError for an image that m does not divide.
+    noise is m times too large. UserError for a process that is not variance preserving.
     """
+    require_offered(process, ("alpha_bar", "beta_bar", "snr"), "upsampling guidance")
 
     def guided(x, t):
-        if x.shape[-2] % m or x.shape[-1] % m:
-            raise UserError(
-                f"upsampling by ug_m {m} needs latents whose height and width it divides, not "
-                f"{x.shape[-2]}x{x.shape[-1]}: choose another ug_m or nnet.input_size"
-            )
-        eps = eps_fn(x, t)
-        if t < (1 - eta) * end:  # compared in float32, as in classifier_free
-            return eps
-        power = process.cum_alpha(t) + process.cum_beta(t) / m**2
-        small = F.avg_pool2d(x, m) / power.sqrt()
-        small_eps = eps_fn(small, low_resolution_time(process, t, m))
+        out = output(x, t)
+        if t < (1 - eta) * T:  # compared in float32, as in classifier_free
+            return out
+        _, eps = process.to_x0_eps(pred, out, x, t)
+        power = process.alpha_bar(t) + process.beta_bar(t) / m**2
+        small, tau = F.avg_pool2d(x, m) / power.sqrt(), low_resolution_time(process, t, m)
+        _, small_eps = process.to_x0_eps(pred, output(small, tau), small, tau)
         shift = small_eps / m - F.avg_pool2d(eps, m)
-        return eps + theta * F.interpolate(shift, scale_factor=m, mode="nearest")
+        eps = eps + theta * F.interpolate(shift, scale_factor=m, mode="nearest")
+        return process.target(pred, *process.to_x0_eps("noise_pred", eps, x, t), t)
 
     return guided
 
 
-def guided_by(config, predict, process, y, null_label):
-    """eps_fn(x, t) with the guidance of a config: classifier-free where train.mode is 'cond' and
-    sample.cfg is set, upsampling where ug_m is. predict: f(x, t, y).
+def make_guided(network, process, y, *, pred, null_label, settings, upsample=None):
+    """output(x, t): the raw output of network(x, model_time, y) under a config's guidance.
+
+    settings: the config's section `sample`; upsample: keywords m, theta, eta, T of `upsampling`, or
+    None. UserError for an unknown `settings.guidance`.
     """
-    scale = config.sample.scale if config.train.mode == "cond" and config.sample.cfg else 0.0
-    eps_fn = classifier_free(predict, y, scale, null_label, config.sample.guidance_interval)
-    if config.get("ug_m") is None:
-        return eps_fn
-    return upsampling(eps_fn, process, config.ug_m, config.ug_theta, config.ug_eta, config.ug_T)
+    name = settings.get("guidance") or "classifier_free"
+    if name not in GUIDANCE:
+        raise UserError(f"sample.guidance is {name!r}, known are: {', '.join(GUIDANCE)}")
+    output = GUIDANCE[name](at_process_time(network, process), y, null_label, settings)
+    return upsampling(output, process, pred, **upsample) if upsample else output

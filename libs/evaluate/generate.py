@@ -9,12 +9,11 @@ import torch
 from tqdm import tqdm
 
 import utils
-from libs.diffusion import ImageNoise, guided_by, sample
+from libs.diffusion import ImageNoise, make_guided, sample
 from libs.evaluate import metrics
 from libs.evaluate.real_images import as_saved, halves_baseline
 from libs.ops import fp8
 from libs.runtime import WAITING, SamplingNetwork, beat
-from sde import eps_from_model
 from utils import UserError
 
 
@@ -34,7 +33,7 @@ class ImageSampler:
         model: the network, in eval mode; process, codec: of training.
         pred: what the network predicts; conditional: whether it is given labels.
         settings: config.sample.
-        guide: (predict(x, t, y), process, y, null_label) -> guided predict(x, t).
+        guide: (network, process, y, null_label=) -> its guided output(x, t).
         upsampling: None, or the settings of upsampling guidance, for `describe`.
         precision: libs.runtime.Precision of the forward passes.
         seed: every image's noise and random label are keyed by (seed, index).
@@ -86,6 +85,7 @@ class ImageSampler:
             "steps": settings.sample_steps,
             "guidance_scale": scale,
             "guidance_scale_standard": 1 + scale,  # w of uncond + w * (cond - uncond)
+            "guidance": settings.get("guidance"),
             "guidance_interval": settings.guidance_interval if scale else None,
             "upsampling_guidance": self.upsampling,
             "labels": settings.labels if by_class else None,
@@ -105,8 +105,7 @@ class ImageSampler:
         """
         labels = self.get_labels(indices) if labels is None else labels
         with self._network.ready() as network, self.precision.autocast():
-            predict = eps_from_model(network, self.process, self.pred)
-            return self.codec.decode(self._draw(predict, indices, labels, on_step))
+            return self.codec.decode(self._draw(network, indices, labels, on_step))
 
     def __enter__(self):
         return self
@@ -114,14 +113,15 @@ class ImageSampler:
     def __exit__(self, *exception):
         self._network.release()
 
-    def _draw(self, predict, indices, labels, on_step=None):
-        """z (B, *z_shape) of `indices`, by the prediction predict(x, t, y)."""
+    def _draw(self, network, indices, labels, on_step=None):
+        """z (B, *z_shape) of `indices`."""
         y = None if labels is None else labels.to(self.device)
         noise = ImageNoise(self.seed, indices, self.z_shape)
         return sample(
-            self.guide(predict, self.process, y, self.model.num_classes),
+            self.guide(network, self.process, y, null_label=self.model.num_classes),
             self.process,
             noise.initial().to(self.device),
+            pred=self.pred,
             algorithm=self.settings.algorithm,
             steps=self.settings.sample_steps,
             noise=noise,
@@ -132,12 +132,14 @@ class ImageSampler:
 def make_image_sampler(config, model, process, codec, *, precision, seed):
     """The ImageSampler of a config; model and codec are on their device."""
     upsampling = {key: config[f"ug_{key}"] for key in ("m", "theta", "eta", "T")}
+    upsampling = upsampling if config.ug_m is not None else None
     return ImageSampler(
         model, process, codec,
         pred=config.pred, conditional=config.train.mode == "cond", settings=config.sample,
-        guide=functools.partial(guided_by, config),
-        upsampling=upsampling if config.ug_m is not None else None,
-        precision=precision, seed=seed,
+        guide=functools.partial(
+            make_guided, pred=config.pred, settings=config.sample, upsample=upsampling
+        ),
+        upsampling=upsampling, precision=precision, seed=seed,
     )  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def accumulate_gradients(config, accelerator, precision, engine, process, codec,
         x, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
         beat("computing")
         y = training_labels(config, y, draws.label[rows], null_label)
-        t = process.time_from_uniform(draws.time[rows])
+        t = process.train_time(draws.time[rows])
         drop_path = {"drop_path_draw": draws.drop_path[rows]} if draws.drop_path.shape[1] else {}
         with engine.accumulating(last=m + 1 == accumulation):
             with precision.autocast():

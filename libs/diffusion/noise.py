@@ -1,0 +1,54 @@
+"""The noise of sampled images: each image has its own, keyed by (seed, index)."""
+
+import torch
+
+_MASK_64 = (1 << 64) - 1
+
+
+def _splitmix64(state):
+    """One output of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), a bijection of 64 bits."""
+    z = (state + 0x9E3779B97F4A7C15) & _MASK_64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return z ^ (z >> 31)
+
+
+def _mix32(z):
+    """MurmurHash3's finalizer, a bijection of 32 bits."""
+    z = ((z ^ (z >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
+    z = ((z ^ (z >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
+    return z ^ (z >> 16)
+
+
+def image_seed(seed, index):
+    """Generator seed of image `index` < 2**32: mix32((splitmix64(seed) + index) mod 2**32).
+
+    A torch generator on the CPU keeps only 32 bits of its seed. With 64 mixed bits, two of 50,000
+    images would share their noise in one run of four; a bijection of the index never lets two
+    images of one seed share it.
+    """
+    return _mix32((_splitmix64(seed & _MASK_64) + index) & 0xFFFFFFFF)
+
+
+class ImageNoise:
+    """Gaussian noise of images, each with a CPU generator of its own seeded by (seed, index).
+
+    An image's numbers are the same, bit for bit, for any batch, device and number of processes.
+    indices: the images of this batch; shape: (C, H, W). `generators`: one for each image, for
+    diffusers' schedulers.
+    """
+
+    def __init__(self, seed, indices, shape):
+        self.shape = tuple(shape)
+        seeds = [image_seed(seed, int(index)) for index in indices]
+        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self._initial = self.draw()
+
+    def initial(self):
+        """The images' first numbers, for z_T: (B, C, H, W) float32 on the CPU."""
+        return self._initial
+
+    def draw(self):
+        """The images' next numbers: (B, C, H, W) float32 on the CPU."""
+        like = dict(dtype=torch.float32, device="cpu")  # torch's defaults may be others
+        return torch.stack([torch.randn(self.shape, generator=g, **like) for g in self.generators])
