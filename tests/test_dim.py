@@ -7,10 +7,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs import cifar10_S_DiM, digits_T_DiM
 from libs.files import load_strict
 from libs.model import scan_order
-from libs.model.build import build_model, require_same
+from libs.model.build import build_model, require_same, resize_state
 from libs.model.dim import PRESETS, DiM
 from libs.model.layers import PaddedSequence, drop_path, freeu_backbone
-from libs.model.published import resize_state, to_official
+from libs.model.published import from_official, to_official
 from utils import UserError, write_json
 
 TINY = dict(input_size=8, in_channels=4, dim=16, depth=5, num_classes=10)
@@ -112,7 +112,7 @@ def test_weights_of_another_patch_size():
     torch.manual_seed(0)
     source, target = DiM(**TINY), DiM(**dict(TINY, patch_size=4))
     torch.nn.init.normal_(source.pos_embed)
-    tensors, changes = resize_state(to_official(source), target)
+    tensors, changes = resize_state(from_official(target, to_official(source)), target)
     load_strict(target, tensors, "source")
     assert len(changes) == 2 and "patch size 2 -> 4" in changes[0] and "4x4" in changes[1]
     tap = source.patch_embed.weight[:, :, 0, 0]

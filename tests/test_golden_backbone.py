@@ -14,11 +14,10 @@ from golden_cases import assert_close, det_weights, params
 
 from libs.files import load_strict
 from libs.model import layers, scan_order
-from libs.model.build import build_model
+from libs.model.build import build_model, resize_state
 from libs.model.published import (
-    is_official,
+    from_official,
     model_from_official,
-    resize_state,
     to_official,
     uvit_from_official,
 )
@@ -271,8 +270,7 @@ def test_weights_of_another_resolution(case, arrays):
     """
     model = model_from_official(case["dst_nnet_kwargs"]).eval()
     source = official_state(case, "src_state_dict")
-    assert is_official(source)
-    tensors, _ = resize_state(source, model)
+    tensors, _ = resize_state(from_official(model, source), model)
     load_strict(model, tensors, "the source")
     after = to_official(model)
     assert [[name, list(tensor.shape)] for name, tensor in after.items()] == case["dst_state_dict"]

@@ -1,22 +1,18 @@
-"""The networks by name, as the `nnet` section of a config gives them."""
+"""Networks by name, as the `nnet` section of a config gives them, and weights for them."""
 
-import contextlib
-import inspect
-import logging
+import math
 from pathlib import Path
 
 import torch
 
 from configs import common
-from libs.files import load_strict, weights_file
-from libs.model.dim import DiM
-from libs.model.mamba import Mamba
-from libs.model.published import from_official, is_official, load_checkpoint, resize_state
+from libs.files import load_strict, read_safetensors, read_torch, weights_file
+from libs.model.dim import EXTRA_TOKENS, DiM
+from libs.model.layers import interpolate_positions
+from libs.model.published import from_official
 from libs.model.uvit import UViT
 from libs.runtime import check_elements, check_values
 from utils import UserError, flatten, listed, read_json
-
-log = logging.getLogger("dim")
 
 NETWORKS = {"dim": DiM, "uvit": UViT}
 _SECTIONS = {"dim": common.dim_nnet, "uvit": common.uvit_nnet}
@@ -26,39 +22,84 @@ def build_model(nnet, seed=None):
     """The network of an `nnet` section: its name and the keywords of its constructor.
 
     seed: of torch's global generator before the weights are drawn; None leaves it as it is.
-
-    Raises:
-        UserError: unknown name, unknown or missing keyword, impossible value; each named.
+    UserError: an unknown name, or sizes that do not fit.
     """
-    keywords = dict(nnet)
-    name = keywords.pop("name", None)
+    keywords = {key: value for key, value in nnet.items() if value is not None}
     keywords.pop("pretrained_path", None)
+    name = keywords.pop("name")
     if name not in NETWORKS:
         raise UserError(f"nnet.name is {name!r}, expected one of {', '.join(NETWORKS)}")
-    parameters = inspect.signature(NETWORKS[name]).parameters
-    of_mixer = inspect.signature(Mamba).parameters
-    unknown = sorted(set(keywords) - set(parameters))
-    unknown += [
-        f"mamba.{key}"
-        for key in keywords.get("mamba") or ()
-        if key not in of_mixer or key == "dim"
-    ]
-    missing = sorted(
-        key for key, p in parameters.items() if p.default is p.empty and keywords.get(key) is None
-    )
-    if unknown or missing:
-        what = f"unknown keys {', '.join(unknown)}" if unknown else f"no {', '.join(missing)}"
-        raise UserError(f"the nnet section has {what}; {name} takes {', '.join(parameters)}")
     if seed is not None:
         torch.manual_seed(seed)
-    try:
-        return NETWORKS[name](**{key: item for key, item in keywords.items() if item is not None})
-    except (RuntimeError, MemoryError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return NETWORKS[name](**keywords)
+
+
+def resize_state(state_dict, model):
+    """Fit DiM weights of another resolution or patch size to `model`, as the official fine-tuning
+    does.
+
+    The position table is interpolated (its grid is taken to be square); for another patch size the
+    [0, 0] tap of the patch embedding and of the output head are repeated over the new patch.
+
+    Args:
+        state_dict: our names -> tensor.
+        model: the DiM to be loaded.
+
+    Returns:
+        (our names -> tensor, list of sentences on what changed). Weights with other names stay as
+        they are.
+    """
+    tensors, changes = dict(state_dict), []
+    if tensors.keys() != model.state_dict().keys():
+        return tensors, changes
+    weight, table = tensors["patch_embed.weight"], tensors["pos_embed"]
+    old, new = weight.shape[-1], model.patch_size
+    if old != new:
+        tensors["patch_embed.weight"] = weight[:, :, :1, :1].repeat(1, 1, new, new)
+        for name in ("head.weight", "head.bias"):
+            tensors[name] = torch.cat([tensors[name][: model.in_channels]] * new**2)
+        changes.append(f"patch size {old} -> {new}: patch_embed and head repeat their [0, 0] tap")
+    side, (h, w) = math.isqrt(table.shape[1] - EXTRA_TOKENS), model.native_grid
+    if table.shape[1] == EXTRA_TOKENS + side**2 != EXTRA_TOKENS + h * w:
+        tensors["pos_embed"] = interpolate_positions(table, (side, side), (h, w), EXTRA_TOKENS)
+        changes.append(f"pos_embed: {side}x{side} grid interpolated to {h}x{w}")
+    return tensors, changes
+
+
+def load_into(model, path):
+    """Load weights for evaluation or to start from into `model`, strictly.
+
+    path: a `<step>.ckpt` directory, whose averaged weights are read, a .safetensors file, or an
+    official .pth. Weights of a DiM for another resolution or patch size are fitted (resize_state).
+
+    Returns sentences on what was changed. UserError if there are no weights, or of another network.
+    """
+    file = weights_file(path)
+    if not file.is_file():
         raise UserError(
-            f"this machine cannot make the network of the nnet section ({reason}): give it a "
-            "smaller nnet.dim, nnet.depth or nnet.input_size"
-        ) from error
+            f"checkpoint {file} does not exist; give a <step>.ckpt directory, a .safetensors file "
+            "or an official .pth"
+        )
+    tensors = (read_safetensors if file.suffix == ".safetensors" else read_torch)(file)
+    tensors, changes = from_official(model, tensors), []
+    if isinstance(model, DiM):
+        tensors, changes = resize_state(tensors, model)
+    load_strict(model, tensors, path)
+    return changes
+
+
+def start_from(model, path):
+    """Load the weights that `nnet.pretrained_path` names into `model`, for a training that begins.
+
+    Returns sentences for the log. UserError as load_into: nothing is trained from scratch by
+    mistake.
+    """
+    if not path:
+        return ["starting from scratch"]
+    return [f"starting from {path}", *load_into(model, path)]
+
+
+# ------------------------------------------------------------ what fits a config together
 
 
 def check_data(model, dataset, z_shape):
@@ -218,38 +259,3 @@ def require_same(config, path):
                 f"{beside}: use their config, or --config.{key}={saved[key]}"
             )
     require_trained_labels(config, saved, beside)
-
-
-def load_into(model, path):
-    """Load weights for evaluation or to start from into `model`, strictly: a `<step>.ckpt`
-    directory or a file in it, or an official `.pth`.
-
-    Weights of a DiM for another resolution or patch size are fitted
-    (libs.model.published.resize_state).
-    Returns sentences on what was changed.
-    """
-    _, tensors = load_checkpoint(path)
-    changes = []
-    if is_official(tensors):
-        tensors = from_official(model, tensors, path)
-    if isinstance(model, DiM):
-        with contextlib.suppress(UserError):  # what fits no size, load_strict names
-            tensors, changes = resize_state(tensors, model)
-    load_strict(model, tensors, path)
-    return changes
-
-
-def start_from(model, path):
-    """Load the weights that `nnet.pretrained_path` names into `model`, for a training that begins.
-
-    Returns sentences for the log. UserError if they are not there: nothing is trained from scratch
-    by mistake.
-    """
-    if not path:
-        return ["starting from scratch"]
-    if not weights_file(path).exists():
-        raise UserError(
-            f"nnet.pretrained_path {path} does not exist: put the weights to start from there, or "
-            "start from scratch with --config.nnet.pretrained_path="
-        )
-    return [f"starting from {path}", *load_into(model, path)]
