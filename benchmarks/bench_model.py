@@ -27,7 +27,7 @@ from torch import nn
 
 from configs.common import d
 from libs.diffusion import make_guided, sample
-from libs.runtime import CudaCapture, GraphedTraining, Precision, SamplingNetwork
+from libs.runtime import GraphedTraining, Precision, SamplingNetwork
 from sde import VPSDE, DiscreteSchedule
 
 SHAPES = {  # task: (pixels, batch)
@@ -119,7 +119,7 @@ def make_training_step(case, network, device):
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=0.03, fused=True)
     call = torch.compile(network) if case.compiled else network
     if case.graph:
-        call = GraphedTraining(network, CudaCapture(x.device).both_ways)
+        call = GraphedTraining(network)
 
     def step():
         optimizer.zero_grad(set_to_none=True)

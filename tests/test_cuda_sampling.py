@@ -14,7 +14,7 @@ from configs import digits_T_DiM
 from libs.data.codec import PixelCodec
 from libs.diffusion import ImageNoise, make_guided, sample
 from libs.model.dim import DiM
-from libs.runtime.cuda_graphs import CudaCapture, GraphedNetwork, GraphedTraining, SamplingNetwork
+from libs.runtime.cuda_graphs import GraphedTraining, SamplingNetwork
 from libs.runtime.launch import Precision
 from libs.train.ema import EMA
 from libs.train.engine import Engine
@@ -61,7 +61,7 @@ def no_synchronisation():
 
 
 def number_captured(network):
-    return len(network._graphed.graphs)
+    return len(network._graphs)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
@@ -100,48 +100,6 @@ def test_graphs_follow_the_average():
                 outputs.append(network(*inputs))
         assert torch.equal(outputs[-1], expected)
     assert number_captured(fast) == 1 and not torch.equal(outputs[-1], outputs[-2])
-
-
-class Unfit(nn.Module):
-    """Cannot be captured: it synchronises, always or only in a capture, or raises there."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.linear, self.how = nn.Linear(4, 4), how
-
-    def forward(self, x, t, y=None):
-        capturing = torch.cuda.is_current_stream_capturing()
-        if self.how == "raises in capture" and capturing:
-            raise RuntimeError("not here")
-        if self.how == "always" or (self.how == "in capture" and capturing):
-            float(t.sum())
-        return self.linear(x) * t[:, None]
-
-
-@pytest.mark.parametrize("how", ["always", "in capture", "raises in capture"])
-@torch.no_grad()
-def test_what_cannot_be_captured_stays_eager(how, caplog):
-    """And the device is as good as before: streams, memory of other streams, random numbers,
-    further graphs.
-    """
-    network = Unfit(how).to(GPU)
-    fast = GraphedNetwork(network, CudaCapture(GPU))
-    x, t = torch.randn(3, 4, device=GPU), torch.rand(3, device=GPU)
-    stream = torch.cuda.current_stream()
-    for _ in range(4):
-        assert torch.equal(fast(x, t), network(x, t))
-    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
-    assert len(said) == 1 and fast.failed
-    assert torch.cuda.current_stream() == stream and torch.randn(9, device=GPU).isfinite().all()
-    test_graphs_follow_the_average()
-    memory = []
-    for _ in range(20):  # memory that another stream uses comes back
-        tensor = torch.empty(1 << 24, device=GPU)
-        tensor.record_stream(torch.cuda.Stream())
-        del tensor
-        torch.cuda.synchronize()
-        memory.append(torch.cuda.memory_reserved())
-    assert memory[-1] <= memory[2]
 
 
 @torch.no_grad()
@@ -253,14 +211,14 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
         assert k < 30, outcomes
     assert set(outcomes) <= ({"ok", "overflow"} if name == "fp16" else {"ok"})
     if graphed:
-        assert len(engine.model._graphs.graphs) == 1
+        assert len(engine.model._graphs) == 1
 
 
 def trained(dtype, graphed, uncond, steps=5, accumulation=2):
     """(losses, weights) of some AdamW steps with stochastic depth and clipping."""
     model, process = make_dim().train(), VPSDE()
     model.drop_path = 0.2
-    called = GraphedTraining(model, CudaCapture(GPU).both_ways) if graphed else model
+    called = GraphedTraining(model) if graphed else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     generator = torch.Generator("cuda").manual_seed(1)
     losses = []
@@ -281,7 +239,7 @@ def trained(dtype, graphed, uncond, steps=5, accumulation=2):
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
     if graphed:
-        assert len(called._graphs.graphs) == 1
+        assert len(called._graphs) == 1
     return torch.stack(losses), {name: p.detach() for name, p in model.named_parameters()}
 
 

@@ -1,6 +1,6 @@
-"""Graphs without a GPU, in sampling and in training: half matrices, what is captured, and that it
-follows the weights. In place of a CUDA graph stands a trace of aten calls, which reads tensors by
-address, too, and in training the call itself.
+"""Graphs without a GPU, in sampling and training: half matrices, what is captured, and that the
+graphs follow the weights. A trace of aten calls, which reads tensors by address, too, stands in
+place of a CUDA graph, and in training the call itself.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from configs import digits_T_DiM
 from libs.data.codec import PixelCodec
 from libs.evaluate import generate
 from libs.model.build import build_model
-from libs.runtime import cuda_graphs
+from libs.runtime.cuda_graphs import MAX_GRAPHS, GraphedTraining, SamplingNetwork
 from libs.runtime.launch import Precision
 from libs.train.ema import EMA
 from sde import VPSDE
@@ -59,6 +59,10 @@ def assert_same_bits(module, before):
 # ---------------------------------------- half matrices
 
 
+def halves(model, dtype=torch.bfloat16):
+    return SamplingNetwork(model, dtype, graphs=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_half_matrices_change_no_bit_of_the_output(dtype):
@@ -66,10 +70,10 @@ def test_half_matrices_change_no_bit_of_the_output(dtype):
     before, objects = bits(model), dict(model.named_parameters())
     with torch.autocast("cpu", dtype):
         expected = model(*make_inputs())
-        with cuda_graphs.HalfMatrices(model, dtype).installed():
-            found = model(*make_inputs())
+        with halves(model, dtype).ready() as network:
+            found = network(*make_inputs())
             half = {name for name, p in model.named_parameters() if p.dtype == dtype}
-    assert torch.equal(found, expected)
+    assert network is model and torch.equal(found, expected)
     matrices = {
         f"{name}.weight"
         for name, module in model.named_modules()
@@ -80,41 +84,24 @@ def test_half_matrices_change_no_bit_of_the_output(dtype):
     assert all(parameter is objects[name] for name, parameter in model.named_parameters())
 
 
-def test_half_matrices_follow_at_the_same_addresses():
+def test_half_matrices_follow_at_the_same_addresses_and_leave_the_network_as_it_was():
+    """Also those made under inference mode, outside of it."""
     model = nn.Linear(4, 3)
-    matrices = cuda_graphs.HalfMatrices(model, torch.bfloat16)
-    with matrices.installed():
-        address, old = model.weight.data_ptr(), model.weight.clone()
-    nn.init.normal_(model.weight)
-    with matrices.installed():
-        assert model.weight.data_ptr() == address and not torch.equal(model.weight, old)
-        assert torch.equal(model.weight, matrices.network.weight)
+    weight, sampling = model.weight, halves(model)
+    with torch.inference_mode(), sampling.ready():
+        address = model.weight.data_ptr()
+    nn.init.normal_(weight)
+    with pytest.raises(KeyError), sampling.ready():
+        assert model.weight.data_ptr() == address
         half = model.weight.clone()
-    assert torch.equal(half, model.weight.bfloat16()) and model.weight.dtype == torch.float32
-
-
-def test_half_matrices_made_under_inference_mode_follow_outside_of_it():
-    model = nn.Linear(4, 3)
-    matrices = cuda_graphs.HalfMatrices(model, torch.bfloat16)
-    with torch.inference_mode(), matrices.installed():
-        pass
-    nn.init.normal_(model.weight)
-    with matrices.installed():
-        half = model.weight.clone()
-    assert torch.equal(half, model.weight.bfloat16())
-
-
-def test_an_error_within_leaves_the_network_as_it_was():
-    model = nn.Linear(4, 3)
-    weight = model.weight
-    with pytest.raises(KeyError), cuda_graphs.HalfMatrices(model, torch.bfloat16).installed():
         raise KeyError
+    assert torch.equal(half, weight.bfloat16())
     assert model.weight is weight and weight.requires_grad
 
 
 def test_float32_has_none():
     model = make_dim()
-    with cuda_graphs.HalfMatrices(model, None).installed():
+    with halves(model, None).ready():
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -135,26 +122,33 @@ class Network(nn.Module):
 
 
 def traced(call):
-    """(replay, output) of a call, as graphs.CudaCapture gives them."""
+    """(replay, output) of a call, as CudaCapture gives them."""
     trace = make_fx(call)()
     output = trace().clone()
     return lambda: output.copy_(trace()), output
 
 
-def graphed(capture=traced):
+def graphed(capture=traced, dtype=None):
+    """(a network, f(x, t, y) that replays it, its SamplingNetwork)."""
     torch.manual_seed(0)
     network = Network()
-    return network, cuda_graphs.GraphedNetwork(network, capture)
+    sampling = SamplingNetwork(network, dtype, graphs=True, capture=capture)
+
+    def call(*inputs):
+        with sampling.ready() as fast:
+            return fast(*inputs)
+
+    return network, call, sampling
 
 
 @torch.no_grad()
 def test_eager_then_captured_then_replayed():
-    network, fast = graphed()
+    network, fast, sampling = graphed()
     found = [fast(*make_inputs()) for _ in range(2)]
     calls = network.calls
     other = [tensor + 1 for tensor in make_inputs()]
     found += [fast(*make_inputs()), fast(*other)]
-    assert network.calls == calls and len(fast.graphs) == 1
+    assert network.calls == calls and len(sampling._graphs) == 1
     expected = network(*make_inputs())
     # Each result is its caller's own: the replay after it did not write into it.
     assert all(torch.equal(y, expected) for y in found[:3])
@@ -162,53 +156,50 @@ def test_eager_then_captured_then_replayed():
 
 
 def test_a_graph_of_inference_mode_is_replayed_outside_of_it():
-    network, fast = graphed(lambda call: (lambda: None, call()))
+    _, fast, sampling = graphed(lambda call: (lambda: None, call()))
     with torch.inference_mode():
         for _ in range(2):
             fast(*make_inputs())
-    (graph,) = fast.graphs.values()
+    ((inputs, _),) = sampling._graphs.values()
     fast(*[tensor + 1 for tensor in make_inputs()])
-    assert torch.equal(graph.inputs[0], make_inputs()[0] + 1)
+    assert torch.equal(inputs[0], make_inputs()[0] + 1)
 
 
 @torch.no_grad()
 def test_a_graph_for_each_signature():
-    network, fast = graphed()
+    network, fast, sampling = graphed()
     signatures = [(3, True, None), (3, False, None), (5, True, None), (3, True, torch.bfloat16)]
     for batch, labels, dtype in signatures * 3:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             found = fast(*make_inputs(batch, labels))
             expected = network(*make_inputs(batch, labels))
         assert found.dtype == expected.dtype and torch.equal(found, expected)
-    assert len(fast.graphs) == 4
+    assert len(sampling._graphs) == 4
 
 
 @torch.no_grad()
 def test_graphs_are_bounded_and_released():
-    network, fast = graphed()
-    for batch in 2 * list(range(1, cuda_graphs.MAX_GRAPHS + 3)):
+    network, fast, sampling = graphed()
+    for batch in 2 * list(range(1, MAX_GRAPHS + 3)):
         fast(*make_inputs(batch))
-    assert len(fast.graphs) == cuda_graphs.MAX_GRAPHS
-    beyond = make_inputs(cuda_graphs.MAX_GRAPHS + 2)
+    assert len(sampling._graphs) == MAX_GRAPHS
+    beyond = make_inputs(MAX_GRAPHS + 2)
     assert torch.equal(fast(*beyond), network(*beyond))
-    fast.release()
+    sampling.release()
     calls = network.calls
     fast(*make_inputs(1))
-    assert not fast.graphs and network.calls == calls + 1
+    assert not sampling._graphs and network.calls == calls + 1
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @torch.no_grad()
 def test_a_graph_follows_the_weights(dtype):
     """float32 ones in place, halves by their copies."""
-    network, fast = graphed()
-    matrices = cuda_graphs.HalfMatrices(network, dtype)
+    network, fast, _ = graphed(dtype=dtype)
 
     def both():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
-            with matrices.installed():
-                found = fast(*make_inputs())
-            return found, network(*make_inputs())
+            return fast(*make_inputs()), network(*make_inputs())
 
     for _ in range(3):
         both()
@@ -217,24 +208,6 @@ def test_a_graph_follows_the_weights(dtype):
         parameter.data.mul_(1.5)
     found, expected = both()
     assert torch.equal(found, expected) and not torch.equal(found, before)
-
-
-@torch.no_grad()
-def test_a_failing_capture_is_said_once_and_sampling_goes_on(caplog):
-    def failing(call):
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-    network, fast = graphed(failing)
-    for batch in (2, 2, 2, 3, 3, 3):
-        assert torch.equal(fast(*make_inputs(batch)), network(*make_inputs(batch)))
-    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
-    assert len(said) == 1 and said[0].endswith("not permitted when stream is capturing")
-
-
-def test_on_the_cpu_it_is_the_network_itself():
-    model = make_dim()
-    with cuda_graphs.SamplingNetwork(model, torch.bfloat16, graphs=True).ready() as network:
-        assert network is model
 
 
 # ---------------------------------------- in training
@@ -266,7 +239,7 @@ def trained(capture, steps=4, accumulation=2, labels=True, unused=True, wrap=Non
     network = make_dim().train()
     if unused:
         network.unused = nn.Parameter(torch.ones(3))
-    graphed = cuda_graphs.GraphedTraining(network, capture) if capture else network
+    graphed = GraphedTraining(network, capture) if capture else network
     called = wrap(graphed) if wrap else graphed
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     for step in range(steps):
@@ -288,7 +261,7 @@ def trained(capture, steps=4, accumulation=2, labels=True, unused=True, wrap=Non
 def test_training_by_graphs_makes_the_eager_steps(labels):
     found, called = trained(repeated, labels=labels)
     expected, _ = trained(None, labels=labels)
-    assert len(called._graphs.graphs) == 1
+    assert len(called._graphs) == 1
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
@@ -297,8 +270,8 @@ def test_training_by_graphs_makes_the_eager_steps(labels):
 def test_gradients_by_graphs_are_the_parameters_own():
     """A later replay writes the graph's, not these; a sum over micro-batches needs both."""
     _, called = trained(repeated, steps=2, accumulation=1)
-    (graph,) = called._graphs.graphs.values()
-    own = {x.data_ptr() for x in graph.parts[4] if x is not None}
+    ((_, parts),) = called._graphs.values()
+    own = {x.data_ptr() for x in parts[4] if x is not None}
     gradients = [p.grad for p in called.network.parameters() if p.grad is not None]
     assert len(gradients) == len(own) and not own & {g.data_ptr() for g in gradients}
     assert called.network.unused.grad is None
@@ -307,7 +280,7 @@ def test_gradients_by_graphs_are_the_parameters_own():
 def test_a_backward_after_the_next_forward_is_refused():
     _, called = trained(repeated)
     first, second = (called(*make_inputs(), drop_path_draw=torch.ones(3, 5)) for _ in range(2))
-    with pytest.raises(RuntimeError, match="after the next forward"):
+    with pytest.raises(RuntimeError, match="before the next forward"):
         first.sum().backward()
     second.sum().backward()
 
@@ -328,7 +301,7 @@ def test_training_by_graphs_inside_ddp():
         plain, _ = trained(None, unused=False)
     finally:
         torch.distributed.destroy_process_group()
-    assert len(called._graphs.graphs) == 1
+    assert len(called._graphs) == 1
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert any(not torch.equal(found[name], tensor) for name, tensor in plain.items())
@@ -338,17 +311,6 @@ def doubled(state, bucket):
     future = torch.futures.Future()
     future.set_result(2 * bucket.buffer())
     return future
-
-
-def test_a_failing_capture_is_said_once_and_training_goes_on(caplog):
-    def failing(call, parameters):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    found, _ = trained(failing)
-    expected, _ = trained(None)
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    said = [r.getMessage() for r in caplog.records if "without CUDA graphs" in r.getMessage()]
-    assert len(said) == 1 and said[0].startswith("training without CUDA graphs")
 
 
 # ---------------------------------------- in an evaluation
@@ -374,7 +336,7 @@ def test_an_evaluation_in_training_leaves_the_average_as_it_was():
     assert torch.equal(grid[:2], first)
     assert_same_bits(ema.model, before)
     assert addresses == [p.data_ptr() for p in ema.model.parameters()]
-    assert not image_sampler._network.matrices._copies  # their memory is training's again
+    assert not image_sampler._network._halves  # their memory is training's again
     for parameter in model.parameters():
         parameter.data += 0.1
     ema.update(model)

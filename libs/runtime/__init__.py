@@ -1,6 +1,6 @@
 """Around every script: flags, processes, logs, CUDA graphs."""
 
-from libs.runtime.cuda_graphs import CudaCapture, GraphedTraining, SamplingNetwork
+from libs.runtime.cuda_graphs import GraphedTraining, SamplingNetwork
 from libs.runtime.flags import (
     EVALUATION,
     RANGES,
@@ -33,7 +33,6 @@ from libs.runtime.logs import (
 from libs.runtime.watch import WAITING, beat
 
 __all__ = [
-    "CudaCapture",
     "EVALUATION",
     "GraphedTraining",
     "MetricsLog",

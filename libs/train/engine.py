@@ -12,7 +12,7 @@ import warnings
 
 import torch
 
-from libs.runtime import CudaCapture, GraphedTraining, requested_engine
+from libs.runtime import GraphedTraining, requested_engine
 from libs.train import sharding
 from utils import UserError
 
@@ -39,8 +39,7 @@ class Engine:
         self.accelerator, self.network, self.optimizer = accelerator, network, optimizer
         self.scaler, self.max_norm, self.graphed = precision.scaler, max_norm, graphed
         if graphed:
-            capture = CudaCapture(accelerator.device)
-            network = GraphedTraining(network, capture.both_ways)
+            network = GraphedTraining(network)
         warnings.filterwarnings("ignore", _HARMLESS, UserWarning)
         self.model = accelerator.prepare_model(network)
 
