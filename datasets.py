@@ -6,6 +6,7 @@ training stream. Importing this module reads nothing and imports neither torchvi
 scikit-learn: accelerate may look for Hugging Face's package of the same name and find this file.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -26,7 +27,6 @@ from libs.data import (
     list_images,
     open_features,
     random_crop,
-    read_cifar10,
     read_image,
     refuse_system_error,
     unreadable_reason,
@@ -144,23 +144,44 @@ class Digits(ImageDataset):
 
 
 class Cifar10(ImageDataset):
-    """CIFAR-10 from its original files: (3, 32, 32), ten classes; 50,000 images (train) or 10,000.
+    """CIFAR-10: (3, 32, 32), ten classes; 50,000 images (train) or 10,000.
 
     `path` holds the folder `cifar-10-batches-py`, is that folder, or holds the archive; where
     there is neither, the archive is downloaded into it.
     """
 
     def __init__(self, *, path, resolution, labels, train, **augmentation):
-        path = _require_path("cifar10", path)
         _require_resolution("cifar10", resolution, 32)
-        self.images, targets = read_cifar10(path, train)
+        images, targets = self._read_files(_require_path("cifar10", path), train)
+        self.images = np.ascontiguousarray(images.transpose(0, 3, 1, 2))
         super().__init__(
             length=len(self.images),
             shape=(3, 32, 32),
-            labels=targets if labels else None,
+            labels=np.array(targets, np.int64) if labels else None,
             num_classes=10,
             **augmentation,
         )
+
+    @staticmethod
+    def _read_files(path, train):
+        """uint8 (n, 32, 32, 3) and labels. torchvision checks the md5 before it unpickles."""
+        from torchvision.datasets import CIFAR10
+
+        root = path.parent if path.name == CIFAR10.base_folder else path
+        lock = root / ".download"
+        try:
+            if lock.exists() or not (root / CIFAR10.base_folder).exists():
+                root.mkdir(parents=True, exist_ok=True)
+                with open(lock, "w") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait for the first
+                    CIFAR10(root, download=True)
+            files = CIFAR10(root, train)
+        except (RuntimeError, OSError) as error:
+            raise UserError(
+                f"{root} has no {CIFAR10.base_folder} with CIFAR-10's published files, and they "
+                f"could not be downloaded ({error})"
+            ) from error
+        return files.data, files.targets
 
     def _read(self, epoch, index):
         return _uint8_to_float(self.images[index]), index

@@ -1,14 +1,17 @@
-"""Tensors from files, without running code from them, and into modules, strictly."""
+"""Tensors and arrays out of files, without running code from them, and into modules, strictly."""
 
+import contextlib
 import hashlib
+import pickle
+import re
+import zipfile
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors.torch import load_file
 
-from libs import pickled, torch_files
-from utils import UserError, listed, read_json
-
-USE_ANOTHER = "use another checkpoint"
+from utils import PASSING_ERRORS, UserError, listed
 
 
 def weights_file(path):
@@ -33,84 +36,121 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-def manifest_of(folder):
-    """{file name: {'size': int, 'sha256': str}} and the other entries of a checkpoint's
-    manifest.json, as a dict; UserError if it is no such file.
-    """
-    path = Path(folder) / "manifest.json"
-    manifest = read_json(path)
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(entry, dict) and type(entry.get("size")) is int
-        and isinstance(entry.get("sha256"), str)
-        for entry in files.values()
-    ):  # fmt: skip
-        raise UserError(f"{path} is damaged: it has no size and sha256 of files; {USE_ANOTHER}")
-    return manifest
-
-
-def check_manifest(path):
-    """UserError where the manifest of the checkpoint that holds the file `path` has another hash.
-
-    A file without a manifest beside it, such as one that was copied alone, passes.
-    """
-    if not path.with_name("manifest.json").is_file():
-        return
-    entry = manifest_of(path.parent)["files"].get(path.name)
-    if entry and sha256_of(path) != entry["sha256"]:
+@contextlib.contextmanager
+def _reading(path, kind):
+    """UserError that names the file, for what libraries raise for broken files: almost any kind."""
+    try:
+        yield
+    except Exception as error:
+        not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
+        if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:
+            raise
+        reason = str(error)[:200]
+        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run the code
+            asked = re.search(r"GLOBAL (\S+)", str(error))
+            reason = f"it asks for {asked[1]}, and no code from files is run" if asked else ""
         raise UserError(
-            f"{path} is damaged: its SHA-256 is not the one in manifest.json; use another "
-            "checkpoint"
-        )
+            f"{path} is damaged or no {kind} ({type(error).__name__}: {reason})"
+        ) from error
+
+
+# ------------------------------------------------------------ weights
 
 
 def read_safetensors(path):
     """name -> CPU tensor of a .safetensors file; UserError if it is damaged or none."""
-    try:
+    with _reading(path, "safetensors file"):
         return load_file(path)
-    except Exception as error:  # broken and hostile files raise several kinds
-        raise UserError(
-            f"{path} is damaged or no safetensors file ({error}); {USE_ANOTHER}"
-        ) from error
 
 
 def read_torch(path):
-    """What torch.save wrote, tensors on the CPU; UserError if it is damaged, or asks for code to be
-    run, which is never done.
+    """What torch.save wrote: tensors on the CPU and plain values; UserError for anything else.
+
+    A file in torch's zip format is mapped: its bytes are read when they are used, and never
+    written.
     """
-    try:
-        return torch_files.load(path)
-    except pickled.ForbiddenName as error:
-        raise UserError(
-            f"{path} contains pickled code or objects, which are never executed ({error}); only "
-            "plain tensors and values are read, so use a checkpoint from a source you trust"
-        ) from error
-    except Exception as error:  # broken and hostile files raise almost any kind
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(": ")
-        raise UserError(f"{path} is damaged or no torch file ({reason}); {USE_ANOTHER}") from error
+    with _reading(path, "torch file of plain tensors and values"):
+        mapped = zipfile.is_zipfile(path)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def require_fit(expected, found, source):
+    """UserError unless two dicts name -> tensor have the same names and shapes; it names `source`
+    and the first few differences.
+    """
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of the wrong shape": [
+            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if said:
+        raise UserError(f"the weights in {source} do not fit this network; {'; '.join(said)}")
 
 
 def load_strict(module, tensors, source):
     """Load `tensors` into `module`; every name and shape must match.
 
-    Raises UserError naming `source` and the first few missing, unexpected or misshapen tensors; the
-    module is unchanged then.
+    Raises UserError as require_fit; the module is unchanged then.
     """
-    own = module.state_dict()
-    shapes = [
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own
-        if name in tensors and tensors[name].shape != own[name].shape
-    ]
-    problems = {
-        "missing": [name for name in own if name not in tensors],
-        "unexpected": [name for name in tensors if name not in own],
-        "of the wrong shape": shapes,
-    }
-    said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
-    if said:
-        raise UserError(
-            f"the weights in {source} do not fit this network; {'; '.join(said)}; use the "
-            "configuration that they were trained with"
-        )
+    require_fit(module.state_dict(), tensors, source)
     module.load_state_dict(tensors)
+
+
+# ------------------------------------------------------------ arrays
+
+
+def read_arrays(path):
+    """{name: array} of a .npz file; UserError if it is damaged, none or holds pickled objects."""
+    with _reading(path, ".npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+class _Pickled:
+    """What a pickle asks to be called, as plain data."""
+
+    def __init__(self, *args):
+        self.args, self.state = args, None
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class _Unpickler(pickle.Unpickler):
+    """Calls nothing, numpy neither: its `__setstate__` would take numbers for addresses."""
+
+    def find_class(self, module, name):
+        if name not in ("_reconstruct", "ndarray", "dtype", "scalar", "encode"):
+            raise pickle.UnpicklingError(f"GLOBAL {module}.{name}")
+        return _Pickled
+
+
+def _rebuild(value):
+    """A pickled array of numbers or a number of numpy's as an array, one of objects as a list."""
+    if not isinstance(value, _Pickled):
+        return value
+    _, shape, dtype, fortran_order, data = value.state or (1, (), value.args[0], 0, value.args[1])
+    if isinstance(data, list):
+        return [_rebuild(item) for item in data]
+    # Protocol 2 writes bytes as _codecs.encode(text, "latin1").
+    data = data.args[0].encode("latin1") if isinstance(data, _Pickled) else data
+    code = dtype.state[1] + dtype.args[0]
+    if not re.fullmatch("[<>|][fiu][1248]", code):
+        raise ValueError(f"it holds {code}")
+    return np.frombuffer(data, code).reshape(shape, order="F" if fortran_order else "C")
+
+
+def read_array(path):
+    """The array of a .npy file; an array of objects, such as U-ViT's (moments, label), as a list of
+    arrays and numbers. UserError if it is damaged, none or holds other objects.
+    """
+    with _reading(path, ".npy file of arrays and numbers"), open(path, "rb") as file:
+        major, _ = np.lib.format.read_magic(file)
+        _, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
+        if dtype.hasobject:
+            return _rebuild(_Unpickler(file).load())
+        return np.load(path, allow_pickle=False)

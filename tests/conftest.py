@@ -6,6 +6,7 @@ import sys
 import pytest
 import runs
 import torch
+import writers
 
 from libs.runtime import flags
 
@@ -54,3 +55,18 @@ def in_process(one_thread):
         return 0
 
     return call
+
+
+@pytest.fixture
+def cifar10(monkeypatch):
+    """cifar10(parent, count): small CIFAR-10 files in `parent`, which torchvision then takes."""
+
+    def write(parent, count=3):
+        from torchvision.datasets import CIFAR10
+
+        folder = writers.write_cifar10(parent, count)
+        for name, value in writers.cifar10_lists(parent).items():
+            monkeypatch.setattr(CIFAR10, name, value)
+        return folder
+
+    return write

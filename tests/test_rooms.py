@@ -17,8 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = [
     ["utils"],
     ["sde", "configs"],
-    ["libs.pickled"],
-    ["libs.torch_files", "libs.arrays"],
     ["libs.files", "libs.ops", "libs.diffusion", "libs.runtime"],
     ["libs.model", "libs.data"],
     ["datasets"],

@@ -12,7 +12,7 @@ import pytest
 import runs
 import torch
 from PIL import Image
-from writers import place_of_everything
+from writers import cifar10_environment, place_of_everything
 
 from configs import imagenet256_H_DiM, imagenet512_H_DiM_ft
 from libs.files import read_safetensors
@@ -61,10 +61,10 @@ def adapted(words, options):
     return [sys.executable, *words[1:]]
 
 
-def run(words, options):
+def run(words, options, **environment):
     result = subprocess.run(
-        adapted(words, options), cwd=runs.ROOT, env=runs.environment(), capture_output=True,
-        text=True, timeout=runs.TIMEOUT_S,
+        adapted(words, options), cwd=runs.ROOT, env=runs.environment(**environment),
+        capture_output=True, text=True, timeout=runs.TIMEOUT_S,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout + result.stderr
@@ -186,7 +186,7 @@ def test_cifar10(place):
     words = command("train.py", "cifar10_S_DiM.py")
     log = run(words, {"workdir": place / "S"} | config_options(
         NETWORK, TRAINING, dataset__path=place, nnet__num_classes=10, train__grid_samples=0,
-    ))  # fmt: skip
+    ), **cifar10_environment(place))  # fmt: skip
     assert "ranks [0, 1]" in log and "precision fp16" in log
     words = command("eval.py", "cifar10_S_DiM.py")
     run(words, {
@@ -194,7 +194,7 @@ def test_cifar10(place):
     } | config_options(
         NETWORK, EVALUATION, dataset__path=place, nnet__num_classes=10,
         sample__path=place / "cifar10",
-    ))  # fmt: skip
+    ), **cifar10_environment(place))  # fmt: skip
     assert len(list((place / "cifar10").glob("*.png"))) == EVALUATION["sample.n_samples"]
 
 

@@ -2,15 +2,12 @@
 says of them.
 """
 
-import pickle
-import tarfile
 
-import numpy as np
 import pytest
 import runs
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from writers import write_folder
+from writers import cifar10_environment, write_cifar10, write_folder
 
 import utils
 from configs import digits_T_DiM
@@ -312,30 +309,12 @@ def test_fid_that_cannot_be_made_is_noted_once_and_does_not_stop_the_run(tmp_pat
     assert "finished 4 steps" in log
 
 
-def write_cifar10(folder, count=20):
-    """Generated images in CIFAR-10's own file format: five training batches and a test batch,
-    pickled as Python 2 did.
-    """
-    batches = folder / "cifar-10-batches-py"
-    batches.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for name in [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]:
-        batch = {
-            b"data": random.integers(0, 256, (count, 3072), dtype=np.uint8),
-            b"labels": random.integers(0, 10, count).tolist(),
-        }
-        (batches / name).write_bytes(pickle.dumps(batch, protocol=2))
-    return folder
-
-
 @pytest.mark.slow
 def test_cifar10_config_trains_two_steps_on_files_in_its_format(tmp_path):
-    """The published configuration, 50.6M parameters, from a packed archive; only the batch is
-    smaller and the sampling short.
+    """The published configuration, 50.6M parameters; only the batch is smaller and the sampling
+    short.
     """
-    folder = write_cifar10(tmp_path / "files")
-    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
-        archive.add(folder / "cifar-10-batches-py", "cifar-10-batches-py")
+    write_cifar10(tmp_path)
     overrides = {
         "dataset.path": tmp_path, "train.batch_size": 2, "train.n_steps": 2,
         "train.log_interval": 1, "train.num_workers": 0, "train.fid_samples": 0,
@@ -343,8 +322,9 @@ def test_cifar10_config_trains_two_steps_on_files_in_its_format(tmp_path):
     }  # fmt: skip
     words = [f"--config.{key}={value}" for key, value in overrides.items()]
     status, output = runs.run(
-        "train.py", "--config=configs/cifar10_S_DiM.py", f"--workdir={tmp_path / 'run'}", *words
-    )
+        "train.py", "--config=configs/cifar10_S_DiM.py", f"--workdir={tmp_path / 'run'}", *words,
+        **cifar10_environment(tmp_path),
+    )  # fmt: skip
     assert status == 0, output
     assert "50,568,716 parameters" in output and "100 images of shape (3, 32, 32)" in output
     assert [line["step"] for line in runs.steps_logged(tmp_path / "run")] == [1, 2]

@@ -1,9 +1,7 @@
 """Small files in the formats that users have: CIFAR-10, image folders, ImageNet, an autoencoder."""
 
-import io
+import hashlib
 import pickle
-import struct
-import tarfile
 
 import numpy as np
 import torch
@@ -59,54 +57,41 @@ def write_folder(root, count=6):
     return images
 
 
-class Python2Pickler(pickle._Pickler):
-    """Writes str and bytes as Python 2's cPickle wrote the published files (opcode BINSTRING)."""
-
-    def save_string(self, value):
-        raw = value.encode("latin1") if isinstance(value, str) else value
-        self.write(b"T" + struct.pack("<i", len(raw)) + raw)
-        self.memoize(value)
-
-
-Python2Pickler.dispatch = {
-    **pickle._Pickler.dispatch,
-    str: Python2Pickler.save_string,
-    bytes: Python2Pickler.save_string,
-}
-
-
-def python2_pickle(value):
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    return file.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
-
-
-def python3_pickle(value):
-    return pickle.dumps(value, protocol=2)
-
-
-def cifar10_batch(number, count=3):
-    rng = np.random.default_rng(number)
-    return {
-        b"batch_label": b"testing batch",
-        b"labels": rng.integers(10, size=count).tolist(),
-        b"data": rng.integers(256, size=(count, 3072), dtype=np.uint8),
-        b"filenames": [b"x.png"] * count,
-    }
-
-
-def write_cifar10(parent, dump=python2_pickle):
-    folder = parent / "cifar-10-batches-py"
+def write_cifar10(parent, count=20):
+    """`count` images a file in the published layout, with other md5 than the published: see
+    `cifar10_lists`.
+    """
+    rng, folder = np.random.default_rng(0), parent / "cifar-10-batches-py"
     folder.mkdir(parents=True)
-    for number, name in enumerate([*TRAIN_FILES, "test_batch"], start=1):
-        (folder / name).write_bytes(dump(cifar10_batch(number)))
+    for name in [*TRAIN_FILES, "test_batch"]:
+        pixels = rng.integers(256, size=(count, 3072), dtype=np.uint8)
+        batch = {"data": pixels, "labels": rng.integers(10, size=count).tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("0123456789")}))
     return folder
 
 
-def write_archive(parent, folder):
-    with tarfile.open(parent / "cifar-10-python.tar.gz", "w:gz") as tar:
-        tar.add(folder, "cifar-10-batches-py")
-    return parent / "cifar-10-python.tar.gz"
+def cifar10_lists(parent):
+    """The attributes of torchvision's CIFAR10 with which it takes the files in `parent`."""
+    md5 = {
+        path.name: hashlib.md5(path.read_bytes()).hexdigest()
+        for path in (parent / "cifar-10-batches-py").iterdir()
+    }
+    return {
+        "train_list": [[name, md5[name]] for name in TRAIN_FILES],
+        "test_list": [["test_batch", md5["test_batch"]]],
+        "meta": {"filename": "batches.meta", "key": "label_names", "md5": md5["batches.meta"]},
+    }
+
+
+def cifar10_environment(parent):
+    """{name: value} of the environment in which Python's processes take the files in `parent`."""
+    site = parent / "site"
+    site.mkdir(exist_ok=True)
+    lines = ["from torchvision.datasets import CIFAR10"]
+    lines += [f"CIFAR10.{name} = {value!r}" for name, value in cifar10_lists(parent).items()]
+    (site / "sitecustomize.py").write_text("\n".join(lines) + "\n")
+    return {"PYTHONPATH": str(site)}
 
 
 def place_of_everything(folder, classes=4):

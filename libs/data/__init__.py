@@ -1,7 +1,6 @@
 """Images, latents, the autoencoder, and the codecs between them and a network."""
 
 from libs.data.autoencoder import load_autoencoder
-from libs.data.cifar10 import read_cifar10
 from libs.data.codec import PixelCodec, latent_codec
 from libs.data.images import (
     center_crop,
@@ -33,7 +32,6 @@ __all__ = [
     "num_shards",
     "open_features",
     "random_crop",
-    "read_cifar10",
     "read_image",
     "refuse_system_error",
     "unreadable_reason",

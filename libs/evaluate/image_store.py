@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 import utils
-from libs.arrays import read_header
 from utils import UserError
 
 # Values of done.npy. AGREES: made, and classified as what it was to be.
@@ -121,7 +120,9 @@ class RowFile:
         self.path = path
         try:
             with open(path, "rb") as file:
-                self.shape, fortran_order, self.dtype = read_header(file)
+                np.lib.format.read_magic(file)
+                header = np.lib.format.read_array_header_1_0(file)
+                self.shape, fortran_order, self.dtype = header
                 self._start, size = file.tell(), os.fstat(file.fileno()).st_size
             self._row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
             if self.dtype.hasobject or fortran_order or not self.shape or 0 in self.shape:

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.arrays import read_npz
-from libs.files import read_safetensors, read_torch, sha256_of
+from libs.files import read_arrays, read_safetensors, read_torch, sha256_of
 from utils import UserError, replacing
 
 # ------------------------------------------------------------ Inception
@@ -271,8 +270,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 # ------------------------------------------------------------ statistics files
 
 
-MAX_STATISTICS_BYTES = 1 << 30  # Inception's moments and 10,000 features have 110 MiB
-_ARRAYS = ("mu", "sigma", "count", "extractor", "resolution", "preprocessing", "features")
 
 
 @dataclass(frozen=True)
@@ -328,13 +325,7 @@ def require_file(path):
 def _read_arrays(path):
     """The file's arrays by name, pickled objects refused, and its sha256."""
     require_file(path)
-    try:
-        return read_npz(path, _ARRAYS, MAX_STATISTICS_BYTES), sha256_of(path)
-    except Exception as error:  # broken zip members and array headers raise many kinds
-        raise UserError(
-            f"{path} is not a whole .npz file of plain arrays ({error}): make it again with "
-            "scripts/compute_fid_stats.py"
-        ) from error
+    return read_arrays(path), sha256_of(path)
 
 
 def _scalar(path, arrays, name, kind):

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from libs.files import manifest_of, read_safetensors, read_torch, sha256_of
+from libs.files import read_safetensors, read_torch, sha256_of
 from utils import PASSING_ERRORS, UserError, read_json, write_json
 
 FORMAT = 1
@@ -223,6 +223,18 @@ def _is(kind, path: Path) -> bool:
         return False
 
 
+def _read_manifest(folder):
+    """manifest.json: 'files', name -> {'size': int, 'sha256': str}, and other entries."""
+    path = folder / "manifest.json"
+    manifest = read_json(path)
+    try:
+        for entry in manifest["files"].values():
+            int(entry["size"]), bytes.fromhex(entry["sha256"])
+    except Exception as error:
+        raise UserError(f"{path} is damaged: it has no size and sha256 of files") from error
+    return manifest
+
+
 def _check_file(path: Path, entry: dict) -> None:
     if not _is(stat.S_ISREG, path):
         raise UserError(f"{path} is missing")
@@ -248,7 +260,7 @@ def verify(path) -> int:
         raise UserError(f"{path} is not a checkpoint directory")
     if not _is(stat.S_ISREG, path / "manifest.json"):
         raise UserError(f"{path} has no manifest.json: it was not saved to the end")
-    manifest = manifest_of(path)
+    manifest = _read_manifest(path)
     version, step, files = manifest.get("format"), manifest.get("step"), manifest["files"]
     if version != FORMAT:
         raise UserError(f"{path} has checkpoint format {version}; this version of DiM reads "
