@@ -45,13 +45,11 @@ def _reading(path, kind):
         not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
         if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:
             raise
-        reason = str(error)[:200]
-        if isinstance(error, pickle.UnpicklingError):  # torch's text advises to run the code
+        reason = f"{type(error).__name__}: {error}"[:200]
+        if "pickl" in reason.lower():  # the libraries' texts advise to run the code
             asked = re.search(r"GLOBAL (\S+)", str(error))
-            reason = f"it asks for {asked[1]}, and no code from files is run" if asked else ""
-        raise UserError(
-            f"{path} is damaged or no {kind} ({type(error).__name__}: {reason})"
-        ) from error
+            reason = f"{asked[1] + ': ' if asked else ''}no code from files is run"
+        raise UserError(f"{path} is damaged or no {kind} ({reason})") from error
 
 
 # ------------------------------------------------------------ weights
@@ -89,7 +87,10 @@ def require_fit(expected, found, source):
     }
     said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if said:
-        raise UserError(f"the weights in {source} do not fit this network; {'; '.join(said)}")
+        raise UserError(
+            f"the weights in {source} do not fit this network; {'; '.join(said)}; use the "
+            "configuration that they were trained with"
+        )
 
 
 def load_strict(module, tensors, source):

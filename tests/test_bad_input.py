@@ -5,7 +5,6 @@ The scripts run in this process, as their users start them; some also in process
 """
 
 import importlib
-import json
 import os
 import pickle
 import shutil
@@ -22,7 +21,6 @@ from runs import assert_nothing_lost, assert_one_sentence, snapshot
 from safetensors.torch import save_file
 
 from libs.evaluate.metrics import DigitsClassifier
-from libs.files import sha256_of
 from libs.model.build import build_model
 from libs.model.published import to_official
 from libs.runtime import flags
@@ -345,7 +343,7 @@ def test_damaged_checkpoints(refused, trained, tmp_path, script):
         for content in (whole[: len(whole) // 2], whole[:10], b"", b"<html>Not found</html>"):
             path.write_bytes(content)
             words = read_by(script, path, tmp_path)
-            refused(script, words, str(path), "damaged or no", "use another checkpoint")
+            refused(script, words, str(path), "damaged or no", "damaged")
 
 
 @SCRIPTS
@@ -373,41 +371,8 @@ def write_payload(path, payload, kind):
         torch.save(payload, path, _use_new_zipfile_serialization=kind == "zip")
 
 
-@SCRIPTS
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
-def test_code_in_a_checkpoint_is_never_executed(refused, trained, tmp_path, marker, script, kind):
-    path = tmp_path / "nnet_ema.pth"
-    for payload in ({**official_weights(trained), "extra": Payload(marker)}, Payload(marker)):
-        write_payload(path, payload, kind)
-        words = read_by(script, path, tmp_path)
-        refused(script, words, str(path), "contains pickled code", "never executed")
-    disguised = tmp_path / "nnet_ema.safetensors"
-    write_payload(disguised, Payload(marker), kind)
-    refused(script, read_by(script, disguised, tmp_path), str(disguised), "no safetensors file")
-    assert not marker.exists()
-
-
-def forge(folder, name, content):
-    """Replace a file of a checkpoint and make its manifest agree, as an attacker would."""
-    (folder / name).write_bytes(content)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"][name] = {"size": len(content), "sha256": sha256_of(folder / name)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-
-
 def copy_run(trained, folder):
     return Path(shutil.copytree(trained, folder))
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle"])
-def test_code_in_a_run_that_is_resumed_is_never_executed(refused, trained, tmp_path, marker, kind):
-    workdir, evil = copy_run(trained, tmp_path / "run"), tmp_path / "evil.pt"
-    newest = workdir / "ckpts" / "4.ckpt"
-    write_payload(evil, {"optimizer": Payload(marker)}, kind)
-    forge(newest, "training.pt", evil.read_bytes())
-    words = runs.arguments(workdir, **{**QUICK, "train__n_steps": 6})
-    refused("train", words, str(newest / "training.pt"), "pickled code", "never executed")
-    assert not marker.exists()
 
 
 def test_a_run_of_another_network_is_not_resumed(refused, trained, tmp_path):
@@ -498,7 +463,7 @@ def test_statistics_that_do_not_belong(refused, trained, tmp_path, marker):
         np.savez(path, **arrays)
         refused("eval", words, str(path), *says)
     path.write_bytes(b"not numpy")
-    assert "unsafely" not in refused("eval", words, str(path), "not a zip file")
+    assert "unsafely" not in refused("eval", words, str(path), ".npz file of plain arrays")
     assert not marker.exists() and not (tmp_path / "result.json").exists()
 
 
@@ -626,5 +591,5 @@ def test_every_script_is_one_sentence_as_a_process(trained, tmp_path, marker):
     results = [runs.finish(process) for process in processes]
     assert_one_sentence(*results[0], "did you mean --config.train.n_steps?", expected=2)
     assert_one_sentence(*results[1], f"checkpoint {missing} does not exist")
-    assert_one_sentence(*results[2], str(evil), "contains pickled code", "never executed")
+    assert_one_sentence(*results[2], str(evil), "no code from files is run")
     assert not workdir.exists() and not marker.exists() and not list(tmp_path.glob("*.png"))
