@@ -5,90 +5,64 @@
 """
 
 import utils
-from libs.data import PixelCodec, latent_codec
 from libs.evaluate import draw_in_batches, make_grid_labels, make_image_sampler
-from libs.model import (
-    build_model,
-    check_codec,
-    config_beside,
-    load_into,
-    require_same,
-)
+from libs.parts import load_weights, make_parts, read_config
 from libs.runtime import (
-    RANGES,
     REQUIRED,
     Precision,
-    check_numbers,
     config_file,
     file_path,
     int_list,
     make_accelerator,
     run_main,
 )
-from sde import VPSDE, DiscreteSchedule
 
 FLAGS = {
-    "nnet_path": (
-        file_path, REQUIRED,
-        "a <step>.ckpt directory, a file in it, or (with --config) an official nnet_ema.pth",
-    ),
+    "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or weights with --config"),
     "config": (config_file, None, "needed where no config.json is beside the weights"),
-    "classes": (
-        int_list, None,
-        "classes, for example 3,7; otherwise all, or none in an unconditional model",
-    ),
+    "classes": (int_list, None, "such as 3,7; else all, or none in an unconditional model"),
     "n": (int, 4, "images of each class"),
     "seed": (int, 0, "the same seed gives the same pictures"),
-    "scale": (float, None, "guidance: cond + scale (cond - uncond); otherwise the config's"),
+    "scale": (float, None, "guidance: cond + scale (cond - uncond); else the config's"),
     "algorithm": (str, None, "sampling algorithm; else the config's, for latents not dpm_solver"),
-    "steps": (int, None, "sampling steps; otherwise the config's, or 25 of dpm_solver_pp_2m"),
+    "steps": (int, None, "sampling steps; else the config's, or 25 of dpm_solver_pp_2m"),
     "out": (file_path, "samples.png", "the picture: a row for each class"),
-}  # fmt: skip
-RANGES = {"scale": RANGES["sample.scale"], "steps": RANGES["sample.sample_steps"]}
+}
 
 
-def config_of(args):
-    """The config of --config, or the one beside the weights; flags that were given win. On latents
-    dpm_solver_pp_2m takes the place of a dpm_solver that nobody asked for: half the steps."""
-    config = args.config if args.config is not None else config_beside(args.nnet_path)
-    given = dict(scale=args.scale, algorithm=args.algorithm, sample_steps=args.steps)
-    asked = {f"sample.{key}" for key, value in given.items() if value is not None}
-    asked |= set(args.overrides or {})
-    official = config.get("z_shape") and config.sample.algorithm == "dpm_solver"
+def set_sampling(config, args):
+    """Put the flags into config.sample. On latents dpm_solver_pp_2m stands in for a dpm_solver that
+    nobody asked for: half the steps.
+    """
+    given = {"scale": args.scale, "algorithm": args.algorithm, "sample_steps": args.steps}
+    given = {key: value for key, value in given.items() if value is not None}
+    asked = {f"sample.{key}" for key in given} | set(args.overrides)
+    official = config.z_shape is not None and config.sample.algorithm == "dpm_solver"
     if official and not asked & {"sample.algorithm", "sample.sample_steps"}:
-        given |= dict(algorithm="dpm_solver_pp_2m", sample_steps=25)
-    with config.unlocked():
-        config.sample.update({key: value for key, value in given.items() if value is not None})
-        config.sample.cfg = config.sample.cfg or args.scale is not None
-    return config
+        given |= {"algorithm": "dpm_solver_pp_2m", "sample_steps": 25}
+    config.sample.update({"cfg": config.sample.cfg or args.scale is not None, **given})
+    print(f"drawing with {config.sample.algorithm} in {config.sample.sample_steps} steps")
 
 
 def main(args):
-    check_numbers(args, {"n": (1, 10**6), **RANGES})
     utils.require_place(args.out)
-    config = config_of(args)
+    config = args.config or read_config(args.nnet_path)
+    set_sampling(config, args)
     device = make_accelerator().device
-    model = build_model(config.nnet)
-    require_same(config, args.nnet_path)
-    for change in load_into(model, args.nnet_path):
+    process, codec, _, model = make_parts(config)
+    for change in load_weights(config, model, args.nnet_path):
         print(change)
-    conditional = config.train.mode == "cond"
     labels = make_grid_labels(
-        args.classes, args.n, model.num_classes, conditional=conditional, scale=args.scale
-    )
-    latent = config.get("z_shape") is not None
-    process = DiscreteSchedule() if latent else VPSDE()
-    codec = latent_codec(config).to(device) if latent else PixelCodec()
-    check_codec(model, codec, config)
-    precision = Precision(config.train.mixed_precision, device)
-    model = model.to(device).eval()
+        args.classes, args.n, model.num_classes,
+        conditional=config.train.mode == "cond", scale=args.scale,
+    )  # fmt: skip
     image_sampler = make_image_sampler(
-        config, model, process, codec, precision=precision, seed=args.seed
-    )
+        config, model.to(device).eval(), process, codec.to(device),
+        precision=Precision(config.train.mixed_precision, device), seed=args.seed,
+    )  # fmt: skip
     images = draw_in_batches(image_sampler, labels, args.n)
     utils.save_grid(args.out, images, args.n)
-    rows = ", a row for each class" if conditional else ""
-    print(f"wrote {args.out}: {len(images)} images{rows}")
+    print(f"wrote {args.out}: {len(images)} images, {args.n} a row")
 
 
 if __name__ == "__main__":

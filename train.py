@@ -1,4 +1,4 @@
-"""Train a diffusion model on pixels.
+"""Train the diffusion model of a config, on pixels or on latents.
 
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./train.py \\
         --config=configs/cifar10_S_DiM.py
@@ -7,37 +7,23 @@
 The same command resumes an interrupted run.
 """
 
+import functools
+
 import utils
-from datasets import dataset_of
-from libs.data import PixelCodec
-from libs.model import (
-    build_model,
-    check_data,
-    check_kind,
-    require_trained_labels,
-    start_from,
-)
+from libs.model import start_from
+from libs.parts import make_parts
 from libs.runtime import TRAINING, run_main
 from libs.train import train
-from sde import VPSDE
 
 FLAGS = TRAINING
 
 
 def main(args):
     config = args.config
-    check_kind(config, latent=False)
-    require_trained_labels(config, utils.flatten(config), "the config")
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
-    dataset = dataset_of(config, augmented=True)
-    model = build_model(config.nnet, seed=config.seed)
-    codec = PixelCodec()
-    check_data(model, dataset, codec.latent_shape(dataset.shape))
-    utils.make_directory(directory)
-    train(
-        config, directory, model=model, process=VPSDE(), codec=codec, dataset=dataset,
-        start_weights=lambda: start_from(model, config.nnet.pretrained_path),
-    )  # fmt: skip
+    parts = make_parts(config, data="training")
+    start_weights = functools.partial(start_from, parts.model, config.nnet.pretrained_path)
+    train(config, directory, **parts._asdict(), start_weights=start_weights)
 
 
 if __name__ == "__main__":

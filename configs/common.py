@@ -1,56 +1,75 @@
-"""Every key of a config, with its default; a config file states only its differences.
+"""Every key of a config, with its default, meaning and range; a config file states differences.
 
 Sections and keys have the names of the official repository; `nnet` holds the keywords of the
 network's constructor. A key without a value is a typed placeholder, so that
 `--config.<key>=<value>` can set it.
 """
 
+import math
+
 import ml_collections
-from ml_collections import config_dict
+from ml_collections.config_dict import placeholder
 
 
 def d(**kwargs):
     return ml_collections.ConfigDict(initial_dictionary=kwargs)
 
 
+# What a run would stumble over only later: key -> (lowest, highest), of each entry of a tuple.
+_SOME, _ANY, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
+RANGES = {
+    "gradient_accumulation_steps": _SOME, "ug_m": (2, math.inf), "dataset.p_uncond": _SHARE,
+    "optimizer.lr": _ANY, "train.n_steps": _SOME, "train.batch_size": _SOME,
+    "train.ema_rate": _SHARE, "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
+    "train.log_interval": _SOME, "train.eval_interval": _SOME, "train.save_interval": _SOME,
+    "train.keep_last": _SOME, "train.grid_samples": _ANY, "train.fid_samples": _ANY,
+    "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
+    "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
+}  # fmt: skip
+CHOICES = {
+    "train.mode": ("uncond", "cond"),
+    "train.mixed_precision": ("no", "fp16", "bf16"),
+    "sample.labels": ("random", "balanced"),
+}
+
+
 def dim_nnet(**differences):
-    """The nnet section of a DiM; see libs.model.dim.DiM for the keywords and
-    libs.model.dim.PRESETS for the
-    published sizes.
+    """The nnet section of a DiM; libs.model.DiM says more about the keywords, and
+    libs.model.PRESETS has the published sizes.
     """
     nnet = d(
         name="dim",
-        pretrained_path=config_dict.placeholder(str),  # weights to start from
-        input_size=config_dict.placeholder(int),
-        in_channels=config_dict.placeholder(int),
+        pretrained_path=placeholder(str),  # weights to start from
+        input_size=placeholder(int),  # side of the input: of the latent, or in pixels
+        in_channels=placeholder(int),
         patch_size=2,
-        dim=config_dict.placeholder(int),
-        depth=config_dict.placeholder(int),
-        num_classes=config_dict.placeholder(int),
+        dim=placeholder(int),
+        depth=placeholder(int),  # odd: half the blocks, a middle one, the other half
+        num_classes=placeholder(int),
         mamba=d(d_state=16, d_conv=3, expand=2),
-        pad_layout="lateral",
-        scan_directions=3,
+        pad_layout="lateral",  # or rho_pad
+        scan_directions=3,  # 1 to 3, walked in turn by the blocks
         mlp_time_embed=False,
-        drop_path=0.0,
-        activation_checkpointing=False,
-        skip_tuning=config_dict.placeholder(tuple),
-        freeu=config_dict.placeholder(tuple),
+        drop_path=0.0,  # stochastic depth of the last block, 0 to 1; linear from the first
+        activation_checkpointing=False,  # recompute blocks in the backward pass: less memory
+        skip_tuning=placeholder(tuple),  # (low, high): factors of the long skips
+        freeu=placeholder(tuple),  # four factors
     )
     nnet.update(differences)
     return nnet
 
 
 def uvit_nnet(**differences):
-    """The nnet section of the U-ViT baseline; see libs.model.uvit.UViT for the keywords."""
+    """The nnet section of the U-ViT baseline; libs.model.UViT says more about the keywords."""
     nnet = d(
         name="uvit",
-        pretrained_path=config_dict.placeholder(str),
-        input_size=config_dict.placeholder(int),
-        in_channels=config_dict.placeholder(int),
+        pretrained_path=placeholder(str),
+        input_size=placeholder(int),
+        in_channels=placeholder(int),
         patch_size=2,
-        dim=config_dict.placeholder(int),
-        depth=config_dict.placeholder(int),
-        heads=config_dict.placeholder(int),
+        dim=placeholder(int),
+        depth=placeholder(int),
+        heads=placeholder(int),
         num_classes=0,
         mlp_ratio=4,
         qkv_bias=False,
@@ -62,37 +81,43 @@ def uvit_nnet(**differences):
     return nnet
 
 
+NNETS = {"dim": dim_nnet, "uvit": uvit_nnet}  # by nnet.name
+
+
 def get_config():
     """The base of every config."""
     config = ml_collections.ConfigDict()
     config.seed = 1234
-    config.pred = "noise_pred"  # what the network predicts: noise_pred or x0_pred
-    config.z_shape = config_dict.placeholder(tuple)  # (C, H, W) of a latent; pixels have none
+    config.pred = "noise_pred"  # what the network predicts, of process.predictions
+    config.z_shape = placeholder(tuple)  # (C, H, W) of a latent; pixels have none
     config.gradient_accumulation_steps = 1
-    config.max_grad_norm = config_dict.placeholder(float)
+    config.max_grad_norm = placeholder(float)  # without it, gradients are not clipped
 
-    config.ug_m = config_dict.placeholder(int)  # upsampling guidance: factor; without it, off
+    config.ug_m = placeholder(int)  # upsampling guidance: factor, 2 or more; without it, off
     config.ug_theta = 1.0  # its strength
     config.ug_eta = 0.3  # it acts in process times from (1 - ug_eta) ug_T on
     config.ug_T = 1.0
 
     config.dataset = d(
-        name=config_dict.placeholder(str),
-        path=config_dict.placeholder(str),
-        resolution=config_dict.placeholder(int),
+        name=placeholder(str),  # of datasets.DATASETS
+        path=placeholder(str),
+        resolution=placeholder(int),  # side of the images in pixels
         random_crop=False,  # of images larger than the resolution; otherwise the centre
         random_flip=False,
         cfg=False,  # drop labels in training, for classifier-free guidance
-        p_uncond=0.1,  # how many
-        fid_stats=config_dict.placeholder(str),  # file of scripts/compute_fid_stats.py
+        p_uncond=0.1,  # share of the labels that are dropped
+        fid_stats=placeholder(str),  # file of scripts/compute_fid_stats.py
     )
 
     config.autoencoder = d(
-        pretrained_path=config_dict.placeholder(
-            str
-        ),  # U-ViT's autoencoder_kl_ema.pth, another LDM file, or a diffusers folder
+        # U-ViT's autoencoder_kl_ema.pth, another LDM file, or a diffusers folder
+        pretrained_path=placeholder(str),
         scale_factor=0.18215,
     )
+
+    # The diffusion process, of sde.PROCESSES; without it, discrete where there is a z_shape, else
+    # vpsde. A run's config.json has the name.
+    config.process = d(name=placeholder(str))
 
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
     config.lr_scheduler = d(
@@ -104,20 +129,20 @@ def get_config():
         mode="uncond",  # or cond: with labels
         n_steps=500_000,
         batch_size=128,  # global, over all processes and accumulation steps
-        mixed_precision=config_dict.placeholder(
-            str
-        ),  # no, fp16 or bf16; without it, what accelerate launch says
+        # no, fp16 or bf16; without it, what accelerate launch says
+        mixed_precision=placeholder(str),
         fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
-        cuda_graphs=False,  # on a GPU, one process or DDP: replay the network's kernels; for small
-        # networks, which Python launches slower than they run
+        # On a GPU, one process or DDP: replay the network's kernels, which Python launches slower
+        # than a small network runs.
+        cuda_graphs=False,
         ema_rate=0.9999,
-        num_workers=8,
+        num_workers=8,  # processes that read data, of each training process; 0 for none
         max_bad_steps=10,  # non-finite steps in a row that end the run
         log_interval=10,
-        eval_interval=5000,  # a grid of samples
-        grid_samples=100,  # images in it, ten a row; 0 for no grid
-        save_interval=50_000,  # a checkpoint, and FID
-        keep_last=config_dict.placeholder(int),  # how many checkpoints to keep; without it, all
+        eval_interval=5000,  # steps between grids of samples
+        grid_samples=100,  # images of a grid, ten a row; 0 for no grid
+        save_interval=50_000,  # steps between checkpoints, each with its FID
+        keep_last=placeholder(int),  # checkpoints that stay; without it, all
         fid_samples=10_000,  # images for FID in training; 0 for none
         tensorboard=False,
         wandb=False,  # offline unless WANDB_MODE says otherwise
@@ -126,21 +151,19 @@ def get_config():
     config.sample = d(
         algorithm="dpm_solver",  # see libs.diffusion.samplers
         sample_steps=50,
-        n_samples=50_000,
-        mini_batch_size=500,  # per process
-        cfg=False,
+        n_samples=50_000,  # images of an evaluation, 2 or more
+        mini_batch_size=500,  # images at once, per process
+        cfg=False,  # classifier-free guidance
         scale=0.0,  # cond + scale * (cond - uncond); elsewhere written 1 + scale
-        guidance=config_dict.placeholder(str),  # a name in GUIDANCE; else classifier_free
-        guidance_interval=config_dict.placeholder(tuple),  # (from, to) in process time, 0 to 1
+        guidance=placeholder(str),  # of libs.diffusion.GUIDANCE; else classifier_free
+        guidance_interval=placeholder(tuple),  # (from, to) in process time, 0 to 1
         labels="random",  # or balanced
-        vis_label=config_dict.placeholder(int),  # the one class of all images
+        vis_label=placeholder(int),  # the one class of all images
         fp8=False,  # as train.fp8
         cuda_graphs=True,  # on a GPU: replay the network's kernels, for some memory
-        path=config_dict.placeholder(str),  # folder that keeps the PNG files
-        adm_npz=config_dict.placeholder(str),  # file of all images for ADM's evaluation suite
+        path=placeholder(str),  # folder that keeps the PNG files
+        adm_npz=placeholder(str),  # file of all images for ADM's evaluation suite
         features="inception",  # or digits_classifier, or none: pictures without figures
-        fid_weights_path=config_dict.placeholder(
-            str
-        ),  # pytorch-fid's weights file; without it, its download
+        fid_weights_path=placeholder(str),  # pytorch-fid's weights; without it, its download
     )
     return config

@@ -28,9 +28,7 @@ from libs.evaluate import (
     save_statistics,
 )
 from libs.runtime import (
-    RANGES,
     REQUIRED,
-    check_numbers,
     file_path,
     run_main,
 )
@@ -54,11 +52,6 @@ FLAGS = {
     "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
     "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where the network runs"),
 }  # fmt: skip
-RANGES = {
-    "resolution": RANGES["dataset.resolution"], "max_images": (2, 10**9),
-    "kept_features": (0, 10**9), "batch_size": RANGES["train.batch_size"],
-    "num_workers": RANGES["train.num_workers"],
-}  # fmt: skip
 
 
 def check_device(name):
@@ -77,7 +70,6 @@ def check_device(name):
 
 def check_flags(args):
     """Raise UserError for numbers out of range and for a device that is not there."""
-    check_numbers(args, RANGES)
     if args.features == NoFeatures.name:
         raise utils.UserError(f"--features is none, expected {' or '.join(NETWORKS)}")
     check_device(args.device)

@@ -38,12 +38,10 @@ from libs.data import (
     unreadable_reason,
 )
 from libs.runtime import (
-    RANGES,
     REQUIRED,
     WAITING,
     StopRequest,
     beat,
-    check_numbers,
     detach_worker,
     file_path,
     make_accelerator,
@@ -78,17 +76,10 @@ FLAGS = {
     "verify": (bool, False, "only compare the checksums of the latents in --output"),
 }  # fmt: skip
 MAX_SHARDS = 50_000  # each is a memory map, of which Linux allows 65,530
-RANGES = {
-    "resolution": RANGES["dataset.resolution"],
-    "batch_size": RANGES["train.batch_size"],
-    "images_per_shard": (1, 10**9),
-    "num_workers": RANGES["train.num_workers"],
-}
 
 
 def check_flags(args):
     """Raise UserError for values out of range and a data set of another kind."""
-    check_numbers(args, RANGES)
     for name, allowed in {"precision": DTYPES, "dataset": CROPPED}.items():
         if getattr(args, name) not in allowed:
             raise utils.UserError(

@@ -162,6 +162,7 @@ def fresh_state():
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = True
+    logging.captureWarnings(False)
 
 
 def snapshot(*folders):

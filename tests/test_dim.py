@@ -7,11 +7,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from configs import cifar10_S_DiM, digits_T_DiM
 from libs.files import load_strict
 from libs.model import scan_order
-from libs.model.build import build_model, require_same, resize_state
+from libs.model.build import build_model, resize_state
 from libs.model.dim import PRESETS, DiM
 from libs.model.layers import PaddedSequence, drop_path, freeu_backbone
 from libs.model.published import from_official, to_official
-from utils import UserError, write_json
+from utils import UserError
 
 TINY = dict(input_size=8, in_channels=4, dim=16, depth=5, num_classes=10)
 
@@ -213,45 +213,3 @@ def test_padding_places_each_token_and_its_gradient():
     split, bottom = split.expand(2, -1, -1), bottom.expand(2, -1, -1, -1).flatten(1, 2)
     assert torch.equal(sequence, torch.cat([extra, split, rows, bottom], dim=1))
     assert torch.autograd.gradcheck(PaddedSequence.apply, parts)
-
-
-def test_a_config_that_weights_do_not_show_is_refused(tmp_path):
-    """Other directions or another prediction fit every tensor and draw other pictures."""
-    config, weights = digits_T_DiM.get_config(), tmp_path / "nnet_ema.safetensors"
-    require_same(config, weights)  # no config.json: nothing is known
-    write_json(tmp_path / "config.json", config.to_dict())
-    config.sample.scale, config.nnet.drop_path = 2.0, 0.5
-    require_same(config, weights)
-    require_same(config, tmp_path)
-    config.nnet.scan_directions = 1
-    with pytest.raises(UserError, match="nnet.scan_directions is 1, but .* trained with 3, says"):
-        require_same(config, weights)
-    config.nnet.scan_directions, config.pred = 3, "x0_pred"
-    with pytest.raises(UserError, match="or --config.pred=noise_pred"):
-        require_same(config, tmp_path)
-
-
-@pytest.mark.parametrize("trained, asked, says", [
-    ({}, {}, None),
-    ({}, {"sample.cfg": False}, None),
-    ({}, {"train.mode": "uncond"}, None),  # its null label is trained
-    ({"train.mode": "uncond"}, {"train.mode": "uncond"}, None),
-    ({"train.mode": "uncond"}, {}, "trained without classes"),
-    ({"dataset.cfg": False}, {}, "guidance is asked for"),
-    ({"dataset.p_uncond": 0.0}, {}, "guidance is asked for"),
-    ({"dataset.cfg": False}, {"sample.scale": 0.0}, None),
-    ({"dataset.cfg": False}, {"train.mode": "uncond"}, "images without classes are asked for"),
-    ({"dataset.cfg": False, "nnet.pretrained_path": "nnet_ema.pth"}, {}, None),
-])  # fmt: skip
-def test_labels_that_were_never_trained_are_refused(tmp_path, trained, asked, says):
-    """Their rows are as they were drawn, and so are the pictures."""
-    config = digits_T_DiM.get_config()  # cond, with labels dropped and guidance
-    config.update_from_flattened_dict(trained)
-    write_json(tmp_path / "config.json", config.to_dict())
-    config = digits_T_DiM.get_config()
-    config.update_from_flattened_dict(asked)
-    if says is None:
-        require_same(config, tmp_path)
-        return
-    with pytest.raises(UserError, match=says):
-        require_same(config, tmp_path)

@@ -20,9 +20,11 @@ ROOMS = [
     ["libs.files", "libs.ops", "libs.diffusion", "libs.runtime"],
     ["libs.model", "libs.data"],
     ["datasets"],
+    ["libs.parts"],
     ["libs.evaluate"],
     ["libs.train"],
-    ["train", "train_ldm_discrete", "eval", "eval_ldm_discrete", "sample", "scripts"],
+    ["train", "eval", "sample", "scripts"],
+    ["train_ldm_discrete", "eval_ldm_discrete"],
 ]
 NOT_IN_ROOMS = ("tests/", "benchmarks/", "setup.py", "libs/__init__.py")
 MAX_ARGUMENTS = 16  # of DiM

@@ -2,13 +2,7 @@
 
 from libs.model.build import (
     build_model,
-    check_codec,
-    check_data,
-    check_kind,
-    config_beside,
     load_into,
-    require_same,
-    require_trained_labels,
     start_from,
 )
 from libs.model.dim import PRESETS, DiM
@@ -19,12 +13,6 @@ __all__ = [
     "DiM",
     "UViT",
     "build_model",
-    "check_codec",
-    "check_data",
-    "check_kind",
-    "config_beside",
     "load_into",
-    "require_same",
-    "require_trained_labels",
     "start_from",
 ]

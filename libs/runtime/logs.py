@@ -5,7 +5,6 @@ Layer 0: imports nothing of ours. torch, TensorBoard and wandb are imported wher
 
 import contextlib
 import ctypes
-import functools
 import importlib.metadata
 import json
 import logging
@@ -19,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -138,17 +136,9 @@ class _Formatter(logging.Formatter):
         return one_line(super().formatMessage(record))
 
 
-def _show_warning(message, category, filename, lineno, file=None, line=None, *, others):
-    """warnings.showwarning: the project's own are lines of the log, others are shown as ever."""
-    if Path(filename).parent in (_CHECKOUT, _CHECKOUT / "libs"):
-        logging.getLogger("dim").warning("%s", message)
-    else:
-        others(message, category, filename, lineno, file, line)
-
-
 def get_logger(directory, rank: int) -> logging.Logger:
-    """Logger to the console and, appending, to directory/output.log; the project's warnings.warn
-    goes there, too.
+    """Logger to the console and, appending, to directory/output.log; warnings go there,
+    too.
 
     Rank 0 logs everything from INFO up, other ranks only warnings, marked with their rank.
     """
@@ -164,8 +154,8 @@ def get_logger(directory, rank: int) -> logging.Logger:
         logger.addHandler(handler)
     logger.setLevel(logging.WARNING if rank else logging.INFO)
     logger.propagate = False
-    if getattr(warnings.showwarning, "func", None) is not _show_warning:
-        warnings.showwarning = functools.partial(_show_warning, others=warnings.showwarning)
+    logging.captureWarnings(True)
+    logging.getLogger("py.warnings").handlers = logger.handlers
     return logger
 
 

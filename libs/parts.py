@@ -1,0 +1,150 @@
+"""The parts that a config names: process, codec, data set and network, fitted to one another."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from configs import common
+from datasets import LATENTS, dataset_of
+from libs.data import PixelCodec, latent_codec
+from libs.model import build_model, load_into
+from libs.runtime import check_values
+from sde import make_process
+from utils import UserError, flatten, read_json
+
+# Keys that change the pictures, but no tensor's shape.
+_UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads")
+
+
+class Parts(NamedTuple):
+    process: Any  # of sde
+    codec: Any  # of libs.data
+    dataset: Any  # of datasets, or None
+    model: Any  # of libs.model
+
+
+def _name_process(flat):
+    """process.name of a flat config; by default that of its kind."""
+    kind = "vpsde" if flat.get("z_shape") is None else "discrete"
+    return flat.get("process.name") or kind
+
+
+def _open_dataset(config, data):
+    if data == "training":
+        return dataset_of(config, augmented=True)
+    wanted = data == "real" and config.sample.features != "none"
+    stored = config.dataset.fid_stats or config.dataset.name in LATENTS
+    return dataset_of(config) if wanted and not stored else None
+
+
+def _check_shapes(config, codec, dataset, model):
+    """UserError where the network's input is not what the config, the data or the codec have."""
+    made_for = (model.in_channels, *model.input_size)
+    image = codec.image_shape(made_for)
+    shapes = {"z_shape is": config.z_shape, "the autoencoder makes": codec.latent_shape(image)}
+    if dataset is not None:
+        shapes["the data are"] = codec.latent_shape(dataset.shape)
+    for what, shape in shapes.items():
+        if shape is not None and tuple(shape) != made_for:
+            shape = tuple(shape)
+            raise UserError(f"the network takes inputs of shape {made_for}, but {what} {shape}")
+    side = (config.dataset.resolution or 0) * (config.ug_m or 1)
+    if side and side != image[-1]:
+        raise UserError(
+            f"the network makes images of {image[-1]} pixels a side, but dataset.resolution and "
+            f"ug_m say {side}: give the right resolution, or the autoencoder of the training"
+        )
+    if dataset is not None and dataset.num_classes > model.num_classes:
+        raise UserError(
+            f"the data set has {dataset.num_classes} classes, but nnet.num_classes is "
+            f"{model.num_classes}; set --config.nnet.num_classes={dataset.num_classes}"
+        )
+
+
+def _require_trained_labels(config, saved, source):
+    """UserError where `config` asks for labels that the run of the flat config `saved` never
+    trains: classes, or the null label, which guidance and pictures without classes need.
+    """
+    if saved.get("nnet.pretrained_path"):  # those weights may know more labels than this run
+        return
+    conditional = config.train.mode == "cond"
+    if conditional and saved.get("train.mode") == "uncond":
+        raise UserError(
+            f"train.mode is 'cond', but the weights were trained without classes, says {source}: "
+            "use their config, or --config.train.mode=uncond"
+        )
+    dropped = saved.get("dataset.cfg") and saved.get("dataset.p_uncond")
+    guided = config.sample.cfg and config.sample.scale
+    if saved.get("train.mode") == "cond" and not dropped and (guided or not conditional):
+        what = "guidance is" if conditional else "images without classes are"
+        raise UserError(
+            f"{what} asked for, but every image is trained with its class, says {source} "
+            "(dataset.cfg, dataset.p_uncond): train with --config.dataset.cfg=True, or draw "
+            "classes without guidance, --config.train.mode=cond --config.sample.cfg=False"
+        )
+
+
+def make_parts(config, *, data=None):
+    """The Parts of a config, whose process.name is resolved.
+
+    data: 'training' also draws the network's weights anew; 'real' opens the images of an
+    evaluation, unless a statistics file or nothing stands for them; None opens no data set.
+
+    Raises:
+        UserError: an unknown name, a missing file, or parts that do not fit one another.
+    """
+    training, flat = data == "training", flatten(config)
+    config.process.name = _name_process(flat)
+    if training:
+        _require_trained_labels(config, flat, "the config")
+    process = make_process(config.process.name)
+    if config.pred not in process.predictions:
+        raise UserError(f"pred is {config.pred!r}, expected one of {process.predictions}")
+    dataset = _open_dataset(config, data)
+    model = build_model(config.nnet, seed=config.seed if training else None)
+    codec = PixelCodec()
+    if config.z_shape is not None:
+        pictures = config.train.grid_samples or config.train.fid_samples
+        codec = latent_codec(config, dataset, decoding=bool(pictures or not training))
+    _check_shapes(config, codec, dataset, model)
+    return Parts(process, codec, dataset, model)
+
+
+def _config_path(weights):
+    return (Path(weights) if Path(weights).is_dir() else Path(weights).parent) / "config.json"
+
+
+def read_config(weights):
+    """The ConfigDict of the run that wrote `weights`, a `<step>.ckpt` directory or a file in it, keys
+    newer than the run with their defaults; UserError without a config.json of a run."""
+    path = _config_path(weights)
+    values = read_json(path) if path.is_file() else {}
+    if not {"nnet", "pred", "sample", "train"} <= values.keys():
+        raise UserError(
+            f"there is no config.json of a run beside {weights}: give a <step>.ckpt directory, or "
+            "--config=<config file> of the model"
+        )
+    config = common.get_config()
+    config.nnet = common.NNETS[values["nnet"]["name"]]()
+    config.update(values)
+    check_values(config)
+    return config
+
+
+def load_weights(config, model, path):
+    """Load the weights at `path` into `model`; returns sentences on what was changed for it.
+
+    Raises:
+        UserError: no weights that fit, or the config.json beside them says otherwise than `config`.
+    """
+    beside = _config_path(path)
+    if beside.is_file():
+        saved, own = flatten(read_json(beside)), flatten(config)
+        saved["process.name"], own["process.name"] = _name_process(saved), _name_process(own)
+        for key in _UNSEEN:
+            if key in saved and key in own and saved[key] != own[key]:
+                raise UserError(
+                    f"{key} is {own[key]!r}, but the weights were trained with {saved[key]!r}, "
+                    f"says {beside}: use their config, or --config.{key}={saved[key]}"
+                )
+        _require_trained_labels(config, saved, beside)
+    return load_into(model, path)
