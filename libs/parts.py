@@ -114,8 +114,8 @@ def _config_path(weights):
 
 
 def read_config(weights):
-    """The ConfigDict of the run that wrote `weights`, a `<step>.ckpt` directory or a file in it, keys
-    newer than the run with their defaults; UserError without a config.json of a run."""
+    """The ConfigDict of the run that wrote `weights`, a checkpoint or a file in it, keys newer than
+    the run with their defaults; UserError without a config.json of a run."""
     path = _config_path(weights)
     values = read_json(path) if path.is_file() else {}
     if not {"nnet", "pred", "sample", "train"} <= values.keys():
