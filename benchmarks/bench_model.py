@@ -22,13 +22,13 @@ from typing import NamedTuple
 
 import harness
 import torch
-from networks import NETWORKS, count_flops, get_input_shape, make_inputs
+from networks import NETWORKS, count_flops, make_inputs
 from torch import nn
 
 from configs.common import d
 from libs.diffusion import make_guided, sample
 from libs.runtime import GraphedTraining, Precision, SamplingNetwork
-from sde import VPSDE, DiscreteSchedule
+from sde import make_process
 
 SHAPES = {  # task: (pixels, batch)
     "train": [(256, 64), (512, 16)],
@@ -52,7 +52,7 @@ WHAT = ("model", "task", "pixels", "batch", "precision", "compiled", "graph")
 SECONDS = 0.7  # of each measurement, about
 SOLVER_STEPS = 5  # timed at once
 IMAGE_STEPS = 50  # of an image, for images a second
-GUIDANCE_SCALE, MAX_NORM = 0.4, 1.0
+PROCESS = {False: "vpsde", True: "discrete"}  # by whether the network sees latents
 
 
 class Case(NamedTuple):
@@ -72,8 +72,8 @@ class Case(NamedTuple):
 
 def describe_way(record):
     """'eager', 'graph', 'compile' or 'compile, graph'."""
-    words = {"compiled": "compile", "graph": "graph"}
-    return ", ".join(word for key, word in words.items() if record[key]) or "eager"
+    words = ["compile"] * record["compiled"] + ["graph"] * record["graph"]
+    return ", ".join(words) or "eager"
 
 
 def list_cases():
@@ -91,9 +91,6 @@ def list_cases():
                 yield Case(model, *shape, compiled=True, graph=graph)
 
 
-# ---------------------------------------- what is timed
-
-
 def make_network(case, device):
     """The network of a case on the device, its random weights drawn there."""
     with torch.device(device):
@@ -103,18 +100,14 @@ def make_network(case, device):
     return network
 
 
-def make_process(pixels):
-    return VPSDE() if get_input_shape(pixels)[0] == 3 else DiscreteSchedule()
-
-
 def make_precision(case, device):
     """fp8 is bf16 around fp8 products."""
     return Precision("bf16" if case.precision == "fp8" else case.precision, torch.device(device))
 
 
-def make_training_step(case, network, device):
-    """A function that makes one optimizer step on random data that lie on the device."""
-    precision, process = make_precision(case, device), make_process(case.pixels)
+def make_training_step(case, network, device, stack):
+    """(a function that makes one optimizer step on random data that lie on the device, 1)."""
+    precision, process = make_precision(case, device), make_process(PROCESS[case.pixels > 32])
     x, _, y = make_inputs(network.train(), case.pixels, case.batch, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=0.03, fused=True)
     call = torch.compile(network) if case.compiled else network
@@ -123,45 +116,52 @@ def make_training_step(case, network, device):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        t = process.train_time(torch.rand(case.batch, device=device))
-        eps = torch.randn_like(x)
+        t, eps = process.train_time(torch.rand(case.batch, device=device)), torch.randn_like(x)
         with precision.autocast():
             out = call(process.mix(x, eps, t), process.model_time(t), y)
         loss = (out.float() - eps).square().mean()
         precision.scaler.scale(loss).backward()
         precision.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(network.parameters(), MAX_NORM)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         precision.scaler.step(optimizer)
         precision.scaler.update()
         return loss
 
-    return step
+    return step, 1
 
 
-@contextlib.contextmanager
-def prepare_for_sampling(case, network, device):
-    """A context that gives f(x, t, y) as samplers call it: no gradients, matrices in bf16."""
+def prepare_for_sampling(case, network, device, stack):
+    """f(x, t, y) as samplers call it, until `stack` ends: no gradients, matrices in bf16."""
     precision = make_precision(case, device)
     network = network.eval().requires_grad_(False)
     network = torch.compile(network) if case.compiled else network
+    stack.enter_context(torch.no_grad())
+    stack.enter_context(precision.autocast())
     sampling = SamplingNetwork(network, precision.dtype, graphs=case.graph)
-    with torch.no_grad(), precision.autocast(), sampling.ready() as call:
-        yield call
+    return stack.enter_context(sampling.ready())
 
 
-def make_sampling(case, network, call, device):
-    """A function that makes SOLVER_STEPS steps on `case.batch` images."""
-    process = make_process(case.pixels)
+def make_forward(case, network, device, stack):
+    """(a function that makes one forward pass, 1)."""
+    call = prepare_for_sampling(case, network, device, stack)
+    inputs = make_inputs(network, case.pixels, case.batch, device)
+    return lambda: call(*inputs), 1
+
+
+def make_sampling(case, network, device, stack):
+    """(a function that makes solver steps on `case.batch` images, their number)."""
+    call, process = prepare_for_sampling(case, network, device, stack), make_process(PROCESS[True])
     z, _, y = make_inputs(network, case.pixels, case.batch, device)
-    settings = d(cfg=True, scale=GUIDANCE_SCALE, guidance_interval=None)
+    settings = d(cfg=True, scale=0.4, guidance_interval=None)
     output = make_guided(
         call, process, y, pred="noise_pred", null_label=network.num_classes, settings=settings
     )
     options = dict(pred="noise_pred", algorithm="dpm_solver_pp_2m", steps=SOLVER_STEPS)
-    return lambda: sample(output, process, z, **options)
+    return lambda: sample(output, process, z, **options), SOLVER_STEPS
 
 
-# ---------------------------------------- measuring
+MAKE = {"train": make_training_step, "forward": make_forward, "sample": make_sampling}
+FLOPS = {"train": 3, "forward": 1, "sample": 2}  # forward passes in a step, by FLOPs
 
 
 def time_steps(call, device):
@@ -184,64 +184,41 @@ def measure_peak(device, size=8192):
 def measure(case, device, peak):
     """The record of a case. peak: FLOP/s of the device."""
     with torch.device("meta"):
-        flops = count_flops(NETWORKS[case.model](case.pixels), case.pixels)
-    network = make_network(case, device)
-    if device == "cuda":
+        flops = FLOPS[case.task] * count_flops(NETWORKS[case.model](case.pixels), case.pixels)
+    network, on_gpu = make_network(case, device), device == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    if case.task == "train":
-        times, first = time_steps(make_training_step(case, network, device), device)
-        return make_record(case, times, first, 3 * flops, device, peak)
-    with prepare_for_sampling(case, network, device) as call:
-        if case.task == "forward":
-            inputs = make_inputs(network, case.pixels, case.batch, device)
-            times, first = time_steps(lambda: call(*inputs), device)
-            return make_record(case, times, first, flops, device, peak)
-        times, first = time_steps(make_sampling(case, network, call, device), device)
-    times = [t / SOLVER_STEPS for t in times]
-    return make_record(case, times, first, 2 * flops, device, peak)
-
-
-def make_record(case, times, first, flops, device, peak):
-    """flops: of the matrix products of a step, by image of the batch."""
+    with contextlib.ExitStack() as stack:
+        call, steps = MAKE[case.task](case, network, device, stack)
+        times, first = time_steps(call, device)
+    times = [t / steps for t in times]
     ms, limit_ms = median(times), 1e3 * case.batch * flops / peak
-    steps = IMAGE_STEPS if case.task == "sample" else 1
-    gib = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    img_s = 1e3 * case.batch / ms / (IMAGE_STEPS if case.task == "sample" else 1)
     return {
-        **case._asdict(), **harness.summarize(times),
-        "img_s": float(f"{1e3 * case.batch / (ms * steps):.5g}"), "gib": gib and round(gib, 2),
+        **case._asdict(), **harness.summarize(times), "img_s": float(f"{img_s:.5g}"),
+        "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else None,
         "mfu": round(limit_ms / ms, 4), "limit_ms": round(limit_ms, 3),
         "compile_s": round(first, 1) if case.compiled else None,
         "peak_tflops": round(peak / 1e12, 1),
     }  # fmt: skip
 
 
-# ---------------------------------------- a run
-
-
-def attempt(case, device, peak):
-    """(record, None), or (None, a line on why there is none): a peer's failure ends no run."""
-    gc.collect()
-    torch.compiler.reset()
-    if device == "cuda":
-        torch.cuda.empty_cache()
-    try:
-        return measure(case, device, peak), None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        return None, f"{type(error).__name__}: {reason}"
-
-
 def run(cases, path, setting, device):
-    """Measure the cases; returns those of our networks that failed."""
+    """Measure the cases; returns those of our networks that failed: a failure ends no run."""
     peak, failed = measure_peak(device), []
     print(f"{setting}; bf16 products {peak / 1e12:.0f} TFLOP/s", flush=True)
     for case in cases:
-        record, problem = attempt(case, device, peak)
-        if problem:
-            print(f"{case}: {problem}", flush=True)
+        gc.collect()
+        torch.compiler.reset()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            record = measure(case, device, peak) | setting
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            print(f"{case}: {type(error).__name__}: {reason}", flush=True)
             failed += [case] if case.model.startswith("DiM") else []
             continue
-        record |= setting
         print(" | ".join(make_cells(record)), flush=True)
         records = harness.merge(harness.load(path), [record], (*WHAT, "gpu", "commit"))
         harness.write(path, records, make_table(records))
@@ -274,15 +251,14 @@ def make_table(records):
     """Markdown: the latest record of each case by task, resolution and batch."""
     tasks, rows = list(SHAPES), get_latest(records)
     rows.sort(key=lambda r: (tasks.index(r["task"]), r["pixels"], -r["batch"], r["model"]))
-    versions = ", ".join(sorted({r["torch"] for r in rows}))
-    return (
-        f"`bench_model.py`: {rows[0]['gpu']}, torch {versions}. "
-        "MFU: FLOPs of all matrix products, attention included, times 3 in training, over time and "
-        "the speed of bf16 products of 8192 x 8192 matrices (fp8 too); limit: their time at that "
-        "speed; ratio: the time over the limit. sample: ms of one solver step on `batch` images, "
-        "both halves of guidance in one batch, and images of 50 steps a second. GiB: "
-        "max_memory_allocated. compile: in brackets the first call, with torch.compile's work.\n\n"
-    ) + harness.make_table(COLUMNS, map(make_cells, rows))
+    head = (
+        f"`bench_model.py`: {rows[0]['gpu']}, torch {rows[-1]['torch']}. MFU: FLOPs of all matrix "
+        "products, times 3 in training, over time and the speed of bf16 products of 8192 x 8192 "
+        "matrices; limit: their time at that speed, ratio the time over it. sample: ms of one "
+        "solver step, both halves of guidance in one batch, and images of 50 steps a second. GiB: "
+        "max_memory_allocated. compile: in brackets the first call.\n\n"
+    )
+    return head + harness.make_table(COLUMNS, map(make_cells, rows))
 
 
 def draw(records, path):
@@ -313,19 +289,13 @@ def draw(records, path):
 
 def main(argv=None):
     parser = harness.make_parser(__doc__)
-    parser.add_argument("--only", default="", help="cases whose line holds this, such as 'DiT-XL/2 "
-                        "forward 1536 2 bf16 compile'; or hold: those that a change of structure "
-                        "must not slow down")  # fmt: skip
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
     parser.add_argument("--draw", type=harness.Path, metavar="JSON", help="records to draw")
     args = parser.parse_args(argv)
     if args.draw:
         return draw(harness.load(args.draw), harness.ROOT / "docs" / "throughput.png")
     cases = [case for case in list_cases() if harness.is_selected(str(case), args.only, HOLD)]
-    if args.list:
-        return print("\n".join(map(str, cases)))
     if not torch.cuda.is_available():
-        parser.error("there is no GPU here; --draw and --list need none")
+        parser.error("there is no GPU here; --draw needs none")
     torch.manual_seed(0)
     path = harness.result_path(args.out, "model")
     return bool(run(cases, path, harness.describe_setting("cuda", args.commit), "cuda"))

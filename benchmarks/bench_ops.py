@@ -27,27 +27,19 @@ SHAPES = [
     (2, 9806, ("bf16",)), (2, 366, ("bf16",)),
 ]  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PEERS = {"selective_scan": "mamba_ssm", "causal_conv1d": "causal_conv1d", "mixer": None}
-HOLD = {f"{op} bf16 {B} {L}" for op in PEERS for B, L in ((96, 366), (32, 1230), (2, 9806))}
-# (op, backend, dtype, B, L, D, order): training, one image, one at DiM-L's width
+OPERATORS = {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "mixer": None}
+PEERS = {"selective_scan": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
+HOLD = {f"{op} bf16 {B} {L}" for op in OPERATORS for B, L in ((96, 366), (32, 1230), (2, 9806))}
+# (op, backend, dtype, B, L, D, order): training, one image at DiM-L's width, the definition
 CPU_CASES = [
     ("selective_scan", "cpu", "float32", 64, 126, 128, "raster"),
     ("selective_scan", "cpu", "float32", 64, 126, 128, "random"),
-    ("selective_scan", "cpu", "bfloat16", 64, 126, 128, "raster"),
-    ("selective_scan", "cpu", "float32", 1, 126, 128, "raster"),
     ("selective_scan", "cpu", "float32", 1, 366, 2048, "raster"),
     ("causal_conv1d", "cpu", "float32", 64, 126, 128, "raster"),
-    ("causal_conv1d", "cpu", "float32", 1, 126, 128, "raster"),
-    ("causal_conv1d", "reference", "float32", 64, 126, 128, "raster"),
     ("selective_scan", "reference", "float32", 64, 126, 128, "raster"),
 ]
+CASE = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass")
 COLUMNS = ("op", "pass", "dtype", "B", "L", "D", "N", "median ms", "10-90%", "limit ms", "peer ms")
-CPU_COLUMNS = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass", "median ms", "10-90%",
-               "least")  # fmt: skip
-CASE = ("op", "pass", "backend", "dtype", "B", "L", "D", "order")
-
-
-# ---------------------------------------- what is timed
 
 
 def make_scan(device, dtype, B, L, channels, order):
@@ -82,34 +74,38 @@ def make_mixer(device, dtype, B, L, channels, order):
 
 
 MAKE = {"selective_scan": make_scan, "causal_conv1d": make_conv, "mixer": make_mixer}
-OPERATORS = {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "mixer": None}
 
 
-def make_operator(op, backend):
-    return None if op == "mixer" else functools.partial(OPERATORS[op], backend=backend)
-
-
-def make_peer(op):
-    """The peer's operator behind our signature, or None where it is not installed."""
-    if PEERS[op] is None or importlib.util.find_spec(PEERS[op]) is None:
+def choose_operator(op, backend):
+    """Ours, or with 'peer' the installed peer's behind our signature; None: there is none."""
+    if backend != "peer":
+        return OPERATORS[op] and functools.partial(OPERATORS[op], backend=backend)
+    if op not in PEERS or importlib.util.find_spec(PEERS[op]) is None:
         return None
     import peers
 
     return getattr(peers, f"{op}_peer")
 
 
-# ---------------------------------------- on a GPU
+def time_passes(call, inputs, *arguments):
+    """{'fwd': sorted ms, 'bwd': sorted ms}; the forward records its graph, as in training."""
+    forward_ms = harness.time_apart(call, *arguments)
+    y = call()
+    backward = functools.partial(
+        torch.autograd.grad, y, inputs, torch.randn_like(y), retain_graph=True
+    )
+    return {"fwd": forward_ms, "bwd": harness.time_apart(backward, *arguments)}
 
 
 def measure_speeds(flush):
     """Bytes a second of a copy (read and written), bf16 multiply-adds a second times 2,
     exponentials a second (16 a clock and multiprocessor) at the highest clock."""
     source = torch.empty(2**30, dtype=torch.float32, device="cuda")
-    target = torch.empty_like(source)
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    target, a = torch.empty_like(source), torch.randn(8192, 8192, device="cuda").bfloat16()
     calls = (lambda: target.copy_(source), lambda: a @ a)
-    times = [harness.time_apart(call, "cuda", 10, flush) for call in calls]
-    copy_ms, product_ms = map(statistics.median, times)
+    copy_ms, product_ms = (
+        statistics.median(harness.time_apart(call, "cuda", 10, flush)) for call in calls
+    )
     query = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     clock = 1e6 * float(subprocess.check_output(query, text=True).split()[0])
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -131,43 +127,35 @@ def compute_limit_ms(op, backward, tokens, size, speeds):
         rank = half // 16
         weights = half * 2 * D + D * (rank + 2 * N) + rank * D + D * half
         products = 1e3 * (4 if backward else 2) * weights * tokens / speeds["flops"]
-        parts = [compute_limit_ms(o, backward, tokens, size, speeds) for o in list(PEERS)[:2]]
-        return products + sum(parts)
+        return products + sum(compute_limit_ms(o, backward, tokens, size, speeds) for o in PEERS)
     rows = {"selective_scan": (4, 7), "causal_conv1d": (2, 3)}[op][backward]
     exponentials = {"selective_scan": N, "causal_conv1d": 1}[op] * tokens * D * (1 + backward)
     bytes_s = rows * tokens * D * size / speeds["bytes"]
     return 1e3 * max(bytes_s, exponentials / speeds["exponentials"])
 
 
-def time_passes(call, inputs, repeats, flush):
-    """{'fwd': sorted ms, 'bwd': sorted ms}; the forward records its graph, as in training."""
-    forward_ms = harness.time_apart(call, "cuda", repeats, flush)
-    y = call()
-    g = torch.randn_like(y)
-    backward = functools.partial(torch.autograd.grad, y, inputs, g, retain_graph=True)
-    return {"fwd": forward_ms, "bwd": harness.time_apart(backward, "cuda", repeats, flush)}
-
-
 def measure_cuda(op, dtype, B, L, repeats, flush, speeds):
     """The records of one operator and shape."""
     order = torch.randperm(L, device="cuda")
     call, inputs = MAKE[op]("cuda", DTYPES[dtype], B, L, D, order)
-    run = functools.partial(time_passes, inputs=inputs, repeats=repeats, flush=flush)
-    ours, peer = run(functools.partial(call, make_operator(op, "cuda"))), make_peer(op)
-    theirs = run(functools.partial(call, peer)) if peer else None
-    for direction, times in ours.items():
-        size = DTYPES[dtype].itemsize
+    times = {}
+    for backend in ("cuda", "peer"):
+        operator = choose_operator(op, backend)
+        if operator or backend == "cuda":
+            run = functools.partial(call, operator)
+            times[backend] = time_passes(run, inputs, "cuda", repeats, flush)
+    for direction, ours in times["cuda"].items():
+        size, peer = DTYPES[dtype].itemsize, times.get("peer")
         limit = compute_limit_ms(op, direction == "bwd", B * L, size, speeds)
         yield {
             "op": op, "pass": direction, "dtype": dtype, "B": B, "L": L, "D": D,
-            "N": WIDTH if op == "causal_conv1d" else N, **harness.summarize(times),
+            "N": WIDTH if op == "causal_conv1d" else N, **harness.summarize(ours),
             "limit_ms": round(limit, 4),
-            "peer_ms": theirs and round(statistics.median(theirs[direction]), 4),
+            "peer_ms": peer and round(statistics.median(peer[direction]), 4),
         }  # fmt: skip
-    torch.cuda.empty_cache()
 
 
-def run_cuda(args, setting):
+def run_cuda(only, repeats, setting):
     """(records, head of the table)."""
     cache = torch.empty(2**26, dtype=torch.float32, device="cuda")  # 256 MiB: any L2
 
@@ -175,99 +163,69 @@ def run_cuda(args, setting):
         for _ in range(16):  # 1 ms in which the host gets ahead: its gaps are not timed
             cache.zero_()
 
-    speeds = measure_speeds(flush)
-    records = []
+    speeds, records = measure_speeds(flush), []
     for B, L, dtypes in SHAPES:
-        for op in PEERS:
+        for op in OPERATORS:
             for dtype in dtypes if op != "mixer" else dtypes[:1]:
-                if harness.is_selected(f"{op} {dtype} {B} {L}", args.only, HOLD):
-                    records += measure_cuda(op, dtype, B, L, args.repeats or 30, flush, speeds)
-    head = (
-        f"`bench_ops.py`: {setting['gpu']}, torch {setting['torch']}, commit {setting['commit']}. "
-        f"Copy {speeds['bytes'] / 1e12:.2f} TB/s, bf16 products {speeds['flops'] / 1e12:.0f} "
-        "TFLOP/s. N is the filter width for causal_conv1d; limit: see `bench_ops.py`.\n\n"
-    )
-    return [{**r, **setting} for r in records], head
+                if harness.is_selected(f"{op} {dtype} {B} {L}", only, HOLD):
+                    records += measure_cuda(op, dtype, B, L, repeats, flush, speeds)
+                    torch.cuda.empty_cache()
+    speed = f"Copy {speeds['bytes'] / 1e12:.2f} TB/s, products {speeds['flops'] / 1e12:.0f} TFLOP/s"
+    return [{**r, **setting} for r in records], f"{speed} in bf16; limit: see `bench_ops.py`."
 
 
-def make_cuda_cells(r):
-    numbers = (f"{r['ms']:.3f}", "{:.3f} - {:.3f}".format(*r["spread"]), f"{r['limit_ms']:.3f}")
-    return [r[k] for k in COLUMNS[:7]] + [*numbers, f"{r['peer_ms']:.3f}" if r["peer_ms"] else "-"]
-
-
-# ---------------------------------------- on the CPU
+def make_cells(r):
+    """The columns; ops_cpu.json names backend and order, and has neither limit nor peer."""
+    where = f" ({r['backend']}, {r['order']})" if "backend" in r else ""
+    spread = "{:.3f} - {:.3f}".format(*r["spread"])
+    others = (f"{r[key]:.3f}" if r.get(key) else "-" for key in ("limit_ms", "peer_ms"))
+    return [r["op"] + where, *(r[k] for k in COLUMNS[1:7]), f"{r['ms']:.3f}", spread, *others]
 
 
 def measure_cpu(op, backend, dtype, B, L, channels, order, repeats):
-    """The records of one operator and shape: forward, backward, and both in a row."""
+    """The records of one operator and shape."""
     indices = torch.randperm(L) if order == "random" else None
     call, inputs = MAKE[op]("cpu", getattr(torch, dtype), B, L, channels, indices)
-    operator = make_operator(op, backend)
-    grad, passes = torch.ones_like(call(operator)), []
-    for _ in range(repeats + 1):
-        marks = [harness.mark("cpu")]
-        y = call(operator)
-        marks.append(harness.mark("cpu"))
-        torch.autograd.grad(y, inputs, grad)
-        marks.append(harness.mark("cpu"))
-        pairs = (marks[:2], marks[1:], marks[::2])
-        passes.append([harness.milliseconds(*pair) for pair in pairs])
-    columns = map(sorted, zip(*passes[1:], strict=True))  # the first call compiles
-    for name, times in zip(("forward", "backward", "forward+backward"), columns, strict=True):
+    run = functools.partial(call, choose_operator(op, backend))
+    for direction, times in time_passes(run, inputs, "cpu", repeats).items():
         yield {
-            "op": op, "pass": name, "backend": backend, "dtype": dtype, "B": B, "L": L,
-            "D": channels, "N": WIDTH if op == "causal_conv1d" else N, "order": order,
+            "op": op, "pass": {"fwd": "forward", "bwd": "backward"}[direction],
+            "backend": backend, "dtype": dtype, "B": B, "L": L, "D": channels,
+            "N": WIDTH if op == "causal_conv1d" else N, "order": order,
             **harness.summarize(times), "ms_min": round(times[0], 3),
         }  # fmt: skip
 
 
-def run_cpu(args, setting):
+def run_cpu(only, repeats, setting):
     """(records, head of the table)."""
     import numba
 
-    records, load = [], os.getloadavg()[0]
-    for case in CPU_CASES:
-        if harness.is_selected(" ".join(map(str, case)), args.only, ()):
-            slow = case[:2] == ("selective_scan", "reference")
-            records += measure_cpu(*case, repeats=args.repeats or (10 if slow else 300))
     machine = {"threads": torch.get_num_threads(), "cpu": setting["gpu"],
                "torch": setting["torch"], "numba": numba.__version__}  # fmt: skip
-    head = (
-        f"`bench_ops.py --device=cpu`: {machine['cpu']}, {machine['threads']} threads, torch "
-        f"{machine['torch']}, numba {machine['numba']}; load average at the start {load:.1f}. N is "
-        "the filter width for causal_conv1d.\n\n"
-    )
+    head = f"{machine['threads']} threads, load average at the start {os.getloadavg()[0]:.1f}."
+    cases = [c for c in CPU_CASES if harness.is_selected(" ".join(map(str, c)), only, ())]
+    records = [r for case in cases for r in measure_cpu(*case, repeats)]
     return [{**r, **machine} for r in records], head
-
-
-def make_cpu_cells(r):
-    low, high = r["spread"]
-    keys = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass", "ms")
-    return [*(r[k] for k in keys), f"{low} - {high}", r["ms_min"]]
-
-
-# ---------------------------------------- a run
 
 
 def main(argv=None):
     parser = harness.make_parser(__doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--repeats", type=int, help="calls a figure: 30, on the CPU 300")
-    parser.add_argument("--only", default="", help="cases whose line holds this; or hold: the few "
-                        "that a change of structure must not slow down")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=30, help="calls a figure")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU here; --device=cpu times the CPU operators")
 
     torch.manual_seed(0)
     setting = harness.describe_setting(args.device, args.commit)
+    run = run_cuda if args.device == "cuda" else run_cpu
+    records, speed = run(args.only, args.repeats, setting)
+    head = "`bench_ops.py`: {gpu}, torch {torch}, commit {commit}. ".format(**setting) + speed
+    head += " N is the filter width for causal_conv1d.\n\n"
+    print(head + harness.make_table(COLUMNS, map(make_cells, records)))
     path = harness.result_path(args.out, "ops", args.device)
-    on_cpu = args.device == "cpu"
-    records, head = (run_cpu if on_cpu else run_cuda)(args, setting)
-    make_cells, columns = (make_cpu_cells, CPU_COLUMNS) if on_cpu else (make_cuda_cells, COLUMNS)
-    print(head + harness.make_table(columns, map(make_cells, records)))
-    merged = harness.merge(harness.load(path), records, CASE)
-    harness.write(path, merged, head + harness.make_table(columns, map(make_cells, merged)))
+    records = harness.merge(harness.load(path), records, CASE)
+    harness.write(path, records, head + harness.make_table(COLUMNS, map(make_cells, records)))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,6 @@ from libs.runtime import environment  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-# ---------------------------------------- time
-
-
 def synchronize(device):
     if device == "cuda":
         torch.cuda.synchronize()
@@ -74,9 +71,6 @@ def summarize(times):
     return {"ms": round(statistics.median(times), 4), "spread": [round(low, 4), round(high, 4)]}
 
 
-# ---------------------------------------- records
-
-
 def device_name(device):
     return torch.cuda.get_device_name() if device == "cuda" else environment()["devices"][0]
 
@@ -123,26 +117,13 @@ def make_table(columns, rows):
     return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
 
 
-# ---------------------------------------- the command line
-
-
-def parse_choice(known):
-    """An argparse type: a comma-separated part of `known`."""
-
-    def parse(text):
-        names = tuple(text.split(","))
-        if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
-        return names
-
-    return parse
-
-
 def make_parser(description):
     """A parser with the flags of every benchmark."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--only", default="", help="cases whose line holds this; or hold: the few "
+                        "cases that a change of structure must not slow down")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
     parser.add_argument("--commit", help="what is measured; default: git's HEAD")
     return parser

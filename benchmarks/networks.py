@@ -8,12 +8,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from configs import (
-    cifar10_S_DiM,
-    imagenet256_H_DiM,
-    imagenet256_uvit_huge,
-    imagenet512_H_DiM_ft,
-)
+from configs import cifar10_S_DiM, imagenet256_H_DiM, imagenet256_uvit_huge, imagenet512_H_DiM_ft
 from libs.model import PRESETS, DiM, build_model
 
 PIXEL_SPACE = 32  # up to this resolution the network sees pixels (CIFAR-10), above it latents
@@ -25,16 +20,14 @@ class DiT(nn.Module):
     channels the 4 of the noise.
     """
 
-    SIZE = dict(num_layers=28, num_attention_heads=16, attention_head_dim=72)
-
-    def __init__(self, side, num_classes=1000, **size):
+    def __init__(self, side, num_classes=1000, layers=28, heads=16, width=72):
         from diffusers import DiTTransformer2DModel
 
         super().__init__()
         self.num_classes = num_classes
         self.network = DiTTransformer2DModel(
-            sample_size=side, patch_size=2, in_channels=4, out_channels=8,
-            num_embeds_ada_norm=num_classes, **(size or self.SIZE),
+            sample_size=side, patch_size=2, in_channels=4, out_channels=8, num_layers=layers,
+            num_attention_heads=heads, attention_head_dim=width, num_embeds_ada_norm=num_classes,
         )  # fmt: skip
 
     def forward(self, x, t, y):
@@ -43,20 +36,16 @@ class DiT(nn.Module):
 
 def build_dim(size, pixels):
     """DiM-S, -L or -H as the shipped configs have it, at this resolution."""
-    if pixels <= PIXEL_SPACE:
-        nnet = cifar10_S_DiM.get_config().nnet
-    else:
-        config = imagenet256_H_DiM if pixels < 512 else imagenet512_H_DiM_ft
-        nnet = config.get_config().nnet
-        nnet.input_size = pixels // 8
-    nnet.update(PRESETS[size])
+    latents = imagenet256_H_DiM if pixels < 512 else imagenet512_H_DiM_ft
+    nnet = (cifar10_S_DiM if pixels <= PIXEL_SPACE else latents).get_config().nnet
+    nnet.update(PRESETS[size], input_size=get_input_shape(pixels)[1])
     return build_model(nnet)
 
 
 def build_uvit(pixels):
     """U-ViT-H without its activation checkpointing, which costs time."""
     nnet = imagenet256_uvit_huge.get_config().nnet
-    nnet.input_size, nnet.activation_checkpointing = pixels // 8, False
+    nnet.update(input_size=pixels // 8, activation_checkpointing=False)
     return build_model(nnet)
 
 
@@ -83,10 +72,8 @@ def make_inputs(network, pixels, batch, device):
 
 def count_flops(network, pixels):
     """FLOPs, 2 a multiply-add, of all matrix products (attention and patch embedding included) in a
-    forward pass of one image. A training step has three times as many, since each product's
-    backward is two of its size.
-
-    network: on the meta device, where nothing is computed; of a DiM only the weights are read.
+    forward pass of one image; each product's backward is two of its size. network: on the meta
+    device, where nothing is computed.
     """
     if isinstance(network, DiM):
         return 2 * _count_dim_products(network, get_input_shape(pixels)[1] // network.patch_size)
@@ -97,8 +84,8 @@ def count_flops(network, pixels):
 
 
 def _count_dim_products(network, side):
-    """Multiply-adds of a DiM on side x side patches, without scan and depthwise convolutions: the
-    blocks' matrices see every token, embedding and head every patch, the others one vector."""
+    """Multiply-adds on side x side patches, without scan and depthwise convolutions: the blocks'
+    matrices see every token, embedding and head every patch, the others one vector."""
 
     def count_weights(module):
         return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

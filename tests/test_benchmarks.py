@@ -2,13 +2,14 @@
 
 import json
 import math
+import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import runs
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
 import bench_model  # noqa: E402
 import bench_ops  # noqa: E402
@@ -27,7 +28,7 @@ TINY = {
         final_conv=False,
     ),
     "DiT-XL/2": lambda pixels: networks.DiT(
-        pixels // 8, num_classes=10, num_layers=3, num_attention_heads=2, attention_head_dim=16
+        pixels // 8, num_classes=10, layers=3, heads=2, width=16
     ),
 }  # fmt: skip
 SETTING = {"gpu": "Some GPU 1", "torch": "2.0", "commit": "abc"}
@@ -60,8 +61,7 @@ def test_networks_follow_the_resolution():
 @pytest.mark.parametrize("model", TINY)
 @pytest.mark.parametrize("task", bench_model.SHAPES)
 def test_every_task_is_measured(model, task, tiny_networks):
-    r, problem = bench_model.attempt(Case(model, task, 64, 2), "cpu", peak=1e8)
-    assert problem is None
+    r = bench_model.measure(Case(model, task, 64, 2), "cpu", peak=1e8)
     assert all(math.isfinite(r[k]) and r[k] > 0 for k in ("ms", "img_s", "mfu", "limit_ms"))
     with torch.device("meta"):
         flops = networks.count_flops(TINY[model](64), 64)
@@ -74,7 +74,7 @@ def test_training_step_trains(tiny_networks):
     torch.manual_seed(0)
     case = Case("DiM-H", "train", 64, 8)
     network = bench_model.make_network(case, "cpu")
-    step = bench_model.make_training_step(case, network, "cpu")
+    step, _ = bench_model.make_training_step(case, network, "cpu", None)
     losses = [step().item() for _ in range(60)]
     assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
     assert {p.dtype for p in network.parameters()} == {torch.float32}
@@ -105,11 +105,32 @@ def test_records_of_the_repository_are_readable():
     records = harness.load(harness.RESULTS / "model_nvidia_h200.json")
     assert "| DiM-H | train | 256 | 64 | bf16 | eager |" in bench_model.make_table(records)
     records = harness.load(harness.RESULTS / "ops_nvidia_h200.json")
-    assert bench_ops.make_cuda_cells(records[0])[:3] == ["selective_scan", "fwd", "bf16"]
+    assert bench_ops.make_cells(records[0])[:3] == ["selective_scan", "fwd", "bf16"]
 
 
 def test_operators_on_the_cpu(tmp_path, capsys):
-    bench_ops.main(["--device=cpu", "--only=cpu float32 1 126", "--repeats=2", f"--out={tmp_path}"])
-    records = json.loads((tmp_path / "ops_cpu.json").read_text())
-    assert {r["pass"] for r in records} == {"forward", "backward", "forward+backward"}
-    assert "| selective_scan | cpu | float32 | 1 | 126 |" in capsys.readouterr().out
+    bench_ops.main(["--device=cpu", "--only=cpu float32 1 ", "--repeats=2", f"--out={tmp_path}"])
+    assert "| selective_scan (cpu, raster) | backward | float32 | 1 | 366 |" in (
+        capsys.readouterr().out
+    )
+    passes = {r["pass"] for r in json.loads((tmp_path / "ops_cpu.json").read_text())}
+    assert passes == {"forward", "backward", "forward+backward"}  # the last of the old records
+
+
+@pytest.mark.slow
+def test_scaling_of_two_processes(tmp_path):
+    words = ["--models=tiny", "--gpus=1,2", "--engines=ddp", "--steps=2", f"--out={tmp_path}"]
+    script = runs.ROOT / "benchmarks" / "bench_scaling.py"
+    done = subprocess.run(
+        [sys.executable, script, *words], env=runs.environment(), capture_output=True, text=True,
+        timeout=runs.TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    records = json.loads((tmp_path / "scaling_cpu.json").read_text())
+    assert [(r["mode"], r["gpus"], r["batch"]) for r in records] == [
+        ("weak", 1, 8), ("weak", 2, 16), ("strong", 1, 16), ("strong", 2, 16),
+    ]  # fmt: skip
+    for r in records:
+        assert r["img_s"] > 0 and r["step_s"] == pytest.approx(r["batch"] / r["img_s"])
+        assert r["step_s"] == pytest.approx(r["compute_s"] + r["communication_s"])
+    assert "| tiny | strong | 2 | DDP |" in (tmp_path / "scaling_cpu.md").read_text()

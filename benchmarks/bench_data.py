@@ -1,0 +1,111 @@
+"""Times cached latents: `python benchmarks/bench_data.py`, on a quiet machine.
+
+Writes random records in packed shards, warms the page cache, and reads 256 random records at a
+time: raw, as labelled items, and out of a DataLoader. Prints a table and adds the records to
+benchmarks/results/features_cpu.json, the table beside them. A figure is the median of many batches,
+its spread the 10th and 90th percentile. Needs 1.1 GB of disk and memory.
+"""
+
+import itertools
+import os
+import statistics
+import sys
+import tempfile
+
+import harness
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from datasets import GlobalBatchSampler, get_dataset
+from libs.data import Features, Packing, ShardWriter, make_settings
+
+BATCH = 256
+PACKED_BYTES = 1 << 29  # 16 times the last-level cache of the machine of the published figures
+COLUMNS = ("px", "layout", "what", "a second", "10-90%", "GB/s")
+
+
+def write_packed(folder, resolution, flips, size=PACKED_BYTES):
+    """`size` bytes of records in eight shards, written as an extraction writes them."""
+    side = resolution // 8
+    records = size // (2 * 8 * side * side)
+    num_images = records // (1 + flips)
+    settings = make_settings(
+        record_shape=(8, side, side), scale_factor=0.18215, resolution=resolution,
+        autoencoder_sha256="0" * 64, precision="fp32", flips=flips, crop="none", source="imagenet",
+        images_sha256="0" * 64, num_images=num_images, images_per_shard=num_images // 8,
+        class_names=tuple(f"class {i}" for i in range(1000)),
+    )  # fmt: skip
+    packing, rng = Packing(folder, settings), np.random.default_rng(0)
+    packing.begin()
+    for number in range(packing.num_shards):
+        with ShardWriter(packing, number) as writer:
+            moments = rng.standard_normal((records // 8, 8, side, side), np.float32)
+            writer.write(moments.astype(np.float16))
+            writer.commit({})
+    packing.finish(rng.integers(1000, size=num_images))
+    return folder
+
+
+def measure(call, repeats):
+    """BATCH items in each call(i), i = 0, 1, ...: items a second, median and percentiles."""
+    numbers = itertools.count()
+    times = harness.time_apart(lambda: call(next(numbers)), "cpu", repeats)
+    low, high = times[-1 - len(times) // 10], times[len(times) // 10]
+    median, low, high = (1e3 * BATCH / ms for ms in (statistics.median(times), low, high))
+    return {"per_s": round(median), "spread": [round(low), round(high)]}
+
+
+def time_packed(folder, resolution, repeats):
+    """Rows of packed shards: raw records, labelled items, and items out of a DataLoader."""
+    packed = write_packed(folder / str(resolution), resolution, flips=True)
+    features = Features(packed)
+    features.verify()  # reads everything: the cache is warm
+    records = np.random.default_rng(1).integers(len(features), size=(repeats + 3, BATCH))
+    dataset = get_dataset(f"imagenet{resolution}_features", path=packed, random_flip=True)
+    sampler = GlobalBatchSampler(
+        len(dataset), BATCH, num_processes=1, rank=0, accumulation=1, seed=0
+    )
+    keys = list(itertools.islice(sampler, repeats + 3))
+    loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=2))
+    calls = {
+        "read, new array": lambda i: features.read(records[i]),
+        "items": lambda i: dataset.__getitems__(keys[i]),
+        "DataLoader, 2 workers": lambda i: next(loader),
+    }
+    row = {"px": resolution, "layout": "shards", "bytes": features.read([0]).nbytes}
+    for what, call in calls.items():
+        yield {**row, "what": what, **measure(call, repeats)}
+
+
+def make_cells(r):
+    low, high = r["spread"]
+    rate = f"{r['per_s'] * r['bytes'] / 1e9:.2f}"
+    return r["px"], r["layout"], r["what"], f"{r['per_s']:,}", f"{low:,} - {high:,}", rate
+
+
+def main(argv=None):
+    parser = harness.make_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=400)
+    args = parser.parse_args(argv)
+    cpu, load, cores = harness.device_name("cpu"), os.getloadavg()[0], os.cpu_count()
+    torch.set_num_threads(1)  # as in the workers of a DataLoader
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = harness.Path(folder)
+        for resolution in (256, 512):
+            rows += time_packed(folder, resolution, args.repeats)
+    head = (
+        f"`bench_data.py`: {cpu}, {cores} cores, torch {torch.__version__}; load average at the "
+        f"start {load:.1f}. {BATCH} random records or items at a time from a warm cache, on one "
+        "core; items are (float32 moments, label) by the keyed draw of flips.\n\n"
+    )
+    about = {"cpu": cpu, "cores": cores, "torch": torch.__version__, "load": round(load, 2)}
+    path, rows = args.out / "features_cpu.json", [{**row, **about} for row in rows]
+    records = harness.merge(harness.load(path), rows, ("px", "layout", "what"))
+    harness.write(path, records, head + harness.make_table(COLUMNS, map(make_cells, records)))
+    print(head + harness.make_table(COLUMNS, map(make_cells, rows)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

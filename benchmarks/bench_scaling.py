@@ -1,0 +1,170 @@
+"""Times training on 1..N GPUs of one host:
+
+    python benchmarks/bench_scaling.py --gpus=1,2,4,8 --models=L,H --engines=ddp,zero2,fsdp2
+
+Starts `accelerate launch --config_file configs/accelerate/<engine>.yaml` of itself and adds its
+figures to benchmarks/results/scaling_<gpu>.json, the table beside them. NVLink multicast stays off
+(NCCL_NVLS_ENABLE=0). Without a GPU: gloo and the `tiny` network, to try it out.
+
+Training is libs.train.train itself, in bf16, on random latents in packed shards: img_s is what it
+logs over the last --steps steps, gib the peak of torch's memory in the first process. Weak scaling:
+96 images a GPU; strong: 768 in all; above --micro_batch images a GPU, gradients are accumulated.
+compute_s is the step of one GPU with as many images a GPU, communication_s the rest of step_s;
+efficiency is img_s over the number of GPUs times img_s of one.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import harness
+import torch
+from bench_data import write_packed
+
+from configs import digits_T_DiM, imagenet256_H_DiM, imagenet256_L_DiM
+from libs.parts import make_parts
+from libs.train import train
+
+# name: config, images a GPU in weak scaling, images in all in strong scaling
+MODELS = {
+    "tiny": (digits_T_DiM, 8, 16),
+    "L": (imagenet256_L_DiM, 96, 768),
+    "H": (imagenet256_H_DiM, 96, 768),
+}
+ENGINES = {"one": "one process", "ddp": "DDP", "zero2": "DeepSpeed ZeRO-2", "fsdp2": "FSDP2"}
+CASE = ("model", "mode", "gpus", "launch")
+COLUMNS = {
+    "model": "", "mode": "", "gpus": "d", "engine": "", "batch": "d", "accumulation": "d",
+    "img_s": ".1f", "ideal_img_s": ".1f", "efficiency": ".1%", "step_s": ".4f",
+    "compute_s": ".4f", "communication_s": ".4f", "input_s": ".4f", "gib": ".1f",
+}  # fmt: skip
+TIMEOUT_S, LATENT_BYTES = 580, 1 << 28
+ON_GPU = torch.cuda.is_available()
+
+
+def make_config(job):
+    """The model's config for a job; --set has the last word."""
+    config, never = MODELS[job["model"]][0].get_config(), 10**9
+    config.train.update(
+        mixed_precision="bf16" if ON_GPU else "no", n_steps=2 * job["steps"], save_interval=never,
+        eval_interval=never, grid_samples=0, fid_samples=0, log_interval=job["steps"],
+        batch_size=job["batch"],
+    )  # fmt: skip
+    config.gradient_accumulation_steps = job["accumulation"]
+    if config.z_shape is not None:
+        config.dataset.update(name="imagenet256_features", path=f"{job['folder']}/latents")
+        config.dataset.random_flip = False
+    config.update_from_flattened_dict({key: json.loads(value) for key, value in job["set"]})
+    return config
+
+
+def work(job):
+    """What each of the processes does; the first one writes the figures."""
+    directory, config = Path(job["folder"]) / "-".join(str(job[k]) for k in CASE), make_config(job)
+    train(config, directory, **make_parts(config, data="training")._asdict())
+    if os.environ.get("RANK", "0") == "0":
+        line = (directory / "metrics.jsonl").read_text().splitlines()[-1]
+        img_s, gib = json.loads(line)["img_s"], torch.cuda.max_memory_allocated() / 2**30
+        found = {"img_s": img_s, "step_s": job["batch"] / img_s, "gib": gib or None}
+        Path(job["folder"], "record.json").write_text(json.dumps(found))
+
+
+def launch(job):
+    """The record of a job, or None, with its output printed, where its processes failed."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)]
+    if job["gpus"] > 1:
+        config_file = harness.ROOT / "configs" / "accelerate" / f"{job['launch']}.yaml"
+        command[1:1] = [
+            "-m", "accelerate.commands.launch", "--config_file", str(config_file),
+            "--num_processes", str(job["gpus"]), "--main_process_port", "0",
+        ]  # fmt: skip
+    done = subprocess.run(
+        command, env={**os.environ, "NCCL_NVLS_ENABLE": "0"}, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    if done.returncode:
+        return print(f"{job} failed:\n{done.stdout[-6000:]}")
+    figures = json.loads(Path(job["folder"], "record.json").read_text())
+    setting = {key: value for key, value in job.items() if key not in ("folder", "steps")}
+    return {**setting, "engine": ENGINES[job["launch"]], **figures}
+
+
+def list_jobs(args, folder):
+    """A job for each model, number of GPUs, mode and engine."""
+    counts = sorted(map(int, args.gpus))
+    for model, gpus, mode in itertools.product(args.models, counts, ("weak", "strong")):
+        _, share, total = MODELS[model]
+        for engine in args.engines if gpus > 1 else ["one"]:
+            images = share if mode == "weak" else total // gpus
+            yield {
+                "model": model, "mode": mode, "gpus": gpus, "launch": engine, "set": args.set,
+                "batch": images * gpus, "accumulation": -(-images // args.micro_batch),
+                "steps": args.steps, "folder": folder,
+            }  # fmt: skip
+
+
+def compare_with_one(records):
+    """The records with what follows from those of one GPU, where there are any, in order."""
+    one = {(r["model"], r["mode"]): r["img_s"] for r in records if r["gpus"] == 1}
+    for r in records:
+        base = one.get((r["model"], r["mode"]))
+        r["ideal_img_s"] = base and base * r["gpus"]
+        r["efficiency"] = base and r["img_s"] / r["ideal_img_s"]
+        if base and r.get("step_s") and "compute_s" not in r:
+            r["compute_s"] = r["batch"] / r["ideal_img_s"]
+            r["communication_s"] = r["step_s"] - r["compute_s"]
+    order = [*MODELS, "weak", "strong", "evaluation", "-", *ENGINES]
+    return sorted(records, key=lambda r: [r["gpus"] if k == "gpus" else order.index(r[k])
+                                          for k in CASE])  # fmt: skip
+
+
+def make_table(records):
+    rows = [
+        ["-" if r.get(key) is None else format(r[key], form) for key, form in COLUMNS.items()]
+        for r in records
+    ]
+    made = sorted({f"{r['gpu']}, torch {r['torch']}, commit {r['commit']}" for r in records})
+    head = f"# Scaling\n\n{'; '.join(made)}. `bench_scaling.py` says what the columns are.\n\n"
+    return head + harness.make_table(COLUMNS, rows)
+
+
+def main(argv=None):
+    counts = [2**i for i in range(4) if 2**i <= torch.cuda.device_count()] or [1, 2]
+    parser = harness.make_parser(__doc__)
+    split = functools.partial(str.split, sep=",")
+    parser.add_argument("--gpus", type=split, default=counts)
+    parser.add_argument("--models", type=split, default=["L", "H"] if ON_GPU else ["tiny"])
+    parser.add_argument("--engines", type=split, default=["ddp", "fsdp2"])
+    parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--micro_batch", type=int, default=96, help="images on a GPU at once")
+    parser.add_argument("--set", action="append", type=lambda text: text.split("=", 1), default=[],
+                        metavar="KEY=JSON", help="of the config")  # fmt: skip
+    parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.job:
+        return work(args.job)
+    device, failed = "cuda" if ON_GPU else "cpu", False
+    path = harness.result_path(args.out, "scaling", device)
+    setting = harness.describe_setting(device, args.commit)
+    with tempfile.TemporaryDirectory() as folder:
+        if set(args.models) - {"tiny"}:
+            write_packed(Path(folder, "latents"), 256, False, LATENT_BYTES)
+        for job in list_jobs(args, folder):
+            record = launch(job)
+            failed |= record is None
+            if record:
+                records = harness.merge(harness.load(path), [{**setting, **record}], CASE)
+                records = compare_with_one(records)
+                harness.write(path, records, make_table(records))
+                print(f"{job['model']} {job['mode']} {job['gpus']}: {record}", flush=True)
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
