@@ -113,6 +113,7 @@ def get_config():
         # U-ViT's autoencoder_kl_ema.pth, another LDM file, or a diffusers folder
         pretrained_path=placeholder(str),
         scale_factor=0.18215,
+        tiling=False,  # pictures beyond 512 px in tiles that overlap: less memory, slightly other
     )
 
     # The diffusion process, of sde.PROCESSES; without it, discrete where there is a z_shape, else

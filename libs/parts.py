@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from configs import common
 from datasets import LATENTS, dataset_of
-from libs.data import PixelCodec, latent_codec
+from libs.data import PixelCodec, make_latent_codec
 from libs.model import build_model, load_into
 from libs.runtime import check_values
 from sde import make_process
@@ -104,7 +104,9 @@ def make_parts(config, *, data=None):
     codec = PixelCodec()
     if config.z_shape is not None:
         pictures = config.train.grid_samples or config.train.fid_samples
-        codec = latent_codec(config, dataset, decoding=bool(pictures or not training))
+        codec = make_latent_codec(
+            config.autoencoder, dataset, decoding=bool(pictures or not training)
+        )
     _check_shapes(config, codec, dataset, model)
     return Parts(process, codec, dataset, model)
 
