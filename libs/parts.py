@@ -12,7 +12,10 @@ from sde import make_process
 from utils import UserError, flatten, read_json
 
 # Keys that change the pictures, but no tensor's shape.
-_UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads")
+_UNSEEN = (
+    "process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads",
+    "nnet.mixer.heads",
+)  # fmt: skip
 
 
 class Parts(NamedTuple):
