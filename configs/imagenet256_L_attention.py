@@ -1,4 +1,4 @@
-"""DiM-L/2 with attention in place of Mamba, class-conditional, on ImageNet 256x256 latents: 364M
+"""DiM-L/2 with attention in place of Mamba, class-conditional, on ImageNet 256x256 latents: 265M
 parameters.
 
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
