@@ -7,16 +7,13 @@ import torch
 import utils
 from datasets import dataset_of
 from libs.evaluate import (
-    NoFeatures,
-    can_be_measured,
-    describe,
+    FEATURES,
+    choose_real,
+    describe_result,
+    load_real,
     make_features,
     make_grid_images,
     measure,
-    real_images,
-    require_known,
-    require_statistics,
-    result_of,
 )
 from libs.runtime import WAITING, beat, has_logged
 from libs.train import checkpoint
@@ -40,7 +37,7 @@ class Outputs:
         self.image_sampler, self.dataset, self.state = image_sampler, dataset, state
         self.features, self.real = None, None  # of FID, from the first one on
         self.fid_samples = config.train.fid_samples
-        if config.sample.features == NoFeatures.name:
+        if config.sample.features == "none":
             self.fid_samples = 0
         if self.fid_samples:
             self.expect_fid()
@@ -49,9 +46,13 @@ class Outputs:
         """At the start of a run: UserError for unknown features; a warning where there are no
         statistics yet, which may still come before the first FID.
         """
-        require_known(self.config.sample.features)
+        if self.config.sample.features not in FEATURES:
+            raise UserError(
+                f"sample.features is {self.config.sample.features!r}, expected one of "
+                f"{', '.join(FEATURES)}"
+            )
         try:
-            require_statistics(self.config, self.dataset)
+            choose_real(self.config.dataset.fid_stats, self.dataset)
         except UserError as error:
             if self.accelerator.is_main_process:
                 log.warning("FID will be left out, unless this changes before the first: %s", error)
@@ -110,22 +111,22 @@ class Outputs:
             if result and self.accelerator.is_main_process:
                 figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
                 metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
-                log.info("step %d: %s", step, "; ".join(describe(result)))
+                log.info("step %d: %s", step, describe_result(result))
 
     def real_side(self):
-        """The RealImages of FID, and its features, made once; where images are measured, as eval.py
-        opens them, without the augmentation of training.
+        """The FeatureSet of the real images, and its features, made once; where images are
+        measured, as eval.py opens them, without the augmentation of training.
         """
         config, device = self.config, self.accelerator.device
         if self.real is None:
-            require_statistics(config, self.dataset)
-            dataset = dataset_of(config) if can_be_measured(self.dataset) else None
+            chosen = choose_real(config.dataset.fid_stats, self.dataset)
+            dataset = dataset_of(config) if chosen is self.dataset else None
             self.features = make_features(
                 config.sample.features, config.sample.fid_weights_path, device
             )
-            self.real = real_images(
-                config, self.features, dataset,
-                resolution=self.image_sampler.image_shape[-1], device=device,
+            self.real = load_real(
+                config.dataset, self.features, dataset,
+                side=self.image_sampler.image_shape[-1], device=device,
             )  # fmt: skip
         return self.real
 
@@ -150,11 +151,8 @@ class Outputs:
         if real is None:
             return None
         with whole_weights(self.image_sampler.model):
-            found = measure(
-                self.image_sampler, self.features, self.accelerator, n=n, stop=stop
+            return self.by_all(
+                lambda: measure(
+                    self.image_sampler, self.features, real, self.accelerator, n=n, stop=stop
+                )
             )
-        if found is None:
-            return None
-        return self.by_all(
-            lambda: result_of(found, self.image_sampler, self.features, real, n)
-        )
