@@ -46,9 +46,7 @@ def dim_nnet(**differences):
         dim=placeholder(int),
         depth=placeholder(int),  # odd: half the blocks, a middle one, the other half
         num_classes=placeholder(int),
-        mixer=d(name="mamba"),  # or attention; further keys are the keywords of the mixer
-        mamba=d(d_state=16, d_conv=3, expand=2),  # the keywords of mamba
-        num_pad_tokens=placeholder(int),  # pads at a row's or column's end; without it, d_conv
+        mamba=d(d_state=16, d_conv=3, expand=2),
         pad_layout="lateral",  # or rho_pad
         scan_directions=3,  # 1 to 3, walked in turn by the blocks
         mlp_time_embed=False,
@@ -115,16 +113,17 @@ def get_config():
         # U-ViT's autoencoder_kl_ema.pth, another LDM file, or a diffusers folder
         pretrained_path=placeholder(str),
         scale_factor=0.18215,
-        tiling=False,  # pictures beyond 512 px in tiles that overlap: less memory, slightly other
     )
 
     # The diffusion process, of sde.PROCESSES; without it, discrete where there is a z_shape, else
     # vpsde. A run's config.json has the name.
     config.process = d(name=placeholder(str))
 
+    config.loss = d(mse=1.0)  # terms of libs.train.losses by name, and their weights
+
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
     config.lr_scheduler = d(
-        name="customized",  # linear from 0, then constant; or cosine: times half a cosine
+        name="warmup_constant",  # linear from 0, then constant; or cosine: times half a cosine
         warmup_steps=2500,
     )
 

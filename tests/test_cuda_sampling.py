@@ -18,9 +18,11 @@ from libs.runtime.cuda_graphs import GraphedTraining, SamplingNetwork
 from libs.runtime.launch import Precision
 from libs.train.ema import EMA
 from libs.train.engine import Engine
-from libs.train.loop import Draws, Verdict, accumulate_gradients, make_optimizer, set_learning_rate
-from libs.train.loop import update as update_after
-from libs.train.prefetch import Prefetcher
+from libs.train.loader import Prefetcher
+from libs.train.losses import Objective, make_draws
+from libs.train.optimizer import make_optimizer
+from libs.train.resume import Progress, TrainState
+from libs.train.step import take_step, update
 from sde import VPSDE, DiscreteSchedule, denoising_loss
 
 pytestmark = [
@@ -184,28 +186,26 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
     model, precision = make_dim().train(), Precision(name, GPU)
     model.drop_path = 0.2
     ema = EMA(model, 0.99)
-    engine = Engine(accelerator, model, make_optimizer(config, model), precision, 1.0, graphed)
-    batches, process, codec = Prefetcher(pinned_batches(), GPU), VPSDE(), PixelCodec()
-    progress, outcomes = types.SimpleNamespace(step=0, batch=0, bad_in_a_row=0), []
+    optimizer = make_optimizer(config.optimizer, model.parameters())
+    called = GraphedTraining(model) if graphed else model
+    engine = Engine("one process", called, model, optimizer, precision.scaler, 1.0)
+    state, outcomes = TrainState(model, ema, engine, precision, Progress()), []
+    batches = Prefetcher(pinned_batches(), GPU)
+    objective = Objective(
+        VPSDE(), PixelCodec(), pred="noise_pred", weights={"mse": 1.0}, p_uncond=0.1,
+        null_label=CLASSES,
+    )  # fmt: skip
     for k in itertools.count():
         with no_synchronisation() if k > 1 else contextlib.nullcontext():
-            draws = Draws(
-                seed=1, batch=k, size=8, shape=(3, 16, 16), depth=5, device=GPU, encoding=False
+            draws = make_draws(
+                1, k, size=8, shape=(3, 16, 16), depth=5, encoding=False, device=GPU
             )
-            engine.zero_grad()
-            loss = accumulate_gradients(
-                config, accelerator, precision, engine, process, codec, batches, draws
+            stats = take_step(
+                accelerator, state, objective, batches, draws, accumulation=2, lr=1e-4, stop=False
             )
-            verdict = Verdict(accelerator, precision, loss, engine.clip(), False)
-            set_learning_rate(config, engine.optimizer, progress.step)
-            engine.step(verdict.bad)
-            batches.prefetch()
-            loss, norm, _, scale = verdict.read()
-            finite = loss < float("inf") and norm < float("inf")
+            finite = max(stats.loss, stats.grad_norm) < float("inf")
             with contextlib.nullcontext() if finite else synchronising():
-                outcomes.append(
-                    update_after(precision, engine, ema, progress, loss, norm, scale)
-                )
+                outcomes.append(update(state, stats))
         if outcomes.count("ok") == 4:
             break
         assert k < 30, outcomes

@@ -1,12 +1,9 @@
-"""Averaging of parameters, and the warm-up of the learning rate."""
-
-import math
+"""Averaging of parameters."""
 
 import pytest
 import torch
 
 from libs.train.ema import EMA
-from libs.train.lr import lr_factor, warmup_factor
 
 
 def make_model(seed=0):
@@ -78,19 +75,3 @@ def test_state_comes_back():
 def test_another_model_is_an_error():
     with pytest.raises(ValueError, match=r"2\.weight"):
         EMA(make_model(), 0.9).update(make_model()[:2])
-
-
-def test_warmup():
-    assert [warmup_factor(step, 4) for step in (0, 1, 2, 4, 100)] == [0, 0.25, 0.5, 1, 1]
-    assert [warmup_factor(0, none) for none in (0, -1)] == [1, 1]
-
-
-def test_cosine():
-    """Warm-up times half a cosine, down to 0 at the last update and beyond."""
-
-    def factors(name, *steps):
-        return [lr_factor(name, step, warmup_steps=4, n_steps=100) for step in steps]
-
-    assert factors("customized", 0, 2, 4, 99) == [0, 0.5, 1, 1]
-    assert factors("cosine", 0, 50, 100, 120) == pytest.approx([0, 0.5, 0, 0])
-    assert factors("cosine", 2)[0] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.02)) / 2)

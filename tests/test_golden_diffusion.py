@@ -10,7 +10,7 @@ from golden_cases import assert_close
 from libs.diffusion.samplers import sample
 from libs.diffusion.solvers import blocks_on_times, solve_singlestep
 from libs.train.ema import EMA
-from libs.train.lr import warmup_factor
+from libs.train.optimizer import warmup_constant
 from sde import VPSDE, DiscreteSchedule, denoising_loss
 
 SAMPLER_TOL = 5e-6  # tolerances of the golden README
@@ -174,7 +174,7 @@ def test_warmup(case, arrays):
     for key, lr_at_step in case["lr_at_step"].items():
         warmup_steps = int(key.removeprefix("warmup_"))
         for step, lr in lr_at_step.items():
-            result = case["base_lr"] * warmup_factor(int(step), warmup_steps)
+            result = case["base_lr"] * warmup_constant(int(step), warmup_steps, None)
             assert result == pytest.approx(lr, rel=1e-12), (key, step)
 
 

@@ -1,5 +1,5 @@
 """What surrounds a step's computation: copies to the device one ahead, a step that the device may
-refuse, and one reading of the outcome.
+refuse, and its outcome on the host.
 """
 
 import copy
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from libs.train.engine import Engine
-from libs.train.loop import Verdict
-from libs.train.prefetch import Prefetcher
+from libs.train.loader import Prefetcher
+from libs.train.step import StepStats
 
 CPU = torch.device("cpu")
 
@@ -50,9 +50,8 @@ def make_engine():
     torch.manual_seed(0)
     network = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
-    accelerator = types.SimpleNamespace(prepare_model=lambda model: model)
-    precision = types.SimpleNamespace(scaler=torch.amp.GradScaler("cpu", enabled=False))
-    return Engine(accelerator, network, optimizer, precision, 1.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return Engine("one process", network, network, optimizer, scaler, 1.0)
 
 
 def step(engine, scale, bad):
@@ -82,18 +81,20 @@ def test_a_refused_step_changes_no_bit_and_a_made_one_is_adamws():
     assert all(map(torch.equal, network.parameters(), engine.network.parameters()))
 
 
-@pytest.mark.parametrize("loss, norm, bad", [
+@pytest.mark.parametrize("loss, norm, found_inf", [
     (1.5, 2.5, 0), (float("nan"), 2.5, 1), (1.5, float("inf"), 1), (float("-inf"), float("nan"), 1)
 ])  # fmt: skip
 @pytest.mark.parametrize("fp16", [False, True])
-def test_verdict(loss, norm, bad, fp16):
+def test_step_stats(loss, norm, found_inf, fp16):
     """Two processes with the same loss, one of them asked to stop."""
     accelerator = types.SimpleNamespace(
         num_processes=2, reduce=lambda tensor, how: tensor + torch.stack([tensor[0], 1 - tensor[1]])
     )
     scaler = torch.amp.GradScaler("cpu", enabled=fp16, init_scale=512.0)
     precision = types.SimpleNamespace(scaler=scaler)
-    verdict = Verdict(accelerator, precision, torch.tensor(loss), torch.tensor(norm), False)
-    assert verdict.bad.item() == bad and verdict.bad.dtype == torch.float32
+    stats = StepStats(accelerator, precision, torch.tensor(loss), torch.tensor(norm), False)
+    assert stats.found_inf.item() == found_inf and stats.found_inf.dtype == torch.float32
+    stats.fetch()
     expected = [loss, norm, True, 512.0 if fp16 else 1.0]
-    assert list(verdict.read()) == pytest.approx(expected, nan_ok=True)
+    found = [stats.loss, stats.grad_norm, stats.stop, stats.loss_scale]
+    assert found == pytest.approx(expected, nan_ok=True)

@@ -1,33 +1,37 @@
-"""What a step does: accumulation, precision, steps that are not finite, overflow, and what the log
-says of them.
+"""What a step does: losses, accumulation, precision, steps that are not finite; what a run logs and
+makes at intervals.
 """
 
+import types
 
 import pytest
 import runs
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from writers import cifar10_environment, write_cifar10, write_folder
+from writers import write_folder
 
 import utils
 from configs import digits_T_DiM
-from datasets import dataset_of, get_dataset
+from datasets import get_dataset
 from libs.data.codec import PixelCodec
 from libs.files import weights_file
 from libs.model.build import build_model
-from libs.train import checkpoint, loop
+from libs.train import checkpoint, loop, losses, optimizer, snapshots
+from libs.train.resume import Progress
+from libs.train.step import update
 from sde import VPSDE
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
 
 
-def config_of(**changes):
+def make_config(**changes):
     config = digits_T_DiM.get_config()
     flat = {
         **runs.TINY,
         "train.num_workers": 0,
         "train.n_steps": 4,
+        "train.grid_samples": 0,
+        "gradient_accumulation_steps": 1,
         **{key.replace("__", "."): value for key, value in changes.items()},
     }
     config.update_from_flattened_dict(flat)
@@ -35,6 +39,7 @@ def config_of(**changes):
 
 
 def train(workdir, config, codec=None, dataset=None):
+    runs.fresh_state()
     torch.manual_seed(config.seed)
     model = build_model(config.nnet)
     dataset = dataset or get_dataset("digits", seed=config.seed)
@@ -55,11 +60,92 @@ class Broken(PixelCodec):
         return x * float("nan") if self.call in self.calls else x
 
 
+# ---------------------------------------------------------------------------------------------
+# Losses, optimizers, schedules by name
+
+
+def make_draws(batch=4):
+    return losses.make_draws(
+        1, 2, size=batch, shape=(1, 8, 8), depth=0, encoding=False, device=torch.device("cpu")
+    )
+
+
+def test_terms_are_added_by_weight_and_may_ask_for_hidden_activations(monkeypatch):
+    monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
+
+    @losses.loss_term("size", hidden=(2, 5))
+    def size(output, target, hidden, batch):
+        assert set(hidden) == {2, 5} and batch.z.shape == output.shape == target.shape
+        return hidden[2].square().mean((1, 2)) + hidden[5].mean((1, 2)) * batch.y
+
+    def network(x, t, y, hidden=()):
+        tokens = {block: block * x.flatten(2).mT for block in hidden}
+        return (0.5 * x, tokens) if hidden else 0.5 * x
+
+    def loss(**weights):
+        objective = losses.Objective(
+            VPSDE(), PixelCodec(), pred="noise_pred", weights=weights, p_uncond=0.0, null_label=10
+        )
+        return objective(network, torch.ones(4, 1, 8, 8), torch.arange(4), make_draws())
+
+    draws, process = make_draws(), VPSDE()
+    z_t = process.mix(torch.ones(4, 1, 8, 8), draws.eps, draws.time)
+    mse = (0.5 * z_t - draws.eps).square().flatten(1).mean(1)
+    inner = 4 * z_t.square().flatten(1).mean(1) + 5 * z_t.flatten(1).mean(1) * torch.arange(4)
+    torch.testing.assert_close(loss(mse=1.0), mse, rtol=0, atol=0)
+    torch.testing.assert_close(loss(mse=0.5, size=0.25), 0.5 * mse + 0.25 * inner)
+    with pytest.raises(UserError, match="loss 'huber' is unknown: there is mse, size"):
+        loss(huber=1.0)
+
+
+def test_labels_are_dropped_as_the_draws_say():
+    def labels(p_uncond):
+        objective = losses.Objective(
+            None, None, pred="", weights={}, p_uncond=p_uncond, null_label=10
+        )
+        return objective.drop_labels(torch.tensor([3, 4]), torch.tensor([0.05, 0.5]))
+
+    assert labels(None) is None
+    assert labels(0.1).tolist() == [10, 4] and labels(0.0).tolist() == [3, 4]
+
+
+def test_another_optimizer_trains_and_skips_what_is_not_finite(tmp_path, monkeypatch):
+    """One that does not read found_inf on the device; its momentum is resumed."""
+    monkeypatch.setattr(optimizer, "OPTIMIZERS", {
+        "sgd": lambda parameters, settings: torch.optim.SGD(parameters, settings.lr, momentum=0.9)
+    })  # fmt: skip
+    config = make_config(optimizer__name="sgd", train__n_steps=2, optimizer__lr=0.01)
+    train(tmp_path / "whole", make_config(optimizer__name="sgd", optimizer__lr=0.01))
+    train(tmp_path / "run", config)
+    expected = train(tmp_path / "broken", config, codec=Broken({1}))
+    assert all(tensor.isfinite().all() for tensor in expected.state_dict().values())
+    train(tmp_path / "run", make_config(optimizer__name="sgd", optimizer__lr=0.01))
+    assert runs.numbers(tmp_path / "run") == runs.numbers(tmp_path / "whole")
+    with pytest.raises(UserError, match="optimizer.name 'adamw' is unknown: there is sgd"):
+        train(tmp_path / "other", make_config())
+
+
+def test_schedules():
+    """Warm-up, and its product with half a cosine, down to 0 at the last update and beyond."""
+
+    def factors(name, *steps, warmup=4):
+        schedule = optimizer.make_schedule(
+            types.SimpleNamespace(name=name, warmup_steps=warmup), n_steps=100
+        )
+        return [schedule(step) for step in steps]
+
+    assert factors("warmup_constant", 0, 1, 2, 4, 99) == [0, 0.25, 0.5, 1, 1]
+    assert factors("customized", 0, 2, warmup=0) == factors("customized", 0, 2, warmup=-1) == [1, 1]
+    assert factors("cosine", 0, 2, 50, 100, 120) == pytest.approx([0, 0.499507, 0.5, 0, 0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Steps
+
+
 def test_accumulation_changes_only_rounding(tmp_path):
-    one = train(tmp_path / "one", config_of(gradient_accumulation_steps=1))
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    four = train(tmp_path / "four", config_of(gradient_accumulation_steps=4))
+    one = train(tmp_path / "one", make_config())
+    four = train(tmp_path / "four", make_config(gradient_accumulation_steps=4))
     for a, b in zip(one.parameters(), four.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5)
     for a, b in zip(runs.numbers(tmp_path / "one"), runs.numbers(tmp_path / "four"), strict=True):
@@ -67,34 +153,20 @@ def test_accumulation_changes_only_rounding(tmp_path):
 
 
 def test_a_step_that_is_not_finite_is_skipped_logged_and_survived(tmp_path):
-    changes = dict(gradient_accumulation_steps=1, train__n_steps=6)
-    train(tmp_path, config_of(**changes), codec=Broken({2, 3}))
+    train(tmp_path, make_config(train__n_steps=6), codec=Broken({2, 3}))
     lines = runs.steps_logged(tmp_path)
     bad = [line for line in lines if line["outcome"] == "bad"]
-    assert [line["step"] for line in bad] == [2, 2] and all(
-        line["loss"] == line["grad_norm"] == "NaN" for line in bad
-    )
-    assert [line["step"] for line in lines if line["outcome"] == "ok"] == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]  # the count goes on as if nothing had been
+    assert [line["step"] for line in bad] == [2, 2]
+    assert all(line["loss"] == line["grad_norm"] == "NaN" for line in bad)
+    assert [line["step"] for line in lines if line["outcome"] == "ok"] == [1, 2, 3, 4, 5, 6]
     network, average = runs.weights(tmp_path, 6)
     assert all(tensor.isfinite().all() for tensor in [*network.values(), *average.values()])
 
 
 def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path):
-    changes = dict(
-        gradient_accumulation_steps=1,
-        train__n_steps=20,
-        train__max_bad_steps=3,
-        train__save_interval=4,
-    )
+    changes = dict(train__n_steps=20, train__max_bad_steps=3, train__save_interval=4)
     with pytest.raises(UserError, match="3 steps in a row .* last at step 5"):
-        train(tmp_path, config_of(**changes), codec=Broken(range(5, 100)))
+        train(tmp_path, make_config(**changes), codec=Broken(range(5, 100)))
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
     network, _ = runs.weights(tmp_path, 4)
     assert all(tensor.isfinite().all() for tensor in network.values())
@@ -106,183 +178,93 @@ def test_an_overflow_that_the_scaler_handles_is_logged_and_not_counted(tmp_path,
     """
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
-        torch.amp,
-        "GradScaler",
+        torch.amp, "GradScaler",
         lambda device, enabled: scaler(device, enabled=enabled, init_scale=2.0**30),
-    )
-    changes = dict(
-        train__mixed_precision="fp16",
-        train__max_bad_steps=1,
-        train__n_steps=3,
-        gradient_accumulation_steps=1,
-    )
-    train(tmp_path, config_of(**changes))
+    )  # fmt: skip
+    changes = dict(train__mixed_precision="fp16", train__max_bad_steps=1, train__n_steps=3)
+    train(tmp_path, make_config(**changes))
     lines = runs.steps_logged(tmp_path)
     overflows = [line for line in lines if line["outcome"] == "overflow"]
     good = [line for line in lines if line["outcome"] == "ok"]
     assert len(overflows) >= 3 and {line["step"] for line in overflows} == {0}
-    assert [line["step"] for line in good] == [1, 2, 3] and good[0][
-        "lr"
-    ] == 0  # the schedule did not move either
-    log = (tmp_path / "output.log").read_text()
-    assert "loss scale now" in log and "precision fp16" in log
+    assert [line["step"] for line in good] == [1, 2, 3]
+    assert good[0]["lr"] == 0, "the schedule did not move either"
+    assert "loss scale now" in (tmp_path / "output.log").read_text()
 
 
-def test_an_overflow_below_scale_one_counts(tmp_path, monkeypatch):
-    """A gradient that stays infinite whatever the scale: the scale falls below 1 and the run
-    stops.
-    """
-    scaler = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp,
-        "GradScaler",
-        lambda device, enabled: scaler(device, enabled=enabled, init_scale=4.0),
+def test_a_gradient_that_overflows_at_every_scale_counts_once_the_scale_is_below_one():
+    weight = torch.nn.Parameter(torch.ones(2))
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=4.0), torch.optim.SGD([weight], 0.1)
+    state = types.SimpleNamespace(
+        progress=Progress(), precision=types.SimpleNamespace(scaler=scaler)
     )
-    monkeypatch.setattr(
-        torch.nn.utils, "clip_grad_norm_", lambda parameters, limit: torch.tensor(float("inf"))
-    )
-    monkeypatch.setattr(torch.amp.GradScaler, "__call__", None, raising=False)
-    unscale = scaler.unscale_
-
-    def overflowing(self, optimizer):
-        for parameter in optimizer.param_groups[0]["params"][:1]:
-            parameter.grad.fill_(float("inf"))
-        unscale(self, optimizer)
-
-    monkeypatch.setattr(scaler, "unscale_", overflowing)
-    with pytest.raises(UserError, match="2 steps in a row"):
-        train(
-            tmp_path,
-            config_of(
-                train__mixed_precision="fp16", train__max_bad_steps=2, gradient_accumulation_steps=1
-            ),
-        )
-    outcomes = [line["outcome"] for line in runs.steps_logged(tmp_path)]
+    outcomes = []
+    for _ in range(4):
+        scale = scaler.get_scale()
+        scaler.scale(weight.sum() * float("inf")).backward()
+        scaler.unscale_(optimizer)
+        stats = types.SimpleNamespace(loss=1.0, grad_norm=float("inf"), loss_scale=scale)
+        outcomes.append(update(state, stats))
     assert outcomes == ["overflow", "overflow", "bad", "bad"]  # scales 2, 1, 0.5, 0.25
+    assert state.progress == Progress(step=0, batch=4, bad_in_a_row=2)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_follows_float32(tmp_path, precision):
-    changes = dict(gradient_accumulation_steps=1, train__n_steps=4, nnet__drop_path=0.0)
-    train(tmp_path / "fp32", config_of(**changes))
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    train(tmp_path / precision, config_of(**changes, train__mixed_precision=precision))
+    train(tmp_path / "fp32", make_config(nnet__drop_path=0.0))
+    train(
+        tmp_path / precision, make_config(nnet__drop_path=0.0, train__mixed_precision=precision)
+    )
     expected = [line["loss"] for line in runs.steps_logged(tmp_path / "fp32")]
     found = [
         line["loss"] for line in runs.steps_logged(tmp_path / precision) if line["outcome"] == "ok"
     ]
-    # An overflow takes the next batch, so only the first steps see the same data; bfloat16 has 8
-    # bits.
+    # An overflow takes the next batch, so that only the first step sees the same data; bfloat16 has
+    # 8 bits.
     count = 4 if precision == "bf16" else 1
     assert found[:count] == pytest.approx(expected[:count], rel=0.03)
     assert runs.weights(tmp_path / precision, 4)[0]["head.weight"].dtype == torch.float32
 
 
-def test_the_disk_is_full(tmp_path, monkeypatch):
-    """The sentence names the file and what is still good; the earlier checkpoint stays."""
-    config = config_of(train__n_steps=8, train__save_interval=4)
-    save, saves = checkpoint._write_files, []
-
-    def full(*args):
-        saves.append(args)
-        if len(saves) > 1:
-            raise OSError(28, "No space left on device")
-        return save(*args)
-
-    monkeypatch.setattr(checkpoint, "_write_files", full)
-    with pytest.raises(UserError, match="8.ckpt.*No space left.*4.ckpt"):
-        train(tmp_path, config)
-    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
-
-
 def test_settings_of_the_optimizer_are_the_config_s(tmp_path):
-    """As the log says of a changed value, its averages stay."""
-    train(tmp_path, config_of(train__n_steps=2, train__grid_samples=0))
-    AcceleratorState._reset_state()
+    """As the log says of a changed value; the averages go on."""
+    train(tmp_path, make_config(train__n_steps=2))
     changes = {"optimizer__weight_decay": 0.5, "optimizer__betas": (0.0, 0.5)}
-    train(tmp_path, config_of(train__n_steps=4, train__grid_samples=0, **changes))
+    train(tmp_path, make_config(**changes))
     assert "optimizer.weight_decay: 0.03 -> 0.5" in (tmp_path / "output.log").read_text()
     state = checkpoint.load(tmp_path / "ckpts" / "4.ckpt").training_state["optimizer"]
     (group,) = state["param_groups"]
     assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0, 0.5)
-    assert state["state"][0]["step"] == 4
+    assert state["state"]["head.weight"]["step"] == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# What a run writes
 
 
 def test_run_directory_holds_config_commit_versions_and_devices(tmp_path):
-    config = config_of()
+    config = make_config(train__n_steps=1)
     train(tmp_path, config)
     saved = utils.read_json(tmp_path / "config.json")
     assert utils.config_differences(saved, config.to_dict()) == []
     environment = utils.read_json(tmp_path / "environment.json")
-    assert (
-        environment["packages"]["torch"] == torch.__version__
-        and environment["devices"]
-        and environment["commit"]
-    )
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["devices"] and environment["commit"]
 
 
-def test_fid_at_intervals(tmp_path):
-    """Its figures go to the metrics, from the classifier's features and the data set itself."""
-    classifier = runs.ROOT / "assets" / "digits_classifier.safetensors"
-    if not classifier.is_file():
-        assert runs.run("scripts/train_digits_classifier.py")[0] == 0
-    changes = dict(train__n_steps=4, train__save_interval=2, train__fid_samples=60)
-    train(tmp_path, config_of(**changes))
-    figures = [line for line in runs.steps_logged(tmp_path) if "frechet_distance" in line]
-    assert [line["step"] for line in figures] == [2, 4]
-    assert all(line["frechet_distance"] > 0 for line in figures)
-    assert all(0 <= line["class_agreement"] <= 1 for line in figures)
-    assert "two halves of the real images" in (tmp_path / "output.log").read_text()
-
-
-def test_fid_that_a_kill_prevented_is_made_by_the_next_start(tmp_path, monkeypatch):
-    """A run that ended after its last checkpoint and before its last evaluation; and only then."""
-    changes = dict(train__n_steps=2, train__save_interval=2, train__fid_samples=60)
-    monkeypatch.setattr(loop.Outputs, "make", lambda *args: None)
-    train(tmp_path, config_of(**changes))
-    monkeypatch.undo()
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for _ in range(2):
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        train(tmp_path, config_of(**changes))
-        figures = [line for line in runs.steps_logged(tmp_path) if "frechet_distance" in line]
-        assert [line["step"] for line in figures] == [2]
-    assert (tmp_path / "samples" / "2.png").is_file()
-
-
-def test_what_fid_will_miss_is_said_at_the_start(tmp_path, monkeypatch):
-    """And unknown features end the run there."""
-    monkeypatch.setattr(loop.Outputs, "make", lambda *args: None)
-    changes = dict(train__n_steps=1, train__fid_samples=60)
-    absent = str(tmp_path / "absent.npz")
-    train(tmp_path / "run", config_of(**changes, dataset__fid_stats=absent))
-    said = f"FID will be left out, unless this changes before the first: the statistics {absent}"
-    assert said in (tmp_path / "run" / "output.log").read_text()
-    AcceleratorState._reset_state()
-    with pytest.raises(UserError, match="unknown features 'digits'"):
-        train(tmp_path / "other", config_of(**changes, sample__features="digits"))
-
-
-def test_the_log_has_classes_and_broken_images_and_says_that_a_class_was_renamed(tmp_path):
+def test_the_log_has_classes_and_says_that_one_was_renamed(tmp_path):
     data, run = tmp_path / "data", tmp_path / "run"
     write_folder(data)
-    (data / "bee" / "05.png").write_bytes(b"broken")
-    changes = dict(
-        dataset__name="folder", dataset__path=str(data), nnet__in_channels=3,
-        train__save_interval=1, train__grid_samples=0,
-    )  # fmt: skip
+    changes = dict(dataset__name="folder", dataset__path=str(data), nnet__in_channels=3,
+                   train__save_interval=1)  # fmt: skip
     for n_steps in 1, 2:
-        config = config_of(train__n_steps=n_steps, **changes)
-        train(run, config, dataset=dataset_of(config, augmented=True))  # at the network's 8 pixels
+        config = make_config(train__n_steps=n_steps, **changes)
+        train(run, config, dataset=snapshots.dataset_of(config))
         log = (run / "output.log").read_text()
         if n_steps == 1:
             assert "2 classes: 0 ant, 1 bee" in log and "changed since" not in log
             assert "the data set has 2 classes, but nnet.num_classes is 10" in log
-            assert "WARNING unreadable image, the next stands in for it" in log
             (data / "ant").rename(data / "cat")
-            AcceleratorState._reset_state()
     said = [line.split(": ", 1)[1] for line in log.splitlines() if "changed since" in line]
     assert {"environment: classes.ant: 0 -> absent", "environment: classes.bee: 1 -> 0",
             "environment: classes.cat: absent -> 1"} <= set(said)  # fmt: skip
@@ -294,37 +276,46 @@ def test_published_weights_among_a_run_s_checkpoints_are_not_touched(tmp_path):
     published.parent.mkdir(parents=True)
     published.write_bytes(b"weights")
     with pytest.raises(UserError, match="4.ckpt holds weights that this run has not saved"):
-        train(tmp_path, config_of())
+        train(tmp_path, make_config())
     assert published.read_bytes() == b"weights" and weights_file(published.parent) == published
 
 
-def test_fid_that_cannot_be_made_is_noted_once_and_does_not_stop_the_run(tmp_path):
-    changes = dict(
-        train__n_steps=4, train__save_interval=2, train__fid_samples=60,
-        sample__features="inception", sample__fid_weights_path=str(tmp_path / "absent.pth"),
-    )  # fmt: skip
-    train(tmp_path, config_of(**changes))
-    log = (tmp_path / "output.log").read_text()
-    assert log.count("no FID in this run") == 1 and "absent.pth" in log
-    assert "finished 4 steps" in log
+FID = dict(train__n_steps=4, train__save_interval=2, train__fid_samples=60)
 
 
-@pytest.mark.slow
-def test_cifar10_config_trains_two_steps_on_files_in_its_format(tmp_path):
-    """The published configuration, 50.6M parameters; only the batch is smaller and the sampling
-    short.
+def test_fid_at_intervals_and_after_a_kill_that_prevented_it(tmp_path, monkeypatch):
+    """Its figures go to the metrics, from the classifier's features and the data set itself; what a
+    run owes that ended after its last save is made by the next start, and only by that one.
     """
-    write_cifar10(tmp_path)
-    overrides = {
-        "dataset.path": tmp_path, "train.batch_size": 2, "train.n_steps": 2,
-        "train.log_interval": 1, "train.num_workers": 0, "train.fid_samples": 0,
-        "train.grid_samples": 1, "sample.algorithm": "euler_maruyama_ode", "sample.sample_steps": 1,
-    }  # fmt: skip
-    words = [f"--config.{key}={value}" for key, value in overrides.items()]
-    status, output = runs.run(
-        "train.py", "--config=configs/cifar10_S_DiM.py", f"--workdir={tmp_path / 'run'}", *words,
-        **cifar10_environment(tmp_path),
-    )  # fmt: skip
-    assert status == 0, output
-    assert "50,568,716 parameters" in output and "100 images of shape (3, 32, 32)" in output
-    assert [line["step"] for line in runs.steps_logged(tmp_path / "run")] == [1, 2]
+    classifier = runs.ROOT / "assets" / "digits_classifier.safetensors"
+    if not classifier.is_file():
+        assert runs.run("scripts/train_digits_classifier.py")[0] == 0
+    config = make_config(**FID, train__grid_samples=20)
+
+    def figures():
+        return [line for line in runs.steps_logged(tmp_path) if "frechet_distance" in line]
+
+    make = snapshots.Snapshots.make
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshots.Snapshots, "make",
+                      lambda self, due, step: make(self, due if step < 4 else (), step))
+        train(tmp_path, config)
+    assert [line["step"] for line in figures()] == [2]
+    assert not (tmp_path / "samples" / "4.png").exists()
+    for _ in range(2):
+        train(tmp_path, config)
+        assert [line["step"] for line in figures()] == [2, 4]
+    assert (tmp_path / "samples" / "4.png").is_file()
+    assert all(line["frechet_distance"] > 0 for line in figures())
+    assert all(0 <= line["class_agreement"] <= 1 for line in figures())
+    assert "two halves of the real images" in (tmp_path / "output.log").read_text()
+
+
+def test_fid_that_cannot_be_made_is_noted_at_the_start_and_does_not_stop_the_run(tmp_path):
+    """Unknown features do."""
+    absent = str(tmp_path / "absent.npz")
+    train(tmp_path / "run", make_config(**FID, dataset__fid_stats=absent))
+    log = (tmp_path / "run" / "output.log").read_text()
+    assert log.count("no FID in this run") == 1 and absent in log and "finished 4 steps" in log
+    with pytest.raises(UserError, match="unknown features 'digits'"):
+        train(tmp_path / "other", make_config(**FID, sample__features="digits"))

@@ -1,319 +1,164 @@
 """Checkpoints: <directory>/<step>.ckpt/, whole or absent however a save ends.
 
-A save writes a hidden directory beside its target, syncs it to disk and renames it; the manifest
-(size and SHA-256 of each file) is written last. What a dead save left behind never has the name
-of a checkpoint and is removed by the next save.
+A save writes the hidden directory .saving-<step>, its manifest (size and SHA-256 of each file)
+last, and gives it the checkpoint's name. The next start finishes or removes what a killed save left
+behind. One process at a time saves into a directory.
 """
 
-import contextlib
-import dataclasses
-import errno
+import json
 import logging
 import os
 import re
 import shutil
-import stat
-from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from libs.files import read_safetensors, read_torch, sha256_of
-from utils import PASSING_ERRORS, UserError, read_json, write_json
+from utils import UserError, write_json
 
-FORMAT = 1
-_FILES = ("nnet.safetensors", "nnet_ema.safetensors", "training.pt", "config.json")
-_LOGGER = logging.getLogger("dim")
-
-# A disk or its rights that say no, which is not the file's fault.
-_UNREADABLE = PASSING_ERRORS | {errno.EACCES, errno.EPERM}
+log = logging.getLogger("dim")
 
 
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """What `load` reads: CPU tensors by name, and plain values."""
+class Saved(NamedTuple):
+    """What a checkpoint holds: weights and their average, CPU tensors by name, and the rest."""
 
-    step: int
     nnet: dict[str, torch.Tensor]
     ema: dict[str, torch.Tensor]
     training_state: dict
-    config: dict
-
-
-# ---------------------------------------------------------------------------------------------
-# What is written
-
-def _plain(value, where: str):
-    """A copy of a state with tensors on the CPU; TypeError for what weights_only cannot read.
-
-    Better refused at the first save than at the first resume.
-    """
-    if isinstance(value, torch.Tensor):
-        # clone: torch.save writes the whole storage of a view
-        return value.detach().cpu().clone()
-    if isinstance(value, dict):
-        return {_plain(key, f"a key of {where}"): _plain(item, f"{where}[{key!r}]")
-                for key, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_plain(item, f"{where}[{i}]") for i, item in enumerate(value))
-    if value is None or type(value) in (int, float, bool, str, bytes):
-        return value
-    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds tensors, dicts, "
-                    "lists, tuples, numbers and strings only")
-
-
-def _weights(tensors: dict) -> dict:
-    """The tensors on the CPU, contiguous, each in memory of its own, as safetensors wants them."""
-    seen, result = set(), {}
-    for name, tensor in tensors.items():
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage().data_ptr()
-        result[name] = value.clone() if storage in seen else value
-        seen.add(storage)
-    return result
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk; a rename is durable once its directory is."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open directories
-    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno != errno.EINVAL or path.is_file():  # some network file systems cannot
-            raise                                          # sync a directory
-    finally:
-        os.close(descriptor)
-
-
-def _save_training_state(state: dict, path: Path) -> None:
-    """torch.save; a failed write is an OSError (torch's zip writer makes it a RuntimeError)."""
-    with path.open("wb") as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            cause = error.__context__
-            raise (cause if isinstance(cause, OSError) else OSError(str(error))) from None
-
-
-def _write_files(folder: Path, step, nnet, ema, training_state, config) -> None:
-    save_file(_weights(nnet), folder / "nnet.safetensors")
-    save_file(_weights(ema), folder / "nnet_ema.safetensors")
-    _save_training_state(training_state, folder / "training.pt")
-    write_json(folder / "config.json", config)
-    for name in ("nnet.safetensors", "nnet_ema.safetensors"):  # safetensors' are the owner's only
-        (folder / name).chmod((folder / "config.json").stat().st_mode)
-    for name in _FILES:
-        _sync(folder / name)
-    entries = {name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-               for name in _FILES}
-    write_json(folder / "manifest.json", {"format": FORMAT, "step": step, "files": entries})
-    _sync(folder / "manifest.json")
-    _sync(folder)
-
-
-# ---------------------------------------------------------------------------------------------
-# Directories. `.saving-5-<pid>` is being written, `.removing-5` being deleted, and `.replaced-5`
-# is the old checkpoint of step 5 for the instant in which a new one takes its place.
-
-def _steps(directory: Path) -> dict[int, Path]:
-    """step -> path of everything with a checkpoint's name, or replaced and not yet succeeded."""
-    found = {}
-    for pattern in (r"\.replaced-(\d+)", r"(\d+)\.ckpt"):  # the later one wins
-        found.update({int(match[1]): path for path in directory.iterdir()
-                      if (match := re.fullmatch(pattern, path.name))})
-    return found
-
-
-def _discard(path: Path, step: int) -> None:
-    """Delete a checkpoint; a kill half-way leaves nothing with a checkpoint's name."""
-    doomed = path.with_name(f".removing-{step}")
-    path.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def clean(directory: Path) -> None:
-    """Finish or undo what a save that died left behind; only while nobody else saves there."""
-    for path in directory.iterdir() if directory.is_dir() else ():
-        if re.match(r"\.(saving|removing)-\d+", path.name):
-            shutil.rmtree(path, ignore_errors=True)
-        elif match := re.fullmatch(r"\.replaced-(\d+)", path.name):
-            target = directory / f"{match[1]}.ckpt"
-            if target.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(target)
-
-
-def _put_in_place(temporary: Path, target: Path, step: int) -> None:
-    replaced = target.with_name(f".replaced-{step}")
-    if target.exists():
-        target.rename(replaced)
-    temporary.rename(target)
-    _sync(target.parent)
-    if replaced.exists():
-        _discard(replaced, step)
-
-
-def _keep(directory: Path, step: int, keep_last: int) -> None:
-    """Of the checkpoints before `step`, keep the keep_last - 1 newest."""
-    older = sorted((old, path) for old, path in _steps(directory).items() if old < step)
-    for old, path in older[:max(0, len(older) - keep_last + 1)]:
-        try:
-            _discard(path, old)
-        except OSError as error:  # the new one is safe: no reason to stop
-            _LOGGER.warning("could not delete the old checkpoint %s: %s", path, error)
 
 
 # ---------------------------------------------------------------------------------------------
 # Saving
 
-def save(directory, step: int, *, nnet: dict, ema: dict, training_state: dict, config: dict,
-         keep_last: int | None) -> Path:
-    """Save a checkpoint and return its path, directory/<step>.ckpt.
 
-    nnet, ema: name -> tensor, any device, layout and dtype. training_state: nested dicts and
-    lists of tensors and plain values (TypeError otherwise). config: a dict for JSON.
-    keep_last: how many checkpoints to keep, this one included, or None for all of them; older
-    ones are deleted once this one is in place.
+def saving_folder(directory, step):
+    """Where the checkpoint of `step` is being written."""
+    return Path(directory) / f".saving-{step}"
 
-    Raises UserError if the disk is full or cannot be written: nothing of the failed save remains
-    and earlier checkpoints are as they were. One process at a time saves into a directory.
-    """
-    directory = Path(directory)
-    target, temporary = directory / f"{step}.ckpt", directory / f".saving-{step}-{os.getpid()}"
-    training_state = _plain(training_state, "training_state")
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        clean(directory)
-        temporary.mkdir()
-        _write_files(temporary, step, nnet, ema, training_state, config)
-        _put_in_place(temporary, target, step)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"could not save checkpoint {target}: {reason}; "
-                        f"{_still_good(directory)}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    if keep_last is not None:
-        _keep(directory, step, keep_last)
+
+def _write_manifest(folder, step):
+    """manifest.json, the last file: all others are on the disk then."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entry = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        files[path.relative_to(folder).as_posix()] = entry
+    write_json(folder / "manifest.json", {"format": 1, "step": step, "files": files})
+
+
+def _write_files(folder, nnet, ema, training_state, config):
+    for name, tensors in ("nnet", nnet), ("nnet_ema", ema):
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+    with (folder / "training.pt").open("wb") as file:
+        torch.save(training_state, file)
+    write_json(folder / "config.json", config)
+    for path in folder.glob("*.safetensors"):  # that library's files are the owner's only
+        path.chmod((folder / "config.json").stat().st_mode)
+
+
+def _put_in_place(folder):
+    """Give the whole checkpoint .saving-<step> its name; the one that had it goes."""
+    target = folder.with_name(f"{folder.name.split('-')[1]}.ckpt")
+    if target.exists():
+        shutil.rmtree(target)
+    folder.rename(target)
     return target
 
 
-def _still_good(directory: Path) -> str:
-    with contextlib.suppress(OSError, UserError):
-        if found := latest(directory, report=lambda line: None):
-            return f"the last good checkpoint is {found[0]}"
-    return "there is no earlier checkpoint"
+def _steps(directory):
+    """The steps of everything with a checkpoint's name, in ascending order."""
+    matches = (re.fullmatch(r"(\d+)\.ckpt", path.name) for path in directory.glob("*.ckpt"))
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def _prune(directory, step, keep_last):
+    """Of the checkpoints before `step`, keep the keep_last - 1 newest."""
+    older = [old for old in _steps(directory) if old < step]
+    for old in older[: max(0, len(older) - keep_last + 1)]:
+        shutil.rmtree(directory / f"{old}.ckpt", ignore_errors=True)
+
+
+def save(directory, step, *, nnet, ema, training_state, config, keep_last):
+    """Save a checkpoint and return its path, directory/<step>.ckpt.
+
+    nnet, ema: name -> tensor, any device and dtype. training_state: nested dicts and lists of
+    tensors and plain values. config: a dict for JSON. keep_last: how many checkpoints to keep, this
+    one included, or None for all; the oldest are deleted once this one is in place.
+
+    UserError if the disk is full or cannot be written: earlier checkpoints are as they were.
+    """
+    directory, folder = Path(directory), saving_folder(directory, step)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_files(folder, nnet, ema, training_state, config)
+        _write_manifest(folder, step)
+        target = _put_in_place(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        # torch makes a RuntimeError of an OSError
+        reason = getattr(error.__context__ or error, "strerror", None) or error
+        raise UserError(
+            f"could not save checkpoint {directory / f'{step}.ckpt'}: {reason}; earlier "
+            "checkpoints are as they were"
+        ) from error
+    if keep_last is not None:
+        _prune(directory, step, keep_last)
+    return target
 
 
 # ---------------------------------------------------------------------------------------------
-# Checking
+# Finding and loading
 
-def _is(kind, path: Path) -> bool:
-    """Whether `path` is there and of a kind, stat.S_ISREG or S_ISDIR; OSError where the system does
-    not say, which pathlib takes for no from Python 3.14 on.
+
+def clean(directory):
+    """Finish the saves that were killed after their manifest, remove the others; only while nobody
+    saves there.
     """
-    try:
-        return kind(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+    for folder in directory.glob(".saving-*"):
+        if (folder / "manifest.json").is_file():
+            _put_in_place(folder)
+        else:
+            log.warning("removing %s: a save that did not finish", folder)
+            shutil.rmtree(folder)
 
 
-def _read_manifest(folder):
-    """manifest.json: 'files', name -> {'size': int, 'sha256': str}, and other entries."""
-    path = folder / "manifest.json"
-    manifest = read_json(path)
-    try:
-        for entry in manifest["files"].values():
-            int(entry["size"]), bytes.fromhex(entry["sha256"])
-    except Exception as error:
-        raise UserError(f"{path} is damaged: it has no size and sha256 of files") from error
-    return manifest
-
-
-def _check_file(path: Path, entry: dict) -> None:
-    if not _is(stat.S_ISREG, path):
-        raise UserError(f"{path} is missing")
-    if path.stat().st_size != entry["size"]:
-        raise UserError(f"{path} has {path.stat().st_size} bytes instead of {entry['size']}")
-    if sha256_of(path) != entry["sha256"]:
-        raise UserError(f"{path} is damaged: its SHA-256 is not the one in manifest.json")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-        except SafetensorError as error:
-            raise UserError(f"{path} is not a safetensors file: {error}") from error
-
-
-def verify(path) -> int:
-    """Check the checkpoint directory `path` against its manifest and return its step.
-
-    Reads every byte. Raises UserError naming the file and what is wrong with it.
+def verify(path):
+    """Compare every byte of a checkpoint with its manifest; ValueError, or OSError for a missing
+    file, names the first that differs.
     """
-    path = Path(path)
-    if not _is(stat.S_ISDIR, path):
-        raise UserError(f"{path} is not a checkpoint directory")
-    if not _is(stat.S_ISREG, path / "manifest.json"):
-        raise UserError(f"{path} has no manifest.json: it was not saved to the end")
-    manifest = _read_manifest(path)
-    version, step, files = manifest.get("format"), manifest.get("step"), manifest["files"]
-    if version != FORMAT:
-        raise UserError(f"{path} has checkpoint format {version}; this version of DiM reads "
-                        f"format {FORMAT}")
-    if type(step) is not int or not set(_FILES) <= files.keys():
-        raise UserError(f"{path / 'manifest.json'} is damaged: it has no step, or not all of "
-                        f"{', '.join(_FILES)}")
-    for name in _FILES:
-        _check_file(path / name, files[name])
-    return step
+    for name, entry in json.loads((path / "manifest.json").read_text())["files"].items():
+        if (path / name).stat().st_size != entry["size"]:
+            raise ValueError(f"{name} does not have {entry['size']} bytes")
+        if sha256_of(path / name) != entry["sha256"]:
+            raise ValueError(f"the SHA-256 of {name} is another")
 
 
-def latest(directory, report: Callable[[str], None] = _LOGGER.warning):
-    """(path, step) of the newest checkpoint in `directory` that verifies, or None.
+def find_latest(directory):
+    """The newest checkpoint in `directory` that is whole, or None; the log names the others.
 
-    Each one that does not, and each unfinished save, is named to `report` with the reason.
-    UserError for one that the system does not let us read: it may be as good as it was.
+    Any other error of the system's, such as a file that may not be read, is raised: that checkpoint
+    may be as good as it was.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        return None
-    for unfinished in sorted(directory.glob(".saving-*")):
-        report(f"ignoring {unfinished}: a save that did not finish")
-    for step, path in sorted(_steps(directory).items(), reverse=True):
+    for step in reversed(_steps(directory)):
+        path = directory / f"{step}.ckpt"
         try:
             verify(path)
-            return path, step
-        except (UserError, OSError) as error:
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if isinstance(cause, OSError) and cause.errno in _UNREADABLE:
-                raise UserError(
-                    f"cannot read checkpoint {path} ({cause.strerror}): mend that, or move it away "
-                    "to go on from the one before it"
-                ) from error
-            report(f"skipping checkpoint {path}: {error}")
+            return path
+        except (ValueError, LookupError, TypeError, FileNotFoundError, NotADirectoryError) as error:
+            log.warning("skipping checkpoint %s, which is damaged: %s", path, error)
     return None
 
 
-# ---------------------------------------------------------------------------------------------
-# Loading
-
-def load(path) -> Checkpoint:
-    """Verify and read a checkpoint directory; tensors on the CPU, in the dtypes they were saved in.
-
-    Pickled code is never executed. Raises UserError if the checkpoint is missing or damaged.
-    """
-    path = Path(path)
-    step = verify(path)
-    saved = Checkpoint(step=step, nnet=read_safetensors(path / "nnet.safetensors"),
-                       ema=read_safetensors(path / "nnet_ema.safetensors"),
-                       training_state=read_torch(path / "training.pt"),
-                       config=read_json(path / "config.json"))
-    for name, value in ("training.pt", saved.training_state), ("config.json", saved.config):
-        if not isinstance(value, dict):
-            raise UserError(f"{path / name} is damaged: it holds no entries by name")
-    return saved
+def load(path):
+    """Read a checkpoint, which `find_latest` has verified; no code in its files is run."""
+    return Saved(
+        read_safetensors(path / "nnet.safetensors"),
+        read_safetensors(path / "nnet_ema.safetensors"),
+        read_torch(path / "training.pt"),
+    )

@@ -1,4 +1,4 @@
-"""What a training run writes besides its log: checkpoints, grids of samples, FID at intervals."""
+"""What a run makes of its averaged weights at intervals: grids of samples, and FID."""
 
 import logging
 
@@ -7,17 +7,18 @@ import torch
 import utils
 from datasets import dataset_of
 from libs.evaluate import (
-    FEATURES,
-    choose_real,
-    describe_result,
-    load_real,
+    NoFeatures,
+    can_be_measured,
+    describe,
     make_features,
     make_grid_images,
     measure,
+    real_images,
+    require_known,
+    result_of,
 )
-from libs.runtime import WAITING, beat, has_logged
-from libs.train import checkpoint
-from libs.train.sharding import whole_weights
+from libs.runtime import has_logged, wait_without_timeout
+from libs.train.engine import whole_weights
 from utils import UserError
 
 log = logging.getLogger("dim")
@@ -25,69 +26,51 @@ log = logging.getLogger("dim")
 GRID_COLUMNS = 10
 
 
-class Outputs:
-    """Makes and writes them; every process takes part, the main one writes.
+class Snapshots:
+    """Every process makes its share of the images, the main one writes.
 
-    image_sampler: of the averaged weights' images; dataset: of training; state: () -> (network's
-    state_dict, average's, training_state), whole.
+    image_sampler: of the averaged weights; dataset: of training; metrics_log: the main process's;
+    stop: the StopRequest, which leaves out what is being made.
     """
 
-    def __init__(self, config, directory, accelerator, image_sampler, dataset, state):
+    def __init__(self, config, directory, accelerator, image_sampler, dataset, metrics_log, stop):
         self.config, self.directory, self.accelerator = config, directory, accelerator
-        self.image_sampler, self.dataset, self.state = image_sampler, dataset, state
-        self.features, self.real = None, None  # of FID, from the first one on
-        self.fid_samples = config.train.fid_samples
-        if config.sample.features == "none":
-            self.fid_samples = 0
-        if self.fid_samples:
-            self.expect_fid()
+        self.image_sampler, self.metrics_log, self.stop = image_sampler, metrics_log, stop
+        self.features = self.real = None
+        if config.train.fid_samples and config.sample.features != NoFeatures.name:
+            require_known(config.sample.features)
+            self.prepare_fid(dataset)
 
-    def expect_fid(self):
-        """At the start of a run: UserError for unknown features; a warning where there are no
-        statistics yet, which may still come before the first FID.
+    def prepare_fid(self, dataset):
+        """The feature network, and on the main process the real side, as eval.py opens it, without
+        the augmentation of training; no FID in this run, with a warning, where they cannot be had.
         """
-        if self.config.sample.features not in FEATURES:
-            raise UserError(
-                f"sample.features is {self.config.sample.features!r}, expected one of "
-                f"{', '.join(FEATURES)}"
-            )
+        config, device = self.config, self.accelerator.device
+        made = torch.zeros((), device=device)
         try:
-            choose_real(self.config.dataset.fid_stats, self.dataset)
-        except UserError as error:
+            features = make_features(
+                config.sample.features, config.sample.fid_weights_path, device
+            )
             if self.accelerator.is_main_process:
-                log.warning("FID will be left out, unless this changes before the first: %s", error)
-
-    def save(self, step):
-        """A checkpoint of `step`, written by the main process."""
-        beat("saving a checkpoint")
-        network, ema, training = self.state()
-        if self.accelerator.is_main_process:
-            path = checkpoint.save(
-                self.directory / "ckpts", step, nnet=network, ema=ema, training_state=training,
-                config=self.config.to_dict(), keep_last=self.config.train.keep_last,
-            )  # fmt: skip
-            log.info("saved %s", path)
-        beat(WAITING)
-        self.accelerator.wait_for_everyone()
-
-    def grid(self, step, stop):
-        """samples/<step>.png, from the averaged weights."""
-        n = self.config.train.grid_samples
-        with whole_weights(self.image_sampler.model):
-            images = make_grid_images(self.image_sampler, self.accelerator, n, stop)
-        if images is not None and self.accelerator.is_main_process:
-            (self.directory / "samples").mkdir(exist_ok=True)
-            utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
+                self.real = real_images(
+                    config, features, dataset_of(config) if can_be_measured(dataset) else None,
+                    resolution=self.image_sampler.image_shape[-1], device=device,
+                )  # fmt: skip
+            made += 1
+        except UserError as error:
+            log.warning("no FID in this run: %s", error)
+        wait_without_timeout(self.accelerator)
+        if self.accelerator.reduce(made, "sum").item() == self.accelerator.num_processes:
+            self.features = features
 
     def due(self, step):
-        """What step `step` asks for: a grid every eval_interval steps, FID every save_interval, and
-        both at the end.
+        """What step `step` asks for: a grid every eval_interval steps, a checkpoint and FID every
+        save_interval, and all at the end.
         """
         settings, last = self.config.train, step == self.config.train.n_steps
-        return {
-            "grid": bool(settings.grid_samples and (last or step % settings.eval_interval == 0)),
-            "fid": bool(self.fid_samples and (last or step % settings.save_interval == 0)),
-        }
+        due = {"save", "fid"} if last or step % settings.save_interval == 0 else set()
+        due |= {"grid"} if last or step % settings.eval_interval == 0 else set()
+        return due - {"grid" if not settings.grid_samples else "", "" if self.features else "fid"}
 
     def missing(self, step):
         """What is due and was not made, since the run ended after the save of `step`; all processes
@@ -95,64 +78,41 @@ class Outputs:
         """
         due = [self.due(step)]
         if self.accelerator.is_main_process:
-            grid = self.directory / "samples" / f"{step}.png"
-            due[0]["grid"] &= not grid.is_file()
-            due[0]["fid"] &= not has_logged(self.directory, step, "frechet_distance")
+            if (self.directory / "samples" / f"{step}.png").is_file():
+                due[0].discard("grid")
+            if has_logged(self.directory, step, "frechet_distance"):
+                due[0].discard("fid")
         if self.accelerator.num_processes > 1:
             torch.distributed.broadcast_object_list(due)
         return due[0]
 
-    def make(self, due, step, metrics_log, stop):
-        """What `due` names."""
-        if due["grid"]:
-            self.grid(step, stop)
-        if due["fid"]:
-            result = self.fid(stop)
-            if result and self.accelerator.is_main_process:
-                figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
-                metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
-                log.info("step %d: %s", step, describe_result(result))
-
-    def real_side(self):
-        """The FeatureSet of the real images, and its features, made once; where images are
-        measured, as eval.py opens them, without the augmentation of training.
-        """
-        config, device = self.config, self.accelerator.device
-        if self.real is None:
-            chosen = choose_real(config.dataset.fid_stats, self.dataset)
-            dataset = dataset_of(config) if chosen is self.dataset else None
-            self.features = make_features(
-                config.sample.features, config.sample.fid_weights_path, device
-            )
-            self.real = load_real(
-                config.dataset, self.features, dataset,
-                side=self.image_sampler.image_shape[-1], device=device,
-            )  # fmt: skip
-        return self.real
-
-    def by_all(self, part):
-        """part() on every process; None on all, and no FID from now on, where it raises a UserError
-        on one, which says why: the others would wait for it in the next collective.
-        """
-        found, failed = None, torch.zeros((), device=self.accelerator.device)
-        try:
-            found = part()
-        except UserError as error:
-            log.warning("no FID in this run: %s", error)
-            failed += 1
-        beat(WAITING)
-        if self.accelerator.reduce(failed, "sum").item():
-            self.fid_samples, found = 0, None
-        return found
-
-    def fid(self, stop):
-        """The evaluation of train.fid_samples images; None, with a note, where it cannot be."""
-        n, real = self.fid_samples, self.by_all(self.real_side)
-        if real is None:
-            return None
+    def make(self, due, step):
+        """Of what `due` names, grid and FID."""
         with whole_weights(self.image_sampler.model):
-            return self.by_all(
-                lambda: measure(
-                    self.image_sampler, self.features, real, self.accelerator, n=n, stop=stop
-                )
-            )
+            if "grid" in due:
+                self.make_grid(step, self.config.train.grid_samples)
+            if "fid" in due:
+                self.measure_fid(step, self.config.train.fid_samples)
+
+    def stopped(self):
+        """Whether this process was asked to stop."""
+        return self.stop.requested
+
+    def make_grid(self, step, n):
+        """samples/<step>.png, of n images."""
+        images = make_grid_images(self.image_sampler, self.accelerator, n, self.stopped)
+        if images is not None and self.accelerator.is_main_process:
+            (self.directory / "samples").mkdir(exist_ok=True)
+            utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
+
+    def measure_fid(self, step, n):
+        """The figures of n images, in the log."""
+        found = measure(
+            self.image_sampler, self.features, self.accelerator, n=n, stop=self.stopped
+        )
+        if found is not None and self.accelerator.is_main_process:
+            result = result_of(found, self.image_sampler, self.features, self.real, n)
+            figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
+            self.metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
+            log.info("step %d: %s", step, "; ".join(describe(result)))
+        wait_without_timeout(self.accelerator)
