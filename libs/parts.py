@@ -96,7 +96,7 @@ def make_parts(config, *, data=None):
     config.process.name = _name_process(flat)
     if training:
         _require_trained_labels(config, flat, "the config")
-    process = make_process(config.process.name)
+    process = make_process(**config.process)
     if config.pred not in process.predictions:
         raise UserError(f"pred is {config.pred!r}, expected one of {process.predictions}")
     dataset = _open_dataset(config, data)

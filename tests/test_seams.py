@@ -1,0 +1,139 @@
+"""The seams: a user's own process, sampler, guidance and data set, each registered by a line,
+train, resume, sample and evaluate together.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import runs
+import torch
+
+import datasets
+from libs.diffusion import GUIDANCE, SAMPLERS, sampler
+from sde import PROCESSES, per_sample
+
+REGISTRIES = (PROCESSES, SAMPLERS, GUIDANCE, datasets.DATASETS)
+CALLS = set()  # which of the parts below have run
+
+CONFIG = """
+from configs import digits_T_DiM
+from configs.common import d
+
+
+def get_config():
+    config = digits_T_DiM.get_config()
+    config.process, config.pred = d(name="flow", time_scale=1000.0), "velocity_pred"
+    config.dataset.name = "stripes"
+    config.nnet.num_classes = 2
+    config.sample.update(algorithm="heun", guidance="twice_conditional", labels="balanced")
+    return config
+"""
+
+
+class Flow:
+    """Flow matching (Lipman et al., arXiv 2210.02747): x_t = (1 - t) x0 + t eps, and the network
+    predicts dx_t/dt. At t = 1 eps is x_t for every prediction, so x0 needs the raw output.
+    """
+
+    predictions = ("velocity_pred",)
+
+    def __init__(self, time_scale):
+        self.time_scale = time_scale
+
+    def mix(self, x0, eps, t):
+        t = per_sample(t, x0)
+        return (1 - t) * x0 + t * eps
+
+    def target(self, pred, x0, eps, t):
+        CALLS.add("process")
+        return eps - x0
+
+    def to_x0_eps(self, pred, out, x_t, t):
+        t = per_sample(t, x_t)
+        return x_t - t * out, x_t + (1 - t) * out
+
+    def velocity(self, pred, out, x_t, t):
+        return out
+
+    def train_time(self, u):
+        return u
+
+    def model_time(self, t):
+        return self.time_scale * t
+
+
+def heun(predict, process, x, steps, noise):
+    """Heun's method on dx/dt, whose last step is Euler's."""
+    CALLS.add("sampler")
+    times = torch.linspace(1, 0, steps + 1)
+    for t, dt in zip(times, times.diff(), strict=False):
+        slope = predict(x, t)
+        later = x + slope * dt
+        x = later if t + dt <= 0 else x + (slope + predict(later, t + dt)) / 2 * dt
+    return x
+
+
+def twice_conditional(predict, y, null_label, settings):
+    CALLS.add("guidance")
+    return lambda x, t: 2 * predict(x, t, y) - predict(x, t, torch.full_like(y, null_label))
+
+
+class Stripes(datasets.ImageDataset):
+    """32 images of 8 x 8 pixels, striped along or across."""
+
+    def __init__(self, *, path, resolution, labels, train, random_flip, seed):
+        CALLS.add("data set")
+        super().__init__(length=32, shape=(1, 8, 8), labels=np.arange(32) % 2, num_classes=2,
+                         random_flip=random_flip, seed=seed)  # fmt: skip
+
+    def _read(self, epoch, index):
+        row = torch.cos(torch.arange(8.0) * (1 + index // 2)).expand(1, 8, 8)
+        return row if index % 2 else row.mT, index
+
+
+@pytest.fixture
+def registered():
+    """What a user would write into the files of the project."""
+    before = [dict(registry) for registry in REGISTRIES]
+    PROCESSES["flow"] = Flow
+    sampler("heun", predicts="velocity")(heun)
+    GUIDANCE["twice_conditional"] = twice_conditional
+    datasets.DATASETS["stripes"] = Stripes
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def test_one_of_each_kind_from_training_to_figures(registered, in_process, tmp_path, capsys):
+    config = tmp_path / "mine.py"
+    config.write_text(CONFIG)
+    tiny = dict(train__num_workers=0, train__grid_samples=0, train__fid_samples=0,
+                train__save_interval=2)  # fmt: skip
+
+    def train(name, n_steps):
+        words = runs.arguments(tmp_path / name, **tiny, train__n_steps=n_steps)
+        assert in_process("train", [*words, f"--config={config}"]) == 0
+
+    train("run", 2)
+    train("run", 4)
+    train("whole", 4)
+    assert runs.numbers(tmp_path / "run") == runs.numbers(tmp_path / "whole")
+    weights = tmp_path / "run" / "ckpts" / "4.ckpt"
+    assert json.loads((weights / "config.json").read_text())["process"]["name"] == "flow"
+
+    picture = tmp_path / "grid.png"
+    assert in_process("sample", [f"--nnet_path={weights}", "--n=1", f"--out={picture}"]) == 0
+    assert picture.is_file()
+    changes = dict(sample__n_samples=8, sample__mini_batch_size=4)
+    words = [*runs.arguments(tmp_path / "run", **changes), f"--config={config}"]
+    assert in_process("eval", [*words, f"--nnet_path={weights}"]) == 0
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert np.isfinite(found["frechet_distance"])
+    assert CALLS == {"process", "sampler", "guidance", "data set"}
+
+    # What the process does not define is named by the sampler that needs it.
+    words = [f"--nnet_path={weights}", "--algorithm=dpm_solver", f"--out={picture}"]
+    assert in_process("sample", words) == 1
+    assert "dpm_solver needs half_log_snr, which process Flow" in capsys.readouterr().err
