@@ -28,7 +28,7 @@ test: .venv/installed-tests
 test-slow: .venv/installed-slow
 	$(BIN)/python -m pytest -q -m slow
 
-assets/digits_classifier.safetensors: scripts/train_digits_classifier.py libs/evaluate/metrics.py | .venv/installed
+assets/digits_classifier.safetensors: scripts/train_digits_classifier.py libs/evaluate/features.py | .venv/installed
 	$(BIN)/python scripts/train_digits_classifier.py
 
 # Stamps: pip runs again only if the list of packages changed.

@@ -52,10 +52,8 @@ def main(args):
     process, codec, _, model = make_parts(config)
     for change in load_weights(config, model, args.nnet_path):
         print(change)
-    labels = make_grid_labels(
-        args.classes, args.n, model.num_classes,
-        conditional=config.train.mode == "cond", scale=args.scale,
-    )  # fmt: skip
+    conditional = config.train.mode == "cond"
+    labels = make_grid_labels(args.classes, args.n, model.num_classes, conditional=conditional)
     image_sampler = make_image_sampler(
         config, model.to(device).eval(), process, codec.to(device),
         precision=Precision(config.train.mixed_precision, device), seed=args.seed,

@@ -46,7 +46,9 @@ def dim_nnet(**differences):
         dim=placeholder(int),
         depth=placeholder(int),  # odd: half the blocks, a middle one, the other half
         num_classes=placeholder(int),
-        mamba=d(d_state=16, d_conv=3, expand=2),
+        mixer=d(name="mamba"),  # or attention; further keys are the keywords of the mixer
+        mamba=d(d_state=16, d_conv=3, expand=2),  # the keywords of mamba
+        num_pad_tokens=placeholder(int),  # pads at a row's or column's end; without it, d_conv
         pad_layout="lateral",  # or rho_pad
         scan_directions=3,  # 1 to 3, walked in turn by the blocks
         mlp_time_embed=False,
@@ -113,6 +115,7 @@ def get_config():
         # U-ViT's autoencoder_kl_ema.pth, another LDM file, or a diffusers folder
         pretrained_path=placeholder(str),
         scale_factor=0.18215,
+        tiling=False,  # pictures beyond 512 px in tiles that overlap: less memory, slightly other
     )
 
     # The diffusion process, of sde.PROCESSES; without it, discrete where there is a z_shape, else

@@ -5,14 +5,17 @@ from typing import Any, NamedTuple
 
 from configs import common
 from datasets import LATENTS, dataset_of
-from libs.data import PixelCodec, latent_codec
+from libs.data import PixelCodec, make_latent_codec
 from libs.model import build_model, load_into
 from libs.runtime import check_values
 from sde import make_process
 from utils import UserError, flatten, read_json
 
 # Keys that change the pictures, but no tensor's shape.
-_UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads")
+_UNSEEN = (
+    "process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads",
+    "nnet.mixer.heads",
+)  # fmt: skip
 
 
 class Parts(NamedTuple):
@@ -104,7 +107,9 @@ def make_parts(config, *, data=None):
     codec = PixelCodec()
     if config.z_shape is not None:
         pictures = config.train.grid_samples or config.train.fid_samples
-        codec = latent_codec(config, dataset, decoding=bool(pictures or not training))
+        codec = make_latent_codec(
+            config.autoencoder, dataset, decoding=bool(pictures or not training)
+        )
     _check_shapes(config, codec, dataset, model)
     return Parts(process, codec, dataset, model)
 

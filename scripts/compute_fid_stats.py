@@ -20,78 +20,42 @@ from tqdm import tqdm
 
 import utils
 from datasets import DATASETS, LATENTS, get_dataset
-from libs.evaluate import (
-    FEATURES,
-    Moments,
-    NoFeatures,
-    make_features,
-    save_statistics,
-)
-from libs.runtime import (
-    REQUIRED,
-    file_path,
-    run_main,
-)
+from libs.evaluate import FEATURES, Moments, make_features, save_statistics
+from libs.runtime import REQUIRED, file_path, run_main
 
-IMAGES = [name for name in DATASETS if name not in LATENTS]  # not of latents
-NETWORKS = [name for name in FEATURES if name != NoFeatures.name]
+IMAGES = [name for name in DATASETS if name not in LATENTS]
 FLAGS = {
     "dataset": (str, REQUIRED, f"one of {', '.join(IMAGES)}"),
     "path": (file_path, None, "the data set's directory"),
     "resolution": (int, REQUIRED, "side of the images in pixels"),
-    "features": (str, "inception", f"one of {', '.join(NETWORKS)}"),
-    "weights": (
-        file_path, None, "the feature network's file; where it usually is if not given",
-    ),
+    "features": (str, "inception", f"one of {', '.join(FEATURES)}"),
+    "weights": (file_path, None, "the feature network's file; where it usually is if not given"),
     "out": (file_path, REQUIRED, "the .npz file to write"),
     "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
-    "kept_features": (
-        int, 10_000, "keep the features of this many random images (80 MB of 10,000); 0 for none",
-    ),
+    "kept_features": (int, 10_000, "store the features of this many random images; 0 for none"),
     "batch_size": (int, 50, "images a batch"),
     "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
     "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where the network runs"),
-}  # fmt: skip
+}
 
 
-def check_device(name):
-    """Raise UserError for what is no device, and for a GPU that is not there."""
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise utils.UserError(f"--device is {name!r}, expected cpu, cuda or cuda:<number of a GPU>")
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        found, instead = (f"only {count} GPUs", "cuda") if count else ("no GPU", "cpu")
-        raise utils.UserError(f"--device is {name}, but torch finds {found}: use {instead}")
-
-
-def check_flags(args):
-    """Raise UserError for numbers out of range and for a device that is not there."""
-    if args.features == NoFeatures.name:
-        raise utils.UserError(f"--features is none, expected {' or '.join(NETWORKS)}")
-    check_device(args.device)
-
-
-def choose_indices(length, max_images):
+def choose_images(length, max_images):
     """Evenly spaced indices, so that a part of a folder sorted by class has every class."""
     count = min(length, max_images or length)
     return [int(i) for i in np.arange(count) * length // count]
 
 
-def choose_kept(count, kept):
-    """bool (count,): a random subset of `kept` images, or all; the same at every call."""
-    generator = torch.Generator().manual_seed(utils.derive_seed("kept features"))
+def choose_stored(count, stored):
+    """bool (count,): a random subset of `stored` images, or all; the same at every call."""
+    rng = torch.Generator().manual_seed(utils.derive_seed("kept features"))
     chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.randperm(count, generator=generator)[:kept]] = True
+    chosen[torch.randperm(count, generator=rng)[:stored]] = True
     return chosen
 
 
-def compute(dataset, indices, features, *, kept, batch_size, num_workers):
-    """(Moments of all images `indices`, features (m, dim) of those that `kept` (n,) marks)."""
-    moments, rows, chosen = Moments(features.dim), [], iter(kept.split(batch_size))
+def compute(dataset, indices, features, *, stored, batch_size, num_workers):
+    """(Moments of all images `indices`, features (m, dim) of those that `stored` (n,) marks)."""
+    moments, rows, chosen = Moments(features.dim), [], iter(stored.split(batch_size))
     batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     keys = [[(0, index) for index in batch] for batch in batches]
     loader = DataLoader(dataset, batch_sampler=keys, num_workers=num_workers)
@@ -105,38 +69,25 @@ def compute(dataset, indices, features, *, kept, batch_size, num_workers):
 
 def main(args):
     """args: the flags of FLAGS."""
-    check_flags(args)
     utils.file_to_write(args.out, "--out")
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
-    if getattr(dataset, "latent", False):
-        raise utils.UserError(
-            f"{args.dataset} are latents, and statistics are of images: give --dataset=imagenet or "
-            "folder and the images they were made from"
-        )
     features = make_features(args.features, args.weights, args.device)
-    indices = choose_indices(len(dataset), args.max_images)
-    kept = choose_kept(len(indices), args.kept_features)
+    indices = choose_images(len(dataset), args.max_images)
+    stored = choose_stored(len(indices), args.kept_features)
     moments, rows = compute(
         dataset, indices, features,
-        kept=kept, batch_size=args.batch_size, num_workers=args.num_workers,
+        stored=stored, batch_size=args.batch_size, num_workers=args.num_workers,
     )  # fmt: skip
     mu, sigma = moments.mean_and_covariance()
     preprocessing = (
         f"{args.dataset}, {len(indices)} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
     )
     save_statistics(
-        args.out,
-        mu=mu,
-        sigma=sigma,
-        count=len(indices),
-        extractor=features.name,
-        resolution=args.resolution,
-        preprocessing=preprocessing,
+        args.out, mu=mu, sigma=sigma, count=len(indices), extractor=features.name,
+        resolution=args.resolution, preprocessing=preprocessing,
         features=rows if len(rows) else None,
-    )
-    print(
-        f"wrote {args.out}: {features.name}, {args.resolution}x{args.resolution}, {preprocessing}"
-    )
+    )  # fmt: skip
+    print(f"wrote {args.out}: {features.name}, {args.resolution} pixels, {preprocessing}")
 
 
 if __name__ == "__main__":

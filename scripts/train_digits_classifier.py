@@ -41,27 +41,27 @@ def load_split(seed):
     return images[train], labels[train], images[held_out], labels[held_out]
 
 
-def random_shift(images, generator):
+def random_shift(images, rng):
     """Each image moved by -1, 0 or 1 pixel in both directions, empty pixels black."""
     n = len(images)
     padded = F.pad(images, (1, 1, 1, 1))  # (n, 1, 10, 10)
-    rows = torch.randint(3, (n, 1), generator=generator) + torch.arange(8)  # (n, 8)
-    columns = torch.randint(3, (n, 1), generator=generator) + torch.arange(8)
+    rows = torch.randint(3, (n, 1), generator=rng) + torch.arange(8)  # (n, 8)
+    columns = torch.randint(3, (n, 1), generator=rng) + torch.arange(8)
     return padded[torch.arange(n)[:, None, None], 0, rows[:, :, None], columns[:, None]][:, None]
 
 
 def train(images, labels, seed):
     """The trained classifier; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     model = DigitsClassifier()
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
     for _ in tqdm(range(EPOCHS), desc="digits classifier", unit="epoch"):
-        order = torch.randperm(len(images), generator=generator)
+        order = torch.randperm(len(images), generator=rng)
         for batch in order[: steps // EPOCHS * BATCH_SIZE].split(BATCH_SIZE):
-            logits = model(random_shift(images[batch], generator))
+            logits = model(random_shift(images[batch], rng))
             loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()

@@ -19,7 +19,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import ops_cases  # noqa: E402
 import torch  # noqa: E402
 
-from libs.model.dim import Block  # noqa: E402
+from libs.model.block import Block  # noqa: E402
+from libs.model.mamba import Mamba  # noqa: E402
 from libs.ops import causal_conv1d, selective_scan  # noqa: E402
 from libs.ops.cuda import adaln, fp8, launch, launch_plan  # noqa: E402
 from libs.ops.cuda.launch_plan import Variant  # noqa: E402
@@ -62,10 +63,9 @@ def forward_variants(B=2, L=61, D=70, N=16):
 
 
 def block(dtype):
-    mamba = {"d_state": 16, "d_conv": 3, "expand": 2}
     x, modulation = torch.randn(2, 61, 72).cuda(), torch.randn(2, 3, 72).cuda()
     for rounds in (False, True):
-        network = Block(72, mamba=mamba, has_skip=False, rounds=rounds).cuda()
+        network = Block(72, lambda: Mamba(72), has_skip=False, half_output=rounds).cuda()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             out = network(x.requires_grad_(), modulation, torch.randperm(61).cuda())
         out.float().sum().backward()

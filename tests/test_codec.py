@@ -1,28 +1,21 @@
-"""Codecs, and what a latent run refuses before it begins."""
+"""Codecs, and what does not fit them."""
 
 import types
 
 import pytest
 import torch
-from runs import assert_one_sentence
-from writers import place_of_everything, write_autoencoder
+from writers import write_autoencoder
 
-from configs import imagenet256_H_DiM
-from libs.data.autoencoder import load_autoencoder
-from libs.data.codec import LatentCodec, PixelCodec, latent_codec
+from configs import common
+from libs.data import LatentCodec, PixelCodec, load_autoencoder, make_latent_codec
 from utils import UserError
 
 SCALE = 0.18215
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return place_of_everything(tmp_path_factory.mktemp("place"))
-
-
-@pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    return load_autoencoder(write_autoencoder(tmp_path_factory.mktemp("ae") / "ae.pth"))
+    return load_autoencoder(write_autoencoder(tmp_path_factory.mktemp("ae") / "vae"))
 
 
 def test_pixels_are_what_they_are():
@@ -55,63 +48,28 @@ def test_decoding_gives_images_from_0_to_1(autoencoder):
     assert described == {"autoencoder_sha256": autoencoder.sha256, "scale_factor": SCALE}
 
 
-def config_of(path):
-    config = imagenet256_H_DiM.get_config()
-    config.autoencoder.pretrained_path = path
-    return config
+def settings(path):
+    section = common.get_config().autoencoder
+    section.pretrained_path = path
+    return section
 
 
 def latents(**made_with):
     return types.SimpleNamespace(latent=True, **made_with)
 
 
-def test_what_does_not_fit_is_refused(autoencoder, tmp_path):
-    path = str(write_autoencoder(tmp_path / "other.pth", seed=1))
-    with pytest.raises(UserError, match="latents were made with the autoencoder of SHA-256"):
-        latent_codec(config_of(path), latents(autoencoder_sha256=autoencoder.sha256))
-    with pytest.raises(UserError, match="scale factor of 0.5, but autoencoder.scale_factor is"):
-        latent_codec(config_of(path), latents(scale_factor=0.5))
-    with pytest.raises(UserError, match="this needs the autoencoder: set --config.autoencoder"):
-        latent_codec(config_of(""), latents())
-    codec = latent_codec(config_of(""), latents(), decoding=False)
-    with pytest.raises(UserError, match="this needs the autoencoder"):
-        codec.decode(torch.zeros(1, 4, 2, 2))
-    with pytest.raises(UserError, match="cannot encode 20x16 pixels.*multiple of 8"):
-        codec.latent_shape((3, 20, 16))
+def test_latents_of_another_autoencoder_are_refused(autoencoder, tmp_path):
+    path = str(write_autoencoder(tmp_path / "other", seed=1))
+    with pytest.raises(UserError, match="latents were made with autoencoder_sha256"):
+        make_latent_codec(settings(path), latents(autoencoder_sha256=autoencoder.sha256))
+    with pytest.raises(UserError, match="made with scale_factor 0.5, but this run has 0.18215"):
+        make_latent_codec(settings(path), latents(scale_factor=0.5))
 
 
-GOOD = {
-    "dataset.resolution": 64, "nnet.dim": 32, "nnet.depth": 5, "nnet.input_size": 8,
-    "z_shape": "(4,8,8)",
-    "nnet.num_classes": 4, "train.batch_size": 8, "train.n_steps": 1, "train.num_workers": 0,
-    "train.grid_samples": 0, "train.fid_samples": 0,
-}  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore:.*the whole ImageNet has")
-@pytest.mark.parametrize("changes, says", [
-    ({"dataset.path": "{place}"}, ["train", "ImageNet"]),
-    ({"autoencoder.pretrained_path": "{place}/none.pth"}, ["none.pth"]),
-    ({"nnet.input_size": 16}, ["z_shape is (4, 8, 8)", "made for (4, 16, 16)"]),
-    ({"nnet.input_size": 16, "z_shape": "(4,16,16)"}, ["128 pixels", "dataset.resolution"]),
-    ({"nnet.num_classes": 3}, ["4 classes", "nnet.num_classes is 3"]),
-    ({"dataset.resolution": 60}, ["64 pixels", "say 60"]),
-    ({"nnet.pretrained_path": "{place}/none.pth"}, ["nnet.pretrained_path", "from scratch"]),
-    ({"ug_m": 3}, ["64 pixels", "ug_m say 192"]),
-    ({"dataset.name": "imagenet256_features"}, ["ImageNet"]),
-])  # fmt: skip
-def test_one_sentence_before_a_step_is_made(
-    place, tmp_path, capsys, in_process, changes, says  # noqa: F811
-):  # fmt: skip
-    values = GOOD | {
-        "dataset.path": "{place}/ImageNet",
-        "autoencoder.pretrained_path": "{place}/autoencoder_kl.pth",
-    } | changes  # fmt: skip
-    words = [
-        f"--config.{key}={value.format(place=place) if isinstance(value, str) else value}"
-        for key, value in values.items()
-    ]
-    words += ["--config=configs/imagenet256_H_DiM.py", f"--workdir={tmp_path}/run"]
-    status = in_process("train_ldm_discrete", words)
-    assert_one_sentence(status, capsys.readouterr().err, *says)
-    assert not list(tmp_path.glob("run/ckpts/*"))
+def test_without_an_autoencoder_latents_are_read_but_not_decoded():
+    codec = make_latent_codec(settings(""), latents(autoencoder_sha256="a"), decoding=False)
+    assert codec.autoencoder is None
+    images = types.SimpleNamespace(latent=False)
+    for dataset, decoding in ((latents(), True), (images, False), (None, True)):
+        with pytest.raises(UserError, match="this needs the autoencoder: set --config.autoenc"):
+            make_latent_codec(settings(""), dataset, decoding=decoding)

@@ -1,5 +1,5 @@
 """The block as one operator (libs/ops/cuda/mamba_block.py) on a GPU, against its definition,
-Block.composed, in float64. Oracle: see test_cuda_kernels.py; "plain" is the composed block on the
+compose_block, in float64. Oracle: see test_cuda_kernels.py; "plain" is the composed block on the
 reference operators in the same dtype.
 """
 
@@ -11,7 +11,9 @@ import pytest
 import torch
 from ops_cases import error
 
-from libs.model.dim import Block, DiM
+from libs.model.block import Block, Modulation, compose_block
+from libs.model.dim import DiM
+from libs.model.mamba import Mamba
 from libs.ops.mamba_block import is_fused
 
 pytestmark = [
@@ -38,8 +40,11 @@ def exact_float32(monkeypatch):
 
 def make_block(dim, rounds=False, seed=0):
     torch.manual_seed(seed)
-    mamba = {"d_state": 16, "d_conv": 3, "expand": 2}
-    return Block(dim, mamba=mamba, has_skip=False, rounds=rounds).cuda()
+    return Block(dim, lambda: Mamba(dim), has_skip=False, half_output=rounds).cuda()
+
+
+def around(block, modulation):
+    return Modulation(modulation, block.scale_shift_table, block.norm.weight, False)
 
 
 def make_inputs(B, L, dim, keep=False):
@@ -66,11 +71,11 @@ def results_of(forward, block, dtype, x, modulation, order, keep, g, out=None):
 
 def fused(block, x, modulation, order, keep):
     assert is_fused(x.device, x.dtype, x.shape[-1], 16, 3)
-    return block(x, modulation, order, keep=keep)
+    return block(x, modulation, order, keep)
 
 
 def composed(block, x, modulation, order, keep):
-    return block.composed(x, modulation, order, keep)
+    return compose_block(block.mixer, x, around(block, modulation), order, keep, None)
 
 
 def check(monkeypatch, dtype, B=2, L=61, dim=64, keep=False, rounds=False, x_dtype=None):
@@ -130,7 +135,8 @@ def test_opcheck():
     from libs.ops.cuda import mamba_block
 
     assert is_fused(x.device, x.dtype, 16, 16, 3)
-    parameters = [block.by_name()[name].detach() for name in mamba_block.PARAMETERS]
+    named = block.mixer.name_parameters(around(block, modulation))
+    parameters = [named[name].detach() for name in mamba_block.PARAMETERS]
     arguments = [x, modulation, keep, *parameters]
     arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
     options = (order.long(), torch.float32, False, torch.float32)

@@ -2,15 +2,16 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from configs import cifar10_S_DiM, digits_T_DiM
 from libs.files import load_strict
-from libs.model import scan_order
+from libs.model.block import compose_block
 from libs.model.build import build_model, resize_state
-from libs.model.dim import PRESETS, DiM
-from libs.model.layers import PaddedSequence, drop_path, freeu_backbone
+from libs.model.dim import MIXERS, PRESETS, DiM
+from libs.model.layers import PaddedSequence
 from libs.model.published import from_official, to_official
+from libs.model.scan_order import pad_index, sequence_order
+from libs.model.skips import boost_stream
 from utils import UserError
 
 TINY = dict(input_size=8, in_channels=4, dim=16, depth=5, num_classes=10)
@@ -75,21 +76,18 @@ def test_activation_checkpointing_changes_nothing_but_memory():
 
 def test_stochastic_depth():
     """A branch is dropped where the draw reaches the probability of keeping it, by sample."""
-    branch = torch.ones(3, 2, 2)
-    kept = branch * drop_path(torch.tensor([0.1, 0.74, 0.76]), 0.75)[:, None, None]
-    assert kept[:, 0, 0].tolist() == pytest.approx([4 / 3, 4 / 3, 0])
     x, t, y = inputs()
     torch.manual_seed(0)
     model = DiM(**TINY, drop_path=0.4)
+    scales = model.drop_path_scales(x, torch.tensor([0.1, 0.79, 0.81])[:, None].expand(3, 5))
+    assert scales[0] is None  # block 0 is never dropped
+    assert scales[2].tolist() == pytest.approx([1.25, 1.25, 0])  # block 2 is kept with 0.8
     never, always = torch.zeros(3, 5), torch.ones(3, 5)
     dropped = model.train()(x, t, y, drop_path_draw=always)
     assert not torch.allclose(model(x, t, y, drop_path_draw=never), dropped)
     mixed = model(x, t, y, drop_path_draw=torch.stack([never[0], always[0], never[0]]))
     torch.testing.assert_close(mixed[1], dropped[1])
     assert torch.equal(model.eval()(x, t, y, drop_path_draw=always), model(x, t, y))
-    first = DiM(**dict(TINY, depth=1), drop_path=0.4).train()  # block 0 is never dropped
-    same = first(x, t, y, drop_path_draw=always[:, :1])
-    torch.testing.assert_close(same, first.eval()(x, t, y))
 
 
 def test_skip_tuning_by_time():
@@ -132,7 +130,7 @@ def test_patch_and_grid_of_the_same_size_change_nothing():
 
 
 def test_initialisation():
-    """Golden item 14, by numbers: zero positions, biases and the scaled out_proj."""
+    """The official one: zero positions and biases, normal embeddings, a small out_proj."""
     torch.manual_seed(0)
     model = DiM(**dict(TINY, dim=64, depth=9))
     assert (model.pos_embed == 0).all() and (model.head.bias == 0).all()
@@ -151,15 +149,9 @@ def test_initialisation():
 @pytest.mark.parametrize(
     "wrong, sentence",
     [
-        (dict(input_size=7), "input_size .7, 7. is not divisible by nnet.patch_size 2"),
+        (dict(input_size=7), "7 x 7 is not divisible by the patch size 2"),
         (dict(depth=4), "depth is 4"),
-        (dict(dim=15), "dim is 15"),
-        (dict(scan_directions=4), "scan_directions is 4"),
-        (dict(pad_layout="zigzag"), "pad_layout is 'zigzag', expected one of lateral, rho_pad"),
-        (dict(drop_path=1.0), "drop_path is 1.0"),
-        (dict(skip_tuning=(0.8, 1.0), depth=3), "at least 5, not 3"),
-        (dict(skip_tuning=(0.8,)), "expected .low, high."),
-        (dict(freeu=(1, 2, 3)), "four factors"),
+        (dict(mixer=dict(name="conv")), "mixer.name is 'conv', expected one of mamba, attention"),
     ],
 )
 def test_impossible_options_are_named(wrong, sentence):
@@ -176,31 +168,81 @@ def test_compiles_without_graph_breaks(monkeypatch):
     assert torch.equal(compiled(*inputs), model(*inputs))
 
 
-@pytest.mark.parametrize("first", [torch.inference_mode, FakeTensorMode])
-def test_what_a_first_forward_keeps_is_right_for_every_other(first, monkeypatch):
-    """Orders and padding of a grid are made once; neither as inference tensors nor as fakes."""
-    monkeypatch.setenv("DIM_BACKEND", "reference")
-    for name in "pad_index", "sequence_order":
-        fresh = scan_order.kept(getattr(scan_order, name).__wrapped__)
-        monkeypatch.setattr(scan_order, name, fresh)
+def test_a_first_forward_under_inference_mode_leaves_ordinary_tensors():
+    """Orders and padding of a grid are made once, for training too; graphs read their addresses."""
+    sequence_order.cache_clear()
+    pad_index.cache_clear()
     model, (x, t, y) = DiM(**TINY), inputs()
-    with first():
-        scan_order.pad_index("lateral", 8, 8, 3, x.device)
-        if first is torch.inference_mode:
-            model(x, t, y)
+    with torch.inference_mode():
+        expected = model(x, t, y)
     found = model(x, t, y)
     found.sum().backward()
-    assert type(found) is torch.Tensor and torch.equal(found, model(x, t, y))
-    index = scan_order.pad_index("lateral", 8, 8, 3, x.device)
-    assert type(index) is torch.Tensor
-    assert index is scan_order.pad_index("lateral", 8, 8, 3, x.device)  # graphs read its address
+    assert torch.equal(found, expected)
+    cpu = torch.device("cpu")
+    assert sequence_order(1, 4, 4, 3, 5, cpu) is sequence_order(1, 4, 4, 3, 5, cpu)
+
+
+def test_hidden_tokens_are_those_after_a_block():
+    model, (x, t, y) = DiM(**TINY).eval(), inputs()
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    out, hidden = model(x, t, y, hidden=(1, 4))
+    assert torch.equal(out, model(x, t, y)) and hidden.keys() == {1, 4}
+    assert hidden[1].shape == (3, 2 + 3 + 7 * 7, 16)
+    assert all(torch.equal(tokens, outputs[k]) for k, tokens in hidden.items())
+
+
+def test_attention_in_place_of_mamba():
+    """It sees every token, its gradients reach every parameter, and padding has a number of its
+    own; weights pass the official names unchanged.
+    """
+    torch.manual_seed(0)
+    model = DiM(**TINY, mixer=dict(name="attention", heads=4), num_pad_tokens=1)
+    x, t, y = inputs()
+    out, hidden = model(x, t, y, hidden=(0,))
+    assert hidden[0].shape == (3, 2 + 1 + 5 * 5, 16)
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    state = to_official(model)
+    assert "blocks.0.mixer.qkv.weight" in state
+    assert from_official(model, state).keys() == model.state_dict().keys()
+
+
+class Echo(torch.nn.Linear):
+    """The smallest mixer; its fused form, if `fused`, is the composed one."""
+
+    calls = 0
+
+    def __init__(self, dim, fused=False):
+        super().__init__(dim, dim)
+        if fused:
+            self.block = self.run_block
+
+    def forward(self, x, order):
+        return super().forward(x)
+
+    def run_block(self, x, modulation, order, drop_path_scale, skip):
+        Echo.calls += 1
+        return compose_block(self, x, modulation, order, drop_path_scale, skip)
+
+
+def test_a_mixer_of_ones_own(monkeypatch):
+    """MIXERS takes any module; the fused form of a mixer is the whole block."""
+    monkeypatch.setitem(MIXERS, "echo", Echo)
+    found = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        model = DiM(**TINY, drop_path=0.5, mixer=dict(name="echo", fused=fused)).train()
+        found.append(model(*inputs(), drop_path_draw=torch.full((3, 5), 0.7)))
+    assert torch.equal(*found) and Echo.calls == 5
 
 
 def test_freeu_computes_in_float32():
     x = 3 + torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(0))
     half = x.bfloat16()
-    expected = freeu_backbone(half.float(), 1.4)
-    found = freeu_backbone(half, 1.4)
+    expected = boost_stream(half.float(), 1.4)
+    found = boost_stream(half, 1.4)
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
 
 

@@ -57,8 +57,8 @@ def evaluate(
 
 @pytest.mark.parametrize("devices", ["", pytest.param("0,1", marks=pytest.mark.cuda)])
 def test_pictures_do_not_depend_on_batch_or_processes(devices, trained, classifier, tmp_path):
-    """Within one grey level for 99.9% of the values, and the same figures: the statistics come from
-    the same pictures. On the CPU and on two GPUs.
+    """Within one grey level for 99.9% of the values; so are the figures, but for other batches. On
+    the CPU and on two GPUs.
     """
     if devices and torch.cuda.device_count() < 2:
         pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
@@ -76,20 +76,10 @@ def test_pictures_do_not_depend_on_batch_or_processes(devices, trained, classifi
     assert (np.abs(one - two) <= 1).mean() >= 0.999
     assert result_two["n"] == 30 and result_one["ranks"] == [0] and result_two["ranks"] == [0, 1]
     assert result_two["frechet_distance"] == pytest.approx(result_one["frechet_distance"], rel=1e-2)
-    for figure in (
-        "Frechet distance",
-        "class agreement",
-        "two halves of the real images",
-        "elsewhere written w = 1.4",
-        "8 steps",
-        "seed",
-    ):
-        assert figure in output
-    assert (
-        result_one["config"]["nnet"]["dim"] == 16
-        and result_one["environment"]["commit"]
-        and result_one["guidance_scale"] == 0.4
-    )
+    for words in ("Frechet distance", "class agreement", "guidance_scale_standard = 1.4"):
+        assert words in output
+    assert result_one["config"]["nnet"]["dim"] == 16 and result_one["environment"]["commit"]
+    assert result_one["guidance_scale"] == 0.4
 
 
 def test_noise_is_the_same_bit_for_bit():
@@ -117,18 +107,9 @@ def test_sample_draws_a_grid_from_nothing_but_the_checkpoint(trained, tmp_path):
     assert runs.run("sample.py", *words[:-1], f"--out={again}")[0] == 0
     assert out.read_bytes() == again.read_bytes()
     other = tmp_path / "other.png"
-    assert (
-        runs.run(
-            "sample.py",
-            *words[:2],
-            "--seed=1",
-            *words[3:4],
-            f"--out={other}",
-            "--algorithm=DDIMScheduler",
-            "--steps=3",
-        )[0]
-        == 0
-    )
+    flags = ["--seed=1", "--n=4", f"--out={other}", "--algorithm=DDIMScheduler", "--steps=3"]
+    status, output = runs.run("sample.py", *words[:2], *flags)
+    assert status == 0, output
     assert out.read_bytes() != other.read_bytes()
 
 

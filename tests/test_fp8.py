@@ -44,7 +44,7 @@ def test_refused_where_it_cannot_run():
     model = DiM(input_size=4, in_channels=3, dim=16, depth=3, num_classes=4)
     with pytest.raises(UserError, match="fp8 are asked for, but it needs a GPU, not cpu"):
         model.use_fp8("cpu")
-    assert not any(block.in_fp8 for block in model.blocks)
+    assert not any(block.mixer.fp8 for block in model.blocks)
     with pytest.raises(UserError, match="train.fp8 replaces .*: add --mixed_precision bf16"):
         fp8.turn_on(model, None, "train.fp8")
     with pytest.raises(UserError, match="sample.fp8 is for DiM, not for Linear"):

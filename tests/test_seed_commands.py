@@ -89,7 +89,7 @@ def place(tmp_path_factory):
 
 
 def autoencoder(place):
-    return {"autoencoder.pretrained_path": place / "autoencoder_kl.pth"}
+    return {"autoencoder.pretrained_path": place / "autoencoder"}
 
 
 def official_weights(place, name, config, checkpoint):
@@ -124,7 +124,7 @@ def trained_512(place, trained_256):
     """Latents of the larger images, and the fine-tuned network."""
     words = command("extract_imagenet_feature.py")
     log = run(words, {
-        "path": place / "ImageNet", "autoencoder": place / "autoencoder_kl.pth",
+        "path": place / "ImageNet", "autoencoder": place / "autoencoder",
         "resolution": 2 * PIXELS, "output": place / "latents", "num_workers": 1,
         "images_per_shard": 16,
     })  # fmt: skip

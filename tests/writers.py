@@ -7,8 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from libs.data.autoencoder import to_ldm
-
 TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 
 WNIDS = ["n01440764", "n01443537", "n02105855"]
@@ -28,15 +26,27 @@ def write_images(root):
     return root
 
 
-def write_autoencoder(path, seed=0):
+def make_autoencoder(widths=(32, 32, 32, 32), seed=0, **options):
+    """A small AutoencoderKL; norms and biases drawn too, so that none could be left out unseen."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(seed)
     network = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4,
-    )  # fmt: skip
-    torch.save(to_ldm(network), path)
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        **options,
+    )
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def write_autoencoder(path, seed=0):
+    """A diffusers folder."""
+    make_autoencoder(seed=seed).save_pretrained(path)
     return path
 
 
@@ -95,7 +105,7 @@ def cifar10_environment(parent):
 
 
 def place_of_everything(folder, classes=4):
-    """A folder with ImageNet's layout (40 images), CIFAR-10's and an autoencoder's file."""
+    """A folder with ImageNet's layout (40 images), CIFAR-10's and an autoencoder."""
     rng = np.random.default_rng(0)
     for i in range(40):
         wnid = f"n{i % classes:08}"
@@ -104,5 +114,5 @@ def place_of_everything(folder, classes=4):
         small = Image.fromarray(rng.integers(256, size=(6, 7, 3), dtype=np.uint8))
         small.resize((150, 140)).save(path)
     write_cifar10(folder)
-    write_autoencoder(folder / "autoencoder_kl.pth")
+    write_autoencoder(folder / "autoencoder")
     return folder

@@ -1,7 +1,7 @@
 """Images, latents, the autoencoder, and the codecs between them and a network."""
 
 from libs.data.autoencoder import load_autoencoder
-from libs.data.codec import PixelCodec, latent_codec
+from libs.data.codec import LatentCodec, PixelCodec, make_latent_codec
 from libs.data.images import (
     center_crop,
     class_names,
@@ -18,6 +18,7 @@ from libs.data.official_latents import open_features
 
 __all__ = [
     "Features",
+    "LatentCodec",
     "Packing",
     "PixelCodec",
     "ShardWriter",
@@ -25,9 +26,9 @@ __all__ = [
     "class_names",
     "empty",
     "labels_from_directories",
-    "latent_codec",
     "list_images",
     "load_autoencoder",
+    "make_latent_codec",
     "make_settings",
     "num_shards",
     "open_features",

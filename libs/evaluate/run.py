@@ -1,256 +1,208 @@
-"""A whole evaluation from the command line: resumable image by image, its figures and its recipe
-written beside each other.
+"""A whole evaluation: images in batches that survive an interruption, figures and their record.
+
+Batch k is images [k m, (k + 1) m), m = sample.mini_batch_size. Any process makes any batch and
+writes it into one file, aside, then renamed: a batch whose file is there is done.
 """
 
-import contextlib
+import shutil
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import utils
-from libs.evaluate import metrics
+from libs.evaluate.features import load_real, make_features
 from libs.evaluate.generate import (
-    describe,
-    figures_of,
+    describe_result,
+    iter_features,
     make_image_sampler,
-    measured,
-    recipe_of,
     require_finite,
+    sampling_spec,
 )
-from libs.evaluate.image_store import (
-    RECIPE,
-    ImageStore,
-    compared,
-    create,
-    pending,
-    read_recipe,
-    require_own_folder,
-    require_same_recipe,
-)
-from libs.evaluate.precision_recall import NEIGHBOURS, precision_recall
-from libs.evaluate.real_images import moments_of, real_images, require_statistics
+from libs.evaluate.metrics import compute_metrics, make_feature_set
 from libs.files import sha256_of, weights_file
-from libs.runtime import WAITING, Precision, beat, environment, ranks
+from libs.runtime import Precision, environment, ranks, wait_without_timeout
 from utils import UserError
 
+RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec they belong to
+PNG_THREADS = 8
 
-def whole_recipe(image_sampler, features, real, config, nnet_path, changes):
-    """Everything that the result depends on: of two evaluations with the same, either can go on
-    with the other's images. Hashes the weights.
-    """
-    file, settings = weights_file(nnet_path), config.sample
+def evaluation_spec(image_sampler, features, real, config, nnet_path, changes):
+    """Everything that batches and result depend on: dict. Hashes the weights."""
+    settings, file = config.sample, weights_file(nnet_path)
     nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
-    path = settings.path and str(Path(settings.path).resolve())
+    places = {"path": settings.path, "adm_npz": settings.adm_npz}
     return {
-        **recipe_of(image_sampler, features, real, settings.n_samples),
+        **sampling_spec(image_sampler, features, real, settings.n_samples),
+        "mini_batch_size": settings.mini_batch_size,
         "weights": {"file": str(file), "sha256": sha256_of(file), "changes": list(changes)},
         "nnet": nnet,
-        # The npz is made of what is kept here, so another path for it can still be given.
-        "kept": {"path": path, "adm_npz": bool(settings.adm_npz)},
+        "pictures": {key: place and str(Path(place).resolve()) for key, place in places.items()},
     }
 
 
-def require_own_place(output_path, png_folder, adm_npz, recipe):
-    """UserError if result or pictures of another recipe, or of none, lie where ours would go."""
-    own_npz = None
+def require_same_spec(path, spec, flag):
+    """UserError naming the first difference if the json file `path` is not of this evaluation; the
+    names of files may differ, as their hashes count.
+    """
+
+    def select(values):
+        flat = utils.flatten({key: values[key] for key in spec if key in values})
+        return {key: value for key, value in flat.items() if not key.endswith(".file")}
+
+    if lines := utils.config_differences(select(utils.read_json(path)), select(spec)):
+        raise UserError(
+            f"{path} is of another evaluation ({lines[0]}): move it away, or give another {flag}"
+        )
+
+
+def claim_folder(folder, spec, flag):
+    """Make `folder` this evaluation's, or find it as this evaluation left it; UserError if it
+    belongs to another evaluation, or holds files of none.
+    """
+    record = utils.make_directory(folder) / RECORD
+    if record.exists():
+        require_same_spec(record, spec, flag)
+    elif any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise UserError(f"{folder} holds other files: move them away, or give another {flag}")
+    utils.write_json(record, spec)
+
+
+def claim_places(output_path, folder, settings, spec):
+    """Make sure, before the first image, that every file can be written, and that none of another
+    evaluation is replaced.
+    """
+    utils.file_to_write(output_path, "--output_path")
     if output_path.exists():
-        found = read_recipe(output_path, "give another --output_path, or move it away")
-        own_npz = utils.flatten(found).get("config.sample.adm_npz")
-        found = {key: value for key, value in found.items() if key in recipe}
-        if lines := utils.config_differences(compared(found), compared(recipe)):
-            raise UserError(
-                f"{output_path} is the result of another evaluation ({lines[0]}): give another "
-                "--output_path, or move it away"
-            )
-    if adm_npz and adm_npz != own_npz and Path(adm_npz).exists():
-        raise UserError(
-            f"{adm_npz} is there and not of the evaluation in {output_path}: move it away, or give "
-            "another --config.sample.adm_npz"
-        )
-    if png_folder:
-        remedy = "move it away, or give another --config.sample.path"
-        require_same_recipe(png_folder, recipe, remedy)
-        utils.make_directory(png_folder)
-        if not (png_folder / RECIPE).exists() and any(png_folder.glob("*.png")):
-            raise UserError(f"{png_folder} holds pictures that are not this evaluation's: {remedy}")
+        require_same_spec(output_path, spec, "--output_path")
+    if settings.adm_npz:
+        utils.file_to_write(settings.adm_npz, "--config.sample.adm_npz")
+        if Path(settings.adm_npz).exists() and not output_path.exists():
+            raise UserError(f"{settings.adm_npz} is of another evaluation: move it away")
+    claim_folder(folder, spec, "--output_path")
+    if settings.path:
+        claim_folder(Path(settings.path), spec, "--config.sample.path")
+        utils.remove_leftovers(settings.path)
 
 
-def prepare(folder, png_folder, recipe, config, image_sampler, dim):
-    """Make or find the files of the images, by the main process, which holds the folder's lock.
+def list_batches(folder, n, m):
+    """For each batch of m of n images, the path of its file and its image indices."""
+    return [(folder / f"{i // m:06}.npz", list(range(i, min(i + m, n)))) for i in range(0, n, m)]
 
-    Raises:
-        UserError: they belong to another recipe; nothing is changed.
+
+def make_batches(image_sampler, features, batches, settings, *, quiet):
+    """Make the images of `batches`, and write each one's PNG files and, last, its file: features
+    (B, dim) float32, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they are defined.
     """
-    n, (_, height, width) = config.sample.n_samples, image_sampler.image_shape
-    arrays = {"features": ((n, dim), np.float32), "done": ((n,), np.uint8)}
-    if config.sample.adm_npz:
-        arrays["pixels"] = ((n, height, width, 3), np.uint8)
-    create(folder, recipe, arrays)
-    if png_folder:
-        utils.remove_leftovers(png_folder)
-        utils.write_json(png_folder / RECIPE, recipe)
-
-
-def from_main_process(value, accelerator):
-    """What the main process has, on every process."""
-    found = [value]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
-
-
-def make_images(store, image_sampler, features, batches, *, quiet):
-    """Make the images of `batches` and keep them; the files of a batch are written while the next
-    one is computed.
-    """
-    with ThreadPoolExecutor(1) as writer:
-        writing = None
-        for indices, images, rows, agrees in measured(
-            image_sampler, features, batches, quiet=quiet
-        ):
+    made = iter_features(image_sampler, features, [i for _, i in batches], quiet=quiet)
+    with ThreadPoolExecutor(PNG_THREADS) as threads:
+        for (path, _), (indices, images, rows, correct) in zip(batches, made, strict=True):
             require_finite(images, indices)
-            pixels = (images * 255).round().byte().cpu() if store.keeps_pictures else None
-            agrees = None if agrees is None else agrees.cpu()
-            rows = rows.cpu()
-            if writing:
-                writing.result()
-            writing = writer.submit(store.write, indices, rows, agrees, pixels)
-        if writing:
-            writing.result()
+            arrays, pixels = {"features": rows, "correct": correct}, (images * 255).round().byte()
+            if settings.path:
+                paths = [Path(settings.path, f"{index}.png") for index in indices]
+                list(threads.map(utils.save_png, paths, pixels.cpu()))
+            if settings.adm_npz:
+                arrays["pixels"] = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+            arrays = {name: x.cpu().numpy() for name, x in arrays.items() if x is not None}
+            with utils.replacing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **arrays)
 
 
-def require_all(folder, mini_batch_size, png_folder):
-    """UserError unless every image is there, once all processes are through."""
-    if lost := pending(folder, mini_batch_size, png_folder):
-        raise UserError(
-            f"{sum(map(len, lost))} images that were made are not in {folder}, as another process "
-            "or machine overwrote or deleted them: run the same command again"
-        )
+def load_batches(batches, name):
+    """The array `name` of each batch in order, as far as batches have it."""
+    for path, _ in batches:
+        with np.load(path, allow_pickle=False) as arrays:
+            if name in arrays:
+                yield arrays[name]
 
 
-def manifold_figures(real, rows, device):
-    """Precision and recall of features (n, dim), or why there are none."""
-    reason = None
-    if real.features is None:
-        reason = (
-            "the statistics keep no features of real images; those that "
-            "scripts/compute_fid_stats.py makes do"
-        )
-    elif min(len(rows), len(real.features)) <= NEIGHBOURS:
-        reason = f"they need more than {NEIGHBOURS} images on either side"
-    if reason:
-        return {"precision_recall": None, "no_precision_recall": reason}
-    return {"precision_recall": precision_recall(real.features, rows, device)}
+def load_generated(batches, device):
+    """The FeatureSet of the images of all batches."""
+    correct = list(load_batches(batches, "correct"))
+    agreement = float(np.concatenate(correct).mean()) if correct else None
+    rows = np.concatenate(list(load_batches(batches, "features")))
+    return make_feature_set(rows, device, agreement=agreement)
 
 
-def figures(store, real, features, image_sampler):
-    """The figures of a store whose images are all done; without real images, none."""
-    if real is None:
-        return {"frechet_distance": None, "class_agreement": None, "precision_recall": None}
-    rows, device = store.features.read(), image_sampler.device
-    classified = hasattr(features, "classify") and image_sampler.conditional
-    agreement = store.agreement() if classified else None
-    mu, sigma = moments_of(rows, device)
-    return {
-        **figures_of(mu, sigma, agreement, real, image_sampler.seed),
-        **manifold_figures(real, rows, device),
-    }
+def write_adm_npz(path, batches, shape):
+    """The pictures as arr_0, uint8 of `shape` (n, H, W, 3), in an uncompressed .npz, as
+    evaluator.py of openai/guided-diffusion reads it; batch by batch, whole or not at all.
+    """
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with utils.replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as target:
+            np.lib.format.write_array_header_1_0(target, header)
+            for pixels in load_batches(batches, "pixels"):
+                target.write(pixels.tobytes())
 
 
 def report(result, output_path):
-    """Print an evaluation: figures, then every entry of the recipe."""
-    apart = {"config", "environment", "real_halves", "precision_recall", "no_precision_recall"}
-    entries = {key: value for key, value in result.items() if key not in apart}
-    entries["commit"] = result["environment"]["commit"]
-    entries["devices"] = result["environment"]["devices"]
-    print("\n".join([*describe(result), "the recipe:"]))
+    """Print a result: a line, then every figure and the whole setting."""
+    entries = {key: value for key, value in result.items() if key not in ("config", "environment")}
+    entries |= {key: result["environment"][key] for key in ("commit", "devices")}
+    print(describe_result(result))
     print("\n".join(f"  {key} = {value!r}" for key, value in utils.flatten(entries).items()))
-    print(f"figures, recipe, config and environment are in {output_path}")
+    print(f"figures, setting, config and environment are in {output_path}")
 
 
 def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=None, changes=()):
-    """Make sample.n_samples images, compare them with the real ones, write and print the result.
+    """Make sample.n_samples images, compare them with the real images, write and print the result.
 
-    An interrupted evaluation goes on where it was, with any number of processes; its images lie in
-    <output path without suffix>.partial until the result is written.
+    The same command goes on with an interrupted evaluation, on any number of processes; batches
+    lie in <output path without suffix>.partial until the result is written.
 
     Args:
         args: flags with nnet_path, output_path, workdir, config_path and overrides.
-        model: the network with the weights of nnet_path, of which `changes` are sentences.
+        model: the network with the weights of nnet_path; changes: sentences on these.
         process, codec: of training; the codec decodes.
-        dataset: of images, measured where there is no statistics file and it is small; None or one
-            of latents needs dataset.fid_stats.
+        dataset: of images, measured where there is no statistics file; None needs
+            dataset.fid_stats.
 
     Raises:
-        UserError: no statistics, or of another resolution; files of another recipe; a path that
-            cannot be written; another evaluation at work on the same; images that are not finite.
-            Nothing of others is overwritten.
+        UserError: no statistics, or statistics that do not fit; files of another evaluation; a
+            path that cannot be written; images that are not finite.
     """
+    settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
     output_path = Path(args.output_path or directory / "evaluation.json")
-    settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
-    if output_path.suffix == ".partial":
-        raise UserError(
-            f"--output_path is {output_path}, but .partial is for the folder of the images until "
-            "the result is written: give another, for example with .json"
-        )
-    measures = settings.features != metrics.NoFeatures.name
-    if measures:
-        require_statistics(config, dataset)
-    elif not (settings.path or settings.adm_npz):
-        raise UserError(
-            "sample.features is 'none', so the pictures are all there is to be had: give them a "
-            "folder, --config.sample.path"
-        )
-    features = metrics.make_features(settings.features, settings.fid_weights_path, device)
+    folder = output_path.with_name(f"{output_path.stem}.partial")
+
+    features = make_features(settings.features, settings.fid_weights_path, device)
+    if not (features or settings.path or settings.adm_npz):
+        raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
     precision = Precision(config.train.mixed_precision, device)
     model, codec = model.to(device).eval(), codec.to(device)
     image_sampler = make_image_sampler(
         config, model, process, codec, precision=precision, seed=config.seed
     )
-    resolution = image_sampler.image_shape[-1]
-    real = None
-    if measures:
-        real = real_images(config, features, dataset, resolution=resolution, device=device)
-    png_folder = Path(settings.path) if settings.path else None
-    folder = output_path.with_name(f"{output_path.stem}.partial")
-    all_ranks, batches = ranks(accelerator), None
-    with contextlib.ExitStack() as stack:
-        if main:
-            utils.file_to_write(output_path, "--output_path")
-            if settings.adm_npz:
-                utils.file_to_write(settings.adm_npz, "--config.sample.adm_npz")
-            recipe = whole_recipe(image_sampler, features, real, config, args.nnet_path, changes)
-            require_own_place(output_path, png_folder, settings.adm_npz, recipe)
-            require_own_folder(folder)
-            stack.enter_context(utils.RunLock(folder, "--output_path"))
-            for path in filter(None, (output_path, settings.adm_npz)):
-                utils.remove_leftovers(Path(path).parent, name=Path(path).name)
-            prepare(folder, png_folder, recipe, config, image_sampler, features.dim)
-            batches = pending(folder, settings.mini_batch_size, png_folder)
-        batches = from_main_process(batches, accelerator)
-        store, began = ImageStore(folder, png_folder), time.monotonic()
-        own = batches[accelerator.process_index :: accelerator.num_processes]
-        make_images(store, image_sampler, features, own, quiet=not main)
-        beat(WAITING)
-        accelerator.wait_for_everyone()
-        # With gloo, a process that exits without this aborts now and then (4 of 14 tries).
-        accelerator.end_training()
-        if not main:
-            return
-        require_all(folder, settings.mini_batch_size, png_folder)
-        made, seconds = sum(map(len, batches)), time.monotonic() - began
-        speed = {"images_made_now": made, "img_s": made / seconds if made else None}
-        result = {
-            **figures(store, real, features, image_sampler), **speed, "ranks": all_ranks,
-            "mini_batch_size": settings.mini_batch_size, **recipe, "config": config.to_dict(),
-            "environment": environment(),
-        }  # fmt: skip
-        utils.write_json(output_path, result)  # before the npz, which it says is ours
-        if settings.adm_npz:
-            store.write_adm_npz(settings.adm_npz)
-        store.remove()
+    side, all_ranks = image_sampler.image_shape[-1], ranks(accelerator)
+
+    batches = list_batches(folder, settings.n_samples, settings.mini_batch_size)
+    if main:
+        real = features and load_real(config.dataset, features, dataset, side=side, device=device)
+        spec = evaluation_spec(image_sampler, features, real, config, args.nnet_path, changes)
+        claim_places(output_path, folder, settings, spec)
+        made = sum(len(indices) for path, indices in batches if not path.exists())
+    wait_without_timeout(accelerator)
+    began = time.monotonic()
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    own = [(path, indices) for path, indices in own if not path.exists()]
+    make_batches(image_sampler, features, own, settings, quiet=not main)
+    wait_without_timeout(accelerator)
+    accelerator.end_training()  # with gloo, a process that exits without it aborts now and then
+    if not main:
+        return
+
+    img_s = made / (time.monotonic() - began) if made else None
+    figures = compute_metrics(features and load_generated(batches, device), real)
+    speed = {"images_made_now": made, "img_s": img_s, "ranks": all_ranks}
+    settings_used = {"config": config.to_dict(), "environment": environment()}
+    result = {**figures, **speed, **spec, **settings_used}
+    utils.write_json(output_path, result)
+    if settings.adm_npz:
+        write_adm_npz(settings.adm_npz, batches, (settings.n_samples, side, side, 3))
+    shutil.rmtree(folder)
     report(result, output_path)

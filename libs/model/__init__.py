@@ -1,18 +1,20 @@
-"""Networks: DiM, the U-ViT baseline, and how a config builds and loads them."""
+"""Networks: DiM, the U-ViT baseline, and how a config builds and loads them.
 
-from libs.model.build import (
-    build_model,
-    load_into,
-    start_from,
-)
-from libs.model.dim import PRESETS, DiM
+DiM, UViT      the networks
+MIXERS         the mixers of DiM by name: add one here
+PRESETS        width and depth of the paper's models
+build_model    the network of a config's `nnet` section
+load_into      weights of a file into a network
+start_from     the same for a training that begins, if there are weights to start from
+model_from_official, uvit_from_official, to_official   official configurations and weights <-> ours
+"""
+
+from libs.model.build import build_model, load_into, start_from
+from libs.model.dim import MIXERS, PRESETS, DiM
+from libs.model.published import model_from_official, to_official, uvit_from_official
 from libs.model.uvit import UViT
 
 __all__ = [
-    "PRESETS",
-    "DiM",
-    "UViT",
-    "build_model",
-    "load_into",
-    "start_from",
-]
+    "MIXERS", "PRESETS", "DiM", "UViT", "build_model", "load_into", "model_from_official",
+    "start_from", "to_official", "uvit_from_official",
+]  # fmt: skip

@@ -1,6 +1,4 @@
-"""Layers around the mixer: time embedding, position interpolation, RMSNorm, modulation, skip
-projection, and FreeU's two filters.
-"""
+"""Layers around the blocks: patches, positions, padding, time embedding, norm and modulation."""
 
 import math
 
@@ -9,8 +7,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from libs.ops import compute_dtype
 from utils import UserError
+
+EXTRA_TOKENS = 2  # time, label: the first of a sequence
 
 
 def sinusoidal_embedding(t, dim):
@@ -32,7 +31,7 @@ def sinusoidal_embedding(t, dim):
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-def interpolate_positions(pos_embed, native, grid, extra=2):
+def interpolate_positions(pos_embed, native, grid, extra=EXTRA_TOKENS):
     """Resize a learned position table to another grid: bilinear, corners not aligned, no
     antialiasing.
 
@@ -52,16 +51,18 @@ def interpolate_positions(pos_embed, native, grid, extra=2):
     return torch.cat([front, resized.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
-def grid_of(x, in_channels, patch_size):
-    """(h, w) patches of a network's input x (B, C, H, W); UserError where it does not fit."""
-    fits = x.dim() == 4 and x.shape[1] == in_channels
-    if not fits or x.shape[2] % patch_size or x.shape[3] % patch_size:
+def fit_patches(input_size, patch_size):
+    """((height, width), (rows, columns)): an input's sides, of one int or two, and its patches.
+
+    UserError unless the sides are multiples of the patch's.
+    """
+    sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+    if any(side % patch_size for side in sides):
         raise UserError(
-            f"the network was given an input of shape {tuple(x.shape)}; expected (batch, "
-            f"{in_channels}, height, width) with height and width divisible by the patch size "
-            f"{patch_size}"
+            f"an input of {' x '.join(map(str, sides))} is not divisible by the patch size "
+            f"{patch_size}: choose nnet.input_size and nnet.patch_size that fit"
         )
-    return x.shape[2] // patch_size, x.shape[3] // patch_size
+    return sides, tuple(side // patch_size for side in sides)
 
 
 class PaddedSequence(torch.autograd.Function):
@@ -147,70 +148,3 @@ class SharedModulation(nn.Module):
         frequencies = sinusoidal_embedding(t, self.FREQUENCIES)
         emb = self.time_mlp(frequencies.to(self.linear.weight.dtype)) + self.label_embed(y)
         return self.linear(F.silu(emb)).unflatten(-1, (3, self.dim))
-
-
-class SkipProjection(nn.Module):
-    """Merges a long skip into the stream: Linear(2 dim, dim) of their concatenation, computed
-    without concatenating.
-
-    Up to dim 512 the official network has one Linear, above it two with a bias each; `fused` keeps
-    that difference in the parameters.
-    """
-
-    FUSED_UP_TO = 512
-
-    def __init__(self, dim):
-        super().__init__()
-        self.fused = dim <= self.FUSED_UP_TO
-        if self.fused:
-            self.linear = nn.Linear(2 * dim, dim)
-        else:
-            self.stream, self.skip = nn.Linear(dim, dim), nn.Linear(dim, dim)
-
-    def forward(self, x, skip, in_fp8=False):
-        """x, skip (B, L, dim) -> (B, L, dim); in_fp8: its products in fp8, libs/ops/cuda/fp8.py."""
-        if self.fused:
-            of_x, of_skip = self.linear.weight.chunk(2, dim=1)
-            bias = self.linear.bias
-        else:
-            of_x, of_skip = self.stream.weight, self.skip.weight
-            bias = self.stream.bias + self.skip.bias
-        dtype = compute_dtype(of_x)
-        if in_fp8 and dtype != torch.float32:
-            from libs.ops import fp8
-
-            return fp8.linear(x.to(dtype), of_x, bias) + fp8.linear(skip.to(dtype), of_skip)
-        merged = F.linear(x.to(dtype), of_x, bias).flatten(0, 1)
-        return torch.addmm(merged, skip.to(dtype).flatten(0, 1), of_skip.T).view(x.shape)
-
-
-def drop_path(draw, keep_probability):
-    """Stochastic depth (Huang et al. 2016): what each sample's branch is multiplied by, 1 over the
-    probability where `draw` (B,), uniform in [0, 1), is below it, else 0.
-    """
-    return (draw < keep_probability).float() / keep_probability
-
-
-def freeu_skip(skip, scale):
-    """FreeU's filter of a skip (arXiv 2309.11497, eq. 3-4) over the token axis, (B, L, dim) -> the
-    same, in float32.
-
-    Scales two bins of the shifted spectrum, frequencies -1 and 0. The paper's mask is symmetric;
-    the official DiM code's is not and drops the imaginary part that this leaves, and so do we
-    (golden item 10).
-    """
-    length = skip.shape[1]
-    spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
-    mask = torch.ones(length, device=skip.device)
-    mask[max(length // 2 - 1, 0) : length // 2 + 1] = scale
-    filtered = torch.fft.ifft(torch.fft.ifftshift(spectrum * mask[:, None], dim=1), dim=1).real
-    return filtered.to(skip.dtype)
-
-
-def freeu_backbone(x, scale):
-    """FreeU's backbone factor (arXiv 2309.11497, eq. 1-2): (B, L, dim) grows with the mean feature
-    map; all channels here, not half.
-    """
-    mean = x.float().mean(dim=-1, keepdim=True)
-    low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
-    return (x * (1 + (scale - 1) * (mean - low) / (high - low))).to(x.dtype)

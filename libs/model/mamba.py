@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.ops import causal_conv1d, selective_scan
+from libs.model.block import compose_block
+from libs.ops import causal_conv1d, compute_dtype, fp8, is_fused, mamba_block, selective_scan
 
 
 class Mamba(nn.Module):
@@ -24,7 +25,7 @@ class Mamba(nn.Module):
     def __init__(self, dim, *, d_state=16, d_conv=3, expand=2):
         super().__init__()
         self.channels = expand * dim
-        self.d_state = d_state
+        self.d_state, self.fp8 = d_state, False
         self.dt_rank = math.ceil(dim / 16)
         self.in_proj = nn.Linear(dim, 2 * self.channels, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(self.channels, d_conv))
@@ -35,6 +36,19 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(self.channels))
         self.out_proj = nn.Linear(self.channels, dim, bias=False)
         self.reset_parameters()
+
+    def init_weights(self, depth):
+        """The initialisation in a network of `depth` blocks: out_proj over sqrt(depth)."""
+        self.reset_parameters()
+        nn.init.kaiming_uniform_(self.out_proj.weight, a=math.sqrt(5))
+        self.out_proj.weight /= math.sqrt(depth)
+
+    def use_fp8(self, device):
+        """From now on the products of in_proj and out_proj are in fp8 where the block is fused and
+        autocast is on; UserError if the device cannot.
+        """
+        fp8.require(device, (self.in_proj.in_features, self.in_proj.out_features))
+        self.fp8 = True
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -64,3 +78,26 @@ class Mamba(nn.Module):
             order=order,
         )  # fmt: skip
         return self.out_proj(y)
+
+    def block(self, x, modulation, order, drop_path_scale, skip):
+        """The whole libs.model.block.Block around this mixer: one operator where it can run."""
+        dtype = compute_dtype(self.in_proj.weight)
+        taps = self.conv_weight.shape[1]
+        if not is_fused(x.device, dtype, x.shape[-1], self.d_state, taps):
+            return compose_block(self, x, modulation, order, drop_path_scale, skip)
+        x = x if skip is None else skip(x)
+        return mamba_block(
+            x, modulation.shared, drop_path_scale, self.name_parameters(modulation), order, dtype,
+            self.fp8 and dtype != torch.float32,
+            dtype if modulation.half_output else torch.float32,
+        )  # fmt: skip
+
+    def name_parameters(self, modulation):
+        """The parameters of a block by the names of libs.ops.mamba_block."""
+        return {
+            "table": modulation.table, "weight": modulation.norm_weight,
+            "in_proj": self.in_proj.weight, "conv_weight": self.conv_weight,
+            "conv_bias": self.conv_bias, "x_proj": self.x_proj.weight,
+            "dt_proj": self.dt_proj.weight, "dt_bias": self.dt_proj.bias,
+            "A_log": self.A_log, "D": self.D, "out_proj": self.out_proj.weight,
+        }  # fmt: skip

@@ -2,28 +2,14 @@
 join shallow and deep blocks.
 """
 
+import math
+
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from libs.model import layers
-from utils import UserError
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, (B, L, dim) -> (B, L, dim)."""
-
-    def __init__(self, dim, heads, qkv_bias):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        q, k, v = rearrange(self.qkv(x), "b l (three h d) -> three b h l d", three=3, h=self.heads)
-        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h l d -> b l (h d)"))
+from libs.model.attention import Attention
 
 
 class Block(nn.Module):
@@ -32,7 +18,7 @@ class Block(nn.Module):
     def __init__(self, dim, heads, mlp_ratio, qkv_bias, has_skip):
         super().__init__()
         self.skip = nn.Linear(2 * dim, dim) if has_skip else None
-        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads, qkv_bias)
+        self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads=heads, qkv_bias=qkv_bias)
         hidden = int(dim * mlp_ratio)
         self.norm2, self.mlp = (
             nn.LayerNorm(dim),
@@ -60,8 +46,7 @@ class UViT(nn.Module):
         final_conv: a 3x3 convolution on the output image.
         activation_checkpointing: recompute each block in the backward pass.
 
-    Raises:
-        UserError: an impossible value, named.
+    UserError: an input size that the patch size does not divide.
     """
 
     def __init__(
@@ -69,23 +54,13 @@ class UViT(nn.Module):
         qkv_bias=False, mlp_time_embed=False, final_conv=True, activation_checkpointing=False,
     ):  # fmt: skip
         super().__init__()
-        sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-        if any(side <= 0 or side % patch_size for side in sides):
-            raise UserError(
-                f"nnet.input_size {sides} is not divisible by nnet.patch_size {patch_size}; choose "
-                "a multiple of it"
-            )
-        if dim % heads or dim % 2:
-            raise UserError(
-                f"nnet.dim is {dim}; expected an even number divisible by nnet.heads, {heads}"
-            )
-        self.input_size, self.patch_size, self.in_channels = sides, patch_size, in_channels
+        self.input_size, self.native_grid = layers.fit_patches(input_size, patch_size)
+        self.patch_size, self.in_channels = patch_size, in_channels
         self.dim, self.num_classes = dim, num_classes
         self.activation_checkpointing = activation_checkpointing
         self.extra_tokens = 2 if num_classes else 1
-        self.native_grid = tuple(side // patch_size for side in self.input_size)
         self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.extra_tokens + self.native_grid[0] * self.native_grid[1], dim)
+            torch.zeros(1, self.extra_tokens + math.prod(self.native_grid), dim)
         )
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.time_embed = layers.TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
@@ -119,7 +94,7 @@ class UViT(nn.Module):
 
     def forward(self, x, t, y=None):
         """x (B, C, H, W), t (B,) network time, y (B,) int64 or None (null) -> (B, C, H, W)."""
-        grid = layers.grid_of(x, self.in_channels, self.patch_size)
+        _, grid = layers.fit_patches(x.shape[2:], self.patch_size)
         tokens = self.embed(x, t, y, grid)                              # (B, extra + h*w, dim)
         skips = []
         for block in self.in_blocks:

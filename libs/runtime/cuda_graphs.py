@@ -15,8 +15,8 @@ _get_stream = functools.cache(torch.cuda.Stream)  # cuBLAS has a workspace for e
 
 
 class CudaCapture:
-    """Captures calls, which must have run once before, into graphs that share a memory pool: the
-    graphs are replayed one after another, their outputs copied out before the next replay.
+    """Captures calls that have run once before into graphs that share a memory pool: the graphs are
+    replayed one after another, their outputs copied out before the next replay.
     """
 
     def __init__(self, device):
@@ -57,10 +57,8 @@ class CudaCapture:
 
     def _record(self, call):
         graph = torch.cuda.CUDAGraph()
-        # Only this thread's calls count: data loaders pin memory in others.
-        with torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        ):
+        mode = "thread_local"  # only this thread's calls count: data loaders pin memory in others
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
             output = call()
         return graph.replay, output
 
@@ -153,9 +151,7 @@ class GraphedTraining(nn.Module):
         return torch.func.functional_call(self.network, self._leaves, (x, t, y), options)
 
     def forward(self, x, t, y=None, **options):
-        """x (B, C, H, W), t (B,), y (B,) int64 or None, drop_path_draw (B, depth) -> the output.
-        Any other option, such as `hidden`, makes the call eager.
-        """
+        """network(x, t, y, drop_path_draw=); another option, as `hidden`, makes the call eager."""
         if options.keys() <= {"drop_path_draw"}:
             parts = self._graphs.find(x, t, y, options.get("drop_path_draw"))
             if parts is not None:
@@ -196,21 +192,17 @@ class SamplingNetwork:
     @torch.no_grad()
     def _refresh_halves(self):
         """Cast the network's present weights; 1.7 GB in a DiM-H."""
-        modules = self.network.modules() if self.dtype else ()
-        modules = [m for m in modules if isinstance(m, (nn.Linear, nn.Conv2d))]
-        for module in modules:
+        modules = [m for m in self.network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+        for module in modules if self.dtype else ():
             if module not in self._halves and module.weight.dtype == torch.float32:
                 half = torch.empty_like(module.weight, dtype=self.dtype)
                 self._halves[module] = nn.Parameter(half, requires_grad=False)
         if self._halves:
-            weights = [module.weight for module in self._halves]
-            torch._foreach_copy_(list(self._halves.values()), weights)
+            torch._foreach_copy_(list(self._halves.values()), [m.weight for m in self._halves])
 
     @torch.no_grad()
     def _replay(self, x, t, y=None, **options):
-        """x (B, C, H, W), t (B,), y (B,) or None -> the network's output. An option such as
-        `hidden` makes the call eager.
-        """
+        """network(x, t, y); an option, as `hidden`, makes the call eager."""
         if self._graphs is None:
             self._graphs = _Graphs(self.network, self.capture or CudaCapture(self.device).forward)
         parts = None if options else self._graphs.find(x, t, y)

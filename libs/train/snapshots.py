@@ -7,15 +7,12 @@ import torch
 import utils
 from datasets import dataset_of
 from libs.evaluate import (
-    NoFeatures,
-    can_be_measured,
-    describe,
+    choose_real,
+    describe_result,
+    load_real,
     make_features,
     make_grid_images,
     measure,
-    real_images,
-    require_known,
-    result_of,
 )
 from libs.runtime import has_logged, wait_without_timeout
 from libs.train.engine import whole_weights
@@ -37,8 +34,7 @@ class Snapshots:
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.image_sampler, self.metrics_log, self.stop = image_sampler, metrics_log, stop
         self.features = self.real = None
-        if config.train.fid_samples and config.sample.features != NoFeatures.name:
-            require_known(config.sample.features)
+        if config.train.fid_samples and config.sample.features != "none":
             self.prepare_fid(dataset)
 
     def prepare_fid(self, dataset):
@@ -52,9 +48,10 @@ class Snapshots:
                 config.sample.features, config.sample.fid_weights_path, device
             )
             if self.accelerator.is_main_process:
-                self.real = real_images(
-                    config, features, dataset_of(config) if can_be_measured(dataset) else None,
-                    resolution=self.image_sampler.image_shape[-1], device=device,
+                chosen = choose_real(config.dataset.fid_stats, dataset)
+                self.real = load_real(
+                    config.dataset, features, dataset_of(config) if chosen is dataset else None,
+                    side=self.image_sampler.image_shape[-1], device=device,
                 )  # fmt: skip
             made += 1
         except UserError as error:
@@ -107,12 +104,11 @@ class Snapshots:
 
     def measure_fid(self, step, n):
         """The figures of n images, in the log."""
-        found = measure(
-            self.image_sampler, self.features, self.accelerator, n=n, stop=self.stopped
+        result = measure(
+            self.image_sampler, self.features, self.real, self.accelerator, n=n, stop=self.stopped
         )
-        if found is not None and self.accelerator.is_main_process:
-            result = result_of(found, self.image_sampler, self.features, self.real, n)
+        if result is not None:
             figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
             self.metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
-            log.info("step %d: %s", step, "; ".join(describe(result)))
+            log.info("step %d: %s", step, describe_result(result))
         wait_without_timeout(self.accelerator)

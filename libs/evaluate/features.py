@@ -1,0 +1,217 @@
+"""Features of images: the networks that extract them, by name, and the features of real images."""
+
+import hashlib
+from pathlib import Path
+from unittest import mock
+
+import safetensors
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from libs.evaluate.metrics import load_statistics, make_feature_set
+from libs.files import load_strict, read_safetensors, read_torch, sha256_of
+from utils import UserError
+
+# As in the published file's name, pt_inception-2015-12-05-6726825d.pth.
+INCEPTION_SHA256_PREFIX = "6726825d"
+
+
+def _find_inception_weights():
+    """The file in torch hub's cache (under TORCH_HOME), downloaded from pytorch-fid if absent."""
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
+    path = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[-1])
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), INCEPTION_SHA256_PREFIX)
+    except Exception as error:  # of the network, the disk or the hash
+        raise UserError(
+            f"the FID network's weights could not be downloaded ({error}): put {path.name} into "
+            f"{path.parent}, or say where it is: sample.fid_weights_path (--weights of "
+            "compute_fid_stats.py)"
+        ) from error
+    return path
+
+
+class InceptionFeatures:
+    """pool3 features (2048) of the FID Inception, as pytorch-fid computes them.
+
+    path: of the weights; None looks in torch hub's cache, then downloads. `name` has a prefix of
+    the file's SHA-256. Raises UserError for a file that is not the published one.
+    """
+
+    dim = 2048
+
+    def __init__(self, path=None, device="cpu"):
+        from pytorch_fid import inception
+
+        path = path or _find_inception_weights()
+        digest = sha256_of(path)
+        if not digest.startswith(INCEPTION_SHA256_PREFIX):
+            raise UserError(
+                f"{path} is not pytorch-fid's weights file: its sha256 starts with {digest[:8]}, "
+                f"expected {INCEPTION_SHA256_PREFIX}; fetch it again"
+            )
+        self.name, self.device = f"inception_v3_fid-{digest[:8]}", device
+        weights = read_torch(path)
+        # pytorch-fid downloads in its constructor: it is handed the checked weights instead.
+        with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: weights):
+            self.network = inception.InceptionV3().eval().to(device)
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        """images float32 (B, 3, H, W) in [0, 1], any size -> float32 (B, 2048)."""
+        return self.network(images.to(self.device, torch.float32))[0].flatten(1)
+
+
+# Where scripts/train_digits_classifier.py writes it.
+DIGITS_CLASSIFIER_PATH = (
+    Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
+)
+
+
+class DigitsClassifier(nn.Module):
+    """A small convolutional classifier of 8x8 digits with 48 features before its last layer."""
+
+    dim = 48
+
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
+        self.hidden = nn.Linear(64 * 4 * 4, self.dim)
+        self.head = nn.Linear(self.dim, 10)
+
+    def features(self, images):
+        """(B, 1, 8, 8) in [0, 1] -> (B, 48), smooth and unbounded as a Gaussian fit likes it."""
+        x = F.gelu(self.conv1(2 * images - 1))  # (B, 32, 8, 8)
+        x = F.max_pool2d(F.gelu(self.conv2(x)), 2)  # (B, 64, 4, 4)
+        return self.hidden(x.flatten(1))  # (B, 48)
+
+    def forward(self, images):
+        """(B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
+        return self.head(F.gelu(self.features(images)))
+
+
+class DigitsClassifierFeatures:
+    """Features (48) and classes by the classifier that scripts/train_digits_classifier.py wrote.
+
+    `metadata` (strings) holds its held-out accuracy, seed and split; `name` has a hash of the
+    weights. Raises UserError for a file that is not there or holds another network.
+    """
+
+    dim = DigitsClassifier.dim
+
+    def __init__(self, path=None, device="cpu"):
+        path = Path(path or DIGITS_CLASSIFIER_PATH)
+        if not path.is_file():
+            raise UserError(
+                f"there is no digits classifier {path}: run scripts/train_digits_classifier.py"
+            )
+        self.network, self.device = DigitsClassifier(), device
+        load_strict(self.network, read_safetensors(path), path)
+        with safetensors.safe_open(path, "pt") as file:
+            self.metadata = file.metadata()
+        # Of the tensors: safetensors writes its metadata in random order, so files differ.
+        weights = b"".join(x.numpy().tobytes() for x in self.network.state_dict().values())
+        self.name = f"digits_classifier-{hashlib.sha256(weights).hexdigest()[:8]}"
+        self.network.eval().to(device)
+
+    @torch.inference_mode()
+    def __call__(self, images):
+        """images float32 (B, 1, 8, 8) in [0, 1] -> float32 (B, 48)."""
+        return self.network.features(images.to(self.device, torch.float32))
+
+    @torch.inference_mode()
+    def classify(self, images):
+        """images float32 (B, 1, 8, 8) in [0, 1] -> int64 (B,), the most likely digit."""
+        return self.network(images.to(self.device, torch.float32)).argmax(1)
+
+
+# name -> class(path or None, device) with `name`, `dim`, a call images (B, C, H, W) in [0, 1] ->
+# (B, dim) and, if it knows classes, `classify`: images -> labels (B,).
+FEATURES = {"inception": InceptionFeatures, "digits_classifier": DigitsClassifierFeatures}
+
+
+def make_features(name, path, device):
+    """The feature network of that name in FEATURES, None of 'none'; path None: its usual place.
+
+    Raises:
+        UserError: an unknown name, or the network's own.
+    """
+    if name != "none" and name not in FEATURES:
+        raise UserError(f"unknown features {name!r}: they are one of {', '.join(FEATURES)}, none")
+    return None if name == "none" else FEATURES[name](path, device)
+
+
+MEASURE_UP_TO = 10_000  # images of a data set that is measured where there is no statistics file
+BATCH = 50  # images at a time through the feature network, 1 GB of Inception's activations
+
+
+def round_to_8_bit(images):
+    """Images in [0, 1] rounded as PNG files hold them, so that statistics describe the files."""
+    return (images * 255).round() / 255
+
+
+def choose_real(fid_stats, dataset):
+    """What generated images are compared with: the path of the statistics file `fid_stats` if it is
+    given, else `dataset` if its images are few.
+
+    Raises:
+        UserError: the file is not there; neither of the two.
+    """
+    if fid_stats:
+        if not Path(fid_stats).is_file():
+            raise UserError(
+                f"the statistics {fid_stats} do not exist: scripts/compute_fid_stats.py makes them"
+            )
+        return fid_stats
+    latent = getattr(dataset, "latent", False)
+    if dataset is None or latent or len(dataset) > MEASURE_UP_TO:
+        raise UserError(
+            "dataset.fid_stats names no statistics file: make one with "
+            "scripts/compute_fid_stats.py (see the README) and pass "
+            "--config.dataset.fid_stats=FILE"
+        )
+    return dataset
+
+
+def _measure(dataset, name, features, device):
+    """The FeatureSet of all images of a data set, as 8-bit files hold them."""
+    classify = getattr(features, "classify", None) if dataset.num_classes else None
+    rows, agreeing = [], 0
+    for start in range(0, len(dataset), BATCH):
+        items = [dataset[(0, i)] for i in range(start, min(start + BATCH, len(dataset)))]
+        images = round_to_8_bit(torch.stack([x for x, _ in items]).mul(0.5).add(0.5))
+        rows.append(features(images).cpu())
+        if classify:
+            labels = torch.tensor([int(y) for _, y in items])
+            agreeing += (classify(images).cpu() == labels).sum().item()
+    identity = {"dataset": name, "list_sha256": dataset.list_sha256()}
+    return make_feature_set(
+        torch.cat(rows).numpy(), device, agreement=agreeing / len(dataset) if classify else None,
+        source={"file": None, "count": len(dataset), "known": True, "images": identity},
+    )  # fmt: skip
+
+
+def load_real(settings, features, dataset, *, side, device):
+    """The FeatureSet of the real images: of dataset.fid_stats, or measured here.
+
+    settings: config.dataset; dataset: of images, not augmented, or None; side: of the generated
+    images in pixels.
+
+    Raises:
+        UserError: `choose_real`; statistics or images that do not fit the generated images.
+    """
+    chosen = choose_real(settings.fid_stats, dataset)
+    if chosen is not dataset:
+        return load_statistics(chosen, extractor=features.name, resolution=side, dim=features.dim)
+    if dataset.shape[-1] != side:
+        raise UserError(
+            f"the images of the data set {settings.name} are {dataset.shape[-1]} pixels wide, but "
+            f"the generated images {side}: give dataset.resolution or dataset.fid_stats that fit"
+        )
+    return _measure(dataset, settings.name, features, device)

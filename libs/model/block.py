@@ -1,0 +1,76 @@
+"""A block of DiM: norm, modulation and gate around any mixer of tokens."""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from libs.model.layers import RMSNorm
+from libs.model.skips import SkipProjection
+
+
+class Modulation(NamedTuple):
+    """What surrounds the mixer of a block."""
+
+    shared: torch.Tensor  # (B, 3, dim): shift, scale and gate from time and label
+    table: torch.Tensor  # (3, dim): added to the shared ones, learned for this block
+    norm_weight: torch.Tensor  # (dim,)
+    half_output: bool  # the output goes into matrix products next, so it may have their dtype
+
+
+def modulated_norm(x, weight, modulation, table):
+    shift, scale, _ = (table + modulation)[:, :, None].unbind(1)
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    x = x.float() if half else x
+    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-5) * (1 + scale) + shift
+
+
+def gated_residual(x, branch, modulation, table, drop_path_scale=None):
+    branch = (1 + (table + modulation)[:, 2, None]) * branch
+    if drop_path_scale is not None:
+        branch = branch * drop_path_scale.to(branch.dtype).view(-1, 1, 1)
+    return x + branch
+
+
+def compose_block(mixer, x, modulation, order, drop_path_scale, skip):
+    """The block around `mixer`, operator by operator: its definition, and the way of a mixer
+    without a fused form. The arguments are those of a mixer's `block`, see Block.
+    """
+    around = modulation.shared, modulation.table
+    x = x if skip is None else skip(x)
+    branch = mixer(modulated_norm(x, modulation.norm_weight, *around), order)
+    return gated_residual(x, branch, *around, drop_path_scale)
+
+
+class Block(nn.Module):
+    """x + (1 + gate) * mixer(RMSNorm(x) * (1 + scale) + shift), of x merged with a long skip where
+    the block has one. There is no MLP.
+
+    make_mixer: makes the mixer, a module with `forward(x, order)`, x and the result (B, L, dim). A
+    mixer with a fused form has `block(x, modulation, order, drop_path_scale, skip) -> (B, L, dim)`,
+    the whole block at once, with a Modulation and in `skip` None or a function that merges the long
+    skip into x.
+    """
+
+    def __init__(self, dim, make_mixer, *, has_skip, half_output):
+        super().__init__()
+        self.half_output = half_output
+        self.skip = SkipProjection(dim) if has_skip else None
+        self.norm = RMSNorm(dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
+        self.mixer = make_mixer()
+
+    def forward(self, x, modulation, order, drop_path_scale=None, skip=None):
+        """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) or None -> (B, L, dim).
+
+        drop_path_scale: what the branch is multiplied by in stochastic depth, (B,), or None.
+        """
+        compose = functools.partial(compose_block, self.mixer)
+        run = getattr(self.mixer, "block", compose)
+        merge = None if skip is None else functools.partial(self.skip, skip=skip)
+        modulation = Modulation(
+            modulation, self.scale_shift_table, self.norm.weight, self.half_output
+        )
+        return run(x, modulation, order, drop_path_scale, merge)

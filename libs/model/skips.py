@@ -1,0 +1,123 @@
+"""Long skips between the first and the second half of DiM: their projection, and what skip tuning
+and FreeU make of them.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from libs.model.layers import EXTRA_TOKENS
+from libs.ops import compute_dtype, fp8
+
+
+class SkipProjection(nn.Module):
+    """Merges a long skip into the stream: Linear(2 dim, dim) of their concatenation, computed
+    without concatenating.
+
+    Up to dim 512 the official network has one Linear, above it two with a bias each; the parameters
+    keep that difference.
+    """
+
+    WIDEST_SINGLE = 512
+
+    def __init__(self, dim):
+        super().__init__()
+        self.single, self.fp8 = dim <= self.WIDEST_SINGLE, False
+        if self.single:
+            self.linear = nn.Linear(2 * dim, dim)
+        else:
+            self.stream, self.skip = nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def use_fp8(self, device):
+        """From now on the products are in fp8 under autocast; UserError if the device cannot."""
+        fp8.require(device, (self.linear if self.single else self.stream).weight.shape)
+        self.fp8 = True
+
+    def forward(self, x, skip):
+        """x, skip (B, L, dim) -> (B, L, dim)."""
+        if self.single:
+            x_weight, skip_weight = self.linear.weight.chunk(2, dim=1)
+            bias = self.linear.bias
+        else:
+            x_weight, skip_weight = self.stream.weight, self.skip.weight
+            bias = self.stream.bias + self.skip.bias
+        dtype = compute_dtype(x_weight)
+        x, skip = x.to(dtype), skip.to(dtype)
+        if self.fp8 and dtype != torch.float32:
+            return fp8.linear(x, x_weight, bias) + fp8.linear(skip, skip_weight)
+        merged = F.linear(x, x_weight, bias).flatten(0, 1)
+        return torch.addmm(merged, skip.flatten(0, 1), skip_weight.T).view(x.shape)
+
+
+def filter_skip(skip, scale):
+    """FreeU's filter of a skip (eq. 3-4) over the token axis, (B, L, dim) -> the same, computed in
+    float32.
+
+    Scales two bins of the shifted spectrum, frequencies -1 and 0. The paper's mask is symmetric;
+    the official DiM code's is not and drops the imaginary part that this leaves, and so do we.
+    """
+    length = skip.shape[1]
+    spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
+    mask = torch.ones(length, device=skip.device)
+    mask[max(length // 2 - 1, 0) : length // 2 + 1] = scale
+    filtered = torch.fft.ifft(torch.fft.ifftshift(spectrum * mask[:, None], dim=1), dim=1).real
+    return filtered.to(skip.dtype)
+
+
+def boost_stream(x, scale):
+    """FreeU's backbone factor (eq. 1-2): (B, L, dim) grows with the mean feature map; all channels
+    here, not half.
+    """
+    mean = x.float().mean(dim=-1, keepdim=True)
+    low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
+    return (x * (1 + (scale - 1) * (mean - low) / (high - low))).to(x.dtype)
+
+
+def apply_freeu(x, skip, skip_scale, stream_scale, order):
+    """FreeU (arXiv 2309.11497) on all tokens but time and label, the skip in the order that the
+    previous block scanned.
+    """
+    order = slice(None) if order is None else order
+    visited, filtered = skip[:, order], torch.empty_like(skip)
+    tail = filter_skip(visited[:, EXTRA_TOKENS:], skip_scale)
+    filtered[:, order] = torch.cat([visited[:, :EXTRA_TOKENS], tail], dim=1)
+    boosted = boost_stream(x[:, EXTRA_TOKENS:], stream_scale)
+    return torch.cat([x[:, :EXTRA_TOKENS], boosted], dim=1), filtered
+
+
+class LongSkips:
+    """The saved outputs of blocks, which later blocks take back, the latest first."""
+
+    def __init__(self):
+        self.saved = []
+
+    def push(self, x):
+        self.saved.append(x)
+
+    def pop(self, x, order):
+        """(x, skip) for the next block; x (B, L, dim) is the stream, order (L,) or None the order
+        that the previous block scanned.
+        """
+        return x, self.saved.pop()
+
+
+class TunedSkips(LongSkips):
+    """Long skips under skip tuning (arXiv 2402.15170) and FreeU (arXiv 2309.11497).
+
+    t: (B,) network time. skip_tuning, freeu: None, or as of DiM. count: of the skips in all.
+    """
+
+    def __init__(self, t, skip_tuning, freeu, count):
+        super().__init__()
+        self.t, self.skip_tuning, self.freeu, self.count = t, skip_tuning, freeu, count
+
+    def pop(self, x, order):
+        consumer = self.count - len(self.saved)
+        skip = self.saved.pop()
+        if self.skip_tuning is not None:
+            low, high, time = self.skip_tuning
+            time = time if time is not None else (self.t / 1000).view(-1, 1, 1)
+            skip = skip * (high - (high - low) * time * consumer / (self.count - 1))
+        if self.freeu is not None and consumer < 2:
+            x, skip = apply_freeu(x, skip, *self.freeu[consumer::2], order)
+        return x, skip
