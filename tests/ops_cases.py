@@ -46,6 +46,15 @@ def conv_inputs(B=2, L=19, D=5, W=3, absent=(), seed=0):
     return {name: x for name, x in inputs.items() if name not in absent}
 
 
+def adaln_inputs(gate, B=2, L=7, dim=8, seed=0):
+    """Of gated_residual or of modulated_norm, in the order of their arguments."""
+    generator = torch.Generator().manual_seed(seed)
+    sequence, parameters = (B, L, dim), {"modulation": (B, 3, dim), "table": (3, dim)}
+    own = {"branch": sequence} if gate else {"weight": (dim,)}
+    shapes = {"x": sequence, **own, **parameters}
+    return {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}
+
+
 def make_order(kind, length):
     if kind == "permuted":
         return torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(

@@ -75,14 +75,14 @@ def passes(dtype):
     """Those around the mixer, both ways, for a residual stream in float32 and in dtype."""
     branch, g_n = (torch.randn(2, 61, 72).cuda().to(dtype) for _ in range(2))
     parameters = (torch.randn(*shape).cuda() for shape in ((2, 3, 72), (3, 72), (72,), (2,)))
-    of = adaln.Adaln(*parameters)
+    parameters = adaln.Adaln(*parameters)
     for stream in {torch.float32, dtype}:
         x, g_out = (torch.randn(2, 61, 72).cuda().to(stream) for _ in range(2))
-        adaln.norm(x, of, dtype)
-        adaln.gate(x, branch, of, stream)
-        _, g_factor = adaln.gate_backward(g_out, branch, of)
-        _, _, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, of)
-        adaln.modulation_backward(g_shift, g_gain, g_factor, of)
+        n = adaln.norm(x, parameters, dtype)
+        adaln.gate(x, branch, parameters, stream)
+        _, g_factor = adaln.gate_backward(g_out, branch, parameters)
+        _, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, parameters, n)
+        adaln.modulation_backward(g_shift, g_gain, g_factor, parameters)
 
 
 def main():

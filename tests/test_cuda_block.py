@@ -14,7 +14,8 @@ from ops_cases import error
 from libs.model.block import Block, Modulation, compose_block
 from libs.model.dim import DiM
 from libs.model.mamba import Mamba
-from libs.ops.mamba_block import is_fused
+from libs.ops import gated_residual, is_fused, modulated_norm
+from libs.ops.reference import gated_residual_ref, modulated_norm_ref
 
 pytestmark = [
     pytest.mark.cuda,
@@ -136,11 +137,71 @@ def test_opcheck():
 
     assert is_fused(x.device, x.dtype, 16, 16, 3)
     named = block.mixer.name_parameters(around(block, modulation))
-    parameters = [named[name].detach() for name in mamba_block.PARAMETERS]
+    parameters = [named[name].detach() for name in mamba_block.Parameters._fields]
     arguments = [x, modulation, keep, *parameters]
     arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
     options = (order.long(), torch.float32, False, torch.float32)
     torch.library.opcheck(torch.ops.dim.mamba_block_fwd, (*arguments, *options))
+
+
+# ---------------------------------------- norm and gate, operators of their own
+
+
+def adaln_results(operator, inputs, dtype=None, **options):
+    """Output and gradients; inputs and drop_path_scale in dtype, if it is given."""
+    inputs = {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in inputs.items()}
+    options = {k: v.to(dtype) if dtype and k != "out_dtype" else v for k, v in options.items()}
+    if dtype:
+        options.pop("out_dtype", None)
+    out = operator(**inputs, **options)
+    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
+    found = torch.autograd.grad(out, list(inputs.values()), g)
+    return {"out": out.detach()} | dict(zip(inputs, found, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("L, dim", [(1, 8), (17, 264), (61, 1536), (3, 2048)])
+@pytest.mark.parametrize("gate", [False, True])
+def test_norm_and_gate(gate, L, dim, dtype):
+    """Against float64; "plain" is the definition in the same dtypes."""
+    inputs = {k: x.cuda() for k, x in ops_cases.adaln_inputs(gate, L=L, dim=dim).items()}
+    inputs = {k: x.to(dtype) if k in ("x", "branch") else x for k, x in inputs.items()}
+    operator = gated_residual if gate else modulated_norm
+    definition = gated_residual_ref if gate else modulated_norm_ref
+    options = {"drop_path_scale": torch.tensor([1.25, 0.5]).cuda()} if gate else {}
+    for out_dtype in {torch.float32, dtype}:
+        options["out_dtype"] = out_dtype
+        exact = adaln_results(definition, inputs, torch.float64, **options)
+        plain = adaln_results(definition, inputs, **options)
+        actual = adaln_results(operator, inputs, **options)
+        assert actual["out"].dtype == out_dtype
+        for name in exact:
+            assert actual[name].dtype == plain[name].dtype, name
+            found, allowed = error(actual[name], exact[name]), error(plain[name], exact[name])
+            assert found <= 2 * allowed + 2.0**-21, f"{name}: {found:.3g}, plain {allowed:.3g}"
+
+
+def test_norm_and_gate_opcheck():
+    norm = [x.cuda().requires_grad_() for x in ops_cases.adaln_inputs(False).values()]
+    gate = [x.cuda().requires_grad_() for x in ops_cases.adaln_inputs(True).values()]
+    modulated_norm(*norm)  # registers the operators
+    torch.library.opcheck(torch.ops.dim.modulated_norm, (*norm, torch.bfloat16))
+    scale = torch.ones(2, device="cuda")
+    torch.library.opcheck(torch.ops.dim.gated_residual, (*gate, scale, torch.float32))
+
+
+def test_norm_and_gate_compile():
+    norm, gate = ({k: x.cuda() for k, x in ops_cases.adaln_inputs(g).items()} for g in (0, 1))
+
+    def block(x, branch):
+        n = modulated_norm(x, norm["weight"], norm["modulation"], norm["table"])
+        return gated_residual(n, branch, norm["modulation"], norm["table"])
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(gate["x"], gate["branch"]), block(gate["x"], gate["branch"]))
+
+
+# ---------------------------------------- the model
 
 
 def make_model():

@@ -3,8 +3,10 @@ autocast, streams, devices, determinism, and the golden cases. Numbers over shap
 test_cuda_kernels.py.
 """
 
+import os
 import shutil
 import threading
+import time
 
 import golden_cases
 import ops_cases
@@ -12,15 +14,15 @@ import pytest
 import torch
 
 from libs.model.mamba import Mamba
-from libs.ops import causal_conv1d, describe_backends, selective_scan
-from libs.ops.cuda import launch
-from libs.ops.reference import selective_scan_ref
+from libs.ops import causal_conv1d, describe_backends, reference, selective_scan
+from libs.ops.cuda import launch, self_check
 from utils import UserError
 
 pytestmark = [
     pytest.mark.cuda,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
 ]
+reference_scan = reference.selective_scan_ref
 
 
 @pytest.fixture(autouse=True)
@@ -76,30 +78,26 @@ def test_chosen_automatically():
     assert all(": cuda (" in line for line in operators) and block == "mamba_block: fused"
 
 
-@pytest.mark.parametrize("absent", [(), ("D",), ("z", "delta_bias"), ("D", "z", "delta_bias")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scan_opcheck(absent, dtype):
-    x = on("cuda", ops_cases.scan_inputs(L=17, D=33, absent=absent), dtype)
+def test_opchecks(dtype):
+    x = on("cuda", ops_cases.scan_inputs(L=17, D=33), dtype)
     order = launch.as_order(order_of(17))
     arguments = [x.get(k) for k in ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")]
     g_y, g_state = torch.randn_like(x["u"]), torch.randn(2, 33, 16, device="cuda")
     ops_cases.scan(**x, order=order, backend="cuda")  # registers the operators
-    torch.library.opcheck(torch.ops.dim.selective_scan_bwd, (g_y, g_state, *arguments, order, True))
-    arguments = [None if t is None else t.requires_grad_() for t in arguments]
-    torch.library.opcheck(torch.ops.dim.selective_scan_fwd, (*arguments, order, True, True))
-    torch.library.opcheck(torch.ops.dim.selective_scan_fwd, (*arguments, None, True, False))
+    dim = torch.ops.dim
+    torch.library.opcheck(dim.selective_scan_bwd, (g_y, g_state, *arguments, order, True))
+    arguments = [t.requires_grad_() for t in arguments]
+    torch.library.opcheck(dim.selective_scan_fwd, (*arguments, order, True, True))
+    arguments[6] = None
+    torch.library.opcheck(dim.selective_scan_fwd, (*arguments, None, True, False))
 
-
-@pytest.mark.parametrize("absent", [(), ("bias",)])
-def test_convolution_opcheck(absent):
-    x = on("cuda", ops_cases.conv_inputs(L=17, D=33, absent=absent))
-    order = launch.as_order(order_of(17))
+    x = on("cuda", ops_cases.conv_inputs(L=17, D=33), dtype)
     causal_conv1d(**x, backend="cuda")
-    arguments = [x["x"], x["weight"], x.get("bias")]
-    g_y = torch.randn_like(x["x"])
-    torch.library.opcheck(torch.ops.dim.causal_conv1d_bwd, (g_y, *arguments, order, True))
-    arguments = [None if t is None else t.requires_grad_() for t in arguments]
-    torch.library.opcheck(torch.ops.dim.causal_conv1d_fwd, (*arguments, order, True))
+    arguments, g_y = list(x.values()), torch.randn_like(x["x"])
+    torch.library.opcheck(dim.causal_conv1d_bwd, (g_y, *arguments, order, True))
+    arguments = [t.requires_grad_() for t in arguments]
+    torch.library.opcheck(dim.causal_conv1d_fwd, (*arguments, order, True))
 
 
 def mixer_and_input(length=50, batch=2):
@@ -150,8 +148,9 @@ def test_cuda_graph():
 
 
 def test_first_use_in_a_capture_is_told():
-    """A shape that needs a kernel nobody has loaded: 27 states, float16."""
+    """Of a kernel that nobody has loaded: 27 states, float16."""
     x = on("cuda", ops_cases.scan_inputs(B=1, L=5, D=8, N=27), torch.float16)
+    selective_scan(**x, backend="cuda")
     launch.forget()  # whatever ran before this test
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(UserError, match="before this graph capture"), torch.cuda.graph(graph):
@@ -282,67 +281,42 @@ def test_double_backward_is_refused():
         )
 
 
-def test_kernels_that_compute_wrong_numbers_are_refused(monkeypatch):
-    """Every call, until they compute right ones."""
+def test_kernels_that_compute_wrong_numbers_are_refused(monkeypatch, tmp_path):
+    """Every call, until they compute right ones; what passed is noted."""
+    monkeypatch.setenv("DIM_CACHE_DIR", str(tmp_path))
     x = on("cuda", ops_cases.scan_inputs())
     with monkeypatch.context() as patch:
         launch.forget()
         patch.setattr(
-            selective_scan, "selective_scan_ref",
-            lambda **inputs: tuple(1.1 * y for y in selective_scan_ref(**inputs)),
+            reference, "selective_scan_ref",
+            lambda *inputs: tuple(1.1 * y for y in reference_scan(*inputs)),
         )  # fmt: skip
         for _ in range(2):
-            with pytest.raises(UserError, match="compute wrong numbers: y is off by 0.09"):
+            with pytest.raises(UserError, match="compute wrong numbers .* is off by 0.09"):
                 ops_cases.scan(**x, backend="cuda")
-    golden_cases.assert_close(
-        ops_cases.scan(**x, backend="cuda"), ops_cases.scan(**x, backend="reference"), 1e-5
-    )
+    assert not (tmp_path / "checked").exists()
+    with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+        actual = ops_cases.scan(**x, backend="cuda")
+    golden_cases.assert_close(actual, ops_cases.scan(**x, backend="reference"), 1e-5)
+    assert len(list((tmp_path / "checked").iterdir())) == 1
+    launch.forget()
+    monkeypatch.setattr(self_check, "worst_errors", None)  # not called
+    ops_cases.scan(**x, backend="cuda")
 
 
-def test_mamba_ssm():
-    pytest.importorskip("mamba_ssm")
-    x, order = on("cuda", ops_cases.scan_inputs(D=32)), order_of(19)
-    expected, actual = (
-        run(ops_cases.scan, x, backend=name, order=order) for name in ("reference", "mamba_ssm")
-    )
-    close(actual, expected, 1e-5)
-
-
-def test_causal_conv1d_of_others():
-    pytest.importorskip("causal_conv1d")
-    x, order = on("cuda", ops_cases.conv_inputs(D=32)), order_of(19)
-    expected, actual = (
-        run(causal_conv1d, x, backend=name, order=order, activation="silu")
-        for name in ("reference", "mamba_ssm")
-    )
-    close(actual, expected, 1e-5)
+def test_a_model_s_kernels_compile_in_ten_seconds(monkeypatch, tmp_path):
+    """From an empty cache, the self-check included; on a machine of few cores the bound is its
+    cores' affair."""
+    monkeypatch.setenv("DIM_CACHE_DIR", str(tmp_path))
+    launch.forget()
+    x, start = on("cuda", ops_cases.scan_inputs(), torch.bfloat16), time.monotonic()
+    ops_cases.scan(**x, backend="cuda")
+    seconds = time.monotonic() - start
+    print(f"compiled and checked in {seconds:.1f} s")
+    assert seconds < 10 or os.cpu_count() < 8
 
 
 # ---------------------------------------- what is refused
-
-
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        (lambda x: {"delta": x["delta"].cpu()}, ValueError, "delta must be on cuda:0 .* got cpu"),
-        (lambda x: {"order": torch.arange(19)}, ValueError, "order must be on cuda:0 .* got cpu"),
-        (lambda x: {"order": torch.arange(18).cuda()}, ValueError, "order must have shape"),
-        (lambda x: {"A": x["A"][:3]}, ValueError, "A must have shape"),
-        (lambda x: {"B": x["B"].long()}, TypeError, "B must be one of"),
-    ],
-)
-def test_validation(change, error, message):
-    x = on("cuda", ops_cases.scan_inputs())
-    with pytest.raises(error, match="selective_scan: " + message):
-        selective_scan(**x | change(x), backend="cuda")
-
-
-def test_a_permutation_is_checked_when_asked(monkeypatch):
-    x = on("cuda", ops_cases.scan_inputs())
-    order = torch.zeros(19, dtype=torch.int64, device="cuda")
-    monkeypatch.setenv("DIM_CHECK", "1")
-    with pytest.raises(ValueError, match="order must be a permutation"):
-        selective_scan(**x, order=order)
 
 
 def test_what_cuda_cannot_is_told_or_left_to_the_reference():
@@ -351,11 +325,12 @@ def test_what_cuda_cannot_is_told_or_left_to_the_reference():
         ops_cases.scan(**x, backend="cuda")
     assert torch.equal(ops_cases.scan(**x), ops_cases.scan(**x, backend="reference"))
     x = on("cuda", ops_cases.scan_inputs(N=65))
-    with pytest.raises(UserError, match="1 to 64 states, not 65"):
+    with pytest.raises(UserError, match="not for 65 states"):
         ops_cases.scan(**x, backend="cuda")
     assert torch.equal(ops_cases.scan(**x), ops_cases.scan(**x, backend="reference"))
     x = on("cuda", ops_cases.conv_inputs(W=9))
-    with pytest.raises(UserError, match="2 to 8 taps, not 9"):
+    with pytest.raises(UserError, match="not for 9 taps"):
         causal_conv1d(**x, backend="cuda")
-    with pytest.raises(UserError, match="takes CUDA tensors, not cpu"):
-        ops_cases.scan(**ops_cases.scan_inputs(), backend="cuda")
+    x = on("cuda", ops_cases.scan_inputs())
+    with pytest.raises(ValueError, match="order must be on cuda:0 .* got cpu"):
+        ops_cases.scan(**x, order=torch.arange(19))

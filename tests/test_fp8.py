@@ -46,9 +46,9 @@ def test_refused_where_it_cannot_run():
         model.use_fp8("cpu")
     assert not any(block.mixer.fp8 for block in model.blocks)
     with pytest.raises(UserError, match="train.fp8 replaces .*: add --mixed_precision bf16"):
-        fp8.turn_on(model, None, "train.fp8")
+        fp8.turn_on_fp8(model, None, "train.fp8")
     with pytest.raises(UserError, match="sample.fp8 is for DiM, not for Linear"):
-        fp8.turn_on(torch.nn.Linear(2, 2), torch.bfloat16, "sample.fp8")
+        fp8.turn_on_fp8(torch.nn.Linear(2, 2), torch.bfloat16, "sample.fp8")
 
 
 @pytest.mark.parametrize("device", on_gpu)
@@ -82,7 +82,7 @@ def test_linear_and_its_gradients(device, dtype):
     weight = torch.randn(128, 256, device=device, requires_grad=True)
     bias = torch.randn(128, device=device, requires_grad=True)
     g = torch.randn(3, 37, 128, device=device).to(dtype)
-    out = fp8.linear(x, weight, bias)
+    out = fp8.fp8_linear(x, weight, bias)
     gradients = torch.autograd.grad(out, (x, weight, bias), g)
     exact = [v.detach().double().requires_grad_() for v in (x, weight, bias)]
     expected = torch.nn.functional.linear(*exact)

@@ -2,7 +2,6 @@
 definition in float64.
 """
 
-import os
 import subprocess
 import sys
 import threading
@@ -10,14 +9,32 @@ import threading
 import golden_cases
 import pytest
 import torch
-from ops_cases import FLOOR, conv_inputs, make_order, run, scan, scan_inputs, scan_ref
+from ops_cases import (
+    FLOOR,
+    adaln_inputs,
+    conv_inputs,
+    make_order,
+    run,
+    scan,
+    scan_inputs,
+    scan_ref,
+)
 
-from libs.ops import backends, causal_conv1d, describe_backends, selective_scan
+from libs.ops import (
+    backends,
+    causal_conv1d,
+    describe_backends,
+    gated_residual,
+    modulated_norm,
+    selective_scan,
+)
 from libs.ops.cpu import kernels
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
 from utils import UserError
 
 TILE, BLOCK = kernels.TILE, kernels.BLOCK
+
+
 def check_oracle(operator, reference, inputs, **options):
     exact = run(reference, inputs, torch.float64, **options)
     plain = run(reference, inputs, torch.float32, **options)
@@ -88,27 +105,43 @@ def test_order_is_a_walk_over_rows():
     golden_cases.assert_close(scan_ref(**inputs, order=order)[:, order], scan_ref(**walked), 1e-6)
 
 
+def test_norm_and_gate_gradcheck():
+    """The formulas, and their derivatives."""
+    norm = {k: x.double().requires_grad_() for k, x in adaln_inputs(False).items()}
+    gate = {k: x.double().requires_grad_() for k, x in adaln_inputs(True).items()}
+    scale = torch.tensor([1.25, 0.0], dtype=torch.float64)
+    assert torch.autograd.gradcheck(modulated_norm, tuple(norm.values()))
+    assert torch.autograd.gradcheck(lambda *x: gated_residual(*x, scale), tuple(gate.values()))
+    shift, scale_, gate_ = (norm["modulation"] + norm["table"])[:, :, None].unbind(1)
+    xhat = norm["x"] * torch.rsqrt(norm["x"].square().mean(-1, keepdim=True) + 1e-5)
+    expected = xhat * norm["weight"] * (1 + scale_) + shift
+    golden_cases.assert_close(modulated_norm(**norm).detach(), expected.detach(), 1e-12)
+    low = {k: x.detach().bfloat16() for k, x in gate.items()}
+    assert gated_residual(**low).dtype == torch.float32
+    assert gated_residual(**low, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
 # ---------------------------------------- CPU against it
 
 
-@pytest.mark.parametrize("order", ["none", "reversed", "permuted"])
-@pytest.mark.parametrize("length", [1, 2, TILE - 1, TILE, TILE + 1, 37, 61, 2 * TILE])
-def test_lengths_and_orders(length, order):
-    order = make_order(order, length)
-    check_scan(scan_inputs(L=length), order=order)
-    check_conv(conv_inputs(L=length), order=order, activation="silu")
+@pytest.mark.parametrize("length", [1, 2, TILE - 1, TILE, TILE + 1, 61, 2 * TILE])
+def test_lengths_and_orders(length):
+    for order in ("none", "permuted"):
+        order = make_order(order, length)
+        check_scan(scan_inputs(L=length), order=order)
+        check_conv(conv_inputs(L=length), order=order, activation="silu")
 
 
-@pytest.mark.parametrize("channels", [1, 5, BLOCK, BLOCK + 1, 128])
-@pytest.mark.parametrize("states", [1, 8, 16, 33])
+@pytest.mark.parametrize("channels", [1, BLOCK, BLOCK + 1, 128])
+@pytest.mark.parametrize("states", [1, 16, 33])
 def test_channels_and_states(channels, states):
     check_scan(scan_inputs(L=18, D=channels, N=states))
 
 
-@pytest.mark.parametrize("width", [1, 2, 3, 4, 30])
-@pytest.mark.parametrize("channels", [1, 5, BLOCK + 1])
-def test_convolution_widths(channels, width):
-    check_conv(conv_inputs(D=channels, W=width))
+@pytest.mark.parametrize("width", [1, 3, 30])
+def test_convolution_widths(width):
+    for channels in (1, BLOCK + 1):
+        check_conv(conv_inputs(D=channels, W=width))
 
 
 @pytest.mark.parametrize("length", [366, 1230])
@@ -117,17 +150,13 @@ def test_long(length):
 
 
 @pytest.mark.parametrize("absent", [("D",), ("z",), ("delta_bias",), ("D", "z", "delta_bias")])
-@pytest.mark.parametrize("softplus", [False, True])
-def test_optional_scan_inputs(absent, softplus):
-    inputs = scan_inputs(absent=absent)
-    if not softplus:
-        inputs["delta"] = inputs["delta"].abs()
-    check_scan(inputs, delta_softplus=softplus, return_last_state=False)
-
-
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_optional_convolution_inputs(activation):
-    check_conv(conv_inputs(absent=("bias",)), activation=activation)
+def test_optional_inputs(absent):
+    for softplus in (False, True):
+        inputs = scan_inputs(absent=absent)
+        if not softplus:
+            inputs["delta"] = inputs["delta"].abs()
+        check_scan(inputs, delta_softplus=softplus, return_last_state=False)
+    check_conv(conv_inputs(absent=("bias",)))
 
 
 def test_large_arguments():
@@ -210,17 +239,6 @@ def test_torch_s_defaults_change_nothing():
         assert all(torch.equal(a, b) for a, b in zip(actual, plain.values(), strict=True))
 
 
-@pytest.mark.parametrize("needed", ["u", "A", "z", "delta_bias"])
-def test_gradient_of_some_inputs(needed):
-    inputs = scan_inputs()
-    expected = run(scan, inputs, backend="cpu")[f"gradient of {needed}"]
-    leaf = inputs[needed].clone().requires_grad_()
-    y = scan(**inputs | {needed: leaf}, backend="cpu")
-    generator = torch.Generator().manual_seed(1)
-    y.backward(torch.randn(y.shape, generator=generator))
-    assert torch.equal(leaf.grad, expected)
-
-
 def test_gradient_of_the_last_state_alone():
     inputs = {k: x.requires_grad_() for k, x in scan_inputs(absent=("z", "D")).items()}
     wanted = [inputs[k] for k in ("u", "delta", "A", "B")]
@@ -230,13 +248,6 @@ def test_gradient_of_the_last_state_alone():
     ]
     for actual, expected in zip(*gradients, strict=True):
         golden_cases.assert_close(actual, expected, 1e-6)
-
-
-def test_no_grad_keeps_nothing_and_agrees():
-    inputs = {k: x.requires_grad_() for k, x in scan_inputs().items()}
-    with torch.no_grad():
-        y = scan(**inputs, backend="cpu")
-    assert not y.requires_grad and torch.equal(y, scan(**inputs, backend="cpu"))
 
 
 def test_double_backward_is_refused():
@@ -306,57 +317,26 @@ def test_two_python_threads_at_once():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (
-            {"delta": torch.zeros(2, 19, 4)},
-            ValueError,
-            r"delta must have shape \(B, L, D\) = \(2, 19, 5\).*got \(2, 19, 4\)",
-        ),
-        ({"u": torch.zeros(19, 5)}, ValueError, r"u must have shape \(B, L, D\)"),
+        ({"delta": torch.zeros(2, 19, 4)}, ValueError, r"delta must have shape .*\(2, 19, 4\)"),
+        ({"u": torch.zeros(19, 5)}, ValueError, "u must have shape"),
         ({"u": torch.zeros(2, 0, 5)}, ValueError, "u .*no axis empty"),
-        (
-            {"C": torch.zeros(2, 19, 7)},
-            ValueError,
-            r"C must have shape \(B, L, N\) = \(2, 19, 16\)",
-        ),
         ({"D": torch.zeros(5, 1)}, ValueError, "D must have shape"),
-        ({"z": torch.zeros(1, 19, 5)}, ValueError, "z must have shape"),
-        ({"delta_bias": torch.zeros(4)}, ValueError, "delta_bias must have shape"),
         ({"order": torch.arange(18)}, ValueError, "order must have shape"),
-        (
-            {"order": torch.zeros(19)},
-            TypeError,
-            "order must be one of int64, int32, got torch.float32",
-        ),
-        (
-            {"A": torch.zeros(5, 16, dtype=torch.complex64)},
-            TypeError,
-            "A must be one of float32, .*complex64",
-        ),
-        ({"B": None}, TypeError, "B must be a tensor, got NoneType"),
+        ({"order": torch.zeros(19)}, TypeError, "order must be one of .*int64.*got torch.float32"),
+        ({"A": torch.zeros(5, 16, dtype=torch.complex64)}, TypeError, "A must be one of"),
         ({"z": torch.zeros(2, 19, 5, device="meta")}, ValueError, "z must be on cpu .* got meta"),
     ],
 )
-def test_scan_validation(change, error, message):
+def test_validation(change, error, message):
     with pytest.raises(error, match="selective_scan: " + message):
         scan(**scan_inputs() | change)
 
 
-@pytest.mark.parametrize(
-    "change, error, message",
-    [
-        (
-            {"weight": torch.zeros(4, 3)},
-            ValueError,
-            r"weight must have shape \(D, W\) = \(5, any\)",
-        ),
-        ({"bias": torch.zeros(6)}, ValueError, "bias must have shape"),
-        ({"activation": "relu"}, ValueError, "activation must be None or 'silu', got 'relu'"),
-        ({"x": torch.zeros(2, 19, 5, dtype=torch.int64)}, TypeError, "x must be one of"),
-    ],
-)
-def test_conv_validation(change, error, message):
-    with pytest.raises(error, match="causal_conv1d: " + message):
-        causal_conv1d(**conv_inputs() | change)
+def test_validation_of_the_convolution():
+    with pytest.raises(ValueError, match="causal_conv1d: weight must have shape"):
+        causal_conv1d(**conv_inputs() | {"weight": torch.zeros(4, 3)})
+    with pytest.raises(ValueError, match="activation must be None or 'silu', got 'relu'"):
+        causal_conv1d(**conv_inputs(), activation="relu")
 
 
 def test_permutation_is_checked_when_asked(monkeypatch):
@@ -369,13 +349,6 @@ def test_permutation_is_checked_when_asked(monkeypatch):
 
 
 # ---------------------------------------- backends
-
-
-@pytest.fixture
-def no_numba(monkeypatch):
-    monkeypatch.setattr(
-        backends, "_numba_error", lambda: "ModuleNotFoundError: No module named 'numba'"
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -393,29 +366,27 @@ def test_automatic_choice():
     assert torch.equal(scan(**inputs), scan_ref(**inputs))
 
 
-def test_without_numba_the_reference_runs(no_numba):
-    line = describe_backends()[0]
-    assert line.startswith("selective_scan: reference") and "pip install -U numba" in line
-    assert torch.equal(scan(**scan_inputs()), scan_ref(**scan_inputs()))
-
-
 def test_environment_names_the_backend(monkeypatch):
     monkeypatch.setenv("DIM_BACKEND", "reference")
     assert torch.equal(scan(**scan_inputs()), scan_ref(**scan_inputs()))
     assert "reference" in describe_backends()[1] and "DIM_BACKEND" in describe_backends()[1]
 
 
-def test_a_requested_backend_that_cannot_run_is_an_error(monkeypatch, no_numba):
-    with pytest.raises(UserError, match="backend 'cpu' .* numba cannot be imported .* pip install"):
+def test_without_numba(monkeypatch):
+    monkeypatch.setattr(backends, "_numba_error", lambda: "numba cannot be imported")
+    assert "selective_scan: reference" in describe_backends()[0]
+    assert torch.equal(scan(**scan_inputs()), scan_ref(**scan_inputs()))
+    with pytest.raises(UserError, match="backend 'cpu' .* cannot run: numba cannot be imported"):
         scan(**scan_inputs(), backend="cpu")
+
+
+def test_a_requested_backend_that_cannot_run_is_an_error(monkeypatch):
     with pytest.raises(UserError, match="use backend='reference' for float64"):
         causal_conv1d(**{k: x.double() for k, x in conv_inputs().items()}, backend="cpu")
     with pytest.raises(UserError, match="no backend 'gpu' .* choose one of cuda, cpu, reference"):
         scan(**scan_inputs(), backend="gpu")
-    with pytest.raises(UserError, match="takes CPU tensors, not meta"):
-        scan(**{k: x.to("meta") for k, x in scan_inputs().items()}, backend="cpu")
-    monkeypatch.setenv("DIM_BACKEND", "cpu")
-    with pytest.raises(UserError, match="asked for by DIM_BACKEND"):
+    monkeypatch.setenv("DIM_BACKEND", "cuda")
+    with pytest.raises(UserError, match="asked for by DIM_BACKEND.* takes CUDA tensors, not cpu"):
         causal_conv1d(**conv_inputs())
 
 
@@ -436,15 +407,11 @@ def test_command_line_and_lazy_numba():
     what would run.
     """
     code = (
-        "import sys, runpy, libs.ops; assert 'numba' not in sys.modules; "
+        "import sys, runpy, libs.ops; assert 'numba' not in sys.modules; sys.argv = ['libs.ops'];"
         "runpy.run_module('libs.ops', run_name='__main__')"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=golden_cases.ROOT,
-        env=dict(os.environ),
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], cwd=golden_cases.ROOT, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
     assert "selective_scan: cpu (numba" in result.stdout and "chosen automatically" in result.stdout

@@ -10,7 +10,7 @@ import utils
 from libs.diffusion import ImageNoise, make_guided, sample
 from libs.evaluate.features import round_to_8_bit
 from libs.evaluate.metrics import FeatureSet, Moments, compute_metrics
-from libs.ops import fp8
+from libs.ops import turn_on_fp8
 from libs.runtime import SamplingNetwork
 from utils import UserError
 
@@ -50,7 +50,7 @@ class ImageSampler:
             classes = model.num_classes if conditional else 0
             require_class("sample.vis_label", settings.vis_label, classes)
         if settings.fp8:
-            fp8.turn_on(model, precision.dtype, "sample.fp8")
+            turn_on_fp8(model, precision.dtype, "sample.fp8")
         self._network = SamplingNetwork(model, precision.dtype, graphs=settings.cuda_graphs)
         # A sampler that refuses does so here, not at the first grid of a long training.
         self._draw(lambda x, t, y: torch.zeros_like(x), [0], self.get_labels([0]))

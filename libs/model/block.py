@@ -4,11 +4,11 @@ import functools
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from libs.model.layers import RMSNorm
 from libs.model.skips import SkipProjection
+from libs.ops import gated_residual, modulated_norm
 
 
 class Modulation(NamedTuple):
@@ -18,20 +18,6 @@ class Modulation(NamedTuple):
     table: torch.Tensor  # (3, dim): added to the shared ones, learned for this block
     norm_weight: torch.Tensor  # (dim,)
     half_output: bool  # the output goes into matrix products next, so it may have their dtype
-
-
-def modulated_norm(x, weight, modulation, table):
-    shift, scale, _ = (table + modulation)[:, :, None].unbind(1)
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    x = x.float() if half else x
-    return F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-5) * (1 + scale) + shift
-
-
-def gated_residual(x, branch, modulation, table, drop_path_scale=None):
-    branch = (1 + (table + modulation)[:, 2, None]) * branch
-    if drop_path_scale is not None:
-        branch = branch * drop_path_scale.to(branch.dtype).view(-1, 1, 1)
-    return x + branch
 
 
 def compose_block(mixer, x, modulation, order, drop_path_scale, skip):

@@ -12,6 +12,12 @@ from utils import UserError
 EXTRA_TOKENS = 2  # time, label: the first of a sequence
 
 
+def compute_dtype(weight):
+    """Dtype of matrix products with this weight: autocast's, or the weight's own."""
+    kind = weight.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 def sinusoidal_embedding(t, dim):
     """Sinusoidal features of time, cosines first, frequencies 10000^(-i / (dim/2)) (Vaswani et al.
     2017).

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from libs.model.block import compose_block
-from libs.ops import causal_conv1d, compute_dtype, fp8, is_fused, mamba_block, selective_scan
+from libs.model.layers import compute_dtype
+from libs.ops import causal_conv1d, is_fused, mamba_block, require_fp8, selective_scan
 
 
 class Mamba(nn.Module):
@@ -47,7 +48,7 @@ class Mamba(nn.Module):
         """From now on the products of in_proj and out_proj are in fp8 where the block is fused and
         autocast is on; UserError if the device cannot.
         """
-        fp8.require(device, (self.in_proj.in_features, self.in_proj.out_features))
+        require_fp8(device, (self.in_proj.in_features, self.in_proj.out_features))
         self.fp8 = True
 
     @torch.no_grad()

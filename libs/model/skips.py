@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.model.layers import EXTRA_TOKENS
-from libs.ops import compute_dtype, fp8
+from libs.model.layers import EXTRA_TOKENS, compute_dtype
+from libs.ops import fp8_linear, require_fp8
 
 
 class SkipProjection(nn.Module):
@@ -30,7 +30,7 @@ class SkipProjection(nn.Module):
 
     def use_fp8(self, device):
         """From now on the products are in fp8 under autocast; UserError if the device cannot."""
-        fp8.require(device, (self.linear if self.single else self.stream).weight.shape)
+        require_fp8(device, (self.linear if self.single else self.stream).weight.shape)
         self.fp8 = True
 
     def forward(self, x, skip):
@@ -44,7 +44,7 @@ class SkipProjection(nn.Module):
         dtype = compute_dtype(x_weight)
         x, skip = x.to(dtype), skip.to(dtype)
         if self.fp8 and dtype != torch.float32:
-            return fp8.linear(x, x_weight, bias) + fp8.linear(skip, skip_weight)
+            return fp8_linear(x, x_weight, bias) + fp8_linear(skip, skip_weight)
         merged = F.linear(x, x_weight, bias).flatten(0, 1)
         return torch.addmm(merged, skip.flatten(0, 1), skip_weight.T).view(x.shape)
 

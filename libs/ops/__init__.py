@@ -1,30 +1,33 @@
-"""Operators of the backbone: `selective_scan` and `causal_conv1d`, each with several backends, and
-the whole block as one (mamba_block.py), which DIM_FUSED=0 turns off.
+"""Operators of the backbone, each with several backends: numba on the CPU, our kernels on CUDA,
+plain PyTorch (reference.py, the definition) anywhere.
 
-`python -m libs.ops` prints which backend each would use here, and why. The environment variable
-DIM_BACKEND names one for every call that does not name its own; DIM_CACHE_DIR is where compiled
-CUDA kernels are kept; DIM_CHECK=1 also checks that orders are permutations.
+selective_scan, causal_conv1d    Mamba's recurrence and the short filter before it
+modulated_norm, gated_residual   what stands around any mixer
+mamba_block, is_fused            a whole block as one operator, and where that can run
+fp8_linear, turn_on_fp8, require_fp8    matrix products in fp8
+describe_backends                what would run, for the log; also `python -m libs.ops`
 """
 
 import torch
 
 from libs.ops import backends
-from libs.ops.causal_conv1d import BACKENDS as _CONV_BACKENDS
+from libs.ops.adaln import gated_residual, modulated_norm
 from libs.ops.causal_conv1d import causal_conv1d
-from libs.ops.cuda import fp8
-from libs.ops.mamba_block import compute_dtype, is_fused, mamba_block
-from libs.ops.mamba_block import describe as describe_block
-from libs.ops.selective_scan import BACKENDS as _SCAN_BACKENDS
+from libs.ops.cuda.fp8 import fp8_linear, require_fp8, turn_on_fp8
+from libs.ops.mamba_block import describe, is_fused, mamba_block
 from libs.ops.selective_scan import selective_scan
 
 __all__ = [
     "causal_conv1d",
-    "compute_dtype",
     "describe_backends",
-    "fp8",
+    "fp8_linear",
+    "gated_residual",
     "is_fused",
     "mamba_block",
+    "modulated_norm",
+    "require_fp8",
     "selective_scan",
+    "turn_on_fp8",
 ]
 
 
@@ -35,6 +38,5 @@ def describe_backends(device="cpu"):
     Raises utils.UserError if DIM_BACKEND asks for one that cannot run there.
     """
     device = torch.device(device)
-    tables = {"selective_scan": _SCAN_BACKENDS, "causal_conv1d": _CONV_BACKENDS}
-    lines = [backends.describe(operator, table, device) for operator, table in tables.items()]
-    return [*lines, describe_block(device)]
+    operators = ("selective_scan", "causal_conv1d")
+    return [*(backends.describe(name, device) for name in operators), describe(device)]

@@ -1,39 +1,25 @@
 """The causal depthwise convolution operator: checks its arguments, chooses a backend."""
 
-from libs.ops import backends
-from libs.ops.checks import Arguments
+from libs.ops import backends, checks
 from libs.ops.reference import causal_conv1d_ref
 
 
-def _run_cuda(*args, **kwargs):
-    # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
+# Imported late, with all that they need, and by a statement: torch.compile follows no importlib.
+def _run_cuda(*args):
     from libs.ops.cuda.causal_conv1d import causal_conv1d_cuda
 
-    return causal_conv1d_cuda(*args, **kwargs)
+    return causal_conv1d_cuda(*args)
 
 
-BACKENDS = {
-    "cuda": backends.cuda_backend(_run_cuda, (2, 8, "taps")),
-    "cpu": backends.cpu_backend("libs.ops.cpu.causal_conv1d", "causal_conv1d_cpu"),
-    "reference": backends.reference_backend(causal_conv1d_ref),
-    "mamba_ssm": backends.peer_backend("causal_conv1d", "causal_conv1d_peer", (2, 4, "taps")),
-}
+def _run_cpu(*args):
+    from libs.ops.cpu.causal_conv1d import causal_conv1d_cpu
+
+    return causal_conv1d_cpu(*args)
 
 
-@backends.constant_when_compiled
-def _choose(backend, device, dtype, taps):
-    """`choose` for this operator; torch.compile asks once, while it traces."""
-    return backends.choose("causal_conv1d", BACKENDS, backend, device, dtype, taps)[0]
-
-
-def _check(x, weight, bias, activation, order):
-    check = Arguments("causal_conv1d", getattr(x, "device", None))
-    check.tensor("x", x, "BLD")
-    check.tensor("weight", weight, "DW")
-    check.optional("bias", bias, "D")
-    check.order(order)
-    if activation not in (None, "silu"):
-        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
+backends.OPERATORS["causal_conv1d"] = backends.Operator(
+    {"cuda": _run_cuda, "cpu": _run_cpu, "reference": causal_conv1d_ref}, range(2, 9), "taps"
+)
 
 
 def causal_conv1d(x, weight, bias=None, activation=None, order=None, backend=None):
@@ -43,13 +29,15 @@ def causal_conv1d(x, weight, bias=None, activation=None, order=None, backend=Non
     permutation, or None; step l reads rows order[l - W + 1 .. l] and writes row order[l]. Any
     strides. Any mixture of float32, bfloat16 and float16 (float64 x: reference only); sums are
     float32; each gradient comes in its input's dtype. backend: None (the environment variable
-    DIM_BACKEND, else the fastest that can run), 'cuda', 'cpu', 'reference' or, never chosen
-    automatically, 'mamba_ssm' (which then means the package causal_conv1d).
+    DIM_BACKEND, else the fastest that can run), 'cuda', 'cpu' or 'reference'.
 
     Returns (B, L, D) in x's dtype.
     Raises TypeError (dtype), ValueError (shape, device, activation), utils.UserError (a requested
     backend that cannot run).
     """
-    _check(x, weight, bias, activation, order)
-    name = _choose(backend, x.device, x.dtype, int(weight.shape[1]))
-    return BACKENDS[name].run(x, weight, bias, activation, order)
+    checks.check("causal_conv1d", order, x=(x, "BLD"), weight=(weight, "DW"), bias=(bias, "D"))
+    if activation not in (None, "silu"):
+        raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
+    return backends.run(
+        "causal_conv1d", backend, x, weight.shape[1], x, weight, bias, activation, order
+    )

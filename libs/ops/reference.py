@@ -84,3 +84,33 @@ def causal_conv1d_ref(x, weight, bias=None, activation=None, order=None):
     if activation == "silu":
         y = F.silu(y)
     return put_back(y, order).to(x.dtype)
+
+
+# ---------------------------------------- around a mixer
+
+
+def modulated_norm_ref(x, weight, modulation, table, out_dtype=None):
+    """RMSNorm(x) weight (1 + scale) + shift, eps 1e-5, where shift, scale, gate are the rows of
+    table + modulation (adaLN-single, PixArt-alpha, arXiv 2310.00426, section 2.3).
+
+    x: (B, L, dim). weight: (dim,). modulation: (B, 3, dim). table: (3, dim). Computes in float32,
+    in float64 when x is float64; returns (B, L, dim) in out_dtype, None for the computing dtype.
+    """
+    shift, scale, _ = (table + modulation)[:, :, None].unbind(1)              # (B, 1, dim) each
+    x = x.to(_compute_dtype(x))
+    n = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), 1e-5) * (1 + scale) + shift
+    return n if out_dtype is None else n.to(out_dtype)
+
+
+def gated_residual_ref(x, branch, modulation, table, drop_path_scale=None, out_dtype=None):
+    """x + drop_path_scale (1 + gate) branch, with the gate of `modulated_norm_ref`.
+
+    x, branch: (B, L, dim). drop_path_scale: (B,), stochastic depth, or None for 1. Computes in
+    float32, in float64 when x is float64; returns (B, L, dim) in out_dtype, None for the computing
+    dtype.
+    """
+    gate = (table + modulation)[:, :, None].unbind(1)[2]                      # (B, 1, dim)
+    branch = (1 + gate) * branch
+    if drop_path_scale is not None:
+        branch = branch * drop_path_scale.to(branch.dtype).view(-1, 1, 1)
+    return (x + branch).to(out_dtype or _compute_dtype(x))

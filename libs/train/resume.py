@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from libs.files import load_strict
-from libs.ops import fp8
+from libs.ops import turn_on_fp8
 from libs.runtime import Precision, wait_without_timeout
 from libs.train import checkpoint
 from libs.train.ema import EMA
@@ -73,7 +73,7 @@ def make_state(model, accelerator, found, *, settings, optimizer, max_norm, accu
     network = model.to(accelerator.device).train()
     ema = EMA(network, settings.ema_rate)
     if settings.fp8:
-        fp8.turn_on(network, precision.dtype, "train.fp8")
+        turn_on_fp8(network, precision.dtype, "train.fp8")
     if found:
         saved = checkpoint.load(found)
         load_strict(network, saved.nnet, found)

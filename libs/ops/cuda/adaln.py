@@ -1,197 +1,186 @@
-"""The passes around the mixer on the GPU, each over all tokens once (csrc/adaln):
+"""Norm and gate around a mixer on the GPU, each one pass over all tokens (csrc/adaln):
 
-    n   = x / rms(x) * weight (1 + scale) + shift        norm
-    out = x + keep (1 + gate) branch                     gate
+    n   = x / rms(x) * gain + shift,   gain = weight (1 + scale)
+    out = x + factor * branch,         factor = drop_path_scale (1 + gate)
 
-shift, scale, gate: rows of table + modulation. x and out have the residual stream's dtype, float32
-or that of branch and n. Used by cuda_block.py, which holds the autograd.
+shift, scale, gate: rows of table + modulation. x and out have the residual stream's dtype, branch
+and n that of matrix products. Pieces of mamba_block.py, and operators of their own.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 
-from libs.ops.cuda import adaln_plan, launch, self_check
+from libs.ops.cuda import adaln_plan, launch
 
 
 class Adaln(NamedTuple):
-    """Parameters: modulation (B, 3, dim), table (3, dim), weight (dim), keep (B) or None; float32,
-    contiguous."""
+    """Parameters in float32, contiguous."""
 
-    modulation: torch.Tensor
-    table: torch.Tensor
-    weight: torch.Tensor
-    keep: torch.Tensor | None = None
-
-    def parts(self):
-        """shift, scale, gate: (B, dim) each."""
-        return (self.table + self.modulation).unbind(1)
+    modulation: torch.Tensor  # (B, 3, dim)
+    table: torch.Tensor  # (3, dim)
+    weight: torch.Tensor | None  # (dim), of the norm
+    drop_path_scale: torch.Tensor | None = None  # (B), of the gate
 
 
-def _run(plan_of, of, x_dtype, out_dtype, rows, outputs=None, prepared=None):
+def _run(plan_of, adaln, x_dtype, out_dtype, rows, outputs=None):
     """Launches a plan over `rows` (field -> (B, L, dim))."""
     first = next(iter(rows.values()))
     batch, length, dim = first.shape
-    dtype = rows.get("n", rows.get("branch")).dtype
-    if prepared is None:
-        shape = (batch, length, dim, launch.name_of(x_dtype), launch.name_of(out_dtype))
-        prepared = launch.prepared(
-            first.device.index, plan_of, adaln_plan.AdalnParams, shape, dtype, _CHECKS[plan_of]
-        )
-    scalars = {"batch": batch, "length": length, "dim": dim, **of._asdict()}
+    dtype = rows["n" if "n" in rows else "branch"].dtype
+    shape = (batch, length, dim, launch.name_of(x_dtype), launch.name_of(out_dtype))
+    prepared = launch.prepared(first.device.index, plan_of, adaln_plan.AdalnParams, shape, dtype)
+    scalars = {"batch": batch, "length": length, "dim": dim, **adaln._asdict()}
     launch.run(prepared, first.device, rows, scalars, outputs)
 
 
-def norm(x, of, dtype, prepared=None):
+def norm(x, adaln, dtype):
     """x (B, L, dim) -> n in `dtype`."""
     n = x.new_empty(x.shape, dtype=dtype)
-    _run(adaln_plan.norm_forward, of, x.dtype, dtype, {"x": x, "n": n}, prepared=prepared)
+    _run(adaln_plan.norm_forward, adaln, x.dtype, dtype, {"x": x, "n": n})
     return n
 
 
-def norm_backward(g_n, g_out, x, of, prepared=None):
-    """(g_x, n, g_shift, g_gain): g_out is the gradient that reaches x past the branch; g_shift and
-    g_gain (B, dim), gain being weight (1 + scale)."""
-    g_x, n = torch.empty_like(x), torch.empty_like(g_n)
+def norm_backward(g_n, g_out, x, adaln, n):
+    """(g_x, g_shift, g_gain): g_out is the gradient that reaches x past the branch; g_shift and
+    g_gain are (B, dim). n (B, L, dim) is written again."""
+    g_x = torch.empty_like(x)
     g_shift, g_gain = (x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) for _ in range(2))
     rows = {"x": x, "g_n": g_n, "g_out": g_out, "g_x": g_x, "n": n}
     outputs = {"g_shift": g_shift, "g_gain": g_gain}
-    _run(adaln_plan.norm_backward, of, x.dtype, g_out.dtype, rows, outputs, prepared)
-    return g_x, n, g_shift, g_gain
+    _run(adaln_plan.norm_backward, adaln, x.dtype, g_out.dtype, rows, outputs)
+    return g_x, g_shift, g_gain
 
 
-def gate(x, branch, of, dtype, prepared=None):
+def gate(x, branch, adaln, dtype):
     """x, branch (B, L, dim) -> out in `dtype`."""
     out = x.new_empty(x.shape, dtype=dtype)
-    rows = {"x": x, "branch": branch, "out": out}
-    _run(adaln_plan.gate_forward, of, x.dtype, dtype, rows, prepared=prepared)
+    _run(adaln_plan.gate_forward, adaln, x.dtype, dtype, {"x": x, "branch": branch, "out": out})
     return out
 
 
-def gate_backward(g_out, branch, of, prepared=None):
-    """(g_branch, g_factor): g_factor (B, dim), the factor being keep (1 + gate)."""
+def gate_backward(g_out, branch, adaln):
+    """(g_branch, g_factor), g_factor (B, dim)."""
     g_branch = torch.empty_like(branch)
     g_factor = branch.new_empty(branch.shape[0], branch.shape[2], dtype=torch.float32)
     rows = {"g_out": g_out, "branch": branch, "g_branch": g_branch}
     outputs = {"g_factor": g_factor}
-    _run(adaln_plan.gate_backward, of, branch.dtype, g_out.dtype, rows, outputs, prepared)
+    _run(adaln_plan.gate_backward, adaln, branch.dtype, g_out.dtype, rows, outputs)
     return g_branch, g_factor
 
 
-def modulation_backward(g_shift, g_gain, g_factor, of, prepared=None):
-    """(g_modulation (B, 3, dim), g_table (3, dim), g_weight (dim)) from the gradients (B, dim)."""
+def modulation_backward(g_shift, g_gain, g_factor, adaln):
+    """(g_modulation (B, 3, dim), g_table (3, dim), g_weight (dim)) from gradients (B, dim)."""
     batch, dim = g_shift.shape
-    g_modulation = torch.empty_like(of.modulation)
-    g_table, g_weight = torch.empty_like(of.table), torch.empty_like(of.weight)
-    if prepared is None:
-        prepared = launch.prepared(
-            g_shift.device.index, adaln_plan.modulation_backward, adaln_plan.AdalnParams,
-            (batch, dim), torch.float32, _check_modulation_backward,
-        )  # fmt: skip
+    g_modulation, g_table = torch.empty_like(adaln.modulation), torch.empty_like(adaln.table)
+    g_weight = torch.empty_like(adaln.weight)
+    prepared = launch.prepared(
+        g_shift.device.index, adaln_plan.modulation_backward, adaln_plan.AdalnParams,
+        (batch, dim), torch.float32, check=False,
+    )  # fmt: skip
     scalars = {
         "batch": batch, "dim": dim, "g_shift": g_shift, "g_gain": g_gain, "g_factor": g_factor,
-        "g_modulation": g_modulation, "g_table": g_table, "g_weight": g_weight, **of._asdict(),
+        "g_modulation": g_modulation, "g_table": g_table, "g_weight": g_weight, **adaln._asdict(),
     }  # fmt: skip
     launch.run(prepared, g_shift.device, {}, scalars)
     return g_modulation, g_table, g_weight
 
 
-# ---------------------------------------- the definition, and self-checks against it
+# ---------------------------------------- operators of their own
 
 
-def block_ref(x, branch, of):
-    """(n, out) of x, branch (B, L, dim): what the passes compute, in plain PyTorch."""
-    shift, scale, gate_ = (part[:, None] for part in of.parts())
-    xhat = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
-    keep = 1 if of.keep is None else of.keep[:, None, None]
-    return xhat * of.weight * (1 + scale) + shift, x + keep * (1 + gate_) * branch
+def _norm_operator(x, weight, modulation, table, dtype):
+    return norm(as_vectors(x), Adaln(modulation, table, weight), dtype)
 
 
-def _problem(dtypes, dim=72):
-    """CPU inputs by name: tensors in `dtypes` (x, out, other), an Adaln in float32."""
-    x, out, other = dtypes
-    sequence = (2, self_check.LENGTH, dim)
-    shapes = {"modulation": (2, 3, dim), "table": (3, dim), "weight": dim, "keep": 2}
-    of = Adaln(**self_check.random_inputs(shapes, (), other))
-    shapes = dict.fromkeys(("x", "branch", "g_n", "g_out"), sequence)
-    inputs = self_check.random_inputs(shapes, (), other, 1)
-    kinds = {"x": x, "branch": other, "g_n": other, "g_out": out}
-    return {k: v.to(kinds[k]) for k, v in inputs.items()}, of
+def _norm_backward_operator(g_n, x, weight, modulation, table):
+    """Past the branch comes nothing here: one row of zeros for all tokens; and n, which nobody
+    wants, is written to one row over and over."""
+    zeros, n = g_n.new_zeros(g_n.shape[2]), g_n.new_empty(g_n.shape[2])
+    zeros, n = zeros.expand(g_n.shape), n.expand(g_n.shape)
+    adaln = Adaln(modulation, table, weight)
+    g_x, g_shift, g_gain = norm_backward(as_vectors(g_n), zeros, as_vectors(x), adaln, n)
+    g = modulation_backward(g_shift, g_gain, torch.zeros_like(g_shift), adaln)
+    g_modulation, g_table, g_weight = g
+    return g_x, g_weight, g_modulation, g_table
 
 
-def _expected(inputs, of):
-    """What the passes make of a problem in float64: name -> tensor."""
-    x, branch = (inputs[k].double().requires_grad_() for k in ("x", "branch"))
-    of = Adaln(*(v.double().requires_grad_() for v in of))
-    n, out = block_ref(x, branch, of)
-    g_n, g_out = inputs["g_n"].double(), inputs["g_out"].double()
-    g_x, g_shift, g_weight = torch.autograd.grad(n, (x, of.modulation, of.weight), g_n)
-    g_branch, g_gate = torch.autograd.grad(out, (branch, of.modulation), g_out)
-    return {
-        "n": n.detach(), "out": out.detach(), "g_x": g_x + g_out, "g_shift": g_shift[:, 0],
-        "g_gain": g_shift[:, 1] / of.weight.detach(), "g_branch": g_branch,
-        "g_factor": g_gate[:, 2] / of.keep.detach()[:, None],
-    }  # fmt: skip
+def _gate_operator(x, branch, modulation, table, drop_path_scale, dtype):
+    adaln = Adaln(modulation, table, None, drop_path_scale)
+    return gate(as_vectors(x), as_vectors(branch), adaln, dtype)
 
 
-def _check(plan_of, names, gpu, plan, shape, dtype):
-    """Runs the plan's kernel on a small problem; the results called `names` must be right."""
-    x_dtype, out_dtype = (getattr(torch, name) for name in shape[3:])
-    inputs, of = _problem((x_dtype, out_dtype, dtype))
-    expected = _expected(inputs, of)
-    small = plan_of(2, self_check.LENGTH, 72, *shape[3:], launch.name_of(dtype),
-    gpu.multiprocessors)
-    prepared = launch.prepare(small, adaln_plan.AdalnParams, gpu.index)
-    at = {k: v.to(gpu.device) for k, v in inputs.items()}
-    of = Adaln(*(v.to(gpu.device) for v in of))
-    run = {
-        adaln_plan.norm_forward: lambda: (norm(at["x"], of, dtype, prepared),),
-        adaln_plan.norm_backward: lambda: norm_backward(
-            at["g_n"], at["g_out"], at["x"], of, prepared
-        ),
-        adaln_plan.gate_forward: lambda: (gate(at["x"], at["branch"], of, out_dtype, prepared),),
-        adaln_plan.gate_backward: lambda: gate_backward(at["g_out"], at["branch"], of, prepared),
-    }[plan_of]
-    actual = dict(zip(names, run(), strict=True))
-    for name, value in actual.items():
-        self_check.require_agreement(
-            f"the block ({name})", gpu, {name: value}, {name: expected[name]}, value.dtype
-        )
-    return plan.kernels()
+def _gate_backward_operator(g_out, branch, modulation, table, drop_path_scale):
+    adaln = Adaln(modulation, table, None, drop_path_scale)
+    g_branch, g_factor = gate_backward(as_vectors(g_out), as_vectors(branch), adaln)
+    zeros, adaln = torch.zeros_like(g_factor), adaln._replace(weight=table[0])
+    g_modulation, g_table, _ = modulation_backward(zeros, zeros, g_factor, adaln)
+    return g_branch, g_modulation, g_table
 
 
-def _check_modulation_backward(gpu, plan, shape, dtype):
-    batch, dim = 19, 72
-    shapes = {"modulation": (batch, 3, dim), "table": (3, dim), "weight": dim, "keep": batch}
-    of = Adaln(**self_check.random_inputs(shapes, (), dtype))
-    shapes = dict.fromkeys(("shift", "gain", "factor"), (batch, dim))
-    g = self_check.random_inputs(shapes, (), dtype, 1)
-    exact = Adaln(*(v.double().requires_grad_() for v in of))
-    shift, scale, gate_ = exact.parts()
-    outputs = shift, exact.weight * (1 + scale), exact.keep[:, None] * (1 + gate_)
-    names = ("modulation", "table", "weight")
-    expected = torch.autograd.grad(
-        outputs, [getattr(exact, name) for name in names], [v.double() for v in g.values()]
-    )
-    small = adaln_plan.modulation_backward(batch, dim, "float32", gpu.multiprocessors)
-    prepared = launch.prepare(small, adaln_plan.AdalnParams, gpu.index)
-    actual = modulation_backward(
-        *(v.to(gpu.device) for v in g.values()), Adaln(*(v.to(gpu.device) for v in of)), prepared
-    )
-    self_check.require_agreement(
-        "the block's modulation", gpu, dict(zip(names, actual, strict=True)),
-        dict(zip(names, expected, strict=True)), dtype,
-    )  # fmt: skip
-    return plan.kernels()
+def as_vectors(x):
+    """x, or a copy, contiguous and at an address that is a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-_CHECKS = {
-    plan_of: functools.partial(_check, plan_of, names)
-    for plan_of, names in {
-        adaln_plan.norm_forward: ("n",),
-        adaln_plan.norm_backward: ("g_x", "n", "g_shift", "g_gain"),
-        adaln_plan.gate_forward: ("out",),
-        adaln_plan.gate_backward: ("g_branch", "g_factor"),
-    }.items()
-}
+def _like(*tensors):
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+
+
+launch.define(
+    "modulated_norm(Tensor x, Tensor weight, Tensor modulation, Tensor table, ScalarType dtype) -> "
+    "Tensor",
+    _norm_operator,
+    lambda x, weight, modulation, table, dtype: x.new_empty(x.shape, dtype=dtype),
+)
+launch.define(
+    "modulated_norm_bwd(Tensor g_n, Tensor x, Tensor weight, Tensor modulation, Tensor table) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _norm_backward_operator,
+    lambda g_n, *inputs: _like(*inputs),
+)
+launch.define(
+    "gated_residual(Tensor x, Tensor branch, Tensor modulation, Tensor table, "
+    "Tensor? drop_path_scale, ScalarType dtype) -> Tensor",
+    _gate_operator,
+    lambda x, branch, modulation, table, scale, dtype: x.new_empty(x.shape, dtype=dtype),
+)
+launch.define(
+    "gated_residual_bwd(Tensor g_out, Tensor branch, Tensor modulation, Tensor table, "
+    "Tensor? drop_path_scale) -> (Tensor, Tensor, Tensor)",
+    _gate_backward_operator,
+    lambda g_out, branch, modulation, table, scale: _like(branch, modulation, table),
+)
+
+
+def _save_norm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4])
+
+
+def _norm_gradients(ctx, g_n):
+    return *torch.ops.dim.modulated_norm_bwd(g_n, *ctx.saved_tensors), None
+
+
+def _save_gate(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[1:5])
+
+
+def _gate_gradients(ctx, g_out):
+    return g_out, *torch.ops.dim.gated_residual_bwd(g_out, *ctx.saved_tensors), None, None
+
+
+launch.differentiate("modulated_norm", _save_norm, _norm_gradients)
+launch.differentiate("gated_residual", _save_gate, _gate_gradients)
+
+
+def modulated_norm_cuda(x, weight, modulation, table, out_dtype=None):
+    """`reference.modulated_norm_ref` for CUDA tensors in float32, bfloat16 or float16."""
+    parameters = map(launch.as_parameter, (weight, modulation, table))
+    return torch.ops.dim.modulated_norm(x, *parameters, out_dtype or torch.float32)
+
+
+def gated_residual_cuda(x, branch, modulation, table, drop_path_scale=None, out_dtype=None):
+    """`reference.gated_residual_ref` for CUDA tensors in float32, bfloat16 or float16."""
+    parameters = map(launch.as_parameter, (modulation, table, drop_path_scale))
+    return torch.ops.dim.gated_residual(x, branch, *parameters, out_dtype or torch.float32)

@@ -1,29 +1,19 @@
-"""What to launch for the passes around the mixer (csrc/adaln), as launch_plan.py has it for the
-operators: pure functions, no GPU needed.
+"""What to launch for norm, gate and modulation (csrc/adaln), as launch_plan.py has it for scan and
+convolution: pure functions, no GPU needed.
 """
 
 import ctypes
 
-from libs.ops.cuda.launch_plan import (
-    CTYPE_OF_DTYPE,
-    KERNELS_OF_OPERATORS,
-    Kernel,
-    Launch,
-    Plan,
-    Rows,
-    Scratch,
-    Sum,
-)
+from libs.ops.cuda.launch_plan import CTYPES, Kernel, Launch, Plan, Rows, Scratch, Sum
 
-OLDEST_ARCH = 80  # whose shared memory suffices for the backward of a fused block
-MAX_DIM, DIM_GRAIN = 2048, 8  # a thread has 8 channels, a block 256 threads at most
+WIDTHS = range(8, 2049, 8)  # a thread has 8 channels, a block 256 threads at most
 _ROWS, _BACKWARD_ROWS = 4, 2  # tokens that a block has in flight
 _CHUNK, _SMALL_CHUNK = 16, 4  # tokens of a block; the latter where they would not fill the GPU
 
 
 class AdalnParams(ctypes.Structure):
     """Parameters of every kernel in csrc/adaln; a kernel reads the fields it needs. modulation
-    (B, 3, dim), table (3, dim), weight (dim) and keep (B) or 0 are float32 and contiguous."""
+    (B, 3, dim), table (3, dim), weight (dim), drop_path_scale (B) or 0: float32, contiguous."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
@@ -34,7 +24,7 @@ class AdalnParams(ctypes.Structure):
             "x", "n", "branch", "out", "g_n", "g_out", "g_x", "g_branch"
         )),
         *((name, ctypes.c_void_p) for name in (
-            "modulation", "table", "weight", "keep",
+            "modulation", "table", "weight", "drop_path_scale",
             "parts_shift", "parts_gain", "parts_factor",  # plan.scratch
             "g_shift", "g_gain", "g_factor", "g_modulation", "g_table", "g_weight",
         )),
@@ -43,14 +33,12 @@ class AdalnParams(ctypes.Structure):
 
 def _plan(name, rows, sums, batch, length, dim, x, out, dtype, multiprocessors):
     """x, out, dtype: names of the dtypes of x, of out, and of branch and n."""
-    kernel = Kernel(f"adaln/{name}.cu", name, tuple(sorted({
-        "kInput": CTYPE_OF_DTYPE[dtype], "kX": CTYPE_OF_DTYPE[x], "kOut": CTYPE_OF_DTYPE[out],
-        "kRows": str(rows),
-    }.items())))  # fmt: skip
+    defines = (("kInput", CTYPES[dtype]), ("kOut", CTYPES[out]), ("kRows", str(rows)))
+    kernel = Kernel(f"adaln/{name}.cu", name, (*defines, ("kX", CTYPES[x])))
     full = batch * length >= 8 * multiprocessors * _CHUNK
     chunk_length = _CHUNK if full else _SMALL_CHUNK
     chunks = -(-length // chunk_length)
-    threads = -(-dim // (32 * DIM_GRAIN)) * 32
+    threads = -(-dim // (32 * WIDTHS.step)) * 32
     launch = Launch(kernel, (batch * chunks, 1, 1), (threads, 1, 1), 0)
     scratch = tuple(Scratch(f"parts_{s}", (chunks, batch, dim), "float32") for s in sums)
     added = tuple(Sum(f"parts_{s}", f"g_{s}", (batch, dim)) for s in sums)
@@ -79,21 +67,7 @@ def gate_backward(batch, length, dim, x, out, dtype, *gpu):
 
 def modulation_backward(batch, dim, dtype, multiprocessors):
     """Gradients of modulation, table and weight from those of shift, gain and factor; all float32,
-    whatever dtype says."""
+    whichever dtype the network has."""
     defines = (("kInput", "float"), ("kOut", "float"), ("kRows", "1"), ("kX", "float"))
     kernel = Kernel("adaln/modulation_backward.cu", "modulation_backward", defines)
     return Plan((Launch(kernel, (-(-dim // 32), 1, 1), (256, 1, 1), 0),), (), {})
-
-
-def _kernels_of_configs():
-    """Those of the operators, and every kernel that blocks of any width use: the stream is float32
-    in the first half, and rounded where a long skip is merged."""
-    kernels = {*KERNELS_OF_OPERATORS, *modulation_backward(2, 1536, "float32", 132).kernels()}
-    for dtype in CTYPE_OF_DTYPE:
-        for x, out in (("float32", "float32"), ("float32", dtype), (dtype, dtype)):
-            for plan in (norm_forward, norm_backward, gate_forward, gate_backward):
-                kernels |= plan(2, 366, 1536, x, out, dtype, 132).kernels()
-    return sorted(kernels)
-
-
-INSTANTIATIONS_OF_CONFIGS = _kernels_of_configs()

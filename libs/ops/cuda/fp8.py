@@ -9,14 +9,10 @@ newer.
 
 import torch
 
-from libs.ops.cuda import fp8_plan, launch, self_check
+from libs.ops.cuda import fp8_plan, launch
 from utils import UserError
 
 E4M3 = torch.float8_e4m3fn
-_library = torch.library.Library("dim", "FRAGMENT")
-# x (B, L, K), weight (N, K), bias (N) or none -> (B, L, N)
-_library.define("fp8_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_library.define("fp8_linear_bwd(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)")
 
 
 def unsupported(device, widths):
@@ -26,23 +22,18 @@ def unsupported(device, widths):
     capability = torch.cuda.get_device_capability(device)
     if capability < divmod(fp8_plan.OLDEST_ARCH, 10):
         return f"it needs compute capability 9.0 (Hopper), not {'.'.join(map(str, capability))}"
-    odd = [width for width in widths if width % fp8_plan.GRAIN or width > fp8_plan.MAX_COLUMNS]
-    if odd:
-        return (
-            f"widths must be multiples of {fp8_plan.GRAIN} up to {fp8_plan.MAX_COLUMNS}, not "
-            f"{odd[0]}"
-        )
-    return None
+    odd = [width for width in widths if width not in fp8_plan.WIDTHS]
+    return f"widths must be multiples of 16 up to 8192, not {odd[0]}" if odd else None
 
 
-def require(device, widths):
+def require_fp8(device, widths):
     """UserError where products of these widths cannot run in fp8."""
-    reason = unsupported(device, widths)
+    reason = unsupported(torch.device(device), widths)
     if reason:
         raise UserError(f"matrix products in fp8 are asked for, but {reason}")
 
 
-def turn_on(network, dtype, key):
+def turn_on_fp8(network, dtype, key):
     """Products of the network in fp8 from now on, as the config's `key` asks. dtype: autocast's, or
     None. UserError where that cannot be."""
     if not hasattr(network, "use_fp8"):
@@ -64,60 +55,28 @@ def quantize_rows_ref(x):
     return (x.float() / scale).to(E4M3), scale
 
 
-def quantize_rows(x, prepared=None):
-    """`quantize_rows_ref` of x (M, K), rows contiguous, by our kernel."""
+def _run(plan_of, x, out, scale):
     rows, columns = x.shape
-    if prepared is None:
-        prepared = launch.prepared(
-            x.device.index, fp8_plan.quantize_rows, fp8_plan.QuantizeParams, (rows, columns),
-            x.dtype, _check,
-        )  # fmt: skip
-    out = torch.empty(rows, columns, dtype=E4M3, device=x.device)
-    scale = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    prepared = launch.prepared(
+        x.device.index, plan_of, fp8_plan.QuantizeParams, (rows, columns), x.dtype
+    )
     scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
     launch.run(prepared, x.device, {"x": x[None]}, scalars)
+
+
+def quantize_rows(x):
+    """`quantize_rows_ref` of x (M, K), rows contiguous, by our kernel."""
+    out = torch.empty(x.shape, dtype=E4M3, device=x.device)
+    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
+    _run(fp8_plan.quantize_rows, x, out, scale)
     return out, scale
 
 
-def _check(gpu, plan, shape, dtype):
-    inputs = self_check.random_inputs({"x": (19, shape[1])}, "x", dtype)
-    small = fp8_plan.quantize_rows(19, shape[1], launch.name_of(dtype), gpu.multiprocessors)
-    prepared = launch.prepare(small, fp8_plan.QuantizeParams, gpu.index)
-    x8, scale = quantize_rows(inputs["x"].to(gpu.device), prepared)
-    again = {"x": x8.float().cpu() * scale.cpu()}
-    expected8, expected_scale = quantize_rows_ref(inputs["x"])
-    # Half a unit of e4m3's last place apart at most, where a division rounds to the other side.
-    self_check.require_agreement(
-        "quantize_rows", gpu, again, {"x": expected8.float() * expected_scale}, E4M3
-    )
-    return plan.kernels()
-
-
-def quantize_transposed(x, scale, prepared=None):
+def quantize_transposed(x, scale):
     """x (M, K) divided by the largest of scale (M, 1) and transposed, as e4m3 numbers (K, M)."""
-    rows, columns = x.shape
-    if prepared is None:
-        prepared = launch.prepared(
-            x.device.index, fp8_plan.quantize_transposed, fp8_plan.QuantizeParams, (rows, columns),
-            x.dtype, _check_transposed,
-        )  # fmt: skip
-    out = torch.empty(columns, rows, dtype=E4M3, device=x.device)
-    scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
-    launch.run(prepared, x.device, {"x": x[None]}, scalars)
+    out = torch.empty(x.shape[1], x.shape[0], dtype=E4M3, device=x.device)
+    _run(fp8_plan.quantize_transposed, x, out, scale)
     return out
-
-
-def _check_transposed(gpu, plan, shape, dtype):
-    x = self_check.random_inputs({"x": (80, 112)}, "x", dtype)["x"]
-    scale = x.float().abs().amax(-1, keepdim=True) / 448.0
-    small = fp8_plan.quantize_transposed(80, 112, launch.name_of(dtype), gpu.multiprocessors)
-    prepared = launch.prepare(small, fp8_plan.QuantizeParams, gpu.index)
-    actual = quantize_transposed(x.to(gpu.device), scale.to(gpu.device), prepared)
-    expected = (x.float() / scale.max()).to(E4M3).t()
-    self_check.require_agreement(
-        "quantize_transposed", gpu, {"x": actual.float()}, {"x": expected.float()}, E4M3
-    )
-    return plan.kernels()
 
 
 # ---------------------------------------- products
@@ -156,17 +115,15 @@ def _linear_backward(g, x, weight):
     return product_back(g, weight), g.flatten(0, 1).T @ x.flatten(0, 1)
 
 
-_library.impl("fp8_linear", _linear, "CUDA")
-_library.impl("fp8_linear_bwd", _linear_backward, "CUDA")
-torch.library.register_fake(
-    "dim::fp8_linear",
+launch.define(
+    "fp8_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear,
     lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[0])),
-    lib=_library,
 )
-torch.library.register_fake(
-    "dim::fp8_linear_bwd",
+launch.define(
+    "fp8_linear_bwd(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+    _linear_backward,
     lambda g, x, weight: (torch.empty_like(x), torch.empty_like(weight)),
-    lib=_library,
 )
 
 
@@ -181,10 +138,10 @@ def _gradients(ctx, g):
     return g_x, g_weight, g.sum((0, 1)) if ctx.has_bias else None
 
 
-torch.library.register_autograd("dim::fp8_linear", _gradients, setup_context=_save, lib=_library)
+launch.differentiate("fp8_linear", _save, _gradients)
 
 
-def linear(x, weight, bias=None):
+def fp8_linear(x, weight, bias=None):
     """torch.nn.functional.linear of x (B, L, K) in bfloat16 or float16, with weight (N, K) and bias
     (N) of any dtype, its products in fp8. Differentiable."""
     bias = None if bias is None else bias.to(x.dtype)

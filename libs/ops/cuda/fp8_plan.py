@@ -2,13 +2,14 @@
 
 import ctypes
 
-from libs.ops.cuda.launch_plan import CTYPE_OF_DTYPE, Kernel, Launch, Plan, Rows
+from libs.ops.cuda.launch_plan import CTYPES, Kernel, Launch, Plan, Rows
 
 _THREADS = 256
 # (vectors of 8 elements that a lane of the kernel holds, warps that share a row)
 _SHAPES = ((2, 1), (4, 1), (6, 1), (4, 2), (6, 2), (4, 4), (6, 4), (4, 8))
+COLUMNS = tuple(256 * vectors * warps for vectors, warps in _SHAPES)  # up to which each goes
 OLDEST_ARCH = 90  # that torch's product of rows with scales runs on
-GRAIN, MAX_COLUMNS = 16, 256 * 4 * 8  # of torch's products; of the kernel
+WIDTHS = range(16, COLUMNS[-1] + 1, 16)  # multiples as torch's products want; up to the kernel's
 
 
 class QuantizeParams(ctypes.Structure):
@@ -25,7 +26,7 @@ class QuantizeParams(ctypes.Structure):
 
 def quantize_rows(rows, columns, dtype, multiprocessors):
     vectors, warps = next(s for s in _SHAPES if columns <= 256 * s[0] * s[1])
-    defines = {"kInput": CTYPE_OF_DTYPE[dtype], "kVectors": str(vectors), "kWarps": str(warps)}
+    defines = {"kInput": CTYPES[dtype], "kVectors": str(vectors), "kWarps": str(warps)}
     kernel = Kernel("fp8/quantize_rows.cu", "quantize_rows", tuple(sorted(defines.items())))
     blocks = -(-rows * warps // (_THREADS // 32))
     return Plan((Launch(kernel, (blocks, 1, 1), (_THREADS, 1, 1), 0),), (), {})
@@ -34,18 +35,7 @@ def quantize_rows(rows, columns, dtype, multiprocessors):
 def quantize_transposed(rows, columns, dtype, multiprocessors):
     """Takes the scales that quantize_rows found."""
     kernel = Kernel(
-        "fp8/quantize_transposed.cu", "quantize_transposed", (("kInput", CTYPE_OF_DTYPE[dtype]),)
+        "fp8/quantize_transposed.cu", "quantize_transposed", (("kInput", CTYPES[dtype]),)
     )
     grid = (-(-columns // 64), -(-rows // 64), 1)
     return Plan((Launch(kernel, grid, (_THREADS, 1, 1), 0),), (), {})
-
-
-KERNELS = sorted(
-    kernel
-    for dtype in ("bfloat16", "float16")
-    for plan in (
-        *(quantize_rows(1, 256 * vectors * warps, dtype, 132) for vectors, warps in _SHAPES),
-        quantize_transposed(64, 64, dtype, 132),
-    )
-    for kernel in plan.kernels()
-)

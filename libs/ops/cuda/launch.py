@@ -1,23 +1,23 @@
 """Runs the plans of launch_plan.py: loads the kernels onto the GPU and launches them on torch's
 current stream.
 
-A kernel is compiled (cuda_compile.py) and loaded at its first use on a device; after that a launch
-is one call of the driver, without synchronisation, so that CUDA graphs can capture it.
+A kernel is compiled (compiler.py) and loaded at its first use on a device; after that a launch is
+one call of the driver, without synchronisation, so that CUDA graphs can capture it.
 """
 
 import ctypes
 import functools
+import importlib
 import logging
 import math
 import sys
 import threading
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from libs.ops.cuda import compiler, launch_plan
-from libs.ops.cuda.compiler import Program
-from libs.ops.cuda.self_check import undisturbed
 from utils import UserError
 
 _log = logging.getLogger("dim")
@@ -29,30 +29,26 @@ _STATIC_SHARED_LIMIT = 48 * 1024  # above it a kernel must be told
 
 
 def unavailable(device):
-    """None, or why no kernel of ours can run on this CUDA device, and what mends it."""
-    if device.index is None and not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device here"
-    return _unavailable(_index(device))
+    """None, or why no kernel of ours can run on this CUDA device."""
+    return _unavailable(_index(device)) if torch.cuda.is_available() else "no CUDA device is found"
 
 
 @functools.cache
 def _unavailable(index):
-    if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device here"
-    if torch.version.hip:
-        return "PyTorch is built for ROCm; our kernels are for CUDA"
-    reason = compiler.missing(torch.version.cuda)
-    if reason:
-        return reason
     gpu = Gpu.of(index)
     if gpu.arch < 75:
         return f"{gpu.name} is sm_{gpu.arch}; the kernels are for sm_75 (Turing) and newer"
-    return compiler.unsupported(gpu.arch)
+    return compiler.missing()
 
 
 def describe(device):
     gpu = Gpu.of(_index(device))
     return f"{gpu.name}, sm_{gpu.arch}, NVRTC {compiler.nvrtc_version()}"
+
+
+def driver_version():
+    module = Path("/proc/driver/nvidia/version")
+    return module.read_text() if module.exists() else _driver().cuDriverGetVersion()[1]
 
 
 def _index(device):
@@ -63,7 +59,8 @@ def _index(device):
 
 
 class Gpu:
-    """One device: its properties, the kernels loaded on it, and which of them were checked."""
+    """One device: its properties, the kernels loaded on it, and the dtypes whose kernels are known
+    to compute right numbers."""
 
     def __init__(self, index):
         properties = torch.cuda.get_device_properties(index)
@@ -73,8 +70,8 @@ class Gpu:
         self.arch = 10 * properties.major + properties.minor
         self.multiprocessors = properties.multi_processor_count
         self.prepared = {}  # arguments of `prepared` -> Prepared
-        self.checked = set()  # kernels that agreed with the reference
-        self._loaded = {}
+        self.checked = set()  # dtypes
+        self._loaded = {}  # kernel -> (its code, the driver's handle)
         self._lock = threading.RLock()
 
     @staticmethod
@@ -85,49 +82,42 @@ class Gpu:
     def function(self, kernel, shared_bytes=0):
         """The driver's handle of a kernel, compiled and loaded if this is its first use."""
         with self._lock:
-            if (kernel, shared_bytes) not in self._loaded:
-                self._loaded[kernel, shared_bytes] = self._load(kernel, shared_bytes)
-            return self._loaded[kernel, shared_bytes]
+            if kernel not in self._loaded:
+                self._loaded[kernel] = self._load(kernel, shared_bytes)
+            return self._loaded[kernel][1]
 
     def _load(self, kernel, shared_bytes):
+        import cuda.core
+
+        refuse_capture()
         driver = _driver()
-        if torch.cuda.is_current_stream_capturing():
-            raise UserError(
-                f"the CUDA kernel {kernel.name} was not used before this graph capture; run the "
-                "model once on inputs of the same shapes and dtypes, then capture"
-            )
         with torch.cuda.device(self.index):
             _make_context_current(self.index)
-            loaded = self._code(Program(kernel.source, kernel.defines)).get_kernel(kernel.name)
-            handle = int(loaded.handle)
+            cubin = compiler.load_or_compile(kernel, self.arch, self.announce)
+            code = cuda.core.ObjectCode.from_cubin(cubin, name=kernel.source)
+            handle = int(code.get_kernel(kernel.name).handle)
             if shared_bytes > _STATIC_SHARED_LIMIT:
                 attribute = driver.CUfunction_attribute
                 (error,) = driver.cuKernelSetAttribute(
                     attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                     shared_bytes, driver.CUkernel(handle), driver.CUdevice(self.index),
                 )  # fmt: skip
-                if int(error):
-                    raise UserError(
-                        f"{kernel.name} needs {shared_bytes} bytes of shared memory a block, which "
-                        f"{self.name} has not ({error.name}); DIM_BACKEND=reference runs without it"
-                    )
-        return driver.CUfunction(handle)  # the driver takes the one for the other
+                _raise(error, f"{shared_bytes} bytes of shared memory for {kernel.name}")
+        return code, driver.CUfunction(handle)  # the driver takes the one handle for the other
 
-    def _code(self, program):
-        """The loaded ObjectCode; kept for ever, as the handles of its kernels point into it."""
-        import cuda.core
-
-        if program not in self._loaded:
-            compiled = compiler.load_or_compile(program, self.arch, self._announce)
-            self._loaded[program] = cuda.core.ObjectCode.from_cubin(
-                compiled.cubin, name=program.source
-            )
-        return self._loaded[program]
-
-    def _announce(self):
+    def announce(self):
         _say_once(
             f"compiling CUDA kernels for {self.name} (sm_{self.arch}), once; they are kept in "
             f"{compiler.cache_directory()}"
+        )
+
+
+def refuse_capture():
+    """UserError where a CUDA graph is being captured, which loading a kernel would spoil."""
+    if torch.cuda.is_current_stream_capturing():
+        raise UserError(
+            "CUDA kernels were not used before this graph capture; run the model once on inputs of "
+            "the same shapes and dtypes, then capture"
         )
 
 
@@ -189,27 +179,21 @@ class Prepared(NamedTuple):
     index: int
 
 
-def prepared(index, plan_of, struct, shape, dtype, check):
-    """A plan for a device, ready to `run`; compiled, loaded and checked at the first call.
+def prepared(index, plan_of, struct, shape, dtype, check=True):
+    """A plan for a device, ready to `run`; compiled and loaded at the first call, and the kernels
+    of the dtype checked at the first one of all.
 
-    plan_of: a function of launch_plan.py or adaln_plan.py; shape: its arguments up to the dtype.
-    check: (gpu, plan, shape, dtype) -> kernels, runs a small problem on the plan's kernels and
-    raises if they compute wrong numbers.
+    plan_of: a function of launch_plan.py or its kin; shape: its arguments up to the dtype. check:
+    False for a kernel that follows others of the network's dtype, whose check covers it.
     """
     gpu = Gpu.of(index)
     key = (plan_of, shape, dtype)
     if key not in gpu.prepared:
+        if check and dtype not in gpu.checked:
+            importlib.import_module("libs.ops.cuda.self_check").require_checked(gpu, dtype)
         plan = plan_of(*shape, name_of(dtype), gpu.multiprocessors)
-        result = prepare(plan, struct, index)
-        if not plan.kernels() <= gpu.checked:
-            gpu.checked |= undisturbed(check, gpu, plan, shape, dtype)
-        gpu.prepared[key] = result
+        gpu.prepared[key] = prepare(plan, struct, index)
     return gpu.prepared[key]
-
-
-def forget():
-    """Drop every loaded kernel, as if this process had used none; for tests."""
-    Gpu.of.cache_clear()
 
 
 def prepare(plan, struct, index):
@@ -332,9 +316,28 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-def refuse_double_backward(operator):
-    """Raises where backward is itself recorded: its result would silently carry no gradient."""
-    if torch.is_grad_enabled():
-        raise RuntimeError(
-            f"{operator}: backend 'cuda' has no second derivative; use backend='reference'"
-        )
+# ---------------------------------------- operators for torch
+
+_library = torch.library.Library("dim", "FRAGMENT")
+
+
+def define(schema, run, fake):
+    """Registers an operator dim::<name>. run: on CUDA tensors; fake: results of the right shapes,
+    for torch.compile."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, run, "CUDA")
+    torch.library.register_fake(f"dim::{name}", fake, lib=_library)
+
+
+def differentiate(name, save, gradients):
+    """Registers the operator's derivative. save(ctx, inputs, output); gradients(ctx, *g)."""
+
+    def backward(ctx, *g):
+        if torch.is_grad_enabled():  # else the result would silently carry no gradient
+            raise RuntimeError(
+                f"{name}: backend 'cuda' has no second derivative; use backend='reference'"
+            )
+        return gradients(ctx, *g)
+
+    torch.library.register_autograd(f"dim::{name}", backward, setup_context=save, lib=_library)

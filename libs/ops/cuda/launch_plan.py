@@ -10,12 +10,10 @@ import ctypes
 import math
 from typing import NamedTuple
 
-CTYPE_OF_DTYPE = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
-MAX_STATES = 64
-MAX_CONV_WIDTH = 8
+CTYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 
-# Steps a tile of the scan's backward, and steps between two states that it keeps.
-BACKWARD_TILE, KEPT_STEPS = 8, 4
+# Steps a tile of the scan's backward, and steps between two states that its first walk saves.
+BACKWARD_TILE, STRIDE = 8, 4
 # Values of kPass in csrc/selective_scan/forward.cu.
 PASS_OUTPUT, PASS_END_STATE, PASS_CHECKPOINTS, PASS_CARRY = 0, 1, 2, 3
 
@@ -138,7 +136,7 @@ class Plan(NamedTuple):
 
 
 def _kernel(source, name, dtype, **defines):
-    defines = {"kInput": CTYPE_OF_DTYPE[dtype]} | {k: str(v) for k, v in defines.items()}
+    defines = {"kInput": CTYPES[dtype]} | {k: str(v) for k, v in defines.items()}
     return Kernel(source, name, tuple(sorted(defines.items())))
 
 
@@ -154,7 +152,7 @@ def sum_launch(sums):
     """The launch, with SumParams, that adds the parts of up to MAX_SUMS sums; of their dtypes one
     at most is not float32."""
     dtypes = sorted({s.dtype for s in sums} - {"float32"}) or ["float32"]
-    kernel = Kernel("common/sum_parts.cu", "sum_parts", (("kOutput", CTYPE_OF_DTYPE[dtypes[0]]),))
+    kernel = Kernel("common/sum_parts.cu", "sum_parts", (("kOutput", CTYPES[dtypes[0]]),))
     sizes = [math.prod(s.shape) for s in sums]
     blocks = sum(_blocks(size, 128 if size % 4 == 0 else 32) for size in sizes)
     return Launch(kernel, (blocks, 1, 1), (256, 1, 1), 0)
@@ -180,18 +178,13 @@ class Variant(NamedTuple):
     lanes: int = 1
 
 
+# The variants of up to 16 states; in segments, ONE_THREAD.
+ONE_THREAD = Variant(1, 64, 8, 1, 8)
+FOUR_LANES = Variant(1, 32, 16, 1, 3, lanes=4)
+EIGHT_LANES = Variant(1, 16, 16, 1, 4, lanes=8)
+
 # Segments begin at a multiple of this, which all tiles divide.
 SEGMENT_GRAIN = 16
-
-
-def padded_states(states, groups):
-    """States rounded up so that each of the groups has a multiple of 4."""
-    return _round_up(states, 4 * groups)
-
-
-def _groups_needed(states):
-    """A thread holds at most 16 states in registers."""
-    return 1 if states <= 16 else 2 if states <= 32 else 4
 
 
 def forward_variant(batch, length, channels, states, multiprocessors):
@@ -205,13 +198,13 @@ def forward_variant(batch, length, channels, states, multiprocessors):
         return Variant(4, 32, 16, 1, 1)
     blocks = batch * _blocks(channels, 64)
     if 2 * blocks >= 11 * multiprocessors:
-        return Variant(1, 64, 8, 1, 8)
+        return ONE_THREAD
     if batch * _blocks(channels, 32) >= 2 * multiprocessors:
-        return Variant(1, 32, 16, 1, 3, lanes=4)
+        return FOUR_LANES
     if 3 * batch * _blocks(channels, 16) >= 4 * multiprocessors or length < 1536:
-        return Variant(1, 16, 16, 1, 4, lanes=8)
+        return EIGHT_LANES
     segments = max(1, min(29 * multiprocessors // (2 * blocks) + 1, length // 128))
-    return Variant(1, 64, 8, segments, 8)
+    return ONE_THREAD._replace(segments=segments)
 
 
 def backward_states(states):
@@ -291,7 +284,7 @@ def scan_forward(batch, length, channels, states, dtype, multiprocessors, varian
     segments = integers["segments"]
     if variant.lanes > 1:
         return Plan((_walk_by_lanes(variant, shape, dtype),), (), integers)
-    padded = padded_states(states, variant.groups)
+    padded = _round_up(states, 4 * variant.groups)
     launches = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments)]
     scratch = ()
     if segments > 1:
@@ -306,12 +299,12 @@ def _backward_shared_bytes(channels, padded, dtype, output):
     threads = channels * padded // 16
     warps = threads // 32
     own = 4 * 4 * threads * 16
-    of_warp = max(16 * channels // warps, KEPT_STEPS * 2 * padded * 4)
+    of_warp = max(16 * channels // warps, STRIDE * 2 * padded * 4)
     element = 4 if dtype == "float32" else 2
-    channel_vectors = channels * (4 * 16 + KEPT_STEPS * element) + (16 * channels if output else 16)
-    quad = 2 * KEPT_STEPS * padded * 4 + channel_vectors + warps * of_warp
+    channel_vectors = channels * (4 * 16 + STRIDE * element) + (16 * channels if output else 16)
+    quad = 2 * STRIDE * padded * 4 + channel_vectors + warps * of_warp
     raw = BACKWARD_TILE * channels * 4 * element
-    return own + BACKWARD_TILE // KEPT_STEPS * quad + raw + 4 * BACKWARD_TILE * 4
+    return own + BACKWARD_TILE // STRIDE * quad + raw + 4 * BACKWARD_TILE * 4
 
 
 def scan_backward(
@@ -336,7 +329,7 @@ def scan_backward(
     main = Launch(kernel, (batch * blocks, segments, 1), (threads, 1, 1), shared_bytes)
     walk = _without_outputs(variant)
     launches = [_walk(PASS_CHECKPOINTS, walk, shape, padded, dtype, segments), main]
-    parts, kept = batch * segments, -(-length // KEPT_STEPS)
+    parts, kept = batch * segments, -(-length // STRIDE)
     scratch = (
         Scratch("checkpoints", (batch, kept, padded // 4, channels, 4), "float32"),
         Scratch("parts_BC", (blocks, 2, batch, length, states), "float32"),
@@ -412,26 +405,3 @@ def conv_backward(batch, length, channels, width, dtype, multiprocessors):
         Sum("parts_bias", "g_bias", (channels,)),
     )
     return Plan((launch,), scratch, integers, sums)
-
-
-# ---------------------------------------- what the shipped configs use
-
-
-def _kernels_of_configs():
-    """Every kernel of the shipped configs: N = 16, width 3, training and sampling, any batch."""
-    kernels = set()
-    for dtype in CTYPE_OF_DTYPE:
-        for batch, length, channels in (
-            (1, 78, 256), (1, 9806, 256), (4, 1230, 3072), (96, 366, 3072)
-        ):  # fmt: skip
-            scan, conv = (batch, length, channels, 16), (batch, length, channels, 3)
-            for plan in (
-                scan_forward(*scan, dtype, 132), scan_backward(*scan, dtype, 132),
-                scan_backward_with_output(*scan, dtype, 132),
-                conv_forward(*conv, dtype, 132), conv_backward(*conv, dtype, 132),
-            ):  # fmt: skip
-                kernels |= plan.kernels()
-    return sorted(kernels)
-
-
-KERNELS_OF_OPERATORS = _kernels_of_configs()

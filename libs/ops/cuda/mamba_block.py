@@ -1,44 +1,92 @@
 """A whole block of DiM on the GPU: `dim::mamba_block_fwd` and `dim::mamba_block_bwd`, and autograd.
 
     n   = x / rms(x) weight (1 + scale) + shift
-    out = x + keep (1 + gate) out_proj(scan(conv(in_proj(n))))
+    out = x + drop_path_scale (1 + gate) out_proj(scan(conv(in_proj(n))))
 
-The forward keeps x, in_proj's and x_proj's outputs and the branch; the backward makes n, the
+The forward saves x, in_proj's and x_proj's outputs and the branch; the backward makes n, the
 convolution, the step sizes and the scan's output again, the last inside the scan's own walk. No
 activation is transposed or copied in between; of the gradients only that of x_proj's output is
 put together from its parts, 128 channels of 6,144 in DiM-H.
 """
 
+from typing import NamedTuple
+
 import torch
 
-from libs.ops.cuda import adaln, causal_conv1d, fp8, launch, selective_scan
+from libs.ops.cuda import adaln, causal_conv1d, fp8, launch, launch_plan, selective_scan
 from libs.ops.cuda.adaln import Adaln
 
 # Products of half precision with a float32 result, which torch has since 2.8.
 _SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
-_library = torch.library.Library("dim", "FRAGMENT")
-PARAMETERS = (
-    "table", "weight", "in_proj", "conv_weight", "conv_bias", "x_proj", "dt_proj", "dt_bias",
-    "A_log", "D", "out_proj",
-)  # fmt: skip
-MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")
-_WEIGHTS = ", ".join(f"Tensor {name}" for name in PARAMETERS)
-_INPUTS = (
-    f"Tensor x, Tensor modulation, Tensor? keep, {_WEIGHTS}, Tensor? order, ScalarType dtype, "
-    "bool in_fp8"
+
+
+class Parameters(NamedTuple):
+    """A block's parameters; in the network's dtype the matrices, in float32 the others. D channels,
+    N states, W taps, R the rank of the step sizes."""
+
+    table: torch.Tensor  # (3, dim)
+    weight: torch.Tensor  # (dim), of the norm
+    in_proj: torch.Tensor  # (2 D, dim)
+    conv_weight: torch.Tensor  # (D, W)
+    conv_bias: torch.Tensor  # (D,)
+    x_proj: torch.Tensor  # (R + 2 N, D)
+    dt_proj: torch.Tensor  # (D, R)
+    dt_bias: torch.Tensor  # (D,)
+    A_log: torch.Tensor  # (D, N)
+    D: torch.Tensor  # (D,)
+    out_proj: torch.Tensor  # (dim, D)
+
+
+class Matrices(NamedTuple):
+    """The parameters that go into matrix products, in the dtype of those."""
+
+    in_proj: torch.Tensor
+    x_proj: torch.Tensor
+    dt_proj: torch.Tensor
+    out_proj: torch.Tensor
+
+
+class Saved(NamedTuple):
+    """What the forward keeps for the backward, besides its inputs; the matrices are empty where
+    they had the products' dtype already."""
+
+    xz: torch.Tensor  # (B, L, 2 D), in_proj's output
+    dtBC: torch.Tensor  # (B, L, R + 2 N), x_proj's output
+    branch: torch.Tensor  # (B, L, dim)
+    in_proj: torch.Tensor
+    x_proj: torch.Tensor
+    dt_proj: torch.Tensor
+    out_proj: torch.Tensor
+
+
+class Inputs(NamedTuple):
+    """The operator's inputs, but for the result's dtype."""
+
+    x: torch.Tensor  # (B, L, dim)
+    adaln: Adaln
+    parameters: Parameters
+    order: torch.Tensor | None
+    dtype: torch.dtype  # of the products
+    fp8: bool
+
+
+def _pack(x, modulation, drop_path_scale, *rest):
+    *parameters, order, dtype, fp8_ = rest
+    p = Parameters(*parameters)
+    return Inputs(x, Adaln(modulation, p.table, p.weight, drop_path_scale), p, order, dtype, fp8_)
+
+
+def _tensors(names):
+    return ", ".join(f"Tensor {name}" for name in names)
+
+
+_SCHEMA = (
+    f"Tensor x, Tensor modulation, Tensor? drop_path_scale, {_tensors(Parameters._fields)}, "
+    "Tensor? order, ScalarType dtype, bool fp8"
 )
-# -> out; in_proj's output (B, L, 2 D), x_proj's output (B, L, rank + 2 N), the branch (B, L, dim);
-# the matrices in `dtype`, empty where they are so already
-_library.define(
-    f"mamba_block_fwd({_INPUTS}, ScalarType out_dtype) -> "
-    f"({', '.join(['Tensor'] * (4 + len(MATRICES)))})"
-)
-# -> gradients of x, modulation and the parameters, in their order
-_library.define(
-    "mamba_block_bwd(Tensor g_out, Tensor xz, Tensor dtBC, Tensor branch, "
-    f"{', '.join(f'Tensor cast_{name}' for name in MATRICES)}, {_INPUTS}) -> "
-    f"({', '.join(['Tensor'] * (2 + len(PARAMETERS)))})"
-)
+
+
+# ---------------------------------------- matrix products
 
 
 def _product(x, weight, in_fp8=False):
@@ -61,171 +109,165 @@ def _weight_gradient(g, x, weight):
     return (g @ x).to(weight.dtype)
 
 
-def _cast(matrices, dtype):
-    """(the matrices in dtype; the same, but an empty one where nothing was cast)."""
+def _cast(parameters, dtype):
+    """(Matrices in dtype; the same, but empty ones where nothing was cast)."""
+    matrices = Matrices(*(getattr(parameters, name) for name in Matrices._fields))
     if all(weight.dtype == dtype for weight in matrices):
         return matrices, [weight.new_empty(0) for weight in matrices]
     cast = [torch.empty_like(weight, dtype=dtype) for weight in matrices]
     torch._foreach_copy_(cast, matrices)
-    return cast, cast
+    return Matrices(*cast), cast
 
 
-def _convolved(xz, conv_weight, conv_bias, order):
-    x = xz[..., : conv_weight.shape[0]]
-    plan = causal_conv1d.forward_plan(x, conv_weight)
-    return causal_conv1d.run_forward(plan, x, conv_weight, conv_bias, order, True)
+# ---------------------------------------- both ways
 
 
-def _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order):
-    """What the scan's plans take, from u on."""
-    rank, states = dt_proj.shape[1], A_log.shape[1]
-    dt, B, C = dtBC.split([rank, states, states], dim=-1)
-    delta = _product(dt, dt_proj)
-    A = -torch.exp(A_log)
-    return u, delta, A, B, C, D, xz[..., D.shape[0] :], dt_bias, order, True
-
-
-def _forward(
-    x, modulation, keep, table, weight, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias,
-    A_log, D, out_proj, order, dtype, in_fp8, out_dtype,
-):  # fmt: skip
-    of = Adaln(modulation, table, weight, keep)
-    matrices, kept = _cast([in_proj, x_proj, dt_proj, out_proj], dtype)
-    in_proj, x_proj, dt_proj, out_proj = matrices
-    xz = _product(adaln.norm(x, of, dtype), in_proj, in_fp8)
-    u = _convolved(xz, conv_weight, conv_bias, order)
-    dtBC = _product(u, x_proj)
-    inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
-    y, _ = selective_scan.run_forward(selective_scan.forward_plan(u, A_log), *inputs, False)
-    branch = _product(y, out_proj, in_fp8)
-    return adaln.gate(x, branch, of, out_dtype), xz, dtBC, branch, *kept
-
-
-def _mixer_backward(
-    g_branch, xz, dtBC, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D, out_proj, order,
-    in_fp8,
-):  # fmt: skip
-    """Gradients of xz and of the mixer's parameters but in_proj, from conv_weight on. x_proj,
-    dt_proj, out_proj: pairs of the parameter and what the products use."""
-    (x_weight, x_proj), (dt_weight, dt_proj), (out_weight, out_proj) = x_proj, dt_proj, out_proj
-    u = _convolved(xz, conv_weight, conv_bias, order)
-    inputs = _scan_inputs(u, xz, dtBC, dt_proj, dt_bias, A_log, D, order)
-    y, g_xz = torch.empty_like(u), torch.empty_like(xz)
-    channels = D.shape[0]
-    g_y = _through(g_branch, out_proj, in_fp8)
-    g_u, g_delta, g_A, g_BC, g_D, _, g_bias = selective_scan.run_backward(
-        selective_scan.backward_plan_with_output(u, A_log), g_y, None, *inputs,
-        g_z=g_xz[..., channels:], y=y,
-    )  # fmt: skip
-    g_out_proj = _weight_gradient(g_branch, y, out_weight)
-    del g_y, y
-    g_dt_proj = _weight_gradient(g_delta, dtBC[..., : dt_proj.shape[1]], dt_weight)
-    g_dtBC = torch.cat([_through(g_delta, dt_proj), g_BC[0], g_BC[1]], dim=-1)
-    g_x_proj = _weight_gradient(g_dtBC, u, x_weight)
-    g_u.flatten(0, 1).addmm_(g_dtBC.flatten(0, 1), x_proj)
-    x = xz[..., :channels]
-    _, g_conv_weight, g_conv_bias = causal_conv1d.run_backward(
-        causal_conv1d.backward_plan(x, conv_weight), g_u, x, conv_weight, conv_bias, order, True,
-        g_x=g_xz[..., :channels],
-    )  # fmt: skip
-    g_A_log = g_A * inputs[2]  # A = -exp(A_log)
-    return (
-        g_xz, g_conv_weight, g_conv_bias, g_x_proj, g_dt_proj, g_bias, g_A_log, g_D, g_out_proj
-    )  # fmt: skip
-
-
-def _backward(
-    g_out, xz, dtBC, branch, cast_in_proj, cast_x_proj, cast_dt_proj, cast_out_proj, x, modulation,
-    keep, table, weight, in_proj, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A_log, D,
-    out_proj, order, dtype, in_fp8,
-):  # fmt: skip
-    of = Adaln(modulation, table, weight, keep)
-    (in_weight, in_proj), *others = (
-        (weight_, cast if cast.numel() else weight_)
-        for weight_, cast in (
-            (in_proj, cast_in_proj), (x_proj, cast_x_proj), (dt_proj, cast_dt_proj),
-            (out_proj, cast_out_proj),
-        )
-    )  # fmt: skip
-    g_out = g_out.contiguous()
-    g_branch, g_factor = adaln.gate_backward(g_out, branch, of)
-    g_xz, *of_mixer = _mixer_backward(
-        g_branch, xz, dtBC, conv_weight, conv_bias, *others[:2], dt_bias, A_log, D, others[2],
-        order, in_fp8,
-    )  # fmt: skip
-    g_n = _through(g_xz, in_proj, in_fp8)
-    g_x, n, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, of)
-    g_in_proj = _weight_gradient(g_xz, n, in_weight)
-    of_modulation = adaln.modulation_backward(g_shift, g_gain, g_factor, of)
-    return g_x, *of_modulation, g_in_proj, *of_mixer
-
-
-# ---------------------------------------- for torch.compile
-
-
-def _empty_outputs(x, modulation, keep, *rest):
-    *weights, _, dtype, _, out_dtype = rest
-    of = dict(zip(PARAMETERS, weights, strict=True))
-    rows = x.shape[:2]
-    return (
-        x.new_empty(x.shape, dtype=out_dtype),
-        x.new_empty((*rows, of["in_proj"].shape[0]), dtype=dtype),
-        x.new_empty((*rows, of["x_proj"].shape[0]), dtype=dtype),
-        x.new_empty(x.shape, dtype=dtype),
-        *_cast([of[name] for name in MATRICES], dtype)[1],
+def _convolve(xz, p, order):
+    return causal_conv1d.forward(
+        xz[..., : p.D.shape[0]], p.conv_weight, p.conv_bias, order, True
     )
 
 
-def _empty_gradients(g_out, xz, dtBC, branch, *rest):
-    x, modulation, _, *rest = rest[len(MATRICES) :]
-    return tuple(t.new_empty(t.shape) for t in (x, modulation, *rest[:-3]))
+def _scan_inputs(u, xz, dtBC, dt_proj, p, order):
+    rank, states = dt_proj.shape[1], p.A_log.shape[1]
+    dt, B, C = dtBC.split([rank, states, states], dim=-1)
+    delta, z = _product(dt, dt_proj), xz[..., p.D.shape[0] :]
+    A = -torch.exp(p.A_log)
+    return selective_scan.Inputs(u, delta, A, B, C, p.D, z, p.dt_bias, order, True)
 
 
-_library.impl("mamba_block_fwd", _forward, "CUDA")
-_library.impl("mamba_block_bwd", _backward, "CUDA")
-torch.library.register_fake("dim::mamba_block_fwd", _empty_outputs, lib=_library)
-torch.library.register_fake("dim::mamba_block_bwd", _empty_gradients, lib=_library)
+def _forward(*inputs):
+    *inputs, out_dtype = inputs
+    i = _pack(*inputs)
+    p, (weights, cast) = i.parameters, _cast(i.parameters, i.dtype)
+    xz = _product(adaln.norm(i.x, i.adaln, i.dtype), weights.in_proj, i.fp8)
+    u = _convolve(xz, p, i.order)
+    dtBC = _product(u, weights.x_proj)
+    scan = _scan_inputs(u, xz, dtBC, weights.dt_proj, p, i.order)
+    prepared = selective_scan.plan(launch_plan.scan_forward, u, p.A_log)
+    y, _ = selective_scan.run_forward(prepared, scan)
+    branch = _product(y, weights.out_proj, i.fp8)
+    return adaln.gate(i.x, branch, i.adaln, out_dtype), xz, dtBC, branch, *cast
 
 
-# ---------------------------------------- autograd
+def _scan_backward(g_branch, saved, weights, u, i, g_z):
+    """(gradients of the scan's inputs but z, whose gradient goes to g_z; of out_proj; A)."""
+    p = i.parameters
+    scan = _scan_inputs(u, saved.xz, saved.dtBC, weights.dt_proj, p, i.order)
+    y, g_y = torch.empty_like(u), _through(g_branch, weights.out_proj, i.fp8)
+    prepared = selective_scan.plan(launch_plan.scan_backward_with_output, u, p.A_log)
+    g = selective_scan.run_backward(prepared, g_y, None, scan, g_z=g_z, y=y)
+    return g, _weight_gradient(g_branch, y, p.out_proj), scan.A
+
+
+def _mixer_backward(g_branch, saved, weights, i):
+    """(gradient of xz, {name: gradient} of the mixer's parameters but in_proj)."""
+    p, channels = i.parameters, i.parameters.D.shape[0]
+    g_xz = torch.empty_like(saved.xz)
+    x, g_x, g_z = saved.xz[..., :channels], g_xz[..., :channels], g_xz[..., channels:]
+    u = _convolve(saved.xz, p, i.order)
+    g, g_out_proj, A = _scan_backward(g_branch, saved, weights, u, i, g_z)
+    dt = saved.dtBC[..., : p.dt_proj.shape[1]]
+    g_dt_proj = _weight_gradient(g.delta, dt, p.dt_proj)
+    g_dtBC = torch.cat([_through(g.delta, weights.dt_proj), g.BC[0], g.BC[1]], dim=-1)
+    g_x_proj = _weight_gradient(g_dtBC, u, p.x_proj)
+    g.u.flatten(0, 1).addmm_(g_dtBC.flatten(0, 1), weights.x_proj)
+    _, g_conv_weight, g_conv_bias = causal_conv1d.backward(
+        g.u, x, p.conv_weight, p.conv_bias, i.order, True, g_x=g_x
+    )
+    return g_xz, {
+        "conv_weight": g_conv_weight, "conv_bias": g_conv_bias, "x_proj": g_x_proj,
+        "dt_proj": g_dt_proj, "dt_bias": g.delta_bias,
+        "A_log": g.A * A,  # A = -exp(A_log)
+        "D": g.D, "out_proj": g_out_proj,
+    }  # fmt: skip
+
+
+def _backward(g_out, *rest):
+    saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) :])
+    weights = Matrices(*(
+        cast if cast.numel() else getattr(i.parameters, name)
+        for name, cast in zip(Matrices._fields, saved[3:], strict=True)
+    ))  # fmt: skip
+    g_out = g_out.contiguous()
+    g_branch, g_factor = adaln.gate_backward(g_out, saved.branch, i.adaln)
+    g_xz, g = _mixer_backward(g_branch, saved, weights, i)
+    g_n = _through(g_xz, weights.in_proj, i.fp8)
+    n = torch.empty_like(g_n)
+    g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, i.x, i.adaln, n)
+    g_in_proj = _weight_gradient(g_xz, n, i.parameters.in_proj)
+    g_modulation, g_table, g_weight = adaln.modulation_backward(
+        g_shift, g_gain, g_factor, i.adaln
+    )
+    return g_x, g_modulation, *Parameters(table=g_table, weight=g_weight, in_proj=g_in_proj, **g)
+
+
+# ---------------------------------------- for torch
+
+
+def _empty_outputs(*inputs):
+    *inputs, out_dtype = inputs
+    i = _pack(*inputs)
+    rows, p = i.x.shape[:2], i.parameters
+    return (
+        i.x.new_empty(i.x.shape, dtype=out_dtype),
+        i.x.new_empty((*rows, p.in_proj.shape[0]), dtype=i.dtype),
+        i.x.new_empty((*rows, p.x_proj.shape[0]), dtype=i.dtype),
+        i.x.new_empty(i.x.shape, dtype=i.dtype),
+        *_cast(p, i.dtype)[1],
+    )
+
+
+def _empty_gradients(g_out, *rest):
+    i = _pack(*rest[len(Saved._fields) :])
+    return tuple(t.new_empty(t.shape) for t in (i.x, i.adaln.modulation, *i.parameters))
+
+
+launch.define(
+    f"mamba_block_fwd({_SCHEMA}, ScalarType out_dtype) -> "
+    f"({', '.join(['Tensor'] * (1 + len(Saved._fields)))})",
+    _forward,
+    _empty_outputs,
+)
+launch.define(
+    f"mamba_block_bwd(Tensor g_out, {_tensors(f'saved_{name}' for name in Saved._fields)}, "
+    f"{_SCHEMA}) -> ({', '.join(['Tensor'] * (2 + len(Parameters._fields)))})",
+    _backward,
+    _empty_gradients,
+)
 
 
 def _save(ctx, inputs, output):
-    *tensors, ctx.dtype, ctx.in_fp8, _ = inputs
-    out, *kept = output
-    ctx.mark_non_differentiable(*kept)
+    *tensors, ctx.dtype, ctx.fp8, _ = inputs
+    saved = output[1:]
+    ctx.mark_non_differentiable(*saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*kept, *tensors)
+    ctx.save_for_backward(*saved, *tensors)
 
 
 def _gradients(ctx, g_out, *_):
-    launch.refuse_double_backward("mamba_block")
     saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
     g_x, g_modulation, *of_parameters = torch.ops.dim.mamba_block_bwd(
-        g_out, *saved, ctx.dtype, ctx.in_fp8
+        g_out, *saved, ctx.dtype, ctx.fp8
     )
     return g_x, g_modulation, None, *of_parameters, None, None, None, None
 
 
-torch.library.register_autograd(
-    "dim::mamba_block_fwd", _gradients, setup_context=_save, lib=_library
-)
+launch.differentiate("mamba_block_fwd", _save, _gradients)
 
 
-def mamba_block_cuda(x, modulation, keep, parameters, order, dtype, in_fp8, out_dtype):
+def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, in_fp8, out_dtype):
     """out (B, L, dim) in out_dtype, float32 or `dtype`, that of the products.
 
-    x (B, L, dim); modulation (B, 3, dim); keep (B,) or None; parameters: by the names PARAMETERS;
-    order (L,) or None; in_fp8: in_proj's and out_proj's products."""
+    x (B, L, dim); modulation (B, 3, dim); drop_path_scale (B,) or None; parameters: by the names of
+    Parameters; order (L,) or None; in_fp8: in_proj's and out_proj's products."""
     x = (x if x.dtype in (out_dtype, torch.float32) else x.to(out_dtype)).contiguous()
     parameters = [
-        parameters[name] if name in MATRICES else launch.as_parameter(parameters[name])
-        for name in PARAMETERS
+        parameters[name] if name in Matrices._fields else launch.as_parameter(parameters[name])
+        for name in Parameters._fields
     ]
-    keep = launch.as_parameter(keep)
     out, *_ = torch.ops.dim.mamba_block_fwd(
-        x, launch.as_parameter(modulation), keep, *parameters, launch.as_order(order), dtype,
-        in_fp8,
-        out_dtype,
+        x, launch.as_parameter(modulation), launch.as_parameter(drop_path_scale), *parameters,
+        launch.as_order(order), dtype, in_fp8, out_dtype,
     )  # fmt: skip
     return out

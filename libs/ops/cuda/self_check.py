@@ -1,30 +1,184 @@
-"""Each kernel's self-check: at its first use in a process it solves a small random problem, which
-must agree with the reference in float64.
+"""Every kernel of the shipped configs against the operators' definition, on small random problems.
 
-A compiler, driver or GPU that computes wrong numbers is found before they reach a model. The result
-is not kept on disk: it would have to be distrusted after every change of driver or GPU, and a check
-takes some hundredths of a second. The reference runs on the CPU, which owes nothing to the GPU.
+It runs at the first use of a dtype on a GPU, driver, compiler and csrc/; what passed is noted in
+the cache's directory. A compiler, driver or GPU that computes wrong numbers is found before they
+reach a model. The definition runs in float64 on the CPU, which owes nothing to the GPU.
 """
 
+import hashlib
+import itertools
 import threading
 
 import torch
 
+from libs.ops import reference
+from libs.ops.cuda import (
+    adaln,
+    causal_conv1d,
+    compiler,
+    fp8,
+    fp8_plan,
+    launch,
+    launch_plan,
+    selective_scan,
+)
+from libs.ops.cuda.config_kernels import OLDEST_FUSED, kernels_of_configs, streams
 from utils import UserError
 
-LENGTH = 43  # several tiles and two segments, the last ones incomplete
+BATCH, LENGTH, CHANNELS = 2, 43, 72  # several tiles and two segments, the last ones incomplete
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def random_inputs(shapes, low, dtype, seed=0):
-    """name -> random CPU tensor; those named in `low` in the dtype, the others in float32."""
+def _random(seed, dtype=torch.float32, *shapes):
+    """Random CPU tensors of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
-    inputs = {k: torch.randn(shape, **options) for k, shape in shapes.items()}
-    return {k: x.to(dtype) if k in low else x for k, x in inputs.items()}
+    return [torch.randn(shape, **options).to(dtype) for shape in shapes]
 
 
-def random_order():
+def _exact(tensors):
+    return [x.double().requires_grad_() for x in tensors]
+
+
+def _gradients(outputs, inputs, g):
+    return torch.autograd.grad(outputs, inputs, [x.double() for x in g], allow_unused=True)
+
+
+def _order():
     return torch.randperm(LENGTH, generator=torch.Generator().manual_seed(0), device="cpu")
+
+
+# ---------------------------------------- problems: (what, results, what they should be)
+
+
+def check_scan(gpu, dtype):
+    sequence, outer = (BATCH, LENGTH, CHANNELS), (BATCH, LENGTH, 16)
+    u, delta, z, B, C, g_y = _random(0, dtype, *[sequence] * 3, outer, outer, sequence)
+    A, D, bias, g_state = _random(
+        1, torch.float32, (CHANNELS, 16), CHANNELS, CHANNELS, (BATCH, CHANNELS, 16)
+    )
+    order, tensors = _order(), (u, delta, -A.exp(), B, C, D, z, bias)
+    exact = _exact(tensors)
+    outputs = reference.selective_scan_ref(*exact, True, order, True)
+    g_u, g_delta, g_A, g_B, g_C, g_D, g_z, g_bias = _gradients(outputs, exact, (g_y, g_state))
+    gradients = g_u, g_delta, g_A, torch.stack([g_B, g_C]), g_D, g_z, g_bias
+    x = selective_scan.Inputs(*(t.to(gpu.device) for t in (*tensors, order)), True)
+    shape = (*sequence, 16, launch.name_of(dtype), gpu.multiprocessors)
+
+    def prepare(plan_of, variant, **options):
+        plan = plan_of(*shape, variant=variant, **options)
+        return launch.prepare(plan, launch_plan.ScanParams, gpu.index)
+
+    one_thread = launch_plan.ONE_THREAD
+    for variant in (
+        one_thread, one_thread._replace(segments=2), launch_plan.FOUR_LANES,
+        launch_plan.EIGHT_LANES,
+    ):  # fmt: skip
+        prepared = prepare(launch_plan.scan_forward, variant)
+        yield f"selective_scan {variant}", selective_scan.run_forward(prepared, x, True), outputs
+    backward = launch_plan.backward_variant(*shape)
+    for output, segments in itertools.product((False, True), (1, 2)):
+        if output and gpu.arch < OLDEST_FUSED:
+            continue
+        variant = backward._replace(segments=segments)
+        prepared = prepare(launch_plan.scan_backward, variant, output=output)
+        y = torch.empty_like(x.u) if output else None
+        g = selective_scan.run_backward(prepared, g_y.to(x.u), g_state.to(x.A), x, y=y)
+        yield f"selective_scan, gradients {variant}", g, gradients
+        if output:
+            yield f"selective_scan, output again {variant}", (y,), outputs[:1]
+
+
+def check_convolution(gpu, dtype):
+    for channels in (40, 37):  # rows of whole vectors, and others
+        x, g_y = _random(0, dtype, *[(BATCH, LENGTH, channels)] * 2)
+        tensors = (x, *_random(1, torch.float32, (channels, 3), channels))
+        order, exact = _order(), _exact(tensors)
+        y = reference.causal_conv1d_ref(*exact, "silu", order)
+        inputs = *(t.to(gpu.device) for t in (*tensors, order)), True
+        yield "causal_conv1d", (causal_conv1d.forward(*inputs),), (y,)
+        g = causal_conv1d.backward(g_y.to(gpu.device), *inputs)
+        yield "causal_conv1d, gradients", g, _gradients(y, exact, (g_y,))
+
+
+def check_adaln(gpu, dtype):
+    sequence = (BATCH, LENGTH, CHANNELS)
+    parameters = _random(
+        0, torch.float32, (BATCH, 3, CHANNELS), (3, CHANNELS), CHANNELS, BATCH
+    )
+    at = adaln.Adaln(*(t.to(gpu.device) for t in parameters))
+    for x_dtype, out_dtype in streams(launch.name_of(dtype)):
+        x_dtype, out_dtype = DTYPES[x_dtype], DTYPES[out_dtype]
+        tensors = [
+            t.to(kind)
+            for t, kind in zip(
+                _random(1, torch.float32, *[sequence] * 4), (x_dtype, dtype, dtype, out_dtype),
+                strict=True,
+            )
+        ]  # fmt: skip
+        x, branch, g_n, g_out = (t.to(gpu.device) for t in tensors)
+        exact = _exact((*tensors[:2], *parameters))
+        n = reference.modulated_norm_ref(exact[0], exact[4], exact[2], exact[3])
+        out = reference.gated_residual_ref(*exact[:4], exact[5])
+        yield "modulated_norm", (adaln.norm(x, at, dtype),), (n,)
+        yield "gated_residual", (adaln.gate(x, branch, at, out_dtype),), (out,)
+        g = _gradients((n, out), exact[:5], tensors[2:])
+        g_branch, g_factor = adaln.gate_backward(g_out, branch, at)
+        again = torch.empty_like(g_n)
+        g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, at, again)
+        g_parameters = adaln.modulation_backward(g_shift, g_gain, g_factor, at)
+        yield "norm and gate, gradients", (g_x, g_branch, *g_parameters), g
+        yield "norm, output again", (again,), (n,)
+
+
+def check_fp8(gpu, dtype):
+    if gpu.arch < fp8_plan.OLDEST_ARCH or dtype == torch.float32:
+        return
+    for columns in fp8_plan.COLUMNS:
+        (x,) = _random(0, dtype, (19, columns))
+        x8, scale = fp8.quantize_rows(x.to(gpu.device))
+        expected8, expected = fp8.quantize_rows_ref(x)
+        # Half a unit of e4m3's last place apart at most, where a division rounds to the other side.
+        yield "quantize_rows", (x8.float() * scale,), (expected8.float() * expected,), fp8.E4M3
+    (x,) = _random(0, dtype, (80, 112))
+    scale = x.float().abs().amax(-1, keepdim=True) / 448.0
+    actual = fp8.quantize_transposed(x.to(gpu.device), scale.to(gpu.device))
+    expected = (x.float() / scale.max()).to(fp8.E4M3).t()
+    yield "quantize_transposed", (actual.float(),), (expected.float(),), fp8.E4M3
+
+
+# ---------------------------------------- the check
+
+
+def worst_errors(gpu, dtype):
+    """Runs every kernel of the dtype; (what, largest error relative to the largest value, what is
+    allowed) of each problem."""
+    for problems in (check_scan, check_convolution, check_adaln, check_fp8):
+        for what, actual, expected, *rounding in problems(gpu, dtype):
+            allowed = max(1e-4, 2 * torch.finfo(*rounding or (dtype,)).eps)
+            errors = [
+                (a.cpu().double() - e.double()).abs().max() / e.double().abs().max()
+                for a, e in zip(actual, expected, strict=True)
+            ]
+            yield what, torch.stack(errors).max().item(), allowed
+
+
+def check(gpu, dtype):
+    """Lines for people; UserError if a kernel computes wrong numbers."""
+    gpu.checked.add(dtype)  # the problems use the kernels as a model does
+    kernels = kernels_of_configs(launch.name_of(dtype), gpu.arch)
+    compiler.compile_all(kernels, gpu.arch, gpu.announce)
+    lines = []
+    with torch.cuda.device(gpu.index):
+        for what, error, allowed in worst_errors(gpu, dtype):
+            if not error <= allowed:  # not: a NaN is no agreement
+                raise UserError(
+                    f"the CUDA kernels compute wrong numbers on {gpu.name} (sm_{gpu.arch}): {what} "
+                    f"in {dtype} is off by {error:.2g} of its largest value, {allowed:.2g} is "
+                    "allowed; DIM_BACKEND=reference runs without them; please report this"
+                )
+            lines.append(f"{what}: {error:.2g} of {allowed:.2g}")
+    return lines
 
 
 def undisturbed(function, *args):
@@ -47,16 +201,28 @@ def undisturbed(function, *args):
     return result
 
 
-def require_agreement(what, gpu, actual, expected, dtype):
-    """UserError unless every tensor of `actual` (name -> tensor) is the one of `expected`, to the
-    rounding of the dtype."""
-    tolerance = max(1e-4, 2 * torch.finfo(dtype).eps)
-    for name, x in expected.items():
-        error = (actual[name].cpu().double() - x.double()).abs().max() / x.double().abs().max()
-        if not error <= tolerance:  # not: a NaN is no agreement
-            raise UserError(
-                f"the CUDA kernels of {what}, compiled for {gpu.name} (sm_{gpu.arch}), compute "
-                f"wrong numbers: {name} is off by {error.item():.2g} of its largest value, "
-                f"{tolerance:.2g} is allowed; DIM_BACKEND=reference runs without them; please "
-                "report this with the output of `python -m libs.ops`"
-            )
+def note(gpu, dtype):
+    """The file that says that this dtype's kernels passed on this GPU with this software."""
+    driver = launch.driver_version()
+    facts = (gpu.name, driver, compiler.nvrtc_version(), compiler.digest("*.cu*").hex(), dtype)
+    name = hashlib.sha256(repr(facts).encode()).hexdigest()
+    return compiler.cache_directory() / "checked" / name
+
+
+def require_checked(gpu, dtype):
+    """UserError unless the kernels of this dtype pass, now or as noted earlier."""
+    path = note(gpu, dtype)
+    if path.exists():
+        gpu.checked.add(dtype)
+        return
+    try:
+        launch.refuse_capture()
+        lines = undisturbed(check, gpu, dtype)
+    except BaseException:
+        gpu.checked.discard(dtype)
+        raise
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        compiler.warn_of_cache(error.strerror)
