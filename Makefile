@@ -9,7 +9,7 @@ NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
 
 CHECKS := tests/test_road.py $(wildcard tests/test_golden_*.py) tests/test_regression.py tests/test_ops.py tests/test_rooms.py
 
-.PHONY: demo check test test-slow lint clean-demo
+.PHONY: demo check test test-slow test-gpu lint clean-demo
 
 demo: .venv/installed assets/digits_classifier.safetensors
 	$(BIN)/python train.py --config=configs/digits_T_DiM.py
@@ -27,6 +27,10 @@ test: .venv/installed-tests
 
 test-slow: .venv/installed-slow
 	$(BIN)/python -m pytest -q -m slow
+
+# With the machine's own Python and packages; COMMIT=... where there is no git.
+test-gpu:
+	$(PYTHON) tests/gpu_record.py
 
 assets/digits_classifier.safetensors: scripts/train_digits_classifier.py libs/evaluate/features.py | .venv/installed
 	$(BIN)/python scripts/train_digits_classifier.py
