@@ -32,18 +32,11 @@ def build_model(nnet, seed=None):
 
 def resize_state(state_dict, model):
     """Fit DiM weights of another resolution or patch size to `model`, as the official fine-tuning
-    does.
+    does: (name -> tensor, list of sentences on what changed).
 
     The position table is interpolated (its grid is taken to be square); for another patch size the
     [0, 0] tap of the patch embedding and of the output head are repeated over the new patch.
-
-    Args:
-        state_dict: our names -> tensor.
-        model: the DiM to be loaded.
-
-    Returns:
-        (our names -> tensor, list of sentences on what changed). Weights with other names stay as
-        they are.
+    Weights with other names than the model's stay as they are.
     """
     tensors, changes = dict(state_dict), []
     if tensors.keys() != model.state_dict().keys():
@@ -63,12 +56,11 @@ def resize_state(state_dict, model):
 
 
 def load_into(model, path):
-    """Load weights for evaluation or to start from into `model`, strictly.
+    """Load weights into `model`, strictly; those of a DiM for another resolution or patch size are
+    fitted (resize_state). Returns sentences on what was changed.
 
     path: a `<step>.ckpt` directory, whose averaged weights are read, a .safetensors file, or an
-    official .pth. Weights of a DiM for another resolution or patch size are fitted (resize_state).
-
-    Returns sentences on what was changed. UserError if there are no weights, or of another network.
+    official .pth. UserError: there are no weights, or those of another network.
     """
     file = weights_file(path)
     if not file.is_file():
@@ -85,10 +77,8 @@ def load_into(model, path):
 
 
 def start_from(model, path):
-    """Load the weights that `nnet.pretrained_path` names into `model`, for a training that begins.
-
-    Returns sentences for the log. UserError as load_into: nothing is trained from scratch by
-    mistake.
+    """load_into for a training that begins: sentences for the log. path: `nnet.pretrained_path`;
+    None starts from scratch.
     """
     if not path:
         return ["starting from scratch"]

@@ -1,7 +1,4 @@
-"""Official configurations and weights <-> ours, exactly, both ways, for DiM and U-ViT.
-
-Only names and shapes of the official repositories appear here.
-"""
+"""Official configurations and weights <-> ours, exactly, both ways, for DiM and U-ViT."""
 
 import re
 
@@ -21,7 +18,6 @@ _DIM_KEYS = {
     "scan_pattern_len": "scan_directions", "mlp_time_embed": "mlp_time_embed",
     "drop_path_rate": "drop_path",
 }  # fmt: skip
-_MAMBA_KEYS = {"mamba_d_state": "d_state", "mamba_d_conv": "d_conv", "mamba_expand": "expand"}
 # Keys that select a network: every published one has these values.
 _DIM_FIXED = {
     "encoder_start_blk_id": 1, "is_absorb": False, "is_align_exchange_q_kv": False,
@@ -33,10 +29,11 @@ _DIM_FIXED = {
 }  # fmt: skip
 # Keys that are computed with below, and keys that do not reach the network.
 _DIM_OTHERS = {
-    "attention_head_dim", "num_attention_heads", "pad_token_schedules", "is_skip_tune",
-    "skip_tune_param", "is_freeu", "freeu_param", "activation_fn", "attention_bias",
-    "kv_as_one_token_idx", "nested_order", "norm_elementwise_affine", "num_2d_enc_dec_layers",
-    "sequence_schedule", "multi_times", "name", "pretrained_path", "num_patches", "out_channels",
+    "attention_head_dim", "num_attention_heads", "mamba_d_state", "mamba_d_conv", "mamba_expand",
+    "pad_token_schedules", "is_skip_tune", "skip_tune_param", "is_freeu", "freeu_param",
+    "activation_fn", "attention_bias", "kv_as_one_token_idx", "nested_order", "name",
+    "norm_elementwise_affine", "num_2d_enc_dec_layers", "sequence_schedule", "multi_times",
+    "pretrained_path", "num_patches", "out_channels",
 }  # fmt: skip
 _UVIT_KEYS = {
     "img_size": "input_size", "in_chans": "in_channels", "embed_dim": "dim", "depth": "depth",
@@ -47,22 +44,17 @@ _UVIT_KEYS = {
 _UVIT_FIXED = {"skip": True, "qk_scale": None}
 
 
-def _translate(kwargs, keys):
-    return {ours: kwargs[official] for official, ours in keys.items() if official in kwargs}
-
-
-def _refuse_others(kwargs, known, fixed):
-    """UserError for keys that no published network has, or that have another value there."""
-    others = [
+def _build(network, kwargs, keys, fixed, others, state_dict, **keywords):
+    """The network of `keywords` and of the official `kwargs` that `keys` translates."""
+    strange = [
         f"{key}={value!r}"
         for key, value in kwargs.items()
-        if key not in known | fixed.keys() or value != fixed.get(key, value)
+        if key not in {*keys, *fixed, *others} or value != fixed.get(key, value)
     ]
-    if others:
-        raise UserError(f"the published networks do not have {', '.join(others)}")
-
-
-def _load(model, state_dict):
+    if strange:
+        raise UserError(f"the published networks do not have {', '.join(strange)}")
+    keywords |= {ours: kwargs[official] for official, ours in keys.items() if official in kwargs}
+    model = network(**keywords)
     if state_dict is not None:
         load_strict(model, from_official(model, state_dict), "the official state dict")
     return model
@@ -76,25 +68,24 @@ def model_from_official(nnet_kwargs, state_dict=None):
     missing, unexpected or misshapen.
     """
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in nnet_kwargs.items()}
-    _refuse_others(kwargs, {*_DIM_KEYS, *_MAMBA_KEYS, *_DIM_OTHERS}, _DIM_FIXED)
-    model = DiM(
-        **_translate(kwargs, _DIM_KEYS),
+    return _build(
+        DiM, kwargs, _DIM_KEYS, _DIM_FIXED, _DIM_OTHERS, state_dict,
         dim=kwargs["attention_head_dim"] * kwargs["num_attention_heads"],
-        mamba=_translate(kwargs, _MAMBA_KEYS),
+        mamba={key: kwargs[f"mamba_{key}"] for key in ("d_state", "d_conv", "expand")},
         pad_layout=kwargs["pad_token_schedules"][1],
         skip_tuning=kwargs["skip_tune_param"] if kwargs.get("is_skip_tune") else None,
         freeu=kwargs["freeu_param"] if kwargs.get("is_freeu") else None,
-    )
-    return _load(model, state_dict)
+    )  # fmt: skip
 
 
 def uvit_from_official(kwargs, state_dict=None):
     """Our UViT from official U-ViT keywords, and weights, as `model_from_official`."""
     kwargs = {"in_chans": 3, "num_classes": -1, **kwargs}
-    _refuse_others(kwargs, {*_UVIT_KEYS, "num_classes", "name"}, _UVIT_FIXED)
     # The official num_classes counts the null class too; -1 is a network without labels.
-    num_classes = max(kwargs["num_classes"] - 1, 0)
-    return _load(UViT(**_translate(kwargs, _UVIT_KEYS), num_classes=num_classes), state_dict)
+    return _build(
+        UViT, kwargs, _UVIT_KEYS, _UVIT_FIXED, {"num_classes", "name"}, state_dict,
+        num_classes=max(kwargs["num_classes"] - 1, 0),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------ names of tensors
@@ -156,8 +147,7 @@ def _pair_names(model):
     for ours in model.state_dict():
         place, official = (len(rules),), ours
         for rank, (pattern, replacement) in enumerate(rules):
-            match = re.match(rf"{pattern}(?=\.|$)", ours)
-            if match:
+            if match := re.match(rf"{pattern}(?=\.|$)", ours):
                 place, official = (rank,), match.expand(replacement) + ours[match.end() :]
                 if "blocks" in pattern:
                     place = (first_of_block, blocks.setdefault(match[1], len(blocks)), rank)
@@ -175,14 +165,10 @@ def _reshape(official, tensor, direction):
 
 def to_official(model):
     """The weights of a DiM or UViT under the official names, shapes and order: dict of name ->
-    tensor (contiguous copies where reshaped). The official names know the Mamba mixer; tensors of
-    another keep their own.
+    tensor. Official names know the Mamba mixer; tensors of another keep their own.
     """
-    state = model.state_dict()
-    return {
-        official: _reshape(official, state[ours], 1).contiguous()
-        for official, ours in _pair_names(model).items()
-    }
+    state, names = model.state_dict(), _pair_names(model)
+    return {name: _reshape(name, state[ours], 1).contiguous() for name, ours in names.items()}
 
 
 def from_official(model, state_dict):

@@ -2,6 +2,7 @@
 join shallow and deep blocks.
 """
 
+import functools
 import math
 
 import torch
@@ -19,11 +20,8 @@ class Block(nn.Module):
         super().__init__()
         self.skip = nn.Linear(2 * dim, dim) if has_skip else None
         self.norm1, self.attn = nn.LayerNorm(dim), Attention(dim, heads=heads, qkv_bias=qkv_bias)
-        hidden = int(dim * mlp_ratio)
-        self.norm2, self.mlp = (
-            nn.LayerNorm(dim),
-            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim)),
-        )
+        self.norm2, hidden = nn.LayerNorm(dim), int(dim * mlp_ratio)
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, dim))
 
     def forward(self, x, skip=None):
         """x, skip (B, L, dim) -> (B, L, dim)."""
@@ -36,17 +34,9 @@ class Block(nn.Module):
 class UViT(nn.Module):
     """The network of U-ViT, with DiM's interface.
 
-    Args:
-        input_size: side of the square input (or its (height, width)) of the position table; other
-            sizes interpolate it.
-        in_channels: channels of the input and of the prediction.
-        dim, depth, heads: width, blocks (half of them before, half after the middle block),
-            attention heads.
-        num_classes: 0 for no labels; otherwise label `num_classes` is the null class.
-        final_conv: a 3x3 convolution on the output image.
-        activation_checkpointing: recompute each block in the backward pass.
-
-    UserError: an input size that the patch size does not divide.
+    depth: blocks, half of them before and half after the middle block. num_classes: 0 for no
+    labels; otherwise label `num_classes` is the null class. final_conv: a 3x3 convolution on the
+    output image. The other keywords are DiM's.
     """
 
     def __init__(
@@ -59,19 +49,15 @@ class UViT(nn.Module):
         self.dim, self.num_classes = dim, num_classes
         self.activation_checkpointing = activation_checkpointing
         self.extra_tokens = 2 if num_classes else 1
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, self.extra_tokens + math.prod(self.native_grid), dim)
-        )
+        rows = self.extra_tokens + math.prod(self.native_grid)
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
         self.time_embed = layers.TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
-
-        def block(has_skip):
-            return Block(dim, heads, mlp_ratio, qkv_bias, has_skip)
-
-        self.in_blocks = nn.ModuleList(block(False) for _ in range(depth // 2))
-        self.mid_block = block(False)
-        self.out_blocks = nn.ModuleList(block(True) for _ in range(depth // 2))
+        block = functools.partial(Block, dim, heads, mlp_ratio, qkv_bias)
+        self.in_blocks = nn.ModuleList(block(has_skip=False) for _ in range(depth // 2))
+        self.mid_block = block(has_skip=False)
+        self.out_blocks = nn.ModuleList(block(has_skip=True) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, patch_size**2 * in_channels)
         self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else None
