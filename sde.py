@@ -25,7 +25,7 @@ import math
 
 import torch
 
-from utils import UserError
+from utils import UserError, look_up
 
 N_TIMESTEPS = 1000  # of the discrete schedule
 
@@ -231,9 +231,7 @@ PROCESSES = {"vpsde": VPSDE, "discrete": DiscreteSchedule}
 
 def make_process(name, **settings):
     """The process of this name in PROCESSES; settings are keywords of its class."""
-    if name not in PROCESSES:
-        raise UserError(f"process.name is {name!r}, known are: {', '.join(PROCESSES)}")
-    return PROCESSES[name](**settings)
+    return look_up(PROCESSES, name, "process.name")(**settings)
 
 
 def require_offered(process, names, user):

@@ -43,6 +43,17 @@ class UserError(ValueError):
 # ---------------------------------------------------------------------------------------------
 # Files
 
+def look_up(table, name, key):
+    """table[name], of things registered by name; key: of the config, for the sentence.
+
+    Raises:
+        UserError: the table has no such name.
+    """
+    if name not in table:
+        raise UserError(f"{key} is {name!r}, expected one of {', '.join(table)}")
+    return table[name]
+
+
 def make_directory(path) -> Path:
     """Make the directory `path` and its parents; UserError if that cannot be."""
     try:

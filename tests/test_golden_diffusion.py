@@ -8,7 +8,6 @@ from gaussian import noise_prediction
 from golden_cases import assert_close
 
 from libs.diffusion.samplers import sample
-from libs.diffusion.solvers import blocks_on_times, solve_singlestep
 from libs.train.ema import EMA
 from libs.train.optimizer import warmup_constant
 from sde import VPSDE, DiscreteSchedule, denoising_loss
@@ -284,14 +283,12 @@ def test_dpm_solver_pp(case, arrays):
     process = DiscreteSchedule()
     (x_init,) = tensors(arrays, "x_init")
     predict_x0 = case["defaults_in_effect"]["predict_x0"]
+    algorithm = "dpm_solver" if predict_x0 else "dpm_solver_upsample_g"
 
     def run(x):
         net = Recorder(process, arrays)
-        if predict_x0:
-            options = dict(pred="noise_pred", algorithm="dpm_solver", steps=case["steps"])
-            return net, sample(net, process, x, **options)
-        blocks = blocks_on_times(process, torch.linspace(1, 1e-3, case["steps"] + 1, dtype=x.dtype))
-        return net, solve_singlestep(net, process, x, blocks, data_prediction=False)
+        options = dict(pred="noise_pred", algorithm=algorithm, steps=case["steps"])
+        return net, sample(net, process, x, **options)
 
     net, out = run(x_init)
     check_calls(net, arrays, SAMPLER_TOL, SAMPLER_TOL)

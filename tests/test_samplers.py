@@ -226,7 +226,7 @@ def test_image_noise_is_gaussian_and_independent_between_images():
 
 
 @pytest.mark.parametrize("process, algorithm, message", [
-    ("vpsde", "ddim", "unknown sampling algorithm 'ddim'.*euler_maruyama_sde.*DDIMScheduler"),
+    ("vpsde", "ddim", "sample.algorithm is 'ddim'.*euler_maruyama_sde.*DDIMScheduler"),
     ("discrete", "euler_maruyama_ode", "euler_maruyama_ode needs g2, which process Discrete"),
 ])
 def test_errors(process, algorithm, message):

@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from sde import require_offered
-from utils import UserError
+from utils import look_up
 
 
 def at_process_time(network, process):
-    """predict(x, t, y, hidden=()) of a network: its output in x's dtype, at process time t.
-
-    With `hidden`, numbers of blocks, the result is (output, {number: tokens (B, L, D)}).
+    """predict(x, t, y, hidden=()) of a network: its output in x's dtype at process time t, and with
+    `hidden`, numbers of blocks, (output, {number: tokens (B, L, D)}).
     """
 
     def predict(x, t, y, hidden=()):
@@ -32,11 +31,10 @@ def at_process_time(network, process):
 def classifier_free(predict, y, null_label, settings):
     """cond + scale * (cond - uncond) (Ho and Salimans, arXiv 2207.12598, equation 6).
 
-    This is the paper's convention; where guidance is written uncond + w * (cond - uncond), w = 1 +
-    scale. Both halves run in one batch, the unconditional one with `null_label` (the number of
-    classes) for every image. Only the network itself runs with scale 0, without `settings.cfg` or
-    labels, and at times outside guidance_interval = (lo, hi), ends included (Kynkäänniemi et al.,
-    arXiv 2404.07724).
+    Where guidance is written uncond + w * (cond - uncond), w = 1 + scale. Both halves run in one
+    batch, the unconditional half with `null_label`, the number of classes. The network runs alone
+    with scale 0, without `settings.cfg` or labels, and at times outside guidance_interval = (lo,
+    hi), ends included (Kynkäänniemi et al., arXiv 2404.07724).
     """
     scale = settings.scale if settings.cfg and y is not None else 0
     if scale == 0:
@@ -59,10 +57,8 @@ GUIDANCE = {"classifier_free": classifier_free}
 
 
 def low_resolution_time(process, t, m):
-    """The time tau at which an image m times smaller has m^2 times the signal-to-noise ratio of t.
-
-    t (...) process times; the nearest of 1000 times, written n / 999, as the official code has it,
-    and none above the first of t.
+    """The time tau at which an image m times smaller has m^2 times the signal-to-noise ratio of t
+    (...): as published the nearest of 1000 times, written n / 999, and none above the first of t.
     """
     times = torch.arange(999, -1, -1, dtype=torch.float32) / 1000
     times[-1] = 1e-5
@@ -72,9 +68,9 @@ def low_resolution_time(process, t, m):
 
 
 def upsampling(output, process, pred, m, theta=1.0, eta=0.3, T=1.0):
-    """Samples m times as large as the network was trained for, without training (Hwang et al.,
-    arXiv 2404.01709): where t >= (1 - eta) T, the predicted noise's m-fold average is moved towards
-    that for the m times smaller image, by theta.
+    """Samples m times as large as the network was trained for (Hwang et al., arXiv 2404.01709):
+    where t >= (1 - eta) T, the predicted noise's m-fold average is moved towards that for the m
+    times smaller image, by theta.
 
     The average of m x m pixels has m^2 times the signal-to-noise ratio; divided by the root of its
     power alpha^2 + sigma^2 / m^2 it is a noisy image of time tau (`low_resolution_time`), whose
@@ -98,13 +94,10 @@ def upsampling(output, process, pred, m, theta=1.0, eta=0.3, T=1.0):
 
 
 def make_guided(network, process, y, *, pred, null_label, settings, upsample=None):
-    """output(x, t): the raw output of network(x, model_time, y) under a config's guidance.
-
-    settings: the config's section `sample`; upsample: keywords m, theta, eta, T of `upsampling`, or
-    None. UserError for an unknown `settings.guidance`.
+    """output(x, t) of network(x, model_time, y) under the guidance of `settings`, the config's
+    section `sample`; upsample: keywords m, theta, eta, T of `upsampling`, or None.
     """
     name = settings.get("guidance") or "classifier_free"
-    if name not in GUIDANCE:
-        raise UserError(f"sample.guidance is {name!r}, known are: {', '.join(GUIDANCE)}")
-    output = GUIDANCE[name](at_process_time(network, process), y, null_label, settings)
+    guide = look_up(GUIDANCE, name, "sample.guidance")
+    output = guide(at_process_time(network, process), y, null_label, settings)
     return upsampling(output, process, pred, **upsample) if upsample else output

@@ -13,29 +13,22 @@ def _splitmix64(state):
     return z ^ (z >> 31)
 
 
-def _mix32(z):
-    """MurmurHash3's finalizer, a bijection of 32 bits."""
+def image_seed(seed, index):
+    """Generator seed of image `index` < 2**32: mix32((splitmix64(seed) + index) mod 2**32), mix32
+    being MurmurHash3's finalizer, a bijection of 32 bits.
+
+    A torch generator on the CPU keeps only 32 bits of its seed: with 64 mixed bits two of 50,000
+    images would share their noise in one run of four, with a bijection of the index never.
+    """
+    z = (_splitmix64(seed & _MASK_64) + index) & 0xFFFFFFFF
     z = ((z ^ (z >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     z = ((z ^ (z >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return z ^ (z >> 16)
 
 
-def image_seed(seed, index):
-    """Generator seed of image `index` < 2**32: mix32((splitmix64(seed) + index) mod 2**32).
-
-    A torch generator on the CPU keeps only 32 bits of its seed. With 64 mixed bits, two of 50,000
-    images would share their noise in one run of four; a bijection of the index never lets two
-    images of one seed share it.
-    """
-    return _mix32((_splitmix64(seed & _MASK_64) + index) & 0xFFFFFFFF)
-
-
 class ImageNoise:
-    """Gaussian noise of images, each with a CPU generator of its own seeded by (seed, index).
-
-    An image's numbers are the same, bit for bit, for any batch, device and number of processes.
-    indices: the images of this batch; shape: (C, H, W). `generators`: one for each image, for
-    diffusers' schedulers.
+    """Gaussian noise of the images `indices`, each of shape (C, H, W): the same bits for any batch,
+    device and number of processes. `generators`: one for each image, for diffusers' schedulers.
     """
 
     def __init__(self, seed, indices, shape):
