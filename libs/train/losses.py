@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 
 import utils
-from libs.train.registry import look_up, register
+from libs.train.registry import register
+from utils import look_up
 
 LOSSES = {}  # name -> f(output, target, hidden, batch) -> (B,) float32
 

@@ -5,7 +5,8 @@ import math
 
 import torch
 
-from libs.train.registry import look_up, register
+from libs.train.registry import register
+from utils import look_up
 
 OPTIMIZERS = {}  # config.optimizer.name -> f(parameters, settings) -> torch.optim.Optimizer
 SCHEDULES = {}  # config.lr_scheduler.name -> f(step, warmup_steps, n_steps) -> factor of the rate

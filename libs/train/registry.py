@@ -1,8 +1,5 @@
 """Tables of functions by the names that a config gives them."""
 
-from utils import UserError
-
-
 def register(table, *names):
     """Decorator: enter a function into `table` under these names."""
 
@@ -11,10 +8,3 @@ def register(table, *names):
         return function
 
     return enter
-
-
-def look_up(table, name, key):
-    """table[name]; UserError with the names there are. key: of the config, for the sentence."""
-    if name not in table:
-        raise UserError(f"{key} {name!r} is unknown: there is {', '.join(sorted(table))}")
-    return table[name]
