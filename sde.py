@@ -101,9 +101,7 @@ class VariancePreserving:
         return out, (x_t - alpha * out) / sigma
 
     def velocity(self, pred, out, x_t, t):
-        """dx_t/dt = (log alpha)' (x_t - eps / sigma), as alpha' = alpha (log alpha)' and
-        sigma' = -alpha alpha' / sigma.
-        """
+        """dx_t/dt = (log alpha)' (x_t - eps / sigma), as sigma' = -alpha alpha' / sigma."""
         _, eps = self.to_x0_eps(pred, out, x_t, t)
         slope, sigma = self.log_alpha_slope(t), self.sigma(t)
         return per_sample(slope, x_t) * (x_t - eps / per_sample(sigma, x_t))
@@ -240,15 +238,3 @@ def require_offered(process, names, user):
     if missing:
         kind = type(process).__name__
         raise UserError(f"{user} needs {missing[0]}, which process {kind} does not have")
-
-
-def denoising_loss(model, process, x0, y, *, pred, t, eps, **model_kwargs):
-    """Squared error of the network's prediction, averaged over C, H, W (Ho et al., arXiv
-    2006.11239, equation 14).
-
-    x0 and eps (B, C, H, W); y (B,) labels or None; t (B,) float32 process times; model_kwargs go to
-    the network. Returns (B,) float32, accumulated in float32 whatever the network's dtype.
-    """
-    out = model(process.mix(x0, eps, t), process.model_time(t), y, **model_kwargs)
-    target = process.target(pred, x0, eps, t)
-    return (out.float() - target.float()).square().flatten(1).mean(1)

@@ -1,6 +1,20 @@
-"""The distribution whose denoiser is known in closed form: x_0 ~ N(mu, s^2), elementwise."""
+"""The distribution whose denoiser is known in closed form: x_0 ~ N(mu, s^2), elementwise; and the
+loss of any network.
+"""
 
 import torch
+
+from libs.data.codec import PixelCodec
+from libs.train.losses import Draws, Objective
+
+
+def training_loss(model, process, x0, y, *, pred, u, eps):
+    """Losses (B,) as training computes them: u (B,) uniform in [0, 1) gives the times."""
+    objective = Objective(
+        process, PixelCodec(), pred=pred, weights={"mse": 1.0}, null_label=-1,
+        p_uncond=None if y is None else 0.0,
+    )  # fmt: skip
+    return objective(model, x0, y, Draws(u, u, u.new_zeros(len(u), 0), eps, None))
 
 
 def noise_prediction(x, mu, s, log_alpha):

@@ -23,7 +23,7 @@ from libs.train.losses import Objective, make_draws
 from libs.train.optimizer import make_optimizer
 from libs.train.resume import Progress, TrainState
 from libs.train.step import take_step, update
-from sde import VPSDE, DiscreteSchedule, denoising_loss
+from sde import VPSDE, DiscreteSchedule
 
 pytestmark = [
     pytest.mark.cuda,
@@ -170,6 +170,13 @@ def pinned_batches():
         yield x.pin_memory(), torch.randint(CLASSES, (4,), generator=generator).pin_memory()
 
 
+def make_objective(p_uncond):
+    return Objective(
+        VPSDE(), PixelCodec(), pred="noise_pred", weights={"mse": 1.0}, p_uncond=p_uncond,
+        null_label=CLASSES,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("graphed", [False, True])
 @pytest.mark.parametrize("name", ["no", "bf16", "fp16"])
 def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
@@ -191,10 +198,7 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
     engine = Engine("one process", called, model, optimizer, precision.scaler, 1.0)
     state, outcomes = TrainState(model, ema, engine, precision, Progress()), []
     batches = Prefetcher(pinned_batches(), GPU)
-    objective = Objective(
-        VPSDE(), PixelCodec(), pred="noise_pred", weights={"mse": 1.0}, p_uncond=0.1,
-        null_label=CLASSES,
-    )  # fmt: skip
+    objective = make_objective(0.1)
     for k in itertools.count():
         with no_synchronisation() if k > 1 else contextlib.nullcontext():
             draws = make_draws(
@@ -216,24 +220,20 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
 
 def trained(dtype, graphed, uncond, steps=5, accumulation=2):
     """(losses, weights) of some AdamW steps with stochastic depth and clipping."""
-    model, process = make_dim().train(), VPSDE()
+    model, objective = make_dim().train(), make_objective(None if uncond else 0.1)
     model.drop_path = 0.2
     called = GraphedTraining(model) if graphed else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    generator = torch.Generator("cuda").manual_seed(1)
     losses = []
-    for _ in range(steps):
+    for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
-        for _ in range(accumulation):
-            x, eps = (torch.randn(4, 3, 16, 16, generator=generator, device=GPU) for _ in "xe")
-            t = torch.rand(4, generator=generator, device=GPU)
-            draw = torch.rand(4, 5, generator=generator, device=GPU)
-            y = None if uncond else torch.arange(4, device=GPU)
+        for k in range(accumulation):
+            x, _, y = make_inputs(4, seed=step)
+            draws = make_draws(
+                step, k, size=4, shape=(3, 16, 16), depth=5, encoding=False, device=GPU
+            )
             with autocast(dtype):
-                loss = denoising_loss(
-                    called, process, x, y, pred="noise_pred", t=process.train_time(t),
-                    eps=eps, drop_path_draw=draw,
-                ).mean()
+                loss = objective(called, x, y, draws).mean()
             loss.backward()
             losses.append(loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)

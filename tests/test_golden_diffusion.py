@@ -4,13 +4,13 @@ import golden_cases
 import numpy as np
 import pytest
 import torch
-from gaussian import noise_prediction
+from gaussian import noise_prediction, training_loss
 from golden_cases import assert_close
 
 from libs.diffusion.samplers import sample
 from libs.train.ema import EMA
 from libs.train.optimizer import warmup_constant
-from sde import VPSDE, DiscreteSchedule, denoising_loss
+from sde import VPSDE, DiscreteSchedule
 
 SAMPLER_TOL = 5e-6  # tolerances of the golden README
 FEW_STEPS_TOL = 5e-4
@@ -95,19 +95,20 @@ def toy_loss_net(x, t, y):
 
 
 def discrete_draws(arrays):
-    """x0, eps, y and the process time of the recorded steps n."""
+    """x0, eps, y, and the uniform draw and process time of the recorded steps n."""
     x0, eps, y, n = tensors(arrays, "x0", "eps", "y", "n")
-    return x0, eps, y, (n.double() / 1000).float()
+    u = ((n.double() - 0.5) / 1000).float()
+    return x0, eps, y, u, DiscreteSchedule().train_time(u)
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("training_losses"))
 def test_discrete_loss(case, arrays):
     process = DiscreteSchedule()
-    x0, eps, y, t = discrete_draws(arrays)
+    x0, eps, y, u, t = discrete_draws(arrays)
     assert torch.equal(process.model_time(t), tensors(arrays, "discrete_t")[0])
     assert_close(process.mix(x0, eps, t), arrays["discrete_xn"], 1e-6, "x_n")
     for labels, name in (y, "discrete_toy_loss"), (None, "discrete_toy_loss_y_none"):
-        loss = denoising_loss(toy_loss_net, process, x0, labels, pred="noise_pred", t=t, eps=eps)
+        loss = training_loss(toy_loss_net, process, x0, labels, pred="noise_pred", u=u, eps=eps)
         assert_close(loss, arrays[name], SAMPLER_TOL, name)
 
 
@@ -117,7 +118,7 @@ def test_discrete_loss_with_bfloat16_draws(case, arrays):
     rounds it.
     """
     process = DiscreteSchedule()
-    x0, eps, y, t = discrete_draws(arrays)
+    x0, eps, y, u, t = discrete_draws(arrays)
     x0, eps = x0.bfloat16(), eps.bfloat16()
     times = []
 
@@ -128,7 +129,7 @@ def test_discrete_loss_with_bfloat16_draws(case, arrays):
     x_n = process.mix(x0, eps, t)
     assert x_n.dtype == torch.bfloat16
     assert_close(x_n.float(), arrays["discrete_bf16_xn"], BF16_TOL, "x_n")
-    loss = denoising_loss(rounding_net, process, x0, y, pred="noise_pred", t=t, eps=eps)
+    loss = training_loss(rounding_net, process, x0, y, pred="noise_pred", u=u, eps=eps)
     assert loss.dtype == torch.float32
     assert_close(loss, arrays["discrete_bf16_toy_loss"], BF16_TOL, "loss")
     assert torch.equal(times[0].float(), tensors(arrays, "discrete_bf16_t")[0])
@@ -142,7 +143,7 @@ def test_vpsde_loss(case, arrays):
     assert_close(process.model_time(t), arrays["vpsde_network_time"], 1e-7, "network time")
     assert_close(process.mix(x0, eps, t), arrays["vpsde_xt"], 1e-6, "x_t")
     for pred, name in ("noise_pred", "vpsde_toy_loss"), ("x0_pred", "vpsde_x0pred_toy_loss"):
-        loss = denoising_loss(toy_loss_net, process, x0, y, pred=pred, t=t, eps=eps)
+        loss = training_loss(toy_loss_net, process, x0, y, pred=pred, u=u, eps=eps)
         assert_close(loss, arrays[name], SAMPLER_TOL, name)
 
 
@@ -159,13 +160,12 @@ def dim_network(nnet_kwargs, weight_seed):
 @pytest.mark.parametrize("case, arrays", golden_cases.params("training_losses"))
 def test_loss_of_the_backbone(case, arrays):
     model = dim_network(case["dim_network"]["nnet_kwargs"], case["dim_network"]["weight_seed"])
-    x0, eps, y, t = discrete_draws(arrays)
-    (u,) = tensors(arrays, "u")
-    with torch.no_grad():
-        discrete = denoising_loss(model, DiscreteSchedule(), x0, y, pred="noise_pred", t=t, eps=eps)
-        continuous = denoising_loss(model, VPSDE(), x0, y, pred="noise_pred", t=u, eps=eps)
-    assert_close(discrete, arrays["discrete_dim_loss"], DIM_TOL, "discrete")
-    assert_close(continuous, arrays["vpsde_dim_loss"], DIM_TOL, "vpsde")
+    x0, eps, y, u, _ = discrete_draws(arrays)
+    draws = ("discrete", DiscreteSchedule(), u), ("vpsde", VPSDE(), *tensors(arrays, "u"))
+    for name, process, u in draws:
+        with torch.no_grad():
+            loss = training_loss(model, process, x0, y, pred="noise_pred", u=u, eps=eps)
+        assert_close(loss, arrays[f"{name}_dim_loss"], DIM_TOL, name)
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("lr_and_ema"))

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from fixed_weights import fill, with_fixed_weights
+from gaussian import training_loss
 
 from configs.common import d
 from libs.diffusion import ImageNoise, make_guided, sample
 from libs.model.dim import DiM
 from libs.model.uvit import UViT
-from sde import VPSDE, DiscreteSchedule, denoising_loss
+from sde import VPSDE, DiscreteSchedule
 
 DATA = Path(__file__).resolve().parent / "data" / "regression.npz"
 TOLERANCE = 3e-5  # of the largest value, as for the golden outputs
@@ -61,10 +62,10 @@ def diffusion_outputs():
     x0, eps, y = fill("x0", (2, 4, 8, 8)), fill("eps", (2, 4, 8, 8), 1.7), torch.tensor([1, 2])
     found = {}
     for process in (VPSDE(), DiscreteSchedule()):
-        t = process.train_time(torch.tensor([0.3, 0.9]))
+        u = torch.tensor([0.3, 0.9])
         name = type(process).__name__
         for pred in ("noise_pred", "x0_pred"):
-            found[f"{name}/{pred}"] = denoising_loss(model, process, x0, y, pred=pred, t=t, eps=eps)
+            found[f"{name}/{pred}"] = training_loss(model, process, x0, y, pred=pred, u=u, eps=eps)
         output = make_guided(
             model, process, y, pred="noise_pred", null_label=10, settings=d(cfg=False)
         )

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sde import PROCESSES, VPSDE, DiscreteSchedule, denoising_loss, make_process
+from sde import PROCESSES, VPSDE, DiscreteSchedule, make_process
 from utils import UserError
 
 BOTH = [VPSDE(), DiscreteSchedule()]
@@ -62,22 +62,6 @@ def test_conversions_undo_the_mixing(process, pred, time):
     expected = (path(time + h) - path(time - h)) / (2 * h)
     found = process.velocity(pred, out, x_t, time)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
-
-
-def test_loss_passes_keywords_on_and_has_gradients():
-    scale = torch.tensor(2.0, requires_grad=True)
-
-    def model(x, t, y, *, shift):
-        return scale.bfloat16() * torch.ones_like(x).bfloat16() + shift
-
-    x0 = torch.zeros(3, 1, 2, 2)
-    eps = torch.tensor([0.0, 1.0, 5.0]).reshape(3, 1, 1, 1).expand_as(x0)
-    loss = denoising_loss(model, VPSDE(), x0, None, pred="noise_pred", t=torch.full((3,), 0.5),
-                          eps=eps, shift=1.0)
-    assert loss.dtype == torch.float32
-    assert loss.tolist() == [9.0, 4.0, 4.0]
-    loss.sum().backward()
-    assert scale.grad.item() == 2 * (3 + 2 - 2)
 
 
 def test_processes_by_name():

@@ -1,7 +1,13 @@
 """Training: the loop and its parts."""
 
 from libs.train.loop import train
+from libs.train.losses import LOSSES, loss_term
+from libs.train.optimizer import OPTIMIZERS, SCHEDULES
 
 __all__ = [
-    "train",
+    "LOSSES",  # registry: name -> loss term, filled by the decorator `loss_term`
+    "OPTIMIZERS",  # registry: name -> f(parameters, settings)
+    "SCHEDULES",  # registry: name -> f(step, warmup_steps, n_steps)
+    "loss_term",  # decorator of a new loss term
+    "train",  # a whole run
 ]
