@@ -149,9 +149,9 @@ def register():
     """The operators on CPU tensors, until the library that is returned is destroyed."""
     library = torch.library.Library("dim", "IMPL")
     for name, function in {
-        "selective_scan_fwd": selective_scan._forward,
+        "selective_scan": selective_scan._forward,
         "selective_scan_bwd": selective_scan._backward,
-        "causal_conv1d_fwd": causal_conv1d.forward,
+        "causal_conv1d": causal_conv1d.forward,
         "causal_conv1d_bwd": causal_conv1d.backward,
         "modulated_norm": adaln._norm_operator,
         "modulated_norm_bwd": adaln._norm_backward_operator,

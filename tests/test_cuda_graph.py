@@ -186,9 +186,9 @@ def test_scan_opcheck(gpu, absent, options, order):
     g_state = torch.randn(2, 5, 16) if last else torch.empty(0)
     rest = (order, options["delta_softplus"])
     g_y = torch.randn(2, 7, 5)
-    torch.library.opcheck(torch.ops.dim.selective_scan_bwd, (g_y, g_state, *tensors, *rest))
+    torch.library.opcheck(torch.ops.dim.selective_scan_bwd, (g_y, g_state, *tensors, *rest, last))
     tensors = [None if t is None else t.requires_grad_() for t in tensors]
-    torch.library.opcheck(torch.ops.dim.selective_scan_fwd, (*tensors, *rest, last))
+    torch.library.opcheck(torch.ops.dim.selective_scan, (*tensors, *rest, last))
 
 
 def test_other_opchecks(gpu):
@@ -197,7 +197,7 @@ def test_other_opchecks(gpu):
     g = torch.randn(2, 7, 5)
     torch.library.opcheck(torch.ops.dim.causal_conv1d_bwd, (g, *x.values(), *rest))
     tensors = [t.requires_grad_() for t in x.values()]
-    torch.library.opcheck(torch.ops.dim.causal_conv1d_fwd, (*tensors, *rest))
+    torch.library.opcheck(torch.ops.dim.causal_conv1d, (*tensors, *rest))
     norm = [t.requires_grad_() for t in ops_cases.adaln_inputs(False).values()]
     torch.library.opcheck(torch.ops.dim.modulated_norm, (*norm, torch.bfloat16))
     gate = [t.requires_grad_() for t in ops_cases.adaln_inputs(True).values()]

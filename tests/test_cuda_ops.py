@@ -86,18 +86,18 @@ def test_opchecks(dtype):
     g_y, g_state = torch.randn_like(x["u"]), torch.randn(2, 33, 16, device="cuda")
     ops_cases.scan(**x, order=order, backend="cuda")  # registers the operators
     dim = torch.ops.dim
-    torch.library.opcheck(dim.selective_scan_bwd, (g_y, g_state, *arguments, order, True))
+    torch.library.opcheck(dim.selective_scan_bwd, (g_y, g_state, *arguments, order, True, True))
     arguments = [t.requires_grad_() for t in arguments]
-    torch.library.opcheck(dim.selective_scan_fwd, (*arguments, order, True, True))
+    torch.library.opcheck(dim.selective_scan, (*arguments, order, True, True))
     arguments[6] = None
-    torch.library.opcheck(dim.selective_scan_fwd, (*arguments, None, True, False))
+    torch.library.opcheck(dim.selective_scan, (*arguments, None, True, False))
 
     x = on("cuda", ops_cases.conv_inputs(L=17, D=33), dtype)
     causal_conv1d(**x, backend="cuda")
     arguments, g_y = list(x.values()), torch.randn_like(x["x"])
     torch.library.opcheck(dim.causal_conv1d_bwd, (g_y, *arguments, order, True))
     arguments = [t.requires_grad_() for t in arguments]
-    torch.library.opcheck(dim.causal_conv1d_fwd, (*arguments, order, True))
+    torch.library.opcheck(dim.causal_conv1d, (*arguments, order, True))
 
 
 def mixer_and_input(length=50, batch=2):

@@ -1,30 +1,16 @@
 """The operators around a mixer, a modulated norm and a gated residual: each one pass on a GPU."""
 
 from libs.ops import backends
-from libs.ops.cuda.adaln_plan import WIDTHS
+from libs.ops.cuda.adaln import WIDTHS, gated_residual_cuda, modulated_norm_cuda
 from libs.ops.reference import gated_residual_ref, modulated_norm_ref
-
-
-# Imported late, with all that they need, and by a statement: torch.compile follows no importlib.
-def _norm_cuda(*args):
-    from libs.ops.cuda.adaln import modulated_norm_cuda
-
-    return modulated_norm_cuda(*args)
-
-
-def _gate_cuda(*args):
-    from libs.ops.cuda.adaln import gated_residual_cuda
-
-    return gated_residual_cuda(*args)
-
 
 # On the CPU the definition is as fast as any.
 backends.OPERATORS["modulated_norm"] = backends.Operator(
-    {"cuda": _norm_cuda, "cpu": modulated_norm_ref, "reference": modulated_norm_ref},
+    {"cuda": modulated_norm_cuda, "cpu": modulated_norm_ref, "reference": modulated_norm_ref},
     WIDTHS, "channels",
 )  # fmt: skip
 backends.OPERATORS["gated_residual"] = backends.Operator(
-    {"cuda": _gate_cuda, "cpu": gated_residual_ref, "reference": gated_residual_ref},
+    {"cuda": gated_residual_cuda, "cpu": gated_residual_ref, "reference": gated_residual_ref},
     WIDTHS, "channels",
 )  # fmt: skip
 

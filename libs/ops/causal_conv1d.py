@@ -1,25 +1,20 @@
 """The causal depthwise convolution operator: checks its arguments, chooses a backend."""
 
 from libs.ops import backends, checks
+from libs.ops.cuda.causal_conv1d import causal_conv1d_cuda
 from libs.ops.reference import causal_conv1d_ref
 
 
-# Imported late, with all that they need, and by a statement: torch.compile follows no importlib.
-def _run_cuda(*args):
-    from libs.ops.cuda.causal_conv1d import causal_conv1d_cuda
-
-    return causal_conv1d_cuda(*args)
-
-
-def _run_cpu(*args):
+def _run_cpu(*args):  # imported late, with numba
     from libs.ops.cpu.causal_conv1d import causal_conv1d_cpu
 
     return causal_conv1d_cpu(*args)
 
 
 backends.OPERATORS["causal_conv1d"] = backends.Operator(
-    {"cuda": _run_cuda, "cpu": _run_cpu, "reference": causal_conv1d_ref}, range(2, 9), "taps"
-)
+    {"cuda": causal_conv1d_cuda, "cpu": _run_cpu, "reference": causal_conv1d_ref},
+    range(2, 9), "taps",
+)  # fmt: skip
 
 
 def causal_conv1d(x, weight, bias=None, activation=None, order=None, backend=None):

@@ -9,7 +9,8 @@ import os
 import torch
 
 from libs.ops import backends
-from libs.ops.cuda.adaln_plan import WIDTHS
+from libs.ops.cuda.adaln import WIDTHS
+from libs.ops.cuda.mamba_block import mamba_block_cuda
 
 
 def not_fused(device, dtype, dim, states, taps):
@@ -49,9 +50,6 @@ def mamba_block(x, modulation, drop_path_scale, parameters, order, dtype, fp8, o
     in_proj and out_proj in fp8 if fp8; out_dtype: of the result, dtype or float32. Differentiable
     in every tensor but drop_path_scale.
     """
-    # Imported late, with all that it needs, and by a statement: torch.compile follows no importlib.
-    from libs.ops.cuda.mamba_block import mamba_block_cuda
-
     return mamba_block_cuda(
         x, modulation, drop_path_scale, parameters, order, dtype, fp8, out_dtype
     )

@@ -1,25 +1,20 @@
 """The selective scan operator: checks its arguments, chooses a backend."""
 
 from libs.ops import backends, checks
+from libs.ops.cuda.selective_scan import selective_scan_cuda
 from libs.ops.reference import selective_scan_ref
 
 
-# Imported late, with all that they need, and by a statement: torch.compile follows no importlib.
-def _run_cuda(*args):
-    from libs.ops.cuda.selective_scan import selective_scan_cuda
-
-    return selective_scan_cuda(*args)
-
-
-def _run_cpu(*args):
+def _run_cpu(*args):  # imported late, with numba
     from libs.ops.cpu.selective_scan import selective_scan_cpu
 
     return selective_scan_cpu(*args)
 
 
 backends.OPERATORS["selective_scan"] = backends.Operator(
-    {"cuda": _run_cuda, "cpu": _run_cpu, "reference": selective_scan_ref}, range(1, 65), "states"
-)
+    {"cuda": selective_scan_cuda, "cpu": _run_cpu, "reference": selective_scan_ref},
+    range(1, 65), "states",
+)  # fmt: skip
 
 
 def selective_scan(

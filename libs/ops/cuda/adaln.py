@@ -7,11 +7,82 @@ shift, scale, gate: rows of table + modulation. x and out have the residual stre
 and n that of matrix products. Pieces of mamba_block.py, and operators of their own.
 """
 
+import ctypes
 from typing import NamedTuple
 
 import torch
 
-from libs.ops.cuda import adaln_plan, launch
+from libs.ops.cuda import launch
+from libs.ops.cuda.launch_plan import CTYPES, Kernel, Launch, Plan, Rows, Scratch, Sum
+
+WIDTHS = range(8, 2049, 8)  # a thread has 8 channels, a block 256 threads at most
+_ROWS, _BACKWARD_ROWS = 4, 2  # tokens that a block has in flight
+_CHUNK, _SMALL_CHUNK = 16, 4  # tokens of a block; the latter where they would not fill the GPU
+
+
+class AdalnParams(ctypes.Structure):
+    """Parameters of every kernel in csrc/adaln; a kernel reads the fields it needs. modulation
+    (B, 3, dim), table (3, dim), weight (dim), drop_path_scale (B) or 0: float32, contiguous."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (
+            "batch", "length", "dim",
+            "chunks", "chunk_length",  # plan.integers
+        )),
+        *((name, Rows) for name in (
+            "x", "n", "branch", "out", "g_n", "g_out", "g_x", "g_branch"
+        )),
+        *((name, ctypes.c_void_p) for name in (
+            "modulation", "table", "weight", "drop_path_scale",
+            "parts_shift", "parts_gain", "parts_factor",  # plan.scratch
+            "g_shift", "g_gain", "g_factor", "g_modulation", "g_table", "g_weight",
+        )),
+    ]  # fmt: skip
+
+
+def _plan(name, rows, sums, batch, length, dim, x, out, dtype, multiprocessors):
+    """x, out, dtype: names of the dtypes of x, of out, and of branch and n."""
+    defines = (("kInput", CTYPES[dtype]), ("kOut", CTYPES[out]), ("kRows", str(rows)))
+    kernel = Kernel(f"adaln/{name}.cu", name, (*defines, ("kX", CTYPES[x])))
+    full = batch * length >= 8 * multiprocessors * _CHUNK
+    chunk_length = _CHUNK if full else _SMALL_CHUNK
+    chunks = -(-length // chunk_length)
+    threads = -(-dim // (32 * WIDTHS.step)) * 32
+    launch = Launch(kernel, (batch * chunks, 1, 1), (threads, 1, 1), 0)
+    scratch = tuple(Scratch(f"parts_{s}", (chunks, batch, dim), "float32") for s in sums)
+    added = tuple(Sum(f"parts_{s}", f"g_{s}", (batch, dim)) for s in sums)
+    return Plan((launch,), scratch, {"chunks": chunks, "chunk_length": chunk_length}, added)
+
+
+def plan_norm_forward(batch, length, dim, x, out, dtype, *gpu):
+    return _plan("norm_forward", _ROWS, (), batch, length, dim, x, dtype, dtype, *gpu)
+
+
+def plan_norm_backward(batch, length, dim, x, out, dtype, *gpu):
+    """Gradients of x, shift and gain; n again."""
+    sums = ("shift", "gain")
+    return _plan("norm_backward", _BACKWARD_ROWS, sums, batch, length, dim, x, out, dtype, *gpu)
+
+
+def plan_gate_forward(batch, length, dim, x, out, dtype, *gpu):
+    return _plan("gate_forward", _ROWS, (), batch, length, dim, x, out, dtype, *gpu)
+
+
+def plan_gate_backward(batch, length, dim, x, out, dtype, *gpu):
+    """Gradients of branch and factor."""
+    sums = ("factor",)
+    return _plan("gate_backward", _ROWS, sums, batch, length, dim, dtype, out, dtype, *gpu)
+
+
+def plan_modulation_backward(batch, dim, dtype, multiprocessors):
+    """Gradients of modulation, table and weight from those of shift, gain and factor; all float32,
+    whichever dtype the network has."""
+    defines = (("kInput", "float"), ("kOut", "float"), ("kRows", "1"), ("kX", "float"))
+    kernel = Kernel("adaln/modulation_backward.cu", "modulation_backward", defines)
+    return Plan((Launch(kernel, (-(-dim // 32), 1, 1), (256, 1, 1), 0),), (), {})
+
+
+# ---------------------------------------- one pass each
 
 
 class Adaln(NamedTuple):
@@ -29,7 +100,7 @@ def _run(plan_of, adaln, x_dtype, out_dtype, rows, outputs=None):
     batch, length, dim = first.shape
     dtype = rows["n" if "n" in rows else "branch"].dtype
     shape = (batch, length, dim, launch.name_of(x_dtype), launch.name_of(out_dtype))
-    prepared = launch.prepared(first.device.index, plan_of, adaln_plan.AdalnParams, shape, dtype)
+    prepared = launch.prepared(first.device.index, plan_of, AdalnParams, shape, dtype)
     scalars = {"batch": batch, "length": length, "dim": dim, **adaln._asdict()}
     launch.run(prepared, first.device, rows, scalars, outputs)
 
@@ -37,7 +108,7 @@ def _run(plan_of, adaln, x_dtype, out_dtype, rows, outputs=None):
 def norm(x, adaln, dtype):
     """x (B, L, dim) -> n in `dtype`."""
     n = x.new_empty(x.shape, dtype=dtype)
-    _run(adaln_plan.norm_forward, adaln, x.dtype, dtype, {"x": x, "n": n})
+    _run(plan_norm_forward, adaln, x.dtype, dtype, {"x": x, "n": n})
     return n
 
 
@@ -48,14 +119,14 @@ def norm_backward(g_n, g_out, x, adaln, n):
     g_shift, g_gain = (x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) for _ in range(2))
     rows = {"x": x, "g_n": g_n, "g_out": g_out, "g_x": g_x, "n": n}
     outputs = {"g_shift": g_shift, "g_gain": g_gain}
-    _run(adaln_plan.norm_backward, adaln, x.dtype, g_out.dtype, rows, outputs)
+    _run(plan_norm_backward, adaln, x.dtype, g_out.dtype, rows, outputs)
     return g_x, g_shift, g_gain
 
 
 def gate(x, branch, adaln, dtype):
     """x, branch (B, L, dim) -> out in `dtype`."""
     out = x.new_empty(x.shape, dtype=dtype)
-    _run(adaln_plan.gate_forward, adaln, x.dtype, dtype, {"x": x, "branch": branch, "out": out})
+    _run(plan_gate_forward, adaln, x.dtype, dtype, {"x": x, "branch": branch, "out": out})
     return out
 
 
@@ -65,7 +136,7 @@ def gate_backward(g_out, branch, adaln):
     g_factor = branch.new_empty(branch.shape[0], branch.shape[2], dtype=torch.float32)
     rows = {"g_out": g_out, "branch": branch, "g_branch": g_branch}
     outputs = {"g_factor": g_factor}
-    _run(adaln_plan.gate_backward, adaln, branch.dtype, g_out.dtype, rows, outputs)
+    _run(plan_gate_backward, adaln, branch.dtype, g_out.dtype, rows, outputs)
     return g_branch, g_factor
 
 
@@ -75,7 +146,7 @@ def modulation_backward(g_shift, g_gain, g_factor, adaln):
     g_modulation, g_table = torch.empty_like(adaln.modulation), torch.empty_like(adaln.table)
     g_weight = torch.empty_like(adaln.weight)
     prepared = launch.prepared(
-        g_shift.device.index, adaln_plan.modulation_backward, adaln_plan.AdalnParams,
+        g_shift.device.index, plan_modulation_backward, AdalnParams,
         (batch, dim), torch.float32, check=False,
     )  # fmt: skip
     scalars = {
@@ -93,7 +164,7 @@ def _norm_operator(x, weight, modulation, table, dtype):
     return norm(as_vectors(x), Adaln(modulation, table, weight), dtype)
 
 
-def _norm_backward_operator(g_n, x, weight, modulation, table):
+def _norm_backward_operator(g_n, x, weight, modulation, table, dtype):
     """Past the branch comes nothing here: one row of zeros for all tokens; and n, which nobody
     wants, is written to one row over and over."""
     zeros, n = g_n.new_zeros(g_n.shape[2]), g_n.new_empty(g_n.shape[2])
@@ -110,7 +181,7 @@ def _gate_operator(x, branch, modulation, table, drop_path_scale, dtype):
     return gate(as_vectors(x), as_vectors(branch), adaln, dtype)
 
 
-def _gate_backward_operator(g_out, branch, modulation, table, drop_path_scale):
+def _gate_backward_operator(g_out, x, branch, modulation, table, drop_path_scale, dtype):
     adaln = Adaln(modulation, table, None, drop_path_scale)
     g_branch, g_factor = gate_backward(as_vectors(g_out), as_vectors(branch), adaln)
     zeros, adaln = torch.zeros_like(g_factor), adaln._replace(weight=table[0])
@@ -125,53 +196,25 @@ def as_vectors(x):
 
 
 def _like(*tensors):
-    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors)
+    return tuple(t.new_empty(t.shape) for t in tensors)
 
 
-launch.define(
-    "modulated_norm(Tensor x, Tensor weight, Tensor modulation, Tensor table, ScalarType dtype) -> "
-    "Tensor",
-    _norm_operator,
-    lambda x, weight, modulation, table, dtype: x.new_empty(x.shape, dtype=dtype),
-)
-launch.define(
-    "modulated_norm_bwd(Tensor g_n, Tensor x, Tensor weight, Tensor modulation, Tensor table) -> "
-    "(Tensor, Tensor, Tensor, Tensor)",
-    _norm_backward_operator,
-    lambda g_n, *inputs: _like(*inputs),
-)
-launch.define(
-    "gated_residual(Tensor x, Tensor branch, Tensor modulation, Tensor table, "
-    "Tensor? drop_path_scale, ScalarType dtype) -> Tensor",
-    _gate_operator,
-    lambda x, branch, modulation, table, scale, dtype: x.new_empty(x.shape, dtype=dtype),
-)
-launch.define(
-    "gated_residual_bwd(Tensor g_out, Tensor branch, Tensor modulation, Tensor table, "
-    "Tensor? drop_path_scale) -> (Tensor, Tensor, Tensor)",
-    _gate_backward_operator,
-    lambda g_out, branch, modulation, table, scale: _like(branch, modulation, table),
-)
+def _fake(x, *rest):
+    return x.new_empty(x.shape, dtype=rest[-1])
 
 
-def _save_norm(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4])
-
-
-def _norm_gradients(ctx, g_n):
-    return *torch.ops.dim.modulated_norm_bwd(g_n, *ctx.saved_tensors), None
-
-
-def _save_gate(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[1:5])
-
-
-def _gate_gradients(ctx, g_out):
-    return g_out, *torch.ops.dim.gated_residual_bwd(g_out, *ctx.saved_tensors), None, None
-
-
-launch.differentiate("modulated_norm", _save_norm, _norm_gradients)
-launch.differentiate("gated_residual", _save_gate, _gate_gradients)
+launch.operator(
+    "modulated_norm",
+    "Tensor x, Tensor weight, Tensor modulation, Tensor table, ScalarType dtype", (1, 4),
+    _norm_operator, _fake, _norm_backward_operator, lambda g, *inputs: _like(*inputs[:4]),
+)  # fmt: skip
+launch.operator(
+    "gated_residual",
+    "Tensor x, Tensor branch, Tensor modulation, Tensor table, Tensor? drop_path_scale, "
+    "ScalarType dtype", (1, 3),
+    _gate_operator, _fake, _gate_backward_operator, lambda g, *inputs: _like(*inputs[1:4]),
+    lambda g, found: (*g, *found),
+)  # fmt: skip
 
 
 def modulated_norm_cuda(x, weight, modulation, table, out_dtype=None):

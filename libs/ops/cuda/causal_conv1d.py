@@ -1,12 +1,10 @@
-"""Causal convolution on the GPU: `dim::causal_conv1d_fwd`, `dim::causal_conv1d_bwd` and autograd,
-as in selective_scan.py. The operators want weight and bias in float32 and an int64 order.
+"""Causal convolution on the GPU: `dim::causal_conv1d` and `dim::causal_conv1d_bwd`. They want
+weight and bias in float32 and an int64 order.
 """
 
 import torch
 
 from libs.ops.cuda import launch, launch_plan
-
-_SCHEMA = "Tensor x, Tensor weight, Tensor bias, Tensor? order, bool silu"
 
 
 def plan(plan_of, x, weight):
@@ -43,32 +41,17 @@ def backward(g_y, x, weight, bias, order, silu, g_x=None):
     return g_x, g_weight, g_bias
 
 
-launch.define(
-    f"causal_conv1d_fwd({_SCHEMA}) -> Tensor", forward, lambda x, *rest: x.new_empty(x.shape)
-)
-launch.define(
-    f"causal_conv1d_bwd(Tensor g_y, {_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    backward,
-    lambda g_y, *tensors: tuple(t.new_empty(t.shape) for t in tensors[:3]),
-)
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, g_y):
-    return *torch.ops.dim.causal_conv1d_bwd(g_y, *ctx.saved_tensors, ctx.silu), None, None
-
-
-launch.differentiate("causal_conv1d_fwd", _save, _gradients)
+launch.operator(
+    "causal_conv1d", "Tensor x, Tensor weight, Tensor bias, Tensor? order, bool silu", (1, 3),
+    forward, lambda x, *rest: x.new_empty(x.shape),
+    backward, lambda g_y, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]),
+)  # fmt: skip
 
 
 def causal_conv1d_cuda(x, weight, bias=None, activation=None, order=None):
     """`reference.causal_conv1d_ref` for CUDA tensors in float32, bfloat16 or float16."""
     weight, bias = launch.as_parameter(weight), launch.as_parameter(bias)
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
-    return torch.ops.dim.causal_conv1d_fwd(
+    return torch.ops.dim.causal_conv1d(
         launch.as_rows(x), weight, bias, launch.as_order(order), activation == "silu"
     )

@@ -6,7 +6,6 @@ the user's cache directory; `python -m libs.ops.cuda.prebuild` fills it ahead of
 
 import functools
 import hashlib
-import importlib.metadata
 import logging
 import os
 import time
@@ -41,20 +40,10 @@ def missing():
 
 @functools.cache
 def nvrtc_version():
-    """'13.0', with the wheel's exact version where it came as one."""
+    """'13.0'"""
     from cuda.bindings import nvrtc
 
-    error, major, minor = nvrtc.nvrtcVersion()
-    if int(error):
-        raise RuntimeError(f"nvrtcVersion: {error}")
-    for wheel in ("nvidia-cuda-nvrtc", f"nvidia-cuda-nvrtc-cu{major}"):
-        try:
-            version = importlib.metadata.version(wheel)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        if version.startswith(f"{major}.{minor}."):
-            return version
-    return f"{major}.{minor}"
+    return "{1}.{2}".format(*nvrtc.nvrtcVersion())
 
 
 @functools.cache

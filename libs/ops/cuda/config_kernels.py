@@ -1,6 +1,6 @@
 """Every kernel that the shipped configs can want on a GPU; needs no GPU."""
 
-from libs.ops.cuda import adaln_plan, fp8_plan, launch_plan
+from libs.ops.cuda import adaln, fp8, launch_plan
 
 OLDEST_FUSED = 80  # earlier GPUs lack the shared memory for the backward of a fused block
 # (batch, length, channels) that between them want every variant of the scan.
@@ -25,12 +25,12 @@ def _plans(dtype, arch, multiprocessors):
         yield launch_plan.conv_backward(*conv)
     for x, out in streams(dtype):
         for name in ("norm_forward", "norm_backward", "gate_forward", "gate_backward"):
-            yield getattr(adaln_plan, name)(2, 366, 1536, x, out, dtype, multiprocessors)
-    yield adaln_plan.modulation_backward(2, 1536, dtype, multiprocessors)
-    if arch >= fp8_plan.OLDEST_ARCH and dtype != "float32":
-        for columns in fp8_plan.COLUMNS:
-            yield fp8_plan.quantize_rows(1, columns, dtype, multiprocessors)
-        yield fp8_plan.quantize_transposed(64, 64, dtype, multiprocessors)
+            yield getattr(adaln, f"plan_{name}")(2, 366, 1536, x, out, dtype, multiprocessors)
+    yield adaln.plan_modulation_backward(2, 1536, dtype, multiprocessors)
+    if arch >= fp8.OLDEST_ARCH and dtype != "float32":
+        for columns in fp8.COLUMNS:
+            yield fp8.plan_rows(1, columns, dtype, multiprocessors)
+        yield fp8.plan_transposed(64, 64, dtype, multiprocessors)
 
 
 def kernels_of_configs(dtype, arch, multiprocessors=132):

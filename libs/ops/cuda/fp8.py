@@ -7,12 +7,51 @@ over all tokens, stay in the dtype of the activations. Needs a GPU of compute ca
 newer.
 """
 
+import ctypes
+
 import torch
 
-from libs.ops.cuda import fp8_plan, launch
+from libs.ops.cuda import launch
+from libs.ops.cuda.launch_plan import CTYPES, Kernel, Launch, Plan, Rows
 from utils import UserError
 
 E4M3 = torch.float8_e4m3fn
+
+_THREADS = 256
+# (vectors of 8 elements that a lane of the kernel holds, warps that share a row)
+_SHAPES = ((2, 1), (4, 1), (6, 1), (4, 2), (6, 2), (4, 4), (6, 4), (4, 8))
+COLUMNS = tuple(256 * vectors * warps for vectors, warps in _SHAPES)  # up to which each goes
+OLDEST_ARCH = 90  # that torch's product of rows with scales runs on
+WIDTHS = range(16, COLUMNS[-1] + 1, 16)  # multiples as torch's products want; up to the kernel's
+
+
+class QuantizeParams(ctypes.Structure):
+    """Parameters of csrc/fp8/quantize_rows.cu: x is (1, rows, columns)."""
+
+    _fields_ = [
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("x", Rows),
+        ("out", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+    ]
+
+
+def plan_rows(rows, columns, dtype, multiprocessors):
+    vectors, warps = next(s for s in _SHAPES if columns <= 256 * s[0] * s[1])
+    defines = {"kInput": CTYPES[dtype], "kVectors": str(vectors), "kWarps": str(warps)}
+    kernel = Kernel("fp8/quantize_rows.cu", "quantize_rows", tuple(sorted(defines.items())))
+    blocks = -(-rows * warps // (_THREADS // 32))
+    return Plan((Launch(kernel, (blocks, 1, 1), (_THREADS, 1, 1), 0),), (), {})
+
+
+def plan_transposed(rows, columns, dtype, multiprocessors):
+    """Takes the scales that quantize_rows found."""
+    kernel = Kernel(
+        "fp8/quantize_transposed.cu", "quantize_transposed", (("kInput", CTYPES[dtype]),)
+    )
+    grid = (-(-columns // 64), -(-rows // 64), 1)
+    return Plan((Launch(kernel, grid, (_THREADS, 1, 1), 0),), (), {})
 
 
 def unsupported(device, widths):
@@ -20,9 +59,9 @@ def unsupported(device, widths):
     if device.type != "cuda":
         return f"it needs a GPU, not {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    if capability < divmod(fp8_plan.OLDEST_ARCH, 10):
+    if capability < divmod(OLDEST_ARCH, 10):
         return f"it needs compute capability 9.0 (Hopper), not {'.'.join(map(str, capability))}"
-    odd = [width for width in widths if width not in fp8_plan.WIDTHS]
+    odd = [width for width in widths if width not in WIDTHS]
     return f"widths must be multiples of 16 up to 8192, not {odd[0]}" if odd else None
 
 
@@ -58,7 +97,7 @@ def quantize_rows_ref(x):
 def _run(plan_of, x, out, scale):
     rows, columns = x.shape
     prepared = launch.prepared(
-        x.device.index, plan_of, fp8_plan.QuantizeParams, (rows, columns), x.dtype
+        x.device.index, plan_of, QuantizeParams, (rows, columns), x.dtype
     )
     scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
     launch.run(prepared, x.device, {"x": x[None]}, scalars)
@@ -68,14 +107,14 @@ def quantize_rows(x):
     """`quantize_rows_ref` of x (M, K), rows contiguous, by our kernel."""
     out = torch.empty(x.shape, dtype=E4M3, device=x.device)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    _run(fp8_plan.quantize_rows, x, out, scale)
+    _run(plan_rows, x, out, scale)
     return out, scale
 
 
 def quantize_transposed(x, scale):
     """x (M, K) divided by the largest of scale (M, 1) and transposed, as e4m3 numbers (K, M)."""
     out = torch.empty(x.shape[1], x.shape[0], dtype=E4M3, device=x.device)
-    _run(fp8_plan.quantize_transposed, x, out, scale)
+    _run(plan_transposed, x, out, scale)
     return out
 
 
@@ -110,35 +149,22 @@ def _linear(x, weight, bias):
     return out if bias is None else out.add_(bias)
 
 
-def _linear_backward(g, x, weight):
+def _linear_backward(g, x, weight, bias):
     g = g.contiguous()
-    return product_back(g, weight), g.flatten(0, 1).T @ x.flatten(0, 1)
+    g_bias = g.new_empty(0) if bias is None else g.sum((0, 1))
+    return product_back(g, weight), g.flatten(0, 1).T @ x.flatten(0, 1), g_bias
 
 
-launch.define(
-    "fp8_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _linear,
-    lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[0])),
-)
-launch.define(
-    "fp8_linear_bwd(Tensor g, Tensor x, Tensor weight) -> (Tensor, Tensor)",
-    _linear_backward,
-    lambda g, x, weight: (torch.empty_like(x), torch.empty_like(weight)),
-)
+def _fake_backward(g, x, weight, bias):
+    g_bias = g.new_empty(0 if bias is None else bias.shape)
+    return torch.empty_like(x), torch.empty_like(weight), g_bias
 
 
-def _save(ctx, inputs, output):
-    x, weight, bias = inputs
-    ctx.save_for_backward(x, weight)
-    ctx.has_bias = bias is not None
-
-
-def _gradients(ctx, g):
-    g_x, g_weight = torch.ops.dim.fp8_linear_bwd(g, *ctx.saved_tensors)
-    return g_x, g_weight, g.sum((0, 1)) if ctx.has_bias else None
-
-
-launch.differentiate("fp8_linear", _save, _gradients)
+launch.operator(
+    "fp8_linear", "Tensor x, Tensor weight, Tensor? bias", (1, 3),
+    _linear, lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[0])),
+    _linear_backward, _fake_backward,
+)  # fmt: skip
 
 
 def fp8_linear(x, weight, bias=None):

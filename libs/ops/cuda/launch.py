@@ -10,7 +10,6 @@ import functools
 import importlib
 import logging
 import math
-import sys
 import threading
 from pathlib import Path
 from typing import NamedTuple
@@ -112,6 +111,12 @@ class Gpu:
         )
 
 
+@functools.cache
+def _say_once(line):
+    """A warning, as outside a run nobody listens to what is below."""
+    _log.warning(line)
+
+
 def refuse_capture():
     """UserError where a CUDA graph is being captured, which loading a kernel would spoil."""
     if torch.cuda.is_current_stream_capturing():
@@ -125,25 +130,13 @@ _thread = threading.local()
 
 
 def _make_context_current(index):
-    """A thread that autograd made may come here before torch has given it a context."""
-    if getattr(_thread, "has_context", False):
-        return
-    driver = _driver()
-    error, context = driver.cuCtxGetCurrent()
-    _raise(error, "cuCtxGetCurrent")
-    if int(context) == 0:
-        error, context = driver.cuDevicePrimaryCtxRetain(driver.CUdevice(index))
-        _raise(error, "cuDevicePrimaryCtxRetain")
-        _raise(driver.cuCtxSetCurrent(context)[0], "cuCtxSetCurrent")
-    _thread.has_context = True
+    """A thread that autograd made may come here before torch has given it a context. index: of
+    torch's current device."""
+    if not getattr(_thread, "has_context", False):
+        import cuda.core
 
-
-@functools.cache
-def _say_once(line):
-    if _log.hasHandlers() and _log.isEnabledFor(logging.INFO):
-        _log.info(line)
-    else:  # outside a run nobody listens to the log
-        print(line, file=sys.stderr, flush=True)
+        cuda.core.Device(index).set_current()
+        _thread.has_context = True
 
 
 def _raise(error, what):
@@ -321,6 +314,11 @@ def name_of(dtype):
 _library = torch.library.Library("dim", "FRAGMENT")
 
 
+def tensors(names):
+    """Part of a schema."""
+    return ", ".join(f"Tensor {name}".rstrip() for name in names)
+
+
 def define(schema, run, fake):
     """Registers an operator dim::<name>. run: on CUDA tensors; fake: results of the right shapes,
     for torch.compile."""
@@ -341,3 +339,32 @@ def differentiate(name, save, gradients):
         return gradients(ctx, *g)
 
     torch.library.register_autograd(f"dim::{name}", backward, setup_context=save, lib=_library)
+
+
+def operator(name, schema, results, run, fake, backward, fake_backward, collect=None):
+    """Registers dim::<name> and its derivative dim::<name>_bwd, which needs nothing but the inputs.
+
+    schema: of the inputs, tensors first. run(*inputs) and backward(*g, *inputs) return so many
+    tensors as `results` says, fake and fake_backward the same of *inputs without numbers.
+    collect(g, found): gradients of the first inputs, from those of the results and `backward`'s.
+    """
+    count = schema.count("Tensor")
+
+    def save(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:count])
+        ctx.rest = inputs[count:]
+
+    def gradients(ctx, *g):
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        found = getattr(torch.ops.dim, f"{name}_bwd")(*g, *saved, *ctx.rest)
+        found = collect(g, found) if collect else found
+        wanted = [None if x is None else v for x, v in zip(saved, found, strict=False)]
+        return *wanted, *[None] * (count + len(ctx.rest) - len(wanted))
+
+    forwards, backwards = ([""] * number for number in results)
+    g = [f"g_{i}" for i in range(len(forwards))]
+    define(f"{name}({schema}) -> ({tensors(forwards)})", run, fake)
+    define(
+        f"{name}_bwd({tensors(g)}, {schema}) -> ({tensors(backwards)})", backward, fake_backward
+    )
+    differentiate(name, save, gradients)

@@ -1,7 +1,5 @@
-"""Selective scan on the GPU: the operators `dim::selective_scan_fwd` and `dim::selective_scan_bwd`,
-which torch.compile and CUDA graphs take as they are, and autograd around them.
-
-The backward keeps nothing but the inputs.
+"""Selective scan on the GPU: the operators `dim::selective_scan` and `dim::selective_scan_bwd`,
+which torch.compile and CUDA graphs take as they are.
 """
 
 from typing import NamedTuple
@@ -36,12 +34,6 @@ class Inputs(NamedTuple):
             "delta_softplus": self.delta_softplus, "A": self.A, "D": self.D,
             "delta_bias": self.delta_bias, "order": self.order,
         }  # fmt: skip
-
-
-_SCHEMA = (
-    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, Tensor delta_bias, "
-    "Tensor? order, bool delta_softplus"
-)
 
 
 class Gradients(NamedTuple):
@@ -95,7 +87,7 @@ def run_backward(prepared, g_y, g_last_state, x, g_z=None, y=None):
     return g
 
 
-# ---------------------------------------- operators
+# ---------------------------------------- the operator
 
 
 def _forward(*inputs):
@@ -105,46 +97,30 @@ def _forward(*inputs):
 
 
 def _backward(g_y, g_last_state, *inputs):
-    x = Inputs(*inputs)
+    x = Inputs(*inputs[:-1])
     g_last_state = g_last_state.float().contiguous() if g_last_state.numel() else None
     prepared = plan(launch_plan.scan_backward, x.u, x.A)
     return tuple(run_backward(prepared, g_y, g_last_state, x))
 
 
 def _fake_backward(g_y, g_last_state, *inputs):
-    x = Inputs(*inputs)
+    x = Inputs(*inputs[:-1])
     return tuple(_empty_gradients(x, x.z))
 
 
-launch.define(
-    f"selective_scan_fwd({_SCHEMA}, bool return_last_state) -> (Tensor, Tensor)",
-    _forward,
-    lambda u, delta, A, *rest: _empty_outputs(u, A, rest[-1]),
-)
-launch.define(
-    f"selective_scan_bwd(Tensor g_y, Tensor g_last_state, {_SCHEMA}) -> "
-    f"({', '.join(['Tensor'] * len(Gradients._fields))})",
-    _backward,
-    _fake_backward,
-)
+def _collect(g, found):
+    g = Gradients(*found)
+    return g.u, g.delta, g.A, *g.BC.unbind(0), g.D, g.z, g.delta_bias
 
 
-def _save(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, _ = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, g_y, g_last_state):
-    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-    g = Gradients(
-        *torch.ops.dim.selective_scan_bwd(g_y, g_last_state, *saved, ctx.delta_softplus)
-    )
-    g_B, g_C = g.BC.unbind(0)
-    g_z = None if Inputs(*saved, None).z is None else g.z
-    return g.u, g.delta, g.A, g_B, g_C, g.D, g_z, g.delta_bias, None, None, None
-
-
-launch.differentiate("selective_scan_fwd", _save, _gradients)
+launch.operator(
+    "selective_scan",
+    "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor D, Tensor? z, Tensor delta_bias, "
+    "Tensor? order, bool delta_softplus, bool return_last_state",
+    (2, len(Gradients._fields)),
+    _forward, lambda u, delta, A, *rest: _empty_outputs(u, A, rest[-1]),
+    _backward, _fake_backward, _collect,
+)  # fmt: skip
 
 
 def selective_scan_cuda(
@@ -156,7 +132,7 @@ def selective_scan_cuda(
     u_BLD, delta_BLD, B_BLN, C_BLN, z_BLD = (launch.as_rows(x) for x in sequences)
     A, D, delta_bias = (launch.as_parameter(x) for x in (A, D, delta_bias))
     D, delta_bias = (A.new_zeros(A.shape[0]) if x is None else x for x in (D, delta_bias))
-    y, last_state = torch.ops.dim.selective_scan_fwd(
+    y, last_state = torch.ops.dim.selective_scan(
         u_BLD, delta_BLD, A, B_BLN, C_BLN, D, z_BLD, delta_bias, launch.as_order(order),
         delta_softplus, return_last_state,
     )

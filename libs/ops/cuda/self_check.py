@@ -7,7 +7,7 @@ reach a model. The definition runs in float64 on the CPU, which owes nothing to 
 
 import hashlib
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -17,7 +17,6 @@ from libs.ops.cuda import (
     causal_conv1d,
     compiler,
     fp8,
-    fp8_plan,
     launch,
     launch_plan,
     selective_scan,
@@ -132,9 +131,9 @@ def check_adaln(gpu, dtype):
 
 
 def check_fp8(gpu, dtype):
-    if gpu.arch < fp8_plan.OLDEST_ARCH or dtype == torch.float32:
+    if gpu.arch < fp8.OLDEST_ARCH or dtype == torch.float32:
         return
-    for columns in fp8_plan.COLUMNS:
+    for columns in fp8.COLUMNS:
         (x,) = _random(0, dtype, (19, columns))
         x8, scale = fp8.quantize_rows(x.to(gpu.device))
         expected8, expected = fp8.quantize_rows_ref(x)
@@ -181,26 +180,6 @@ def check(gpu, dtype):
     return lines
 
 
-def undisturbed(function, *args):
-    """Call it in a thread of its own: outside the caller's autocast, inference mode, autograd and
-    stream. Exceptions come through."""
-    outcome = []
-
-    def call():
-        try:
-            outcome.append((function(*args), None))
-        except BaseException as error:
-            outcome.append((None, error))
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    thread.join()
-    result, error = outcome[0]
-    if error is not None:
-        raise error
-    return result
-
-
 def note(gpu, dtype):
     """The file that says that this dtype's kernels passed on this GPU with this software."""
     driver = launch.driver_version()
@@ -217,7 +196,9 @@ def require_checked(gpu, dtype):
         return
     try:
         launch.refuse_capture()
-        lines = undisturbed(check, gpu, dtype)
+        # In a thread of its own: outside the caller's autocast, inference mode and stream.
+        with ThreadPoolExecutor(1) as thread:
+            lines = thread.submit(check, gpu, dtype).result()
     except BaseException:
         gpu.checked.discard(dtype)
         raise
