@@ -45,7 +45,7 @@ def set_sampling(config, args):
 
 
 def main(args):
-    utils.require_place(args.out)
+    utils.file_to_write(args.out, "--out")
     config = args.config or read_config(args.nnet_path)
     set_sampling(config, args)
     device = make_accelerator().device

@@ -162,7 +162,6 @@ def fresh_state():
         logger.removeHandler(handler)
         handler.close()
     logger.propagate = True
-    logging.captureWarnings(False)
 
 
 def snapshot(*folders):

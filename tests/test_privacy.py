@@ -1,15 +1,18 @@
 """What leaves the machine with wandb and TensorBoard, and what results that are published say of
-it: numbers, no home directory, no keys, no command line.
+it: numbers, no home directory, no keys, no command line. The name of TensorBoard's file holds the
+host.
 """
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from libs.runtime import logs
+from libs.runtime import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 WANDB_KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -18,7 +21,7 @@ HUB_TOKEN = "hf_abcdefghijklmnopqrstuvwxyz012345"
 LOGS = """
 import socket, sys
 socket.gethostname = lambda: "adas-machine"
-from libs.run import MetricsLog
+from libs.runtime import MetricsLog
 log = MetricsLog(sys.argv[1], tensorboard=True, wandb=True)
 log.truncate_after(0)
 print("printed", *sys.argv)
@@ -56,7 +59,7 @@ def logged(tmp_path_factory):
 def test_loggers_get_numbers_alone(logged, kind):
     home, uploaded, events = logged
     files = {"wandb": uploaded, "tensorboard": events}[kind]
-    content = b"".join(path.name.encode() + path.read_bytes() for path in files)
+    content = b"".join(path.read_bytes() for path in files)
     assert b"loss" in content, "the numbers are there"
     secrets = [str(home), "ada-lovelace", "secret_script", WANDB_KEY, HUB_TOKEN, "--token",
                "--config.seed", "printed", "adas-machine", sys.executable]  # fmt: skip
@@ -68,32 +71,11 @@ def test_what_wandb_gets_is_all_that_it_uploads(logged):
     """No requirements.txt, metadata or output.log beside the record of numbers."""
     _, uploaded, _ = logged
     assert [path.suffix for path in uploaded] == [".wandb"]
+    assert "adas-machine" not in uploaded[0].name
 
 
-@pytest.mark.parametrize(
-    "word, expected",
-    [
-        ("--config.dataset.path=/srv/ada/data", "--config.dataset.path=~/data"),
-        ("/srv/ada", "~"),
-        ("/srv/adam/data", "/srv/adam/data"),
-        ("/srv/ada-2", "/srv/ada-2"),
-        (f"--token={HUB_TOKEN}", "--token=***"),
-        (f"x{HUB_TOKEN}", f"x{HUB_TOKEN}"),
-        (f"key {HUB_TOKEN}", "key ***"),
-        ("--api_key=abc", "--api_key=***"),
-        (f"WANDB_API_KEY={WANDB_KEY}", "WANDB_API_KEY=***"),
-        (f"--note={WANDB_KEY}", "--note=***"),
-        ("https://ada:pass@example.org/x", "https://***@example.org/x"),
-        ("--config.optimizer.lr=0.001", "--config.optimizer.lr=0.001"),
-        ("--output_path=results/hf_model.json", "--output_path=results/hf_model.json"),
-    ],
-)
-def test_home_and_keys_are_scrubbed(monkeypatch, word, expected):
-    monkeypatch.setenv("HOME", "/srv/ada")
-    assert logs.scrubbed(word) == expected
-
-
-def test_the_recorded_command_line_is_scrubbed(monkeypatch):
-    monkeypatch.setenv("HOME", "/srv/ada")
+def test_what_a_run_records_of_its_machine(monkeypatch):
+    """No command line, home directory or host: results are published."""
     monkeypatch.setattr(sys, "argv", ["/srv/ada/train.py", f"--x={HUB_TOKEN}", "--seed=1"])
-    assert logs.environment()["argv"] == ["~/train.py", "--x=***", "--seed=1"]
+    found = json.dumps(environment())
+    assert not [word for word in ("ada", HUB_TOKEN, "seed", socket.gethostname()) if word in found]

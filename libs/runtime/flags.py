@@ -1,7 +1,4 @@
-"""Command lines: `--config=FILE --config.<key>=<value>` and flags, by absl and ml_collections.
-
-torch is imported by nothing here: a wrong flag is reported in a fraction of a second.
-"""
+"""Command lines: `--config=FILE --config.<key>=<value>` and flags, by absl and ml_collections."""
 
 import difflib
 import errno
@@ -11,6 +8,7 @@ import sys
 import types
 from pathlib import Path
 
+import torch
 from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
@@ -26,10 +24,6 @@ class FlagError(UserError):
     """A wrong flag, config file, key or value; exit status 2, as for any command-line error."""
 
     exit_code = 2
-
-
-# ---------------------------------------------------------------------------------------------
-# Configs
 
 
 def load_config(path: str) -> config_dict.ConfigDict:
@@ -54,10 +48,6 @@ def check_values(config) -> None:
             expected = f"{low} or more" if high == float("inf") else f"{low} to {high}"
             expected = expected if low is not None else " or ".join(map(repr, choices))
             raise FlagError(f"--config.{key} is {value!r}, expected {expected}")
-
-
-# ---------------------------------------------------------------------------------------------
-# Flags
 
 
 def config_file(text: str):
@@ -166,16 +156,12 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
     return types.SimpleNamespace(**parsed)
 
 
-# ---------------------------------------------------------------------------------------------
-# Scripts
-
-
 def _explain_shortage(error):
     """A sentence for a full disk or memory that ran out; None for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot write {error.filename or ''}: {error.strerror}; make room"
-    gpu = "torch" in sys.modules and isinstance(error, sys.modules["torch"].OutOfMemoryError)
-    if gpu or isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    shortages = (torch.OutOfMemoryError, MemoryError)
+    if isinstance(error, shortages) or "can't allocate memory" in str(error):
         return (
             f"memory ran out ({str(error)[:200]}): raise --config.gradient_accumulation_steps, set "
             "--config.nnet.activation_checkpointing=True, or lower --config.sample.mini_batch_size"
@@ -187,7 +173,8 @@ def _fail(text, status):
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
     start = "\n" if "tqdm" in sys.modules else ""  # its bar may end without one
-    print(f"{start}error{where}: {' '.join(str(text).split())}", file=sys.stderr, flush=True)
+    said = str(text).rpartition("utils.UserError: ")[2]  # out of torch's words on a worker
+    print(f"{start}error{where}: {' '.join(said.split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 

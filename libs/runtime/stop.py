@@ -1,0 +1,69 @@
+"""How a run is asked to stop, and data loader workers that leave the answer to it."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+
+_PARENT = os.getppid()  # at import, the first thing that a script does: see StopRequest
+_LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by launchers
+_SAME_KEY_PRESS_S = 1.0
+_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+class StopRequest:
+    """Context in which SIGTERM and SIGINT set `requested` instead of ending the process.
+
+    A second SIGINT raises KeyboardInterrupt, unless it comes within a second of the first:
+    terminal and launcher both pass on the same Ctrl-C. `accelerate launch` with one process dies
+    of a SIGTERM without telling its child, so the loss of a launcher is a request, too.
+    """
+
+    def __init__(self):
+        self._signalled, self._interrupted_at = False, None
+
+    @property
+    def requested(self) -> bool:
+        orphaned = bool(_LAUNCHED & set(os.environ)) and os.getppid() != _PARENT
+        return self._signalled or orphaned
+
+    def _handle(self, number, frame):
+        self._signalled, now = True, time.monotonic()
+        if number == signal.SIGINT:
+            self._interrupted_at = self._interrupted_at or now
+            if now - self._interrupted_at > _SAME_KEY_PRESS_S:
+                raise KeyboardInterrupt
+
+    def __enter__(self):
+        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+# torchrun's SIGTERM and a terminal's Ctrl-C go to the whole process group. A worker that died of it
+# would break the training step before the last checkpoint is saved, so workers leave the group;
+# until they have, the signals are blocked. Python ends workers by SIGTERM: they cannot ignore it.
+@contextlib.contextmanager
+def starting_workers():
+    """Make the iterator of a DataLoader with worker_init_fn=`detach_worker` in this context."""
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # workers inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
+def detach_worker(worker_id: int) -> None:
+    """worker_init_fn of a DataLoader whose iterator is made in `starting_workers`."""
+    if sys.platform == "linux":  # end with the parent, whatever ends that
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.setpgid(0, 0)
+    while signal.sigpending() & _SIGNALS:
+        signal.sigwait(_SIGNALS)  # meant for the group
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
