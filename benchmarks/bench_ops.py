@@ -17,7 +17,7 @@ import sys
 import harness
 import torch
 
-from libs.model.mamba import Mamba
+from libs.model import MIXERS
 from libs.ops import causal_conv1d, selective_scan
 
 D, N, WIDTH = 3072, 16, 3  # DiM-H
@@ -63,7 +63,7 @@ def make_conv(device, dtype, B, L, channels, order):
 
 def make_mixer(device, dtype, B, L, channels, order):
     torch.manual_seed(0)
-    mixer = Mamba(channels // 2).to(device)
+    mixer = MIXERS["mamba"](channels // 2).to(device)
     x = torch.randn(B, L, channels // 2, device=device, dtype=dtype, requires_grad=True)
 
     def forward(_):

@@ -3,12 +3,19 @@
 They know no scan order and want (B, D, L): inputs are gathered, transposed, and put back.
 """
 
-
-from libs.ops.reference import put_back, visit
+import torch
 
 
 def _to_theirs(x, order, dtype):
-    return None if x is None else visit(x.to(dtype), order).transpose(1, 2).contiguous()
+    if x is None:
+        return None
+    rows = x.to(dtype) if order is None else x.to(dtype).index_select(1, order)
+    return rows.transpose(1, 2).contiguous()
+
+
+def _to_ours(y_BDL, order):
+    y = y_BDL.transpose(1, 2)
+    return y if order is None else y.index_select(1, torch.argsort(order))
 
 
 def selective_scan_peer(
@@ -24,7 +31,7 @@ def selective_scan_peer(
         u_BDL, delta_BDL, A, B_BNL, C_BNL, D, z_BDL, delta_bias, delta_softplus, return_last_state
     )
     y, *last_state = y if return_last_state else (y,)
-    y = put_back(y.transpose(1, 2), order)
+    y = _to_ours(y, order)
     return (y, *last_state) if return_last_state else y
 
 
@@ -34,4 +41,4 @@ def causal_conv1d_peer(x, weight, bias=None, activation=None, order=None):
     bias = None if bias is None else bias.to(weight.dtype)
     x_BDL = _to_theirs(x, order, x.dtype)
     y = causal_conv1d_fn(x_BDL, weight.contiguous(), bias, activation=activation)
-    return put_back(y.transpose(1, 2), order)
+    return _to_ours(y, order)

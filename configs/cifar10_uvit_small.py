@@ -3,8 +3,8 @@
     accelerate launch --multi_gpu --num_processes 4 --mixed_precision fp16 ./train.py \\
         --config=configs/cifar10_uvit_small.py
 
-Expected: FID 3.11 over 50,000 samples of the 1000-step Euler-Maruyama sampler, after 500,000 steps.
-This project has not made the run.
+Expected: FID 3.11 over 50,000 samples of the 1000-step Euler-Maruyama sampler, after 500,000 steps;
+the run has not been made.
 """
 
 from configs import cifar10_S_DiM, common

@@ -27,16 +27,13 @@ RANGES = {
     "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
 }  # fmt: skip
 CHOICES = {
-    "train.mode": ("uncond", "cond"),
-    "train.mixed_precision": ("no", "fp16", "bf16"),
+    "train.mode": ("uncond", "cond"), "train.mixed_precision": ("no", "fp16", "bf16"),
     "sample.labels": ("random", "balanced"),
-}
+}  # fmt: skip
 
 
 def dim_nnet(**differences):
-    """The nnet section of a DiM; libs.model.DiM says more about the keywords, and
-    libs.model.PRESETS has the published sizes.
-    """
+    """The nnet section of a DiM; libs.model.DiM says more, libs.model.PRESETS has sizes."""
     nnet = d(
         name="dim",
         pretrained_path=placeholder(str),  # weights to start from
@@ -63,22 +60,12 @@ def dim_nnet(**differences):
 
 def uvit_nnet(**differences):
     """The nnet section of the U-ViT baseline; libs.model.UViT says more about the keywords."""
+    sizes = ("input_size", "in_channels", "dim", "depth", "heads")
     nnet = d(
-        name="uvit",
-        pretrained_path=placeholder(str),
-        input_size=placeholder(int),
-        in_channels=placeholder(int),
-        patch_size=2,
-        dim=placeholder(int),
-        depth=placeholder(int),
-        heads=placeholder(int),
-        num_classes=0,
-        mlp_ratio=4,
-        qkv_bias=False,
-        mlp_time_embed=False,
-        final_conv=True,
-        activation_checkpointing=False,
-    )
+        name="uvit", pretrained_path=placeholder(str), patch_size=2, num_classes=0, mlp_ratio=4,
+        qkv_bias=False, mlp_time_embed=False, final_conv=True, activation_checkpointing=False,
+        **{name: placeholder(int) for name in sizes},
+    )  # fmt: skip
     nnet.update(differences)
     return nnet
 
@@ -118,28 +105,20 @@ def get_config():
         tiling=False,  # pictures beyond 512 px in tiles that overlap: less memory, slightly other
     )
 
-    # The diffusion process, of sde.PROCESSES; without it, discrete where there is a z_shape, else
-    # vpsde. A run's config.json has the name.
+    # Of sde.PROCESSES; without it discrete where there is a z_shape, else vpsde.
     config.process = d(name=placeholder(str))
-
     config.loss = d(mse=1.0)  # terms of libs.train.losses by name, and their weights
-
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
-    config.lr_scheduler = d(
-        name="warmup_constant",  # linear from 0, then constant; or cosine: times half a cosine
-        warmup_steps=2500,
-    )
+    # Linear from 0, then constant; or cosine: times half a cosine.
+    config.lr_scheduler = d(name="warmup_constant", warmup_steps=2500)
 
     config.train = d(
         mode="uncond",  # or cond: with labels
         n_steps=500_000,
         batch_size=128,  # global, over all processes and accumulation steps
-        # no, fp16 or bf16; without it, what accelerate launch says
-        mixed_precision=placeholder(str),
+        mixed_precision=placeholder(str),  # no, fp16, bf16; without it, accelerate launch's
         fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
-        # On a GPU, one process or DDP: replay the network's kernels, which Python launches slower
-        # than a small network runs.
-        cuda_graphs=False,
+        cuda_graphs=False,  # on a GPU, one process or DDP: for small networks, bound by Python
         ema_rate=0.9999,
         num_workers=8,  # processes that read data, of each training process; 0 for none
         max_bad_steps=10,  # non-finite steps in a row that end the run

@@ -43,29 +43,17 @@ def launcher(num_processes, precision="no"):
     """
     if num_processes == 0:
         return [sys.executable]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--num_processes",
-        str(num_processes),
-        "--mixed_precision",
-        precision,
-    ]
-    return command + (["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else [])
+    words = ["--num_processes", str(num_processes), "--mixed_precision", precision]
+    words += ["--multi_gpu", "--main_process_port", "0"] if num_processes > 1 else []
+    return [sys.executable, "-m", "accelerate.commands.launch", *words]
 
 
 def environment(**extra):
     """Environment without a GPU and with one thread a process, so that every run sums in the same
     order.
     """
-    return {
-        **os.environ,
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        **extra,
-    }
+    fixed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return {**os.environ, **fixed, **extra}
 
 
 def start(script, *args, num_processes=0, precision="no", **extra):
@@ -81,14 +69,9 @@ def start_words(words, script, *args, **extra):
 
 def _start(command, extra):
     return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(**extra),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+        command, cwd=ROOT, env=environment(**extra), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def finish(process):

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 import types
 from pathlib import Path
@@ -24,32 +23,23 @@ from PIL import Image
 import utils
 from libs.runtime import flags, launch, logs
 
-SPEC = {"config": (flags.config_file, flags.REQUIRED, "config file"),
+SPEC = {"config": (flags.config_file, None, "config file"),
         "workdir": (flags.file_path, None, "run directory"), "n": (int, 4, "images a class"),
         "classes": (flags.int_list, None, "classes"), "use_ema": (bool, True, "use the EMA")}
-DIGITS = "--config=configs/digits_T_DiM.py"
 
 
-def parse(*arguments, spec=SPEC):
-    return flags.parse_flags(["x.py", *arguments], spec)
-
-
-def child_environment(**changes):
-    """The environment without what a launcher that runs these tests may have put there."""
-    inherited = {key: value for key, value in os.environ.items()
-                 if not key.startswith(("ACCELERATE_", "TORCHELASTIC_", "MASTER_"))
-                 and key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")}
-    return {**inherited, "PYTHONPATH": str(runs.ROOT), **changes}
+def parse(*arguments):
+    return flags.parse_flags(["x.py", *arguments], SPEC)
 
 
 def python(code, *arguments, **keywords):
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-                            env=child_environment(**keywords), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(runs.ROOT), **keywords},
+    )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------
-# Command lines; test_bad_input.py has the mistakes
+# ------------------------------------------------------------ command lines (mistakes: bad_input)
 
 
 def test_overrides_are_typed_applied_and_listed(monkeypatch, tmp_path):
@@ -72,15 +62,12 @@ def test_overrides_are_typed_applied_and_listed(monkeypatch, tmp_path):
     assert (args.classes, args.use_ema) == ((3, 7), False)
 
 
-def test_a_config_may_be_optional():
-    args = parse("--n=1", spec={**SPEC, "config": (flags.config_file, None, "config")})
+def test_a_config_may_be_optional_and_help_lists_its_keys(monkeypatch, capsys):
+    args = parse("--n=1")
     assert (args.config, args.config_path, args.overrides, args.n) == (None, None, {}, 1)
-
-
-def test_help_lists_flags_and_keys(monkeypatch, capsys):
     monkeypatch.chdir(runs.ROOT)
     with pytest.raises(SystemExit, match="0"):
-        parse(DIGITS, "--help")
+        parse("--config=configs/digits_T_DiM.py", "--help")
     said = capsys.readouterr().out
     assert "--n: images a class (default: 4)" in said and "--config.train.batch_size=32" in said
 
@@ -114,14 +101,7 @@ def test_what_ends_a_script_is_one_line(monkeypatch, capsys, error, code, says):
     assert end.value.code == code and says in said and said.strip().count("\n") == 0
 
 
-def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x.py"])
-    with pytest.raises(ZeroDivisionError):
-        flags.run_main(lambda args: 1 / 0, {})
-
-
-# ---------------------------------------------------------------------------------------------
-# The run directory
+# ------------------------------------------------------------ the run directory
 
 
 def test_run_directory_names():
@@ -132,9 +112,8 @@ def test_run_directory_names():
     ordered = {"train.batch_size": 64, "optimizer.lr": 1e-3}
     assert str(name(**ordered)) == "optimizer.lr=0.001-train.batch_size=64"
     assert utils.run_directory("x.py", ordered, "some/where") == Path("some/where")
-    different = [{"p": "a/b"}, {"p": "a_b"}, {"p": "a b"}, {"p": "a", "q": 1}, {"p": "a-q=1"},
-                 {"p": "../.."}, {"p": (1, 2)}, {"p": (1, 2, 3)}, {"p": ("1", 2)},
-                 {"p": "x" * 300}, {"p": "x" * 301}, {"p": "é" * 200}, {"p": ""}, {"p": None}]
+    different = [{"p": "a/b"}, {"p": "a_b"}, {"p": "a", "q": 1}, {"p": "a-q=1"}, {"p": "../.."},
+                 {"p": (1, 2)}, {"p": ("1", 2)}, {"p": "x" * 300}, {"p": "x" * 301}, {"p": None}]
     names = [str(name(**overrides)) for overrides in different]
     assert len(set(names)) == len(names)
     assert all(len(text.encode()) <= 255 and "/" not in text and " " not in text for text in names)
@@ -151,24 +130,6 @@ def test_run_files_record_the_run_and_a_resume_tells_differences(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["config.json", "environment.json"]
     assert environment["packages"]["torch"] == torch.__version__ and environment["devices"][0]
     assert "/" not in json.dumps({**environment, "devices": []}), "a path"
-
-
-def test_commit_is_the_checkouts_own(tmp_path, monkeypatch):
-    def git(*arguments):
-        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c",
-                        *arguments], check=True, capture_output=True)
-
-    monkeypatch.setattr(logs, "_CHECKOUT", tmp_path)
-    assert logs._read_commit() == "unknown"
-    git("init")
-    (tmp_path / "file").write_text("1")
-    git("add", "file")
-    git("commit", "-m", "one")
-    git("tag", "-a", "v1", "-m", "v1")
-    commit = logs._read_commit()
-    assert len(commit) == 40 and int(commit, 16)
-    (tmp_path / "file").write_text("2")
-    assert logs._read_commit() == f"{commit}-dirty"
 
 
 HOLDER = '''
@@ -198,14 +159,12 @@ def test_what_was_left_behind_is_removed(tmp_path):
     for name in (".config.json.123.tmp", "config.json", ".lock", "mine.tmp"):
         (tmp_path / name).touch()
     utils.remove_leftovers(tmp_path, tmp_path / "absent")
-    assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "mine.tmp"]
     with pytest.raises(ZeroDivisionError), utils.replacing(tmp_path / "config.json") as temporary:
         temporary.write_text(str(1 / 0))
     assert sorted(os.listdir(tmp_path)) == [".lock", "config.json", "mine.tmp"]
 
 
-# ---------------------------------------------------------------------------------------------
-# Seeds, pictures
+# ------------------------------------------------------------ seeds, pictures
 
 
 def test_seeds_are_stable_and_distinct():
@@ -215,17 +174,13 @@ def test_seeds_are_stable_and_distinct():
     keys = [(), (0,), ("0",), (0, 0), (1, 23), (12, 3), ("a", "b"), ("ab",), (-1,), (2**70,)]
     seeds = [utils.derive_seed(*key) for key in keys]
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**63 for seed in seeds)
-    with pytest.raises(TypeError):
-        utils.derive_seed(0.5)
 
 
 def test_png_values(tmp_path):
-    image = torch.tensor([[-1.0, 0.0, 0.5], [0.25, 1.0, 7.0]]).expand(3, 2, 3) * 1.0
-    image[2] = 0.0
+    image = torch.tensor([[-1.0, 0.0, 0.5], [0.25, 1.0, 7.0]]).expand(3, 2, 3)
     utils.save_png(tmp_path / "a.png", image)
     pixels = np.asarray(Image.open(tmp_path / "a.png"))
-    assert pixels[..., 0].tolist() == pixels[..., 1].tolist() == [[0, 0, 128], [64, 255, 255]]
-    assert not pixels[..., 2].any()
+    assert pixels[..., 0].tolist() == pixels[..., 2].tolist() == [[0, 0, 128], [64, 255, 255]]
     utils.save_png(tmp_path / "a.png", torch.arange(6, dtype=torch.uint8).reshape(1, 2, 3))
     assert np.asarray(Image.open(tmp_path / "a.png")).tolist() == [[0, 1, 2], [3, 4, 5]]
     assert os.listdir(tmp_path) == ["a.png"]
@@ -246,8 +201,7 @@ def test_grid_is_enlarged_by_whole_pixels(tmp_path):
         assert (cell == expected).all()
 
 
-# ---------------------------------------------------------------------------------------------
-# Log and metrics
+# ------------------------------------------------------------ log and metrics
 
 
 def test_log_goes_to_file_and_console_by_rank(tmp_path, capsys):
@@ -276,40 +230,21 @@ def test_metrics_are_valid_json_and_truncate_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = read_lines(path)  # before close: each write has reached the file
     assert lines[1] == {"step": 2, "loss": 0.5, "lr": 0.1 + 0.2, "n": 2}
-    assert lines[4] == {"step": 5, "loss": "NaN", "up": "Infinity", "down": "-Infinity",
-                        "note": "x"}
+    special = {"loss": "NaN", "up": "Infinity", "down": "-Infinity"}
+    assert lines[4] == {"step": 5, **special, "note": "x"}
     with path.open("a") as file:
         file.write('{"step": 3, "lo')  # kill -9 in the middle of a line
     log = logs.MetricsLog(tmp_path)
     log.truncate_after(3)
     log.write(4, {"loss": 7})
-    log.close()
     expected = [(1, 0.5), (2, 0.5), (3, 0.5), (4, 7)]
     assert [(line["step"], line["loss"]) for line in read_lines(path)] == expected
+    # Of steps that were not made, because a loss was not finite, there may be many at one step.
+    for batch in 3, 4, 5:
+        log.write(4, {"batch": batch})
+    log.truncate_after(4, batch=3)
+    assert [line.get("batch") for line in read_lines(path)] == [None] * 4 + [3]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
-
-
-def test_batches_that_are_taken_again_are_dropped(tmp_path):
-    """Of steps that were not made, because a loss was not finite, there may be many at one step."""
-    log = logs.MetricsLog(tmp_path)
-    for step, batch in (1, 1), (1, 2), (2, 3), (2, 4), (2, 5):
-        log.write(step, {"batch": batch})
-    log.write(2, {"frechet_distance": 3.0})
-    log.truncate_after(2, batch=3)
-    found = [(line["step"], line.get("batch")) for line in read_lines(tmp_path / "metrics.jsonl")]
-    assert found == [(1, 1), (1, 2), (2, 3), (2, None)]
-
-
-def test_tensorboard_gets_the_same_numbers(tmp_path):
-    accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator")
-    log = logs.MetricsLog(tmp_path, tensorboard=True)
-    log.truncate_after(0)
-    log.write(1, {"loss": torch.tensor(0.25), "note": "x"})
-    log.write(2, {"loss": 0.5})
-    log.close()
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25), (2, 0.5)]
 
 
 @pytest.mark.parametrize("fails", ["init", "log", "finish"])
@@ -339,18 +274,16 @@ def test_wandb_is_offline_and_its_failure_is_told_once(tmp_path, monkeypatch, ca
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
-# ---------------------------------------------------------------------------------------------
-# Stopping, launching
+# ------------------------------------------------------------ stopping, launching
 
 STOPPABLE = '''
 import sys, time
 from libs.runtime import stop
-end = time.monotonic() + float((sys.argv + ["15"])[2])
 with stop.StopRequest() as stop:
     print("ready", flush=True)
-    while not stop.requested and time.monotonic() < end:
+    while not stop.requested:
         time.sleep(0.05)
-    print("stopping" if stop.requested else "not asked", flush=True)
+    print("stopping", flush=True)
     time.sleep(float(sys.argv[1]))
 print("saved", flush=True)
 time.sleep(float(sys.argv[1]))
@@ -379,22 +312,16 @@ def test_a_second_ctrl_c_interrupts():
     assert output == "" and "KeyboardInterrupt" in errors
 
 
-LAUNCHER = '''
-import os, subprocess, sys
-subprocess.Popen([sys.executable, "-c", *sys.argv[1:]]).wait()
-'''
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
 
 
 def test_the_death_of_a_one_process_launcher_is_noticed():
     """accelerate's simple_launcher waits for its child and passes no signal on."""
-    launched = python(LAUNCHER, STOPPABLE, 0, 15, ACCELERATE_MIXED_PRECISION="no")
-    nohup = python(LAUNCHER, STOPPABLE, 0, 2)
-    for process in launched, nohup:
-        assert process.stdout.readline() == "ready\n"
-        process.terminate()
-    # Both pipes stay open until the orphans end.
+    launched = python(LAUNCHER, STOPPABLE, 0, ACCELERATE_MIXED_PRECISION="no")
+    assert launched.stdout.readline() == "ready\n"
+    launched.terminate()
+    # The pipe stays open until the orphan ends.
     assert launched.communicate(timeout=30)[0] == "stopping\nsaved\n"
-    assert nohup.communicate(timeout=30)[0] == "not asked\nsaved\n"
 
 
 @pytest.mark.parametrize("engine", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"])
