@@ -151,7 +151,7 @@ def test_first_use_in_a_capture_is_told():
     """Of a kernel that nobody has loaded: 27 states, float16."""
     x = on("cuda", ops_cases.scan_inputs(B=1, L=5, D=8, N=27), torch.float16)
     selective_scan(**x, backend="cuda")
-    launch.forget()  # whatever ran before this test
+    launch.Gpu.of.cache_clear()  # whatever ran before this test
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(UserError, match="before this graph capture"), torch.cuda.graph(graph):
         selective_scan(**x, backend="cuda")
@@ -286,7 +286,7 @@ def test_kernels_that_compute_wrong_numbers_are_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("DIM_CACHE_DIR", str(tmp_path))
     x = on("cuda", ops_cases.scan_inputs())
     with monkeypatch.context() as patch:
-        launch.forget()
+        launch.Gpu.of.cache_clear()
         patch.setattr(
             reference, "selective_scan_ref",
             lambda *inputs: tuple(1.1 * y for y in reference_scan(*inputs)),
@@ -299,7 +299,7 @@ def test_kernels_that_compute_wrong_numbers_are_refused(monkeypatch, tmp_path):
         actual = ops_cases.scan(**x, backend="cuda")
     golden_cases.assert_close(actual, ops_cases.scan(**x, backend="reference"), 1e-5)
     assert len(list((tmp_path / "checked").iterdir())) == 1
-    launch.forget()
+    launch.Gpu.of.cache_clear()
     monkeypatch.setattr(self_check, "worst_errors", None)  # not called
     ops_cases.scan(**x, backend="cuda")
 
@@ -308,7 +308,7 @@ def test_a_model_s_kernels_compile_in_ten_seconds(monkeypatch, tmp_path):
     """From an empty cache, the self-check included; on a machine of few cores the bound is its
     cores' affair."""
     monkeypatch.setenv("DIM_CACHE_DIR", str(tmp_path))
-    launch.forget()
+    launch.Gpu.of.cache_clear()
     x, start = on("cuda", ops_cases.scan_inputs(), torch.bfloat16), time.monotonic()
     ops_cases.scan(**x, backend="cuda")
     seconds = time.monotonic() - start
