@@ -1,5 +1,5 @@
-"""The seams: a user's own process, sampler, guidance and data set, each registered by a line,
-train, resume, sample and evaluate together.
+"""The seams: one of each kind that a user may add, each registered by a line, train, resume, sample
+and evaluate together.
 """
 
 import json
@@ -8,12 +8,18 @@ import numpy as np
 import pytest
 import runs
 import torch
+from torch import nn
 
 import datasets
 from libs.diffusion import GUIDANCE, SAMPLERS, sampler
+from libs.evaluate import METRICS
+from libs.model import MIXERS
+from libs.train import LOSSES, OPTIMIZERS, SCHEDULES, loss_term
 from sde import PROCESSES, per_sample
 
-REGISTRIES = (PROCESSES, SAMPLERS, GUIDANCE, datasets.DATASETS)
+REGISTRIES = (
+    PROCESSES, SAMPLERS, GUIDANCE, MIXERS, LOSSES, OPTIMIZERS, SCHEDULES, datasets.DATASETS, METRICS
+)  # fmt: skip
 CALLS = set()  # which of the parts below have run
 
 CONFIG = """
@@ -25,7 +31,9 @@ def get_config():
     config = digits_T_DiM.get_config()
     config.process, config.pred = d(name="flow", time_scale=1000.0), "velocity_pred"
     config.dataset.name = "stripes"
-    config.nnet.num_classes = 2
+    config.nnet.update(num_classes=2, mixer=d(name="mean", width=8))
+    config.loss = d(mse=1.0, small_tokens=0.01)
+    config.optimizer.name = "momentum"
     config.sample.update(algorithm="heun", guidance="twice_conditional", labels="balanced")
     return config
 """
@@ -75,8 +83,47 @@ def heun(predict, process, x, steps, noise):
 
 
 def twice_conditional(predict, y, null_label, settings):
-    CALLS.add("guidance")
-    return lambda x, t: 2 * predict(x, t, y) - predict(x, t, torch.full_like(y, null_label))
+    """With a factor from tokens inside the network."""
+
+    def output(x, t):
+        CALLS.add("guidance")
+        cond, tokens = predict(x, t, y, hidden=(2,))
+        scale = per_sample(tokens[2].mean((1, 2)).sigmoid(), x)
+        return cond + scale * (cond - predict(x, t, torch.full_like(y, null_label)))
+
+    return output
+
+
+class Mean(nn.Module):
+    """Every token gets the mean of all, through a bottleneck."""
+
+    def __init__(self, dim, width):
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, width), nn.Linear(width, dim)
+
+    def forward(self, x, order):
+        CALLS.add("mixer")
+        return self.up(self.down(x).mean(1, keepdim=True)).expand_as(x)
+
+
+def small_tokens(output, target, hidden, batch):
+    CALLS.add("loss")
+    return (1 - batch.t) * hidden[2].float().square().mean((1, 2))
+
+
+def momentum(parameters, settings):
+    CALLS.add("optimizer")
+    return torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9)
+
+
+def halving(step, warmup_steps, n_steps):
+    CALLS.add("schedule")
+    return 0.5**step
+
+
+def brightness(generated, real):
+    CALLS.add("metric")
+    return {"first_feature": (generated.mu[0] - real.mu[0]).item()}
 
 
 class Stripes(datasets.ImageDataset):
@@ -99,7 +146,12 @@ def registered():
     PROCESSES["flow"] = Flow
     sampler("heun", predicts="velocity")(heun)
     GUIDANCE["twice_conditional"] = twice_conditional
+    MIXERS["mean"] = Mean
+    loss_term("small_tokens", hidden=(2,))(small_tokens)
+    OPTIMIZERS["momentum"] = momentum
+    SCHEDULES["halving"] = halving
     datasets.DATASETS["stripes"] = Stripes
+    METRICS["first_feature"] = brightness
     yield
     for registry, entries in zip(REGISTRIES, before, strict=True):
         registry.clear()
@@ -110,7 +162,7 @@ def test_one_of_each_kind_from_training_to_figures(registered, in_process, tmp_p
     config = tmp_path / "mine.py"
     config.write_text(CONFIG)
     tiny = dict(train__num_workers=0, train__grid_samples=0, train__fid_samples=0,
-                train__save_interval=2)  # fmt: skip
+                train__save_interval=2, lr_scheduler__name="halving")  # fmt: skip
 
     def train(name, n_steps):
         words = runs.arguments(tmp_path / name, **tiny, train__n_steps=n_steps)
@@ -130,8 +182,8 @@ def test_one_of_each_kind_from_training_to_figures(registered, in_process, tmp_p
     words = [*runs.arguments(tmp_path / "run", **changes), f"--config={config}"]
     assert in_process("eval", [*words, f"--nnet_path={weights}"]) == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
-    assert np.isfinite(found["frechet_distance"])
-    assert CALLS == {"process", "sampler", "guidance", "data set"}
+    assert np.isfinite([found["frechet_distance"], found["first_feature"]]).all()
+    assert len(CALLS) == len(REGISTRIES), CALLS
 
     # What the process does not define is named by the sampler that needs it.
     words = [f"--nnet_path={weights}", "--algorithm=dpm_solver", f"--out={picture}"]

@@ -31,10 +31,9 @@ def at_process_time(network, process):
 def classifier_free(predict, y, null_label, settings):
     """cond + scale * (cond - uncond) (Ho and Salimans, arXiv 2207.12598, equation 6).
 
-    Where guidance is written uncond + w * (cond - uncond), w = 1 + scale. Both halves run in one
-    batch, the unconditional half with `null_label`, the number of classes. The network runs alone
-    with scale 0, without `settings.cfg` or labels, and at times outside guidance_interval = (lo,
-    hi), ends included (Kynkäänniemi et al., arXiv 2404.07724).
+    Elsewhere written uncond + w * (cond - uncond), w = 1 + scale. Both halves run in one batch, the
+    unconditional half with `null_label`. Without scale, `settings.cfg` or labels, and outside of
+    guidance_interval, ends included (Kynkäänniemi et al., arXiv 2404.07724), the network runs once.
     """
     scale = settings.scale if settings.cfg and y is not None else 0
     if scale == 0:
@@ -70,11 +69,9 @@ def low_resolution_time(process, t, m):
 def upsampling(output, process, pred, m, theta=1.0, eta=0.3, T=1.0):
     """Samples m times as large as the network was trained for (Hwang et al., arXiv 2404.01709):
     where t >= (1 - eta) T, the predicted noise's m-fold average is moved towards that for the m
-    times smaller image, by theta.
-
-    The average of m x m pixels has m^2 times the signal-to-noise ratio; divided by the root of its
-    power alpha^2 + sigma^2 / m^2 it is a noisy image of time tau (`low_resolution_time`), whose
-    noise is m times too large. UserError for a process that is not variance preserving.
+    times smaller image, by theta. The average of m x m pixels has m^2 times the signal-to-noise
+    ratio; divided by the root of its power alpha^2 + sigma^2 / m^2 it is a noisy image of time tau
+    (`low_resolution_time`), whose noise is m times too large.
     """
     require_offered(process, ("alpha_bar", "beta_bar", "snr"), "upsampling guidance")
 

@@ -14,11 +14,9 @@ def _splitmix64(state):
 
 
 def image_seed(seed, index):
-    """Generator seed of image `index` < 2**32: mix32((splitmix64(seed) + index) mod 2**32), mix32
-    being MurmurHash3's finalizer, a bijection of 32 bits.
-
-    A torch generator on the CPU keeps only 32 bits of its seed: with 64 mixed bits two of 50,000
-    images would share their noise in one run of four, with a bijection of the index never.
+    """Generator seed of image `index` < 2**32: MurmurHash3's finalizer, a bijection of 32 bits, of
+    (splitmix64(seed) + index) mod 2**32. torch's generator on the CPU keeps 32 bits of its seed:
+    with 64 mixed bits two of 50,000 images would share their noise in one run of four.
     """
     z = (_splitmix64(seed & _MASK_64) + index) & 0xFFFFFFFF
     z = ((z ^ (z >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
@@ -43,5 +41,5 @@ class ImageNoise:
 
     def draw(self):
         """The images' next numbers: (B, C, H, W) float32 on the CPU."""
-        like = dict(dtype=torch.float32, device="cpu")  # torch's defaults may be others
-        return torch.stack([torch.randn(self.shape, generator=g, **like) for g in self.generators])
+        draws = [torch.randn(self.shape, generator=g, device="cpu") for g in self.generators]
+        return torch.stack(draws)

@@ -19,9 +19,9 @@ _LOG_SNR = ("half_log_snr", "inverse_half_log_snr", "alpha", "sigma", "dpm_grid"
 def sampler(name, *, predicts, needs=()):
     """Decorator that registers f(predict, process, x, steps, noise) -> z_0.
 
-    predict(x, t) gives what the sampler asks for, predicts = 'noise', 'x0' or 'velocity' (dx_t/dt):
-    x (B, ...) float32, t a 0-dim tensor on the CPU, so that looking at t makes nobody wait for the
-    device. noise: the images' ImageNoise. needs: attributes that the process must have.
+    predict(x, t) gives predicts = 'noise', 'x0' or 'velocity' (dx_t/dt): x (B, ...) float32, t a
+    0-dim tensor on the CPU, so that looking at t makes nobody wait for the device. noise: the
+    images' ImageNoise. needs: attributes that the process must have.
     """
 
     def register(function):
@@ -98,8 +98,8 @@ def _run_scheduler(name, predict, process, x, steps, noise):
     accepted = settings.keys() & inspect.signature(scheduler_class).parameters.keys()
     scheduler = scheduler_class(**{key: settings[key] for key in accepted})
     scheduler.set_timesteps(steps)
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    arguments = {"generator": noise.generators} if takes_generator and noise else {}
+    random = "generator" in inspect.signature(scheduler.step).parameters
+    arguments = {"generator": noise.generators} if random and noise else {}
     x = x * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         t = ((timestep.to(torch.float64) + 1) / N_TIMESTEPS).to(x.dtype)
@@ -127,17 +127,22 @@ def _convert(output, process, pred, predicts):
     return lambda x, t: process.to_x0_eps(pred, output(x, t), x, t)[index]
 
 
-@torch.no_grad()
-def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=None):
-    """Integrate from z_T at t = 1 to z_0. Returns (B, ...), float32, on z_T's device.
-
-    output(x, t): the network's raw, guided output for `pred`; algorithm: a name in SAMPLERS; steps:
-    network calls (second-order diffusers schedulers make twice as many); noise: ImageNoise for
-    stochastic algorithms; on_step(i, steps) follows network call i = 1, 2... A float64 z_T makes
-    everything float64. UserError: unknown algorithm, or a process that lacks what it needs.
-    """
+def choose_sampler(algorithm, process):
+    """(function, predicts) of a sampler; UserError if it is unknown or does not fit the process."""
     solve, predicts, needs = look_up(SAMPLERS, algorithm, "sample.algorithm")
     require_offered(process, needs, f"sampling algorithm {algorithm}")
+    return solve, predicts
+
+
+@torch.no_grad()
+def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=None):
+    """Integrate from z_T at t = 1 to z_0: (B, ...) float32, or float64 as z_T, on z_T's device.
+
+    output(x, t): the raw, guided output of a network for `pred`; steps: network calls (second-order
+    diffusers schedulers make twice as many); noise: ImageNoise, for stochastic algorithms;
+    on_step(i, steps) follows network call i = 1, 2, ... UserError: see `choose_sampler`.
+    """
+    solve, predicts = choose_sampler(algorithm, process)
     calls = itertools.count(1)
 
     def counted(x, t):

@@ -8,7 +8,7 @@ the log-SNR. With (c, s, k) = (alpha, sigma, lam) and f the predicted noise (DPM
 
 so one set of formulas serves both.
 
-Times and coefficients are 0-dim tensors on the CPU, of x's dtype: no step waits for the device.
+Times are 0-dim tensors on the CPU, of x's dtype: no step waits for the device.
 """
 
 import itertools
@@ -34,10 +34,9 @@ def fast_orders(steps):
 
 
 def make_blocks(process, grid, steps, dtype):
-    """'Fast' blocks: [(start, end, where in lam between them the inner points lie)].
-
-    On 'log_snr' the blocks are equally long and their inner points even; on 'time' a block of order
-    k takes k intervals, and its inner points are the grid times between.
+    """'Fast' blocks: [(start, end, where in lam between them the inner points lie)]. On 'log_snr'
+    the blocks are equally long, their inner points even; on 'time' a block of order k takes k
+    intervals, and its inner points are the grid times between.
     """
     orders = fast_orders(steps)
     if grid == "log_snr":

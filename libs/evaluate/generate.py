@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from libs.diffusion import ImageNoise, make_guided, sample
+from libs.diffusion import ImageNoise, choose_sampler, make_guided, sample
 from libs.evaluate.features import round_to_8_bit
 from libs.evaluate.metrics import FeatureSet, Moments, compute_metrics
 from libs.ops import turn_on_fp8
@@ -53,7 +53,8 @@ class ImageSampler:
             turn_on_fp8(model, precision.dtype, "sample.fp8")
         self._network = SamplingNetwork(model, precision.dtype, graphs=settings.cuda_graphs)
         # A sampler that refuses does so here, not at the first grid of a long training.
-        self._draw(lambda x, t, y: torch.zeros_like(x), [0], self.get_labels([0]))
+        choose_sampler(settings.algorithm, process)
+        self._guide(model, None)
 
     def get_labels(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
@@ -98,16 +99,19 @@ class ImageSampler:
     def __exit__(self, *exception):
         self._network.release()
 
+    def _guide(self, network, y):
+        """output(x, t) of the guided network for labels y."""
+        return make_guided(
+            network, self.process, y, pred=self.pred, null_label=self.model.num_classes,
+            settings=self.settings, upsample=self.upsample,
+        )  # fmt: skip
+
     def _draw(self, network, indices, labels, on_step=None):
         """z (B, *z_shape) of `indices`."""
         y, settings = None if labels is None else labels.to(self.device), self.settings
         noise = ImageNoise(self.seed, indices, self.z_shape)
-        output = make_guided(
-            network, self.process, y, pred=self.pred, null_label=self.model.num_classes,
-            settings=settings, upsample=self.upsample,
-        )  # fmt: skip
         return sample(
-            output, self.process, noise.initial().to(self.device), pred=self.pred,
+            self._guide(network, y), self.process, noise.initial().to(self.device), pred=self.pred,
             algorithm=settings.algorithm, steps=settings.sample_steps, noise=noise, on_step=on_step,
         )  # fmt: skip
 
