@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from libs.model.layers import RMSNorm
+from libs.model.layers import RMSNorm, compute_dtype
 from libs.model.skips import SkipProjection
 from libs.ops import gated_residual, modulated_norm
 
@@ -24,10 +24,12 @@ def compose_block(mixer, x, modulation, order, drop_path_scale, skip):
     """The block around `mixer`, operator by operator: its definition, and the way of a mixer
     without a fused form. The arguments are those of a mixer's `block`, see Block.
     """
-    around = modulation.shared, modulation.table
+    shared, table, norm_weight, half_output = modulation
+    dtype = compute_dtype(norm_weight)
     x = x if skip is None else skip(x)
-    branch = mixer(modulated_norm(x, modulation.norm_weight, *around), order)
-    return gated_residual(x, branch, *around, drop_path_scale)
+    branch = mixer(modulated_norm(x, norm_weight, shared, table, dtype), order)
+    out_dtype = dtype if half_output else None
+    return gated_residual(x, branch, shared, table, drop_path_scale, out_dtype)
 
 
 class Block(nn.Module):
@@ -53,10 +55,7 @@ class Block(nn.Module):
 
         drop_path_scale: what the branch is multiplied by in stochastic depth, (B,), or None.
         """
-        compose = functools.partial(compose_block, self.mixer)
-        run = getattr(self.mixer, "block", compose)
+        run = getattr(self.mixer, "block", functools.partial(compose_block, self.mixer))
         merge = None if skip is None else functools.partial(self.skip, skip=skip)
-        modulation = Modulation(
-            modulation, self.scale_shift_table, self.norm.weight, self.half_output
-        )
-        return run(x, modulation, order, drop_path_scale, merge)
+        own = self.scale_shift_table, self.norm.weight, self.half_output
+        return run(x, Modulation(modulation, *own), order, drop_path_scale, merge)

@@ -24,24 +24,12 @@ from utils import UserError
 # Width and depth of the paper's models. Parameters: S 50,568,716 at 32x32x3 with 10
 # classes; L 386,063,376 and H 862,407,184 at 32x32x4 with 1,000 classes.
 PRESETS = {
-    "S": dict(dim=512, depth=25),
-    "L": dict(dim=1024, depth=49),
-    "H": dict(dim=1536, depth=49),
-}
+    "S": dict(dim=512, depth=25), "L": dict(dim=1024, depth=49), "H": dict(dim=1536, depth=49)
+}  # fmt: skip
 
 # MIXERS[name](dim, **keywords) is a mixer as libs.model.block.Block has it. A mixer may have also
 # `init_weights(depth)`, its initialisation in a network, and `use_fp8(device)`.
 MIXERS = {"mamba": Mamba, "attention": Attention}
-
-
-def choose_mixer(dim, section, mamba):
-    """A function that makes the mixer of a `mixer` section, whose further keys are its keywords;
-    Mamba's are `mamba`.
-    """
-    name, keywords = section["name"], {key: section[key] for key in section if key != "name"}
-    if name not in MIXERS:
-        raise UserError(f"nnet.mixer.name is {name!r}, expected one of {', '.join(MIXERS)}")
-    return functools.partial(MIXERS[name], dim, **(mamba if name == "mamba" else keywords))
 
 
 class DiM(nn.Module):
@@ -53,23 +41,16 @@ class DiM(nn.Module):
         in_channels: channels of the input and of the prediction.
         dim, depth: width and (odd) number of blocks; see PRESETS.
         num_classes: classes; label `num_classes` is the null class of classifier-free guidance.
-        patch_size: side of a patch.
         mixer: name of the mixer, of MIXERS, and its keywords: dict(name="attention", heads=16).
         mamba: keywords of the Mamba mixer: d_state, d_conv, expand.
         num_pad_tokens: padding columns, padding rows and split tokens; None for mamba's d_conv.
-        pad_layout: 'lateral' (256 px) or 'rho_pad' (512 px and above), see
-            libs/model/scan_order.py.
+        pad_layout: 'lateral' (256 px) or 'rho_pad' (512 px and above), of scan_order.PAD_LAYOUTS.
         scan_directions: directions besides row-major, 1 to 3.
         mlp_time_embed: an MLP on the time embedding of the time token and of the head.
         drop_path: stochastic depth of the last block; grows linearly from 0.
-        activation_checkpointing: recompute each block in the backward pass; memory for about a
+        activation_checkpointing: recompute each block in the backward pass: less memory for about a
             third more time.
-        skip_tuning: None, (low, high) or (low, high, time): the skips are scaled by `high` at the
-            first consumer, falling linearly to high - (high - low) * time at the last (arXiv
-            2402.15170). The official code means time = t / 1000 but has 0.001, the default; time
-            None gives what it means.
-        freeu: None, or (s1, s2, b1, b2): skip and backbone factors of the first two consumers
-            (arXiv 2309.11497).
+        skip_tuning, freeu: see libs.model.skips.TunedSkips; None for neither.
 
     UserError: an unknown mixer, an even depth, an input size that the patch size does not divide.
     """
@@ -86,17 +67,19 @@ class DiM(nn.Module):
         self.dim, self.depth, self.num_skips = dim, depth, (depth - 1) // 2
         self.pad_layout, self.patterns = pad_layout, block_patterns(depth, scan_directions)
         self.drop_path, self.activation_checkpointing = drop_path, activation_checkpointing
-        self.skip_tuning = (*skip_tuning, 0.001)[:3] if skip_tuning else None
-        self.freeu = tuple(freeu) if freeu else None
-        mamba = {"d_conv": 3, **(mamba or {})}
-        make_mixer = choose_mixer(dim, mixer or {"name": "mamba"}, mamba)
+        self.skip_tuning, self.freeu = skip_tuning, freeu
+        mamba, keywords = {"d_conv": 3, **(mamba or {})}, dict(mixer or {"name": "mamba"})
         self.pad = mamba["d_conv"] if num_pad_tokens is None else num_pad_tokens
+        name = keywords.pop("name")
+        if name not in MIXERS:
+            raise UserError(f"nnet.mixer.name is {name!r}, expected one of {', '.join(MIXERS)}")
+        keywords = mamba if name == "mamba" else keywords
+        make_mixer = functools.partial(MIXERS[name], dim, **keywords)
 
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, EXTRA_TOKENS + math.prod(self.native_grid), dim)
-        )
+        rows = EXTRA_TOKENS + math.prod(self.native_grid)
+        self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.time_embed = layers.TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
+        self.time_embed = layers.make_time_mlp(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim)
         self.modulation = layers.SharedModulation(dim, num_classes)
         self.split_tokens = nn.Parameter(torch.empty(self.pad, dim))
@@ -137,21 +120,15 @@ class DiM(nn.Module):
             nn.init.normal_(tokens, std=0.02)
 
     def forward(self, x, t, y=None, *, hidden=(), drop_path_draw=None):
-        """One evaluation of the network.
+        """The prediction (B, C, H, W), in autocast's dtype; float32 outside autocast.
 
         Args:
             x: (B, C, H, W) float32, H and W divisible by the patch size, square or not.
             t: (B,) network time, 0..1000, may be fractional.
-            y: (B,) int64 labels in 0..num_classes, the last being the null class; None means the
-                null class.
-            hidden: numbers of blocks, counted from 0, whose outputs are asked for, too.
-            drop_path_draw: (B, depth) uniform in [0, 1), the draws of stochastic depth in training;
-                None draws here.
-
-        Returns:
-            (B, C, H, W) prediction, in autocast's dtype; float32 outside autocast. With `hidden`
-            (prediction, {number: tokens after that block (B, L, dim)}), tokens in raster order,
-            padding included.
+            y: (B,) int64 labels in 0..num_classes; None for num_classes, the null class.
+            hidden: numbers of blocks, counted from 0; with them the result is (prediction,
+                {number: tokens after that block (B, L, dim)}), in raster order, with padding.
+            drop_path_draw: (B, depth) uniform in [0, 1), of stochastic depth; None draws here.
         """
         _, grid = layers.fit_patches(x.shape[2:], self.patch_size)
         y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
@@ -173,9 +150,7 @@ class DiM(nn.Module):
     def embed(self, x, time, label, grid):
         """[time, label, split tokens, padded grid]: (B, 2 + pad + (h+pad)*(w+pad), dim)."""
         h, w = grid
-        positions = layers.interpolate_positions(
-            self.pos_embed, self.native_grid, grid, EXTRA_TOKENS
-        )
+        positions = layers.interpolate_positions(self.pos_embed, self.native_grid, grid)
         extra = torch.stack([time, label], dim=1) + positions[:, :EXTRA_TOKENS]   # (B, 2, dim)
         image = self.patch_embed(x).permute(0, 2, 3, 1)                           # (B, h, w, dim)
         image = image + positions[:, EXTRA_TOKENS:].unflatten(1, grid)
@@ -195,8 +170,8 @@ class DiM(nn.Module):
         return tokens[:, EXTRA_TOKENS + self.pad :].unflatten(1, padded)
 
     def drop_path_scales(self, x, draw):
-        """Stochastic depth (Huang et al. 2016): per block None, or what each sample's branch is
-        multiplied by, (B,): 1 over its probability where the draw is below that, else 0.
+        """Stochastic depth (Huang et al. 2016): for each block None, or the factors (B,) of its
+        branch: 1 / probability where the draw is below the probability, else 0.
         """
         if not (self.training and self.drop_path):
             return [None] * self.depth
@@ -208,14 +183,14 @@ class DiM(nn.Module):
         return scales
 
     def run_blocks(self, x, t, modulation, grid, drop_path_scales, hidden):
-        """(tokens after all blocks, {number: tokens after each of `hidden`}). Blocks 1..K save
-        their output, the last K take it back, the latest first.
+        """(tokens after all blocks, {number: tokens after that block} of `hidden`). Blocks 1..K
+        save their output, the last K take the outputs back, the latest first.
         """
         front = EXTRA_TOKENS + self.pad
         orders = [sequence_order(p, *grid, self.pad, front, x.device) for p in self.patterns]
         skips, found = LongSkips(), {}
         if self.skip_tuning or self.freeu:
-            skips = TunedSkips(t, self.skip_tuning, self.freeu, self.num_skips)
+            skips = TunedSkips(self.num_skips, t, self.skip_tuning, self.freeu)
         for k, block in enumerate(self.blocks):
             skip = None
             if k > self.num_skips:

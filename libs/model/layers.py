@@ -19,35 +19,20 @@ def compute_dtype(weight):
 
 
 def sinusoidal_embedding(t, dim):
-    """Sinusoidal features of time, cosines first, frequencies 10000^(-i / (dim/2)) (Vaswani et al.
-    2017).
-
-    Args:
-        t: (B,) network time, any real dtype; may be fractional.
-        dim: width of the embedding, even.
-
-    Returns:
-        (B, dim) float32, whatever the autocast state.
+    """Sinusoidal features (B, dim) of time (B,), float32, cosines first, of the frequencies
+    10000^(-i / (dim/2)) (Vaswani et al. 2017).
     """
     half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=t.device) * (
-        -math.log(10000.0) / half
-    )
-    angle = t.float()[:, None] * exponent.exp()[None]
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float()[:, None] * (steps * (-math.log(10000.0) / half)).exp()[None]
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 def interpolate_positions(pos_embed, native, grid, extra=EXTRA_TOKENS):
-    """Resize a learned position table to another grid: bilinear, corners not aligned, no
-    antialiasing.
+    """A learned position table (1, extra + h*w, dim) for another grid: bilinear, corners not
+    aligned, no antialiasing. The first `extra` rows, of tokens that are not on the grid, stay.
 
-    Args:
-        pos_embed: (1, extra + h*w, dim); the first `extra` rows belong to tokens that are not on
-            the grid and stay as they are.
-        native, grid: (h, w) of the table and of the result.
-
-    Returns:
-        (1, extra + grid[0]*grid[1], dim); `pos_embed` itself where the grids are equal.
+    native, grid: (h, w) of the table and of the result; the table itself where they are equal.
     """
     if tuple(native) == tuple(grid):
         return pos_embed
@@ -58,9 +43,8 @@ def interpolate_positions(pos_embed, native, grid, extra=EXTRA_TOKENS):
 
 
 def fit_patches(input_size, patch_size):
-    """((height, width), (rows, columns)): an input's sides, of one int or two, and its patches.
-
-    UserError unless the sides are multiples of the patch's.
+    """((height, width), (rows, columns)): the sides of an input and its patches; UserError unless
+    the sides are multiples of the patch's.
     """
     sides = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
     if any(side % patch_size for side in sides):
@@ -72,20 +56,18 @@ def fit_patches(input_size, patch_size):
 
 
 class PaddedSequence(torch.autograd.Function):
-    """apply(image, extra, split, right, bottom): the sequence [extra, split, image with pads at the
-    ends of its rows and columns], each token written once; the gradients are views of the
-    sequence's, but for sums over the batch.
-
-    image (B, h, w, dim), extra (B, E, dim), split (S, dim), right (h, P, dim), bottom (P, w + P,
-    dim), all in one dtype -> (B, E + S + (h + P) (w + P), dim).
+    """apply(image (B, h, w, dim), extra (B, E, dim), split (S, dim), right (h, P, dim), bottom (P,
+    w + P, dim)), all in one dtype -> the sequence [extra, split, image with pads at the ends of its
+    rows and columns], (B, E + S + (h + P) (w + P), dim). Each token is written once; gradients are
+    views of the sequence's, but for sums over the batch.
     """
 
     @staticmethod
     def forward(ctx, image, extra, split, right, bottom):
         (batch, h, w, dim), (pad, width, _) = image.shape, bottom.shape
-        ctx.sizes = extra.shape[1], split.shape[0], h, w, pad
-        length = extra.shape[1] + split.shape[0] + (h + pad) * width
-        out = image.new_empty(batch, length, dim)
+        front = extra.shape[1] + split.shape[0]
+        ctx.sizes = extra.shape[1], front, h, w, pad
+        out = image.new_empty(batch, front + (h + pad) * width, dim)
         parts = PaddedSequence.parts(out, *ctx.sizes)
         for part, given in zip(parts, (image, extra, split, right, bottom), strict=True):
             part.copy_(given)
@@ -93,18 +75,15 @@ class PaddedSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        image, extra, *of_all = PaddedSequence.parts(g, *ctx.sizes)
-        return image, extra, *(part.sum(0) for part in of_all)
+        image, extra, *shared = PaddedSequence.parts(g, *ctx.sizes)
+        return image, extra, *(part.sum(0) for part in shared)
 
     @staticmethod
-    def parts(sequence, extra, split, h, w, pad):
+    def parts(sequence, extra, front, h, w, pad):
         """Views of a sequence: image, extra, split, right, bottom, each (B, ..., dim)."""
-        front = extra + split
         grid = sequence[:, front:].unflatten(1, (h + pad, w + pad))
-        return (
-            grid[:, :h, :w], sequence[:, :extra], sequence[:, extra:front], grid[:, :h, w:],
-            grid[:, h:],
-        )  # fmt: skip
+        pads = grid[:, :h, w:], grid[:, h:]
+        return grid[:, :h, :w], sequence[:, :extra], sequence[:, extra:front], *pads
 
 
 def unpatchify(patches, grid, patch_size):
@@ -113,26 +92,21 @@ def unpatchify(patches, grid, patch_size):
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32 (Zhang & Sennrich 2019);
-    eps 1e-5 as Mamba has it.
-    """
+def make_time_mlp(in_dim, hidden_dim, out_dim):
+    """Linear, SiLU, Linear on a time embedding (B, in_dim) -> (B, out_dim)."""
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))
 
-    def __init__(self, dim, eps=1e-5):
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-5) * weight over the last axis, in float32 (arXiv 1910.07467)."""
+
+    def __init__(self, dim):
         super().__init__()
-        self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
-
-
-class TimeMLP(nn.Sequential):
-    """Linear, SiLU, Linear on a time embedding (B, in_dim) -> (B, out_dim)."""
-
-    def __init__(self, in_dim, hidden_dim, out_dim):
-        super().__init__(nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), 1e-5)
 
 
 class SharedModulation(nn.Module):
@@ -145,7 +119,7 @@ class SharedModulation(nn.Module):
     def __init__(self, dim, num_classes):
         super().__init__()
         self.dim = dim
-        self.time_mlp = TimeMLP(self.FREQUENCIES, dim, dim)
+        self.time_mlp = make_time_mlp(self.FREQUENCIES, dim, dim)
         self.label_embed = nn.Embedding(num_classes + 1, dim)
         self.linear = nn.Linear(dim, 3 * dim)
 

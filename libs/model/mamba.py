@@ -16,11 +16,8 @@ from libs.ops import causal_conv1d, is_fused, mamba_block, require_fp8, selectiv
 class Mamba(nn.Module):
     """in_proj -> causal convolution + SiLU -> selective scan, gated by SiLU(z) -> out_proj.
 
-    Args:
-        dim: width of the input and output.
-        d_state: states per channel (N).
-        d_conv: width of the causal convolution.
-        expand: channels per input feature; the scan has expand * dim channels.
+    d_state: states per channel (N). d_conv: width of the causal convolution. expand: the scan has
+    expand * dim channels.
     """
 
     def __init__(self, dim, *, d_state=16, d_conv=3, expand=2):
@@ -45,26 +42,23 @@ class Mamba(nn.Module):
         self.out_proj.weight /= math.sqrt(depth)
 
     def use_fp8(self, device):
-        """From now on the products of in_proj and out_proj are in fp8 where the block is fused and
-        autocast is on; UserError if the device cannot.
+        """From now on the products of in_proj and out_proj are in fp8 in a fused block under
+        autocast; UserError if the device cannot.
         """
         require_fp8(device, (self.in_proj.in_features, self.in_proj.out_features))
         self.fp8 = True
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Mamba's initialisation: A = -(1..N), D = 1, and step sizes log-uniform in [0.001, 0.1]
-        (arXiv 2312.00752, section 3.6).
-        """
+        """Mamba's: A = -(1..N), D = 1, step sizes log-uniform in [0.001, 0.1] (section 3.6)."""
         bound = 1 / math.sqrt(self.conv_weight.shape[1])
         self.conv_weight.uniform_(-bound, bound)
         self.conv_bias.uniform_(-bound, bound)
         self.dt_proj.weight.uniform_(-(self.dt_rank**-0.5), self.dt_rank**-0.5)
         dt = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(1e-1)).exp()
         self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
-        self.A_log.copy_(
-            torch.arange(1, self.d_state + 1, dtype=torch.float32).log().expand_as(self.A_log)
-        )
+        states = torch.arange(1, self.d_state + 1, dtype=torch.float32)
+        self.A_log.copy_(states.log().expand_as(self.A_log))
         self.D.fill_(1.0)
 
     def forward(self, x, order=None):

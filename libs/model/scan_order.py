@@ -32,9 +32,7 @@ def block_patterns(depth, num_directions=3):
 
 
 def grid_order(pattern, height, width, device="cpu"):
-    """Raster indices of a height x width grid in the order `pattern` visits them: int64 (height *
-    width,).
-    """
+    """Raster indices (height * width,) of a grid in the order that `pattern` visits them."""
     grid = torch.arange(height * width, device=device).view(height, width)
     if pattern in (COLUMNS, COLUMNS_REVERSED):
         grid = grid.T
@@ -49,9 +47,7 @@ def grid_order(pattern, height, width, device="cpu"):
 @functools.cache
 @torch.inference_mode(False)
 def sequence_order(pattern, height, width, pad, front, device):
-    """Order of the whole sequence, `front` tokens and the padded grid: int64 (front +
-    (height+pad)*(width+pad),), or None if raster.
-    """
+    """Order (L,) of the whole sequence, `front` tokens and the padded grid; None if raster."""
     if pattern == ROWS:
         return None
     along_grid = grid_order(pattern, height + pad, width + pad, device)
@@ -75,9 +71,7 @@ PAD_LAYOUTS = {"lateral": lateral, "rho_pad": rho_pad}
 @functools.cache
 @torch.inference_mode(False)
 def pad_index(layout, height, width, pad, device):
-    """Which pad token stands where: int64 (height+pad, width+pad), -1 on the image. layout: of
-    PAD_LAYOUTS.
-    """
+    """Which pad token stands where: (height+pad, width+pad), -1 on the image."""
     rows = torch.arange(height + pad, device=device)[:, None]
     columns = torch.arange(width + pad, device=device)
     index = PAD_LAYOUTS[layout](rows, columns, height, width, pad)

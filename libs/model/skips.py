@@ -50,11 +50,10 @@ class SkipProjection(nn.Module):
 
 
 def filter_skip(skip, scale):
-    """FreeU's filter of a skip (eq. 3-4) over the token axis, (B, L, dim) -> the same, computed in
-    float32.
+    """FreeU's filter of a skip (eq. 3-4) over the token axis, (B, L, dim) -> the same, in float32.
 
-    Scales two bins of the shifted spectrum, frequencies -1 and 0. The paper's mask is symmetric;
-    the official DiM code's is not and drops the imaginary part that this leaves, and so do we.
+    Scales frequencies -1 and 0. The paper's mask is symmetric; the official DiM code's is not and
+    drops the imaginary part that this leaves, and so do we.
     """
     length = skip.shape[1]
     spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
@@ -95,21 +94,28 @@ class LongSkips:
         self.saved.append(x)
 
     def pop(self, x, order):
-        """(x, skip) for the next block; x (B, L, dim) is the stream, order (L,) or None the order
-        that the previous block scanned.
-        """
+        """(x, skip) for the next block; order: (L,) or None, of the previous block."""
         return x, self.saved.pop()
 
 
 class TunedSkips(LongSkips):
-    """Long skips under skip tuning (arXiv 2402.15170) and FreeU (arXiv 2309.11497).
+    """Long skips under two options.
 
-    t: (B,) network time. skip_tuning, freeu: None, or as of DiM. count: of the skips in all.
+    Args:
+        count: the number of all skips.
+        t: (B,) network time.
+        skip_tuning: None, (low, high) or (low, high, time): the skips are scaled by `high` at the
+            first consumer, falling linearly to high - (high - low) * time at the last (arXiv
+            2402.15170). The official code means time = t / 1000 but has 0.001, the default; time
+            None gives what it means.
+        freeu: None, or (s1, s2, b1, b2): skip and stream factors of the first two consumers (arXiv
+            2309.11497).
     """
 
-    def __init__(self, t, skip_tuning, freeu, count):
+    def __init__(self, count, t, skip_tuning, freeu):
         super().__init__()
-        self.t, self.skip_tuning, self.freeu, self.count = t, skip_tuning, freeu, count
+        self.count, self.t, self.freeu = count, t, freeu
+        self.skip_tuning = (*skip_tuning, 0.001)[:3] if skip_tuning else None
 
     def pop(self, x, order):
         consumer = self.count - len(self.saved)

@@ -52,7 +52,7 @@ class UViT(nn.Module):
         rows = self.extra_tokens + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
         self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
-        self.time_embed = layers.TimeMLP(dim, 4 * dim, dim) if mlp_time_embed else None
+        self.time_embed = layers.make_time_mlp(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
         block = functools.partial(Block, dim, heads, mlp_ratio, qkv_bias)
         self.in_blocks = nn.ModuleList(block(has_skip=False) for _ in range(depth // 2))
