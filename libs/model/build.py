@@ -9,7 +9,7 @@ from libs.model.dim import EXTRA_TOKENS, DiM
 from libs.model.layers import interpolate_positions
 from libs.model.published import from_official
 from libs.model.uvit import UViT
-from utils import UserError
+from utils import UserError, look_up
 
 NETWORKS = {"dim": DiM, "uvit": UViT}
 
@@ -22,12 +22,10 @@ def build_model(nnet, seed=None):
     """
     keywords = {key: value for key, value in nnet.items() if value is not None}
     keywords.pop("pretrained_path", None)
-    name = keywords.pop("name")
-    if name not in NETWORKS:
-        raise UserError(f"nnet.name is {name!r}, expected one of {', '.join(NETWORKS)}")
+    network = look_up(NETWORKS, keywords.pop("name"), "nnet.name")
     if seed is not None:
         torch.manual_seed(seed)
-    return NETWORKS[name](**keywords)
+    return network(**keywords)
 
 
 def resize_state(state_dict, model):

@@ -19,7 +19,7 @@ from libs.model.layers import EXTRA_TOKENS
 from libs.model.mamba import Mamba
 from libs.model.scan_order import block_patterns, pad_index, sequence_order
 from libs.model.skips import LongSkips, TunedSkips
-from utils import UserError
+from utils import look_up
 
 # Width and depth of the paper's models. Parameters: S 50,568,716 at 32x32x3 with 10
 # classes; L 386,063,376 and H 862,407,184 at 32x32x4 with 1,000 classes.
@@ -70,11 +70,8 @@ class DiM(nn.Module):
         self.skip_tuning, self.freeu = skip_tuning, freeu
         mamba, keywords = {"d_conv": 3, **(mamba or {})}, dict(mixer or {"name": "mamba"})
         self.pad = mamba["d_conv"] if num_pad_tokens is None else num_pad_tokens
-        name = keywords.pop("name")
-        if name not in MIXERS:
-            raise UserError(f"nnet.mixer.name is {name!r}, expected one of {', '.join(MIXERS)}")
-        keywords = mamba if name == "mamba" else keywords
-        make_mixer = functools.partial(MIXERS[name], dim, **keywords)
+        kind = look_up(MIXERS, keywords.pop("name"), "nnet.mixer.name")
+        make_mixer = functools.partial(kind, dim, **(mamba if kind is Mamba else keywords))
 
         rows = EXTRA_TOKENS + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
@@ -201,7 +198,7 @@ class DiM(nn.Module):
             else:
                 x = block(*arguments)
             if 1 <= k <= self.num_skips:
-                skips.push(x)
+                skips.saved.append(x)
             if k in hidden:
                 found[k] = x
         return x, found

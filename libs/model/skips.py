@@ -90,9 +90,6 @@ class LongSkips:
     def __init__(self):
         self.saved = []
 
-    def push(self, x):
-        self.saved.append(x)
-
     def pop(self, x, order):
         """(x, skip) for the next block; order: (L,) or None, of the previous block."""
         return x, self.saved.pop()
