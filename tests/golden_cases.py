@@ -26,32 +26,26 @@ GOLDEN = Path(os.environ.get("DIM_GOLDEN") or ROOT / ".." / "shared" / "golden")
 
 
 class Arrays(Mapping):
-    """The arrays of one `.npz`, read when asked for; nothing stays open between reads."""
+    """The arrays of one `.npz` by name, read at the first use; none where there is no file."""
 
     def __init__(self, path):
-        self.path = Path(path)
+        self.path = path
 
     @functools.cached_property
-    def _names(self):
+    def arrays(self):
         if not self.path.exists():  # a case whose json says it all, such as a list of shapes
-            return []
+            return {}
         with np.load(self.path, allow_pickle=False) as npz:
-            return list(npz.files)
+            return dict(npz)
 
     def __getitem__(self, name):
-        if name not in self._names:
-            raise KeyError(f"{self.path.name} has no array {name!r}; it has {self._names}")
-        with np.load(self.path, allow_pickle=False) as npz:
-            return npz[name]
-
-    def __contains__(self, name):
-        return name in self._names
+        return self.arrays[name]
 
     def __iter__(self):
-        return iter(self._names)
+        return iter(self.arrays)
 
     def __len__(self):
-        return len(self._names)
+        return len(self.arrays)
 
 
 @functools.cache
@@ -96,17 +90,11 @@ def det_weights():
     return module
 
 
-def _float64(x):
-    return torch.as_tensor(x).detach().cpu().to(torch.float64)
-
-
 def relative_error(actual, expected):
-    """Largest absolute difference over the largest absolute value of `expected` (over 1 if that is
-    zero).
+    """Largest absolute difference over the largest absolute value of `expected`, or over 1 if that
+    is zero.
     """
-    actual, expected = _float64(actual), _float64(expected)
-    if expected.numel() == 0:
-        return 0.0
+    actual, expected = (torch.as_tensor(x).detach().cpu().double() for x in (actual, expected))
     scale = expected.abs().max().item() or 1.0
     return ((actual - expected).abs().max() / scale).item()
 

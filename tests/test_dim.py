@@ -1,12 +1,12 @@
 """The backbone's options, its sizes, and official weights of another shape."""
 
 import pytest
+import runs
 import torch
 
-from configs import cifar10_S_DiM, digits_T_DiM
-from libs.files import load_strict
+from configs import cifar10_S_DiM, digits_T_DiM, imagenet256_L_attention
 from libs.model.block import compose_block
-from libs.model.build import build_model, resize_state
+from libs.model.build import build_model
 from libs.model.dim import MIXERS, PRESETS, DiM
 from libs.model.layers import PaddedSequence
 from libs.model.published import from_official, to_official
@@ -40,7 +40,9 @@ def test_presets_have_the_published_sizes(name, shape, parameters):
 def test_configs_build_their_networks():
     with torch.device("meta"):
         model = build_model(cifar10_S_DiM.get_config().nnet)
+        attention = build_model(imagenet256_L_attention.get_config().nnet)
     assert {key: getattr(model, key) for key in PRESETS["S"]} == PRESETS["S"]
+    assert sum(parameter.numel() for parameter in attention.parameters()) == 265_089_040
     digits = build_model(digits_T_DiM.get_config().nnet)
     assert digits(torch.zeros(1, 1, 8, 8), torch.ones(1)).shape == (1, 1, 8, 8)
 
@@ -103,30 +105,6 @@ def test_skip_tuning_by_time():
     torch.testing.assert_close(by_time, model(x, t, y))
     model.skip_tuning = None
     assert not torch.allclose(by_time, model(x, t, y))
-
-
-def test_weights_of_another_patch_size():
-    """The [0, 0] tap of the patch embedding and of the head fills the new patch."""
-    torch.manual_seed(0)
-    source, target = DiM(**TINY), DiM(**dict(TINY, patch_size=4))
-    torch.nn.init.normal_(source.pos_embed)
-    tensors, changes = resize_state(from_official(target, to_official(source)), target)
-    load_strict(target, tensors, "source")
-    assert len(changes) == 2 and "patch size 2 -> 4" in changes[0] and "4x4" in changes[1]
-    tap = source.patch_embed.weight[:, :, 0, 0]
-    assert (target.patch_embed.weight == tap[:, :, None, None]).all()
-    rows = source.head.weight.unflatten(0, (4, 4))[0]  # channels of pixel [0, 0]
-    assert torch.equal(target.head.weight.unflatten(0, (16, 4)), rows.expand(16, 4, -1))
-    assert torch.equal(target.head.bias, source.head.bias[:4].repeat(16))
-    for name in ("blocks.0.mixer.in_proj.weight", "label_embed.weight"):
-        assert torch.equal(target.state_dict()[name], source.state_dict()[name])
-
-
-def test_patch_and_grid_of_the_same_size_change_nothing():
-    source = DiM(**TINY)
-    tensors, changes = resize_state(source.state_dict(), DiM(**TINY))
-    assert changes == []
-    assert all(torch.equal(tensors[name], value) for name, value in source.state_dict().items())
 
 
 def test_initialisation():
@@ -207,6 +185,17 @@ def test_attention_in_place_of_mamba():
     state = to_official(model)
     assert "blocks.0.mixer.qkv.weight" in state
     assert from_official(model, state).keys() == model.state_dict().keys()
+
+
+def test_attention_is_trained_for_two_steps(in_process, tmp_path):
+    changes = dict(
+        nnet__mixer__name="attention", train__n_steps=2, train__save_interval=2,
+        train__num_workers=0, train__fid_samples=0, train__grid_samples=0,
+    )  # fmt: skip
+    assert in_process("train", runs.arguments(tmp_path / "run", **changes)) == 0
+    network, average = runs.weights(tmp_path / "run", 2)
+    name = "blocks.0.mixer.qkv.weight"
+    assert network[name].isfinite().all() and not torch.equal(network[name], average[name])
 
 
 class Echo(torch.nn.Linear):

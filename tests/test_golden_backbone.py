@@ -60,15 +60,11 @@ def test_outputs(case, arrays, device):
         assert_close(out.cpu(), arrays[call["out"]], OUTPUT, call["out"])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("case, arrays", params("dim_backbone"))
-def test_gradients(case, arrays, checkpointing, device):
+def test_gradients(case, arrays, device):
     if "gradients" not in case:
         pytest.skip("this case has no gradients")
-    model = model_from_official(case["nnet_kwargs"], official_state(case)).to(device)
-    model.activation_checkpointing = (
-        checkpointing  # train mode without stochastic depth computes the same as eval mode
-    )
+    model = model_from_official(case["nnet_kwargs"], official_state(case)).to(device).train()
     grads = case["gradients"]
     x, out = run_call(model, case["calls"][grads["call"]], arrays)
     g = torch.from_numpy(det_weights().det_input("g", tuple(out.shape), case["weight_seed"]))
@@ -89,12 +85,8 @@ def test_gradients(case, arrays, checkpointing, device):
             summary["sum"], abs=SUMMARY * summary["l2"] * grad.numel() ** 0.5
         ), name
         stored = torch.from_numpy(arrays["grad/" + name])
-        if grad.shape == stored.shape:
-            assert_close(grad, stored, GRADIENT, "gradient of " + name)
-        else:  # a slice, from the start of every axis
-            assert_close(
-                grad[tuple(slice(n) for n in stored.shape)], stored, GRADIENT, "gradient of " + name
-            )
+        part = grad[tuple(slice(n) for n in stored.shape)]  # of some only the first entries
+        assert_close(part, stored, GRADIENT, "gradient of " + name)
 
 
 @pytest.mark.parametrize("case, arrays", params("dim_backbone"))
@@ -129,12 +121,8 @@ def test_intermediates(case, arrays):
 
     expect(tokens(seen["patch_embed/out"]), "patch_embed")
     expect(seen["modulation/out"].flatten(1), "adaln_modulation")
-    assert_close(
-        seen["modulation_linear/in"][0],
-        F.silu(torch.from_numpy(arrays["inter/adaln_embedding"])),
-        OUTPUT,
-        "adaln_embedding",
-    )
+    embedding = F.silu(torch.from_numpy(arrays["inter/adaln_embedding"]))
+    assert_close(seen["modulation_linear/in"][0], embedding, OUTPUT, "adaln_embedding")
     before = torch.from_numpy(arrays["inter/tokens_before_prepare"])
     assert_close(
         tokens(seen["first_smoother/in"][0]), before[:, 2:], OUTPUT, "image tokens before padding"

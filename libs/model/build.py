@@ -5,8 +5,8 @@ import math
 import torch
 
 from libs.files import load_strict, read_safetensors, read_torch, weights_file
-from libs.model.dim import EXTRA_TOKENS, DiM
-from libs.model.layers import interpolate_positions
+from libs.model.dim import DiM
+from libs.model.layers import EXTRA_TOKENS, interpolate_positions
 from libs.model.published import from_official
 from libs.model.uvit import UViT
 from utils import UserError, look_up
@@ -48,7 +48,7 @@ def resize_state(state_dict, model):
         changes.append(f"patch size {old} -> {new}: patch_embed and head repeat their [0, 0] tap")
     side, (h, w) = math.isqrt(table.shape[1] - EXTRA_TOKENS), model.native_grid
     if table.shape[1] == EXTRA_TOKENS + side**2 != EXTRA_TOKENS + h * w:
-        tensors["pos_embed"] = interpolate_positions(table, (side, side), (h, w), EXTRA_TOKENS)
+        tensors["pos_embed"] = interpolate_positions(table, (side, side), (h, w))
         changes.append(f"pos_embed: {side}x{side} grid interpolated to {h}x{w}")
     return tensors, changes
 

@@ -10,7 +10,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from libs.model import layers
 from libs.model.attention import Attention
@@ -71,7 +70,8 @@ class DiM(nn.Module):
         mamba, keywords = {"d_conv": 3, **(mamba or {})}, dict(mixer or {"name": "mamba"})
         self.pad = mamba["d_conv"] if num_pad_tokens is None else num_pad_tokens
         kind = look_up(MIXERS, keywords.pop("name"), "nnet.mixer.name")
-        make_mixer = functools.partial(kind, dim, **(mamba if kind is Mamba else keywords))
+        keywords = {**mamba, **keywords} if kind is Mamba else keywords
+        make_mixer = functools.partial(kind, dim, **keywords)
 
         rows = EXTRA_TOKENS + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
@@ -193,10 +193,7 @@ class DiM(nn.Module):
             if k > self.num_skips:
                 x, skip = skips.pop(x, orders[k - 1])
             arguments = (x, modulation, orders[k], drop_path_scales[k], skip)
-            if self.activation_checkpointing and self.training:
-                x = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(*arguments)
+            x = layers.run_block(block, self.activation_checkpointing, *arguments)
             if 1 <= k <= self.num_skips:
                 skips.saved.append(x)
             if k in hidden:

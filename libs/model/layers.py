@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from utils import UserError
 
@@ -84,6 +85,13 @@ class PaddedSequence(torch.autograd.Function):
         grid = sequence[:, front:].unflatten(1, (h + pad, w + pad))
         pads = grid[:, :h, w:], grid[:, h:]
         return grid[:, :h, :w], sequence[:, :extra], sequence[:, extra:front], *pads
+
+
+def run_block(block, activation_checkpointing, *arguments):
+    """block(*arguments); in training recomputed in the backward pass where asked."""
+    if activation_checkpointing and block.training:
+        return checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return block(*arguments)
 
 
 def unpatchify(patches, grid, patch_size):

@@ -7,7 +7,6 @@ import math
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from libs.model import layers
 from libs.model.attention import Attention
@@ -82,13 +81,13 @@ class UViT(nn.Module):
         """x (B, C, H, W), t (B,) network time, y (B,) int64 or None (null) -> (B, C, H, W)."""
         _, grid = layers.fit_patches(x.shape[2:], self.patch_size)
         tokens = self.embed(x, t, y, grid)                              # (B, extra + h*w, dim)
-        skips = []
+        skips, recompute = [], self.activation_checkpointing
         for block in self.in_blocks:
-            tokens = self.run(block, tokens)
+            tokens = layers.run_block(block, recompute, tokens)
             skips.append(tokens)
-        tokens = self.run(self.mid_block, tokens)
+        tokens = layers.run_block(self.mid_block, recompute, tokens)
         for block in self.out_blocks:
-            tokens = self.run(block, tokens, skips.pop())
+            tokens = layers.run_block(block, recompute, tokens, skips.pop())
         patches = self.head(self.norm(tokens))[:, self.extra_tokens :]  # (B, h*w, p*p*C)
         image = layers.unpatchify(patches, grid, self.patch_size)       # (B, C, H, W)
         return image if self.final_conv is None else self.final_conv(image)
@@ -105,9 +104,3 @@ class UViT(nn.Module):
         return tokens + layers.interpolate_positions(
             self.pos_embed, self.native_grid, grid, self.extra_tokens
         )
-
-    def run(self, block, *tokens):
-        """One block, recomputed in the backward pass where asked."""
-        if self.activation_checkpointing and self.training:
-            return checkpoint(block, *tokens, use_reentrant=False, preserve_rng_state=False)
-        return block(*tokens)
