@@ -20,7 +20,6 @@ DIM_TOL = 3e-5
 # 1e-4.
 FLOAT64_TOL = 1e-10
 BF16_TOL = 2**-7
-OFFICIAL_NAMES = {"cum_alpha": "alpha_bar", "cum_beta": "beta_bar", "snr": "snr"}
 
 
 def tensors(arrays, *names):
@@ -67,23 +66,17 @@ def test_noise_schedules(case, arrays, process, prefix):
 @pytest.mark.parametrize("case, arrays", golden_cases.params("discrete_schedule"))
 def test_discrete_lookups(case, arrays):
     process = DiscreteSchedule()
+    names = {"cum_alpha": "alpha_bar", "cum_beta": "beta_bar", "snr": "snr"}
     for times in "t_grid", "t_frac":
         (t,) = tensors(arrays, times)
-        for name, ours in OFFICIAL_NAMES.items():
+        for name, ours in names.items():
             (expected,) = tensors(arrays, f"{name}_of_{times}")
             # Elementwise: a neighbouring index changes every entry by more than 1e-4 of itself.
             torch.testing.assert_close(getattr(process, ours)(t), expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("case, arrays", golden_cases.params("discrete_schedule"))
-def test_discrete_tables(case, arrays):
-    process = DiscreteSchedule()
-    n = torch.arange(case["N"] + 1, dtype=torch.float64)
-    for name, table in {"cum_alpha": "cum_alphas", "cum_beta": "cum_betas", "snr": "snr"}.items():
+    middle = (torch.arange(case["N"] + 1, dtype=torch.float64) + 0.5) / case["N"]  # of a step
+    for table, ours in {"cum_alphas": "alpha_bar", "cum_betas": "beta_bar", "snr": "snr"}.items():
         (expected,) = tensors(arrays, table)
-        middle = (n + 0.5) / case["N"]  # of an index' interval
-        result = getattr(process, OFFICIAL_NAMES[name])(middle)
-        torch.testing.assert_close(result, expected, rtol=1e-11, atol=0)
+        torch.testing.assert_close(getattr(process, ours)(middle), expected, rtol=1e-11, atol=0)
 
 
 # --- training ---
@@ -210,7 +203,7 @@ def discrete_log_alpha(t):
 
 
 class Recorder:
-    """The fixtures' toy network; keeps what it was called with."""
+    """The fixtures' toy network, and what it was called with."""
 
     def __init__(self, process, arrays):
         self.process = process
@@ -222,10 +215,8 @@ class Recorder:
         self.x.append(x)
         self.t.append(t)
         self.network_times.append(time)
-        if isinstance(self.process, VPSDE):
-            log_alpha = vpsde_log_alpha(time / 999)
-        else:
-            log_alpha = discrete_log_alpha(time / 1000)
+        vpsde = isinstance(self.process, VPSDE)
+        log_alpha = vpsde_log_alpha(time / 999) if vpsde else discrete_log_alpha(time / 1000)
         return noise_prediction(x, self.mu, self.s, log_alpha).to(x.dtype)
 
 
@@ -237,60 +228,43 @@ class RecordedNoise:
         return next(self._noise)
 
 
+def run(process, arrays, algorithm, case, x, noise=()):
+    """(Recorder, z_0) of a sampler from x."""
+    net = Recorder(process, arrays)
+    options = dict(pred="noise_pred", algorithm=algorithm, steps=case["steps"])
+    return net, sample(net, process, x, **options, noise=RecordedNoise(noise))
+
+
 @pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_euler_maruyama"))
 def test_euler_maruyama(case, arrays):
-    is_sde = "ReverseSDE(" in case["official_entry"]
-    algorithm = "euler_maruyama_sde" if is_sde else "euler_maruyama_ode"
+    kind = "sde" if "ReverseSDE(" in case["official_entry"] else "ode"
     x_init, noise = tensors(arrays, "x_init", "noise")
-
-    def run(x):
-        net = Recorder(VPSDE(), arrays)
-        out = sample(net, VPSDE(), x, pred="noise_pred", algorithm=algorithm,
-                     steps=case["steps"], noise=RecordedNoise(noise))
-        return net, out
-
-    net, out = run(x_init)
+    start = VPSDE(), arrays, f"euler_maruyama_{kind}", case
+    net, out = run(*start, x_init, noise)
     assert_close(net.network_times, case["network_times"], 1e-7, "network times")
     assert_close(torch.stack([*net.x, out]), arrays["trace"], SAMPLER_TOL, "trace")
     assert_close(out, arrays["out"], SAMPLER_TOL, "out")
-    assert_close(run(x_init.double())[1], arrays["out64"], FLOAT64_TOL, "float64 out")
+    assert_close(run(*start, x_init.double(), noise)[1], arrays["out64"], FLOAT64_TOL, "out64")
 
 
-def check_calls(net, arrays, x_tol, t_tol):
-    assert_close(torch.stack(net.t), arrays["call_t"], t_tol, "t at calls")
-    assert_close(net.network_times, arrays["call_network_time"], t_tol, "network times at calls")
-    assert_close(torch.stack(net.x), arrays["call_x"], x_tol, "x at calls")
+def check_solver(start, arrays, out_tol, call_tol):
+    (x_init,) = tensors(arrays, "x_init")
+    net, out = run(*start, x_init)
+    assert_close(torch.stack(net.t), arrays["call_t"], call_tol, "t at calls")
+    assert_close(net.network_times, arrays["call_network_time"], call_tol, "network times")
+    assert_close(torch.stack(net.x), arrays["call_x"], call_tol, "x at calls")
+    assert_close(out, arrays["out"], out_tol, "out")
+    assert_close(run(*start, x_init.double())[1], arrays["out64"], FLOAT64_TOL, "out64")
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_dpm_solver_pytorch"))
 def test_dpm_solver(case, arrays):
-    (x_init,) = tensors(arrays, "x_init")
-
-    def run(x):
-        net = Recorder(VPSDE(), arrays)
-        options = dict(pred="noise_pred", algorithm="dpm_solver", steps=case["steps"])
-        return net, sample(net, VPSDE(), x, **options)
-
-    net, out = run(x_init)
-    check_calls(net, arrays, FEW_STEPS_TOL, FEW_STEPS_TOL)
-    tol = MANY_STEPS_TOL if case["steps"] >= 25 else FEW_STEPS_TOL
-    assert_close(out, arrays["out"], tol, "out")
-    assert_close(run(x_init.double())[1], arrays["out64"], FLOAT64_TOL, "float64 out")
+    out_tol = MANY_STEPS_TOL if case["steps"] >= 25 else FEW_STEPS_TOL
+    check_solver((VPSDE(), arrays, "dpm_solver", case), arrays, out_tol, FEW_STEPS_TOL)
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_dpm_solver_pp"))
 def test_dpm_solver_pp(case, arrays):
-    process = DiscreteSchedule()
-    (x_init,) = tensors(arrays, "x_init")
     predict_x0 = case["defaults_in_effect"]["predict_x0"]
     algorithm = "dpm_solver" if predict_x0 else "dpm_solver_upsample_g"
-
-    def run(x):
-        net = Recorder(process, arrays)
-        options = dict(pred="noise_pred", algorithm=algorithm, steps=case["steps"])
-        return net, sample(net, process, x, **options)
-
-    net, out = run(x_init)
-    check_calls(net, arrays, SAMPLER_TOL, SAMPLER_TOL)
-    assert_close(out, arrays["out"], SAMPLER_TOL, "out")
-    assert_close(run(x_init.double())[1], arrays["out64"], FLOAT64_TOL, "float64 out")
+    check_solver((DiscreteSchedule(), arrays, algorithm, case), arrays, SAMPLER_TOL, SAMPLER_TOL)
