@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import runs
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import datasets
 from libs.diffusion import GUIDANCE, SAMPLERS, sampler
-from libs.evaluate import METRICS
+from libs.evaluate import METRICS, DigitsClassifier
 from libs.model import MIXERS
 from libs.train import LOSSES, OPTIMIZERS, SCHEDULES, loss_term
 from sde import PROCESSES, per_sample
@@ -178,7 +179,11 @@ def test_one_of_each_kind_from_training_to_figures(registered, in_process, tmp_p
     picture = tmp_path / "grid.png"
     assert in_process("sample", [f"--nnet_path={weights}", "--n=1", f"--out={picture}"]) == 0
     assert picture.is_file()
-    changes = dict(sample__n_samples=8, sample__mini_batch_size=4)
+    features = tmp_path / "classifier.safetensors"
+    save_file(DigitsClassifier().state_dict(), features)
+    changes = dict(
+        sample__n_samples=8, sample__mini_batch_size=4, sample__fid_weights_path=features
+    )
     words = [*runs.arguments(tmp_path / "run", **changes), f"--config={config}"]
     assert in_process("eval", [*words, f"--nnet_path={weights}"]) == 0
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
