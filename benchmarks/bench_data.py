@@ -90,11 +90,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     cpu, load, cores = harness.device_name("cpu"), os.getloadavg()[0], os.cpu_count()
     torch.set_num_threads(1)  # as in the workers of a DataLoader
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        folder = harness.Path(folder)
-        for resolution in (256, 512):
-            rows += time_packed(folder, resolution, args.repeats)
+    with tempfile.TemporaryDirectory() as name:
+        folder = harness.Path(name)
+        rows = [row for px in (256, 512) for row in time_packed(folder, px, args.repeats)]
     head = (
         f"`bench_data.py`: {cpu}, {cores} cores, torch {torch.__version__}; load average at the "
         f"start {load:.1f}. {BATCH} random records or items at a time from a warm cache, on one "

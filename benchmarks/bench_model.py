@@ -1,15 +1,13 @@
 """Times whole networks on a GPU: `python benchmarks/bench_model.py`, ours and two transformers.
 
 Training steps (forward, loss, backward, clipping, fused AdamW, float32 weights under autocast, no
-EMA, random data on the device), forward passes and sampling (a few steps of DPM-Solver++(2M) at
-256 px, both halves of guidance in one batch) of DiM-S, -L, -H, U-ViT-H and diffusers' DiT-XL/2,
-without activation checkpointing. Forward passes and sampling hold the matrix weights of every
-network in bf16; 'graph' is the replay of CUDA graphs, 'compile' torch.compile. A figure is the
-median of steps that follow one another without the host waiting.
-
-Records are added to benchmarks/results/model_<gpu>.json after every case, the table beside them.
-`--only` selects cases; `--draw` draws docs/throughput.png from the records, without a GPU
-(pip install -e ".[bench]").
+EMA, random data on the device), forward passes and sampling (a few steps of DPM-Solver++(2M), both
+halves of guidance in one batch) of DiM-S, -L, -H, U-ViT-H and diffusers' DiT-XL/2, without
+activation checkpointing. Forward passes and sampling hold matrix weights in bf16; 'graph' is the
+replay of CUDA graphs, 'compile' torch.compile. A figure is the median of steps that follow one
+another without the host waiting. Records are added to benchmarks/results/model_<gpu>.json after
+every case, the table beside them. `--draw=JSON` draws docs/throughput.png from records, without a
+GPU (pip install -e ".[bench]").
 """
 
 import contextlib
@@ -56,8 +54,6 @@ PROCESS = {False: "vpsde", True: "discrete"}  # by whether the network sees late
 
 
 class Case(NamedTuple):
-    """One measurement."""
-
     model: str
     task: str
     pixels: int
@@ -210,8 +206,7 @@ def run(cases, path, setting, device):
     for case in cases:
         gc.collect()
         torch.compiler.reset()
-        if device == "cuda":
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         try:
             record = measure(case, device, peak) | setting
         except Exception as error:
@@ -230,10 +225,8 @@ def get_latest(records):
     return list({tuple(r[k] for k in WHAT): r for r in records}.values())
 
 
-COLUMNS = (
-    "model", "task", "px", "batch", "precision", "how", "median ms", "10-90%", "img/s", "GiB",
-    "MFU", "limit ms", "ratio", "commit",
-)  # fmt: skip
+COLUMNS = ("model", "task", "px", "batch", "precision", "how", "median ms", "10-90%", "img/s",
+           "GiB", "MFU", "limit ms", "ratio", "commit")  # fmt: skip
 
 
 def make_cells(r):
@@ -271,17 +264,13 @@ def draw(records, path):
             points = best.setdefault(r["model"], {})
             points[r["pixels"]] = max(points.get(r["pixels"], 0), r["img_s"])
     figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot(
-        xscale="log", yscale="log", xlabel="pixels a side",
-        ylabel="images a second, forward, batch 2, bf16",
-        title=f"{records[-1]['gpu']}, torch {records[-1]['torch']}; each its fastest way",
-    )  # fmt: skip
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="pixels a side")
+    axes.set_ylabel("images a second, forward, batch 2, bf16")
+    axes.set_title(f"{records[-1]['gpu']}, torch {records[-1]['torch']}; each its fastest way")
     for model, points in sorted(best.items()):
         style = "-o" if model.startswith("DiM") else "--s"
         axes.plot(*zip(*sorted(points.items()), strict=True), style, label=model)
-    sizes = sorted({pixels for points in best.values() for pixels in points})
-    axes.set_xticks(sizes, map(str, sizes))
-    axes.minorticks_off()
+    axes.set_xticks(sorted(points), map(str, sorted(points)))
     axes.grid(True, alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -102,13 +101,10 @@ def merge(old, new, keys):
 
 
 def write(path, records, text):
-    """The records at `path` and the table `text` beside it; each file is replaced whole."""
+    """The records at `path` and the table `text` beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = {path: json.dumps(records, indent=1) + "\n", path.with_suffix(".md"): text}
-    for target, content in texts.items():
-        temporary = target.with_name(target.name + ".tmp")
-        temporary.write_text(content, encoding="utf-8")
-        os.replace(temporary, target)
+    path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def make_table(columns, rows):

@@ -75,22 +75,18 @@ def count_flops(network, pixels):
     forward pass of one image; each product's backward is two of its size. network: on the meta
     device, where nothing is computed.
     """
-    if isinstance(network, DiM):
-        return 2 * _count_dim_products(network, get_input_shape(pixels)[1] // network.patch_size)
-    inputs = make_inputs(network, pixels, 1, "meta")
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        network.eval()(*inputs)
-    return counter.get_total_flops()
-
-
-def _count_dim_products(network, side):
-    """Multiply-adds on side x side patches, without scan and depthwise convolutions: the blocks'
-    matrices see every token, embedding and head every patch, the others one vector."""
-
-    def count_weights(module):
-        return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-    blocks, tokens = count_weights(network.blocks), FRONT_TOKENS + (side + PAD_TOKENS) ** 2
+    if not isinstance(network, DiM):
+        inputs, math = make_inputs(network, pixels, 1, "meta"), sdpa_kernel(SDPBackend.MATH)
+        with torch.no_grad(), math, FlopCounterMode(display=False) as counter:
+            network.eval()(*inputs)
+        return counter.get_total_flops()
+    blocks, everything = (
+        sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+        for module in (network.blocks, network)
+    )
+    # The blocks' matrices see every token, embedding and head every patch, the others one vector.
+    side = get_input_shape(pixels)[1] // network.patch_size
     patch = network.patch_size**2 * network.in_channels * network.dim
-    conditioning = count_weights(network) - blocks - patch  # the embedding is a convolution
-    return tokens * blocks + side**2 * 2 * patch + conditioning
+    conditioning = everything - blocks - patch  # the embedding is a convolution
+    tokens = FRONT_TOKENS + (side + PAD_TOKENS) ** 2
+    return 2 * (tokens * blocks + side**2 * 2 * patch + conditioning)

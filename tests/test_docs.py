@@ -1,0 +1,76 @@
+"""The documentation: its examples run, its links lead somewhere, its table of environment variables
+is complete."""
+
+import re
+
+import pytest
+import runs
+
+DOCS = runs.ROOT / "docs"
+PAGES = [*runs.ROOT.glob("*.md"), *DOCS.glob("*.md"), runs.ROOT / "benchmarks" / "NOTES.md"]
+README_WORDS, EXAMPLE_LINES = 1000, 40
+SHORT = {
+    "nnet.dim": 16, "train.n_steps": 2, "train.batch_size": 4, "train.grid_samples": 0,
+    "train.log_interval": 1, "sample.sample_steps": 2,
+}  # fmt: skip
+
+
+def read_blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+EXAMPLES = read_blocks(DOCS / "extending.md", "python")
+
+
+def test_there_are_four_short_examples():
+    assert len(EXAMPLES) == 4
+    for example in EXAMPLES:
+        assert "def get_config()" in example and example.count("\n") < EXAMPLE_LINES
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_examples_train_and_sample(number, tmp_path, in_process):
+    config = tmp_path / "example.py"
+    config.write_text(EXAMPLES[number])
+    run, picture = tmp_path / "run", tmp_path / "grid.png"
+    words = [f"--config={config}", *(f"--config.{k}={v}" for k, v in SHORT.items())]
+    assert in_process("train", [*words, f"--workdir={run}"]) == 0
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
+    weights = [f"--nnet_path={run}/ckpts/2.ckpt", f"--out={picture}", "--n=1"]
+    assert in_process("sample", [*words, *weights]) == 0
+    assert picture.is_file()
+
+
+def test_the_snippet_of_the_readme_draws(tmp_path, in_process):
+    words = ["--config=configs/digits_T_DiM.py", *(f"--config.{k}={v}" for k, v in SHORT.items())]
+    assert in_process("train", [*words, f"--workdir={tmp_path}"]) == 0
+    (snippet,) = read_blocks(runs.ROOT / "README.md", "python")
+    names = {}
+    exec(re.sub(r'"workdir/.*?"', repr(f"{tmp_path}/ckpts/2.ckpt"), snippet), names)
+    assert names["images"].shape == (4, 1, 8, 8)
+
+
+def test_the_readme_is_short():
+    assert len((runs.ROOT / "README.md").read_text(encoding="utf-8").split()) <= README_WORDS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", (page.parent / (path or page)).read_text(), re.M)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], target
+
+
+def test_every_environment_variable_is_in_the_table():
+    """DIM_* of the product and of the tests, no more and no less."""
+    rows = re.findall(r"^\| `(DIM_\w+)` \|", (DOCS / "kernels.md").read_text(), re.M)
+    files = [*runs.ROOT.glob("*.py"), *runs.ROOT.glob("libs/**/*.py"), runs.ROOT / "Makefile"]
+    files += [*runs.ROOT.glob("scripts/*.py"), runs.ROOT / "tests" / "golden_cases.py"]
+    found = {name for path in files for name in re.findall(r"\"(DIM_\w+)\"", path.read_text())}
+    assert sorted(found) == sorted(rows)
