@@ -1,6 +1,5 @@
 """Averaging of parameters."""
 
-import pytest
 import torch
 
 from libs.train.ema import EMA
@@ -58,20 +57,3 @@ def test_the_average_is_a_frozen_float32_copy():
     change = ema.model[0].weight - before
     # bfloat16, with 8 bits, would lose so small a change
     torch.testing.assert_close(change, torch.full_like(change, 1e-3), rtol=1e-2, atol=0)
-
-
-def test_state_comes_back():
-    model = make_model()
-    ema, other = EMA(model, 0.9), EMA(make_model(1), 0.9)
-    randomise(model, 2)
-    ema.update(model)
-    other.load_state_dict(ema.state_dict())
-    for name, value in ema.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
-    with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({})
-
-
-def test_another_model_is_an_error():
-    with pytest.raises(ValueError, match=r"2\.weight"):
-        EMA(make_model(), 0.9).update(make_model()[:2])

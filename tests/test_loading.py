@@ -13,8 +13,6 @@ from libs.train.engine import Engine
 from libs.train.loader import Prefetcher
 from libs.train.step import StepStats
 
-CPU = torch.device("cpu")
-
 
 def make_batches(pinned=False):
     for k in itertools.count():
@@ -22,28 +20,21 @@ def make_batches(pinned=False):
         yield tuple(tensor.pin_memory() for tensor in batch) if pinned else batch
 
 
-def test_on_the_cpu_nothing_is_read_ahead():
-    source = make_batches()
-    batches = Prefetcher(source, CPU)
-    assert next(batches)[1][0] == 0
-    batches.prefetch()
-    assert next(source)[1][0] == 1
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_copies_run_one_ahead_and_keep_their_order():
-    """Memory that is given back while the GPU still works on it is not written too early."""
-    source = make_batches(pinned=True)
-    batches, sums = Prefetcher(source, torch.device("cuda", 0)), []
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_batches_are_taken_one_ahead_and_keep_their_order(device):
+    """Pinned memory that the loader uses again is not written before the copy."""
+    source = make_batches(pinned=device == "cuda")
+    batches, sums = Prefetcher(source, torch.device(device)), []
     for k in range(200):
         x, y = next(batches)
-        torch.cuda._sleep(100_000)
+        if device == "cuda":
+            torch.cuda._sleep(100_000)
         sums.append(x.sum() + y.sum())
         if k % 3:
             batches.prefetch()
             batches.prefetch()
-    assert x.is_cuda and torch.stack(sums).tolist() == [16.0 * k for k in range(200)]
+    assert x.device.type == device and torch.stack(sums).tolist() == [16.0 * k for k in range(200)]
+    assert next(source)[1][0] == 201, "one ahead"
 
 
 def make_engine():
@@ -55,7 +46,7 @@ def make_engine():
 
 
 def step(engine, scale, bad):
-    engine.zero_grad()
+    engine.optimizer.zero_grad()
     engine.backward((engine.model(torch.ones(4, 3)) ** 2).mean() * scale)
     engine.step(torch.tensor(bad))
 

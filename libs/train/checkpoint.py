@@ -8,10 +8,8 @@ behind. One process at a time saves into a directory.
 import json
 import logging
 import os
-import re
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -22,26 +20,21 @@ from utils import UserError, write_json
 
 log = logging.getLogger("dim")
 
-
-class Saved(NamedTuple):
-    """What a checkpoint holds: weights and their average, CPU tensors by name, and the rest."""
-
-    nnet: dict[str, torch.Tensor]
-    ema: dict[str, torch.Tensor]
-    training_state: dict
+SAVING = ".saving-{}"  # the folder of a step's checkpoint while it is being written
 
 
-# ---------------------------------------------------------------------------------------------
-# Saving
-
-
-def saving_folder(directory, step):
-    """Where the checkpoint of `step` is being written."""
-    return Path(directory) / f".saving-{step}"
+def _write_files(folder, nnet, ema, training_state, config):
+    for name, tensors in ("nnet", nnet), ("nnet_ema", ema):
+        path = folder / f"{name}.safetensors"
+        save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path)
+        path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
+    with (folder / "training.pt").open("wb") as file:
+        torch.save(training_state, file)
+    write_json(folder / "config.json", config)
 
 
 def _write_manifest(folder, step):
-    """manifest.json, the last file: all others are on the disk then."""
+    """manifest.json, once all other files are on the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -51,37 +44,21 @@ def _write_manifest(folder, step):
     write_json(folder / "manifest.json", {"format": 1, "step": step, "files": files})
 
 
-def _write_files(folder, nnet, ema, training_state, config):
-    for name, tensors in ("nnet", nnet), ("nnet_ema", ema):
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, folder / f"{name}.safetensors")
-    with (folder / "training.pt").open("wb") as file:
-        torch.save(training_state, file)
-    write_json(folder / "config.json", config)
-    for path in folder.glob("*.safetensors"):  # that library's files are the owner's only
-        path.chmod((folder / "config.json").stat().st_mode)
-
-
 def _put_in_place(folder):
-    """Give the whole checkpoint .saving-<step> its name; the one that had it goes."""
+    """Give the whole checkpoint .saving-<step> its name; the one that had it goes, but published
+    weights stay under another.
+    """
     target = folder.with_name(f"{folder.name.split('-')[1]}.ckpt")
-    if target.exists():
+    if any(target.glob("*.pth")):
+        target.rename(f"{target}.replaced")
+    elif target.exists():
         shutil.rmtree(target)
-    folder.rename(target)
-    return target
+    return folder.rename(target)
 
 
-def _steps(directory):
-    """The steps of everything with a checkpoint's name, in ascending order."""
-    matches = (re.fullmatch(r"(\d+)\.ckpt", path.name) for path in directory.glob("*.ckpt"))
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def _prune(directory, step, keep_last):
-    """Of the checkpoints before `step`, keep the keep_last - 1 newest."""
-    older = [old for old in _steps(directory) if old < step]
-    for old in older[: max(0, len(older) - keep_last + 1)]:
-        shutil.rmtree(directory / f"{old}.ckpt", ignore_errors=True)
+def _get_steps(directory):
+    """The steps of all checkpoints by their names, in ascending order."""
+    return sorted(int(path.stem) for path in directory.glob("*.ckpt") if path.stem.isdigit())
 
 
 def save(directory, step, *, nnet, ema, training_state, config, keep_last):
@@ -93,7 +70,8 @@ def save(directory, step, *, nnet, ema, training_state, config, keep_last):
 
     UserError if the disk is full or cannot be written: earlier checkpoints are as they were.
     """
-    directory, folder = Path(directory), saving_folder(directory, step)
+    directory = Path(directory)
+    folder = directory / SAVING.format(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_files(folder, nnet, ema, training_state, config)
@@ -107,13 +85,10 @@ def save(directory, step, *, nnet, ema, training_state, config, keep_last):
             f"could not save checkpoint {directory / f'{step}.ckpt'}: {reason}; earlier "
             "checkpoints are as they were"
         ) from error
-    if keep_last is not None:
-        _prune(directory, step, keep_last)
+    older = [old for old in _get_steps(directory) if old < step]
+    for old in older[: max(0, len(older) + 1 - (keep_last or len(older) + 1))]:
+        shutil.rmtree(directory / f"{old}.ckpt", ignore_errors=True)
     return target
-
-
-# ---------------------------------------------------------------------------------------------
-# Finding and loading
 
 
 def clean(directory):
@@ -124,31 +99,21 @@ def clean(directory):
         if (folder / "manifest.json").is_file():
             _put_in_place(folder)
         else:
-            log.warning("removing %s: a save that did not finish", folder)
             shutil.rmtree(folder)
 
 
-def verify(path):
-    """Compare every byte of a checkpoint with its manifest; ValueError, or OSError for a missing
-    file, names the first that differs.
-    """
-    for name, entry in json.loads((path / "manifest.json").read_text())["files"].items():
-        if (path / name).stat().st_size != entry["size"]:
-            raise ValueError(f"{name} does not have {entry['size']} bytes")
-        if sha256_of(path / name) != entry["sha256"]:
-            raise ValueError(f"the SHA-256 of {name} is another")
-
-
 def find_latest(directory):
-    """The newest checkpoint in `directory` that is whole, or None; the log names the others.
-
-    Any other error of the system's, such as a file that may not be read, is raised: that checkpoint
-    may be as good as it was.
+    """The newest checkpoint in `directory` whose every byte is as its manifest says, or None; the
+    log names the damaged ones. A file that may not be read is an OSError: it may be good.
     """
-    for step in reversed(_steps(directory)):
+    for step in reversed(_get_steps(directory)):
         path = directory / f"{step}.ckpt"
         try:
-            verify(path)
+            files = json.loads((path / "manifest.json").read_text())["files"]
+            for name, entry in files.items():
+                found = (path / name).stat().st_size, sha256_of(path / name)
+                if found != (entry["size"], entry["sha256"]):
+                    raise ValueError(f"size or SHA-256 of {name} is another")
             return path
         except (ValueError, LookupError, TypeError, FileNotFoundError, NotADirectoryError) as error:
             log.warning("skipping checkpoint %s, which is damaged: %s", path, error)
@@ -156,9 +121,8 @@ def find_latest(directory):
 
 
 def load(path):
-    """Read a checkpoint, which `find_latest` has verified; no code in its files is run."""
-    return Saved(
-        read_safetensors(path / "nnet.safetensors"),
-        read_safetensors(path / "nnet_ema.safetensors"),
-        read_torch(path / "training.pt"),
-    )
+    """(weights, average, training_state) of a checkpoint, tensors on the CPU; `find_latest` has
+    verified it, and no code in its files is run.
+    """
+    weights = (read_safetensors(path / f"{name}.safetensors") for name in ("nnet", "nnet_ema"))
+    return *weights, read_torch(path / "training.pt")

@@ -3,7 +3,6 @@ or DeepSpeed's ZeRO-2 where `accelerate launch` is asked for them (configs/accel
 """
 
 import contextlib
-import logging
 import os
 import warnings
 
@@ -14,33 +13,30 @@ from libs.runtime import GraphedTraining, requested_engine
 from libs.train.optimizer import make_optimizer
 from utils import UserError
 
-log = logging.getLogger("dim")
-
 # DDP's, of a DiM's two depthwise convolutions: strides differ in the axis of size 1 alone.
 _HARMLESS = r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, 1, 3, 3\]"
 
 
 def _key_by_name(state, network):
-    """An optimizer's state_dict by the names of parameters instead of their numbers, which version
-    0.1.0 saved.
-    """
+    """An optimizer's state_dict by parameters' names; version 0.1.0 saved it by number."""
     names = dict(enumerate(name for name, _ in network.named_parameters()))
-    groups = [
-        {**group, "params": [names.get(key, key) for key in group["params"]]}
-        for group in state["param_groups"]
-    ]
-    entries = {names.get(key, key): entry for key, entry in state["state"].items()}
+    groups = [g | {"params": [names.get(k, k) for k in g["params"]]} for g in state["param_groups"]]
+    entries = {names.get(k, k): entry for k, entry in state["state"].items()}
     return {"state": entries, "param_groups": groups}
 
 
+def _call_whole(name, *arguments):
+    """A function of torch's for state dicts, with whole tensors on the CPU of rank 0."""
+    from torch.distributed.checkpoint import state_dict  # takes two seconds
+
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return getattr(state_dict, name)(*arguments, options=options)
+
+
 class Engine:
-    """One process or DistributedDataParallel.
-
-    model: what to call; network: the owner of its parameters; optimizer: over them; scaler: of the
-    loss; max_norm: that gradients are clipped to.
+    """One process or DistributedDataParallel. model: what to call; network: the owner of its
+    parameters; optimizer: over them; scaler: of the loss; max_norm: of the clipped gradients.
     """
-
-    zero2 = False
 
     def __init__(self, name, model, network, optimizer, scaler, max_norm):
         self.name, self.model, self.network, self.optimizer = name, model, network, optimizer
@@ -61,9 +57,8 @@ class Engine:
         return nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
     def step(self, found_inf):
-        """The optimizer's step, or none where found_inf, 0-dim float32 on the device, is 1.
-
-        torch's fused optimizers read it on the device: the host need not have heard of it yet.
+        """The optimizer's step, or none where found_inf, 0-dim float32, is 1: torch's fused
+        optimizers read it on the device, and the host need not have heard of it.
         """
         if self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = found_inf
@@ -72,17 +67,13 @@ class Engine:
         elif not found_inf.item():
             self.optimizer.step()
 
-    def zero_grad(self):
-        """Before the first micro-batch of a step."""
-        self.optimizer.zero_grad(set_to_none=True)
-
     def gather(self, model):
         """The whole state_dict of the network or its average, on the main process; all must ask."""
         return model.state_dict()
 
     def save_optimizer(self, folder):
-        """The optimizer's whole state_dict by names of parameters, as `gather`; or None, and the
-        state is in files in `folder`, a checkpoint that is being written.
+        """The optimizer's state_dict by parameters' names, as `gather`; None where it is in files
+        in `folder`, a checkpoint that is being written.
         """
         return _key_by_name(self.optimizer.state_dict(), self.network)
 
@@ -93,38 +84,26 @@ class Engine:
 
 class ShardedEngine(Engine):
     """FSDP2 (torch's fully_shard): weights, their average, gradients and optimizer state in parts.
-
     Gradients meet with every micro-batch, or their sum would be whole on every process.
     """
 
     def clip(self):
         return super().clip().full_tensor()
 
-    def _whole(self):
-        """torch's functions of state dicts, and their options for whole tensors on rank 0's CPU."""
-        from torch.distributed.checkpoint import state_dict  # takes two seconds
-
-        return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
     def gather(self, model):
-        api, options = self._whole()
-        return api.get_model_state_dict(model, options=options)
+        return _call_whole("get_model_state_dict", model)
 
     def save_optimizer(self, folder):
-        api, options = self._whole()
-        return api.get_optimizer_state_dict(self.network, self.optimizer, options=options)
+        return _call_whole("get_optimizer_state_dict", self.network, self.optimizer)
 
     def load_optimizer(self, state, folder):
         if state["state"]:  # else it was saved before the first step
-            api, options = self._whole()
             state = _key_by_name(state, self.network)
-            api.set_optimizer_state_dict(self.network, self.optimizer, state, options=options)
+            _call_whole("set_optimizer_state_dict", self.network, self.optimizer, state)
 
 
 class ZeroEngine(Engine):
     """ZeRO stage 2 (Rajbhandari et al., arXiv 1910.02054) by DeepSpeed, whose engine is `model`."""
-
-    zero2 = True
 
     def backward(self, loss):
         # DeepSpeed looks at the gradients alone: of a loss that is not finite they become NaN.
@@ -146,9 +125,6 @@ class ZeroEngine(Engine):
     def step(self, found_inf):
         """Made by `clip`."""
 
-    def zero_grad(self):
-        """Done by DeepSpeed."""
-
     def save_optimizer(self, folder):
         self.model.save_checkpoint(folder, tag="zero2", save_latest=False)
 
@@ -161,29 +137,21 @@ def _make_zero(network, optimizer, scaler, max_norm, accumulation):
         raise UserError("ZeRO-2 runs in bf16 or float32, not in fp16: --mixed_precision bf16")
     import deepspeed
 
-    model, optimizer, _, _ = deepspeed.initialize(
-        model=network,
-        optimizer=optimizer,
-        config={
-            "train_micro_batch_size_per_gpu": 1,  # only its logs read it
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 0.0 if max_norm == float("inf") else max_norm,
-            "zero_optimization": {"stage": 2},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 1 << 62,
-        },
-    )
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # only its logs read it
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0 if max_norm == float("inf") else max_norm,
+        "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 1 << 62,
+    }
+    model, optimizer, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
     return ZeroEngine("DeepSpeed ZeRO-2", model, network, optimizer, scaler, max_norm)
 
 
-def _set_parameter(model, name, parameter):
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, parameter)
-
-
 def _shard(network, average, device, num_processes):
-    """Make the parameters of `network`, and of `average`, which computes nothing while it is in
-    parts, DTensors in place. A block gathers its weights while it computes, the network the others.
+    """Make the parameters of `network` and its average DTensors, in place. A block gathers its
+    weights while it computes, the network the others.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # torch 2.6 and newer
@@ -194,41 +162,35 @@ def _shard(network, average, device, num_processes):
     for block in network.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(network, mesh=mesh)
-    for name, parameter in network.named_parameters():
-        tensor = average.get_parameter(name).data
-        part = distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
-        _set_parameter(average, name, nn.Parameter(part, requires_grad=False))
+    parts = {
+        name: distribute_tensor(average.get_parameter(name).data, p.device_mesh, p.placements)
+        for name, p in network.named_parameters()
+    }
+    average.load_state_dict(parts, strict=False, assign=True)
 
 
 @contextlib.contextmanager
 def whole_weights(model):
-    """A context in which the parameters of `model` are whole on every process; all must enter.
-
-    For the average, which computes on its own in sampling. Does nothing where they are whole.
+    """A context in which the parameters of `model` are whole on all processes, as the average's are
+    to sample; all must enter.
     """
     parts = {name: p for name, p in model.named_parameters() if hasattr(p, "full_tensor")}
-    for name, part in parts.items():
-        _set_parameter(model, name, nn.Parameter(part.full_tensor(), requires_grad=False))
+    whole = {name: part.full_tensor() for name, part in parts.items()}
+    model.load_state_dict(whole, strict=False, assign=True)
     try:
         yield
     finally:
-        for name, part in parts.items():
-            _set_parameter(model, name, part)
+        model.load_state_dict(parts, strict=False, assign=True)
 
 
 def make_engine(
     accelerator, network, average, settings, precision, *, max_norm, accumulation, graphed
 ):  # fmt: skip
     """The Engine that `accelerate launch` asks for, with a new optimizer, around a network and its
-    average, which have their weights.
-
-    settings: config.optimizer; max_norm: of the gradients, or None; graphed: replay forward and
-    backward from CUDA graphs. Raises UserError for ZeRO-2 in fp16.
+    average, which have their weights. settings: config.optimizer; max_norm: of the gradients, or
+    None; graphed: by CUDA graphs, in one process or DDP on a GPU. UserError for ZeRO-2 in fp16.
     """
     requested, max_norm = requested_engine(), max_norm or float("inf")
-    if graphed and (requested or accelerator.device.type != "cuda"):
-        log.info("train.cuda_graphs changes nothing here: it is for one process or DDP on a GPU")
-        graphed = False
     if requested == "fsdp2":
         _shard(network, average, accelerator.device, accelerator.num_processes)
     optimizer, scaler = make_optimizer(settings, network.parameters()), precision.scaler
@@ -236,10 +198,9 @@ def make_engine(
         return ShardedEngine("FSDP2", network, network, optimizer, scaler, max_norm)
     if requested == "zero2":
         return _make_zero(network, optimizer, scaler, max_norm, accumulation)
+    graphed = graphed and accelerator.device.type == "cuda"
     name = "DDP" if accelerator.num_processes > 1 else "one process"
-    model = network
-    if graphed:
-        name += ", by CUDA graphs"
-        model = GraphedTraining(network)
+    name += ", by CUDA graphs" if graphed else ""
     warnings.filterwarnings("ignore", _HARMLESS, UserWarning)
-    return Engine(name, accelerator.prepare_model(model), network, optimizer, scaler, max_norm)
+    model = accelerator.prepare_model(GraphedTraining(network) if graphed else network)
+    return Engine(name, model, network, optimizer, scaler, max_norm)

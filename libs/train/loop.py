@@ -8,28 +8,19 @@ import contextlib
 import functools
 import logging
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 import utils
-from libs.evaluate import make_image_sampler
 from libs.ops import describe_backends
-from libs.runtime import (
-    MetricsLog,
-    StopRequest,
-    environment,
-    get_logger,
-    make_accelerator,
-    ranks,
-)
-from libs.train.loader import Prefetcher, micro_batches
+from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator, ranks
+from libs.train.loader import make_batches
 from libs.train.losses import Objective, make_draws
 from libs.train.optimizer import make_schedule
 from libs.train.resume import find_checkpoint, make_state, save
 from libs.train.snapshots import Snapshots
-from libs.train.step import require_few_bad, take_step, update
+from libs.train.step import report_bad_step, take_step, update
 
 log = logging.getLogger("dim")
 
@@ -48,11 +39,11 @@ def open_run(directory, accelerator):
         yield stop
 
 
-def log_start(directory, accelerator, all_ranks, state, dataset, found):
-    """The first lines of a run's log; found: what `environment` says."""
-    packages = ", ".join(f"{name} {version}" for name, version in found["packages"].items())
-    log.info("run directory %s; commit %s", directory, found["commit"])
-    log.info("packages %s", packages)
+def log_run(directory, accelerator, all_ranks, state, dataset, found):
+    """What a run is; found: what its environment.json says."""
+    packages = ", ".join(map(" ".join, found["packages"].items()))
+    parameters = sum(p.numel() for p in state.network.parameters())
+    log.info("run directory %s; commit %s; packages %s", directory, found["commit"], packages)
     log.info(
         "%d process(es), ranks %s, on %s, %d thread(s) each, precision %s, engine %s",
         accelerator.num_processes, all_ranks, ", ".join(found["devices"]),
@@ -60,25 +51,15 @@ def log_start(directory, accelerator, all_ranks, state, dataset, found):
     )  # fmt: skip
     for line in describe_backends(accelerator.device):
         log.info("operator %s", line)
-    parameters = f"{sum(p.numel() for p in state.network.parameters()):,}"
-    log.info("network %s, %s parameters", type(state.network).__name__, parameters)
-    log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
-    if names := dataset.class_names:
-        shown = ", ".join(f"{i} {name}" for i, name in enumerate(names[:10]))
-        log.info("%d classes: %s%s", len(names), shown, ", ..." if len(names) > 10 else "")
-    if 0 < dataset.num_classes < state.network.num_classes:
-        log.warning(
-            "the data set has %d classes, but nnet.num_classes is %d: the others have no images, "
-            "and are drawn for grids and FID all the same",
-            dataset.num_classes, state.network.num_classes,
-        )  # fmt: skip
+    log.info("network %s, %s parameters", type(state.network).__name__, f"{parameters:,}")
+    log.info("%s images of shape %s, %d classes: %s", f"{len(dataset):,}", dataset.shape,
+             dataset.num_classes, utils.listed(dataset.class_names or ()))  # fmt: skip
 
 
 @contextlib.contextmanager
 def open_metrics(config, directory, accelerator, state, dataset, lines):
-    """The MetricsLog of this start, None on all processes but the main one, which also writes
-    config.json and environment.json and logs what the run is, `lines`, and what differs from the
-    first start.
+    """The MetricsLog of this start, None on all processes but the main one; the log says what the
+    run is, `lines`, and what differs from its first start.
     """
     all_ranks = ranks(accelerator)
     if not accelerator.is_main_process:
@@ -86,15 +67,13 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
         return
     classes = {name: number for number, name in enumerate(dataset.class_names or ())}
     found = environment() | {"images": len(dataset), "classes": classes}
-    changes = utils.write_run_files(directory, config, found)
-    log_start(directory, accelerator, all_ranks, state, dataset, found)
-    for line in changes:
+    log_run(directory, accelerator, all_ranks, state, dataset, found)
+    for line in utils.write_run_files(directory, config, found):
         log.warning("changed since this run began: %s", line)
     for line in lines:
         log.info("%s", line)
-    settings = config.train
-    metrics_log = MetricsLog(directory, tensorboard=settings.tensorboard, wandb=settings.wandb)
-    with contextlib.closing(metrics_log):
+    tensorboard, wandb = config.train.tensorboard, config.train.wandb
+    with contextlib.closing(MetricsLog(directory, tensorboard, wandb)) as metrics_log:
         metrics_log.truncate_after(state.progress.step, state.progress.batch)
         yield metrics_log
 
@@ -106,108 +85,91 @@ class StepLog:
     """
 
     def __init__(self, metrics_log, settings, step):
-        self.metrics_log, self.settings = metrics_log, settings
-        quiet = metrics_log is None
+        self.metrics_log, self.settings, quiet = metrics_log, settings, metrics_log is None
         self.bar = tqdm(total=settings.n_steps, initial=step, unit="step", disable=quiet)
-        self.restart()
+        self.batches, self.seconds = 0, 0.0
 
-    def restart(self):
-        """Leave the time until now out of img_s."""
-        self.batches, self.began = 0, time.monotonic()
-
-    def write(self, progress, stats, outcome, lr):
+    def write(self, progress, stats, outcome):
         """After each step, with any outcome."""
         step, settings = progress.step, self.settings
-        self.batches += 1
+        self.batches, self.seconds = self.batches + 1, self.seconds + stats.seconds
         due = outcome != "ok" or step == settings.n_steps or step % settings.log_interval == 0
         if self.metrics_log and due:
-            img_s = self.batches * settings.batch_size / (time.monotonic() - self.began)
-            line = {"batch": progress.batch, "loss": stats.loss, "grad_norm": stats.grad_norm}
-            self.metrics_log.write(step, {**line, "lr": lr, "img_s": img_s, "outcome": outcome})
+            img_s = self.batches * settings.batch_size / self.seconds
+            self.metrics_log.write(step, dict(
+                batch=progress.batch, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr,
+                img_s=img_s, outcome=outcome,
+            ))  # fmt: skip
             self.bar.set_postfix(loss=f"{stats.loss:.4f}", img_s=f"{img_s:.0f}")
-            self.restart()
-        if outcome == "ok":
-            self.bar.update()
+            self.batches, self.seconds = 0, 0.0
+        self.bar.update(outcome == "ok")
 
 
-def make_batches(config, accelerator, dataset, codec, network, start_batch):
-    """(iterator over this rank's micro-batches from a global batch on, f(batch) -> its Draws)."""
-    settings = config.train
-    batches = micro_batches(
-        dataset, accelerator, batch_size=settings.batch_size, num_workers=settings.num_workers,
-        accumulation=config.gradient_accumulation_steps, seed=config.seed, start_batch=start_batch,
-    )  # fmt: skip
-    draw = functools.partial(
-        make_draws, config.seed, size=settings.batch_size, encoding=codec.needs_noise,
-        shape=codec.latent_shape(dataset.shape), device=accelerator.device,
-        depth=network.depth if getattr(network, "drop_path", 0) else 0,
-    )  # fmt: skip
-    return Prefetcher(batches, accelerator.device), draw
-
-
-def make_objective(config, process, codec, null_label):
-    """The Objective of a config."""
+def make_objective(config, process, codec, network, dataset, device):
+    """(Objective of a config, f(batch) -> its Draws)."""
     p_uncond = config.dataset.p_uncond if config.dataset.cfg else 0.0
-    return Objective(
-        process, codec, pred=config.pred, weights=config.loss, null_label=null_label,
+    objective = Objective(
+        process, codec, pred=config.pred, weights=config.loss, null_label=network.num_classes,
         p_uncond=None if config.train.mode == "uncond" else p_uncond,
     )  # fmt: skip
+    draw = functools.partial(
+        make_draws, config.seed, size=config.train.batch_size, encoding=codec.needs_noise,
+        shape=codec.latent_shape(dataset.shape), device=device,
+        depth=network.depth if getattr(network, "drop_path", 0) else 0,
+    )  # fmt: skip
+    return objective, draw
 
 
 def train(config, directory, *, model, process, codec, dataset, start_weights=list):
     """Train `model` to config.train.n_steps, from the newest good checkpoint in `directory` on.
 
     model, process, codec, dataset: as libs.parts makes them. start_weights: called where there is
-    no checkpoint; gives the model its first weights and returns lines for the log.
-
-    Raises UserError where the directory is in use, the disk is full, no checkpoint is whole, or too
-    many steps in a row were not finite; SystemExit with status 143 after a signal, the state saved.
+    no checkpoint; gives the model its first weights and returns lines for the log. UserError for a
+    directory in use, a full disk, no whole checkpoint, too many non-finite steps in a row;
+    SystemExit with status 143 after a signal, the state being saved.
     """
     accelerator, directory, settings = make_accelerator(), Path(directory), config.train
-    with open_run(directory, accelerator) as stop, contextlib.ExitStack() as at_end:
+    accumulation, device = config.gradient_accumulation_steps, accelerator.device
+    with open_run(directory, accelerator) as stop:
         found = find_checkpoint(directory / "ckpts", accelerator)
         lines = [f"resuming from {found}"] if found else start_weights()
         state = make_state(
             model, accelerator, found, settings=settings, optimizer=config.optimizer,
-            max_norm=config.max_grad_norm, accumulation=config.gradient_accumulation_steps,
+            max_norm=config.max_grad_norm, accumulation=accumulation,
         )  # fmt: skip
-        progress, codec = state.progress, codec.to(accelerator.device)
-        batches, draw = make_batches(config, accelerator, dataset, codec, model, progress.batch)
-        objective = make_objective(config, process, codec, model.num_classes)
+        progress, codec = state.progress, codec.to(device)
+        batches = make_batches(
+            dataset, accelerator, batch_size=settings.batch_size, accumulation=accumulation,
+            num_workers=settings.num_workers, seed=config.seed, start_batch=progress.batch,
+        )  # fmt: skip
+        objective, draw = make_objective(config, process, codec, model, dataset, device)
         schedule = make_schedule(config.lr_scheduler, settings.n_steps)
-        image_sampler = make_image_sampler(
-            config, state.ema.model, process, codec, precision=state.precision, seed=config.seed
-        )
-        metrics_log = at_end.enter_context(
-            open_metrics(config, directory, accelerator, state, dataset, lines)
-        )
-        snapshots = Snapshots(
-            config, directory, accelerator, image_sampler, dataset, metrics_log, stop
-        )
-        if found:
-            snapshots.make(snapshots.missing(progress.step), progress.step)
-
-        step_log, stopping = StepLog(metrics_log, settings, progress.step), False
-        while progress.step < settings.n_steps and not stopping:
-            lr = config.optimizer.lr * schedule(progress.step)
-            stats = take_step(
-                accelerator, state, objective, batches, draw(progress.batch), lr=lr,
-                accumulation=config.gradient_accumulation_steps, stop=stop.requested,
-            )  # fmt: skip
-            outcome, stopping = update(state, stats), stats.stop
-            step_log.write(progress, stats, outcome, lr)
-            require_few_bad(progress, stats, settings.max_bad_steps)
-            due = snapshots.due(progress.step) if outcome == "ok" else ()
-            if stopping or "save" in due:
-                save(state, accelerator, directory / "ckpts", config, settings.keep_last)
-            if due and not stopping:
-                snapshots.make(due, progress.step)
-                step_log.restart()
-        step_log.bar.close()
-        if finished := progress.step == settings.n_steps and not stop.requested:
-            log.info("finished %d steps", progress.step)
-        else:
-            log.info("stopped at step %d as asked; the same command goes on", progress.step)
+        with open_metrics(config, directory, accelerator, state, dataset, lines) as metrics_log:
+            snapshots = Snapshots(
+                config, directory, accelerator, state, process, codec, dataset, metrics_log, stop
+            )
+            if found:
+                snapshots.make(snapshots.missing(progress.step), progress.step)
+            step_log, stopping = StepLog(metrics_log, settings, progress.step), False
+            while progress.step < settings.n_steps and not stopping:
+                stats = take_step(
+                    accelerator, state, objective, batches, draw(progress.batch),
+                    lr=config.optimizer.lr * schedule(progress.step), accumulation=accumulation,
+                    stop=stop.requested,
+                )  # fmt: skip
+                outcome, stopping = update(state, stats), stats.stop
+                step_log.write(progress, stats, outcome)
+                if outcome != "ok":
+                    report_bad_step(outcome, progress, stats, settings.max_bad_steps)
+                due = snapshots.due(progress.step) if outcome == "ok" else ()
+                if stopping or "save" in due:
+                    save(state, accelerator, directory / "ckpts", config)
+                if due and not stopping:
+                    snapshots.make(due, progress.step)
+            step_log.bar.close()
+        finished = progress.step == settings.n_steps and not stop.requested
+        said = "finished %d steps" if finished else "stopped at step %d; the same command goes on"
+        log.info(said, progress.step)
     accelerator.end_training()  # else gloo's threads now and then abort the process at its end
     if not finished:
         sys.exit(STOPPED)

@@ -1,17 +1,17 @@
 """What a run needs to go on as if it had never stopped."""
 
 import logging
+from collections import namedtuple
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
 
-import torch
+from accelerate.utils import broadcast_object_list
 
 from libs.files import load_strict
 from libs.ops import turn_on_fp8
 from libs.runtime import Precision, wait_without_timeout
 from libs.train import checkpoint
 from libs.train.ema import EMA
-from libs.train.engine import Engine, make_engine
+from libs.train.engine import ZeroEngine, make_engine
 from utils import UserError, listed
 
 log = logging.getLogger("dim")
@@ -19,35 +19,23 @@ log = logging.getLogger("dim")
 
 @dataclass
 class Progress:
-    """Counters of a run.
+    """Counters of a run."""
 
-    step: optimizer steps made. batch: global batches taken from the data, skipped ones included.
-    bad_in_a_row: non-finite steps since the last good one.
-    """
-
-    step: int = 0
-    batch: int = 0
-    bad_in_a_row: int = 0
+    step: int = 0  # optimizer steps made
+    batch: int = 0  # global batches taken from the data, skipped ones included
+    bad_in_a_row: int = 0  # non-finite steps since the last good one
 
 
-class TrainState(NamedTuple):
-    """Everything that changes in training; all of it is in a checkpoint."""
-
-    network: torch.nn.Module
-    ema: EMA
-    engine: Engine  # with the optimizer
-    precision: Precision  # with the loss scaler
-    progress: Progress
+# Everything that changes in training; all of it is in a checkpoint. The engine has the optimizer,
+# the Precision the loss scaler.
+TrainState = namedtuple("TrainState", "network ema engine precision progress")
 
 
-def save(state, accelerator, directory, config, keep_last):
-    """Write <directory>/<step>.ckpt; all processes must call it, and the main one writes.
-
-    config: for its config.json; keep_last: as of checkpoint.save.
-    """
+def save(state, accelerator, directory, config):
+    """Write <directory>/<step>.ckpt; all processes must call it, and the main one writes."""
     step, engine = state.progress.step, state.engine
     training_state = {
-        "optimizer": engine.save_optimizer(checkpoint.saving_folder(directory, step)),
+        "optimizer": engine.save_optimizer(directory / checkpoint.SAVING.format(step)),
         "scaler": state.precision.scaler.state_dict(),
         "progress": asdict(state.progress),
     }
@@ -56,7 +44,7 @@ def save(state, accelerator, directory, config, keep_last):
     if accelerator.is_main_process:
         path = checkpoint.save(
             directory, step, nnet=nnet, ema=ema, training_state=training_state,
-            config=config.to_dict(), keep_last=keep_last,
+            config=config.to_dict(), keep_last=config.train.keep_last,
         )  # fmt: skip
         log.info("saved %s", path)
     wait_without_timeout(accelerator)
@@ -66,8 +54,7 @@ def make_state(model, accelerator, found, *, settings, optimizer, max_norm, accu
     """The TrainState around `model`, from the checkpoint `found`, or new where that is None.
 
     settings, optimizer: config.train and config.optimizer, which overrules what was saved.
-    UserError for a checkpoint that does not fit, or was saved by ZeRO-2 and goes on without, or the
-    other way round.
+    UserError for a checkpoint of another network, or across the border of ZeRO-2.
     """
     precision = Precision(settings.mixed_precision, accelerator.device)
     network = model.to(accelerator.device).train()
@@ -75,28 +62,28 @@ def make_state(model, accelerator, found, *, settings, optimizer, max_norm, accu
     if settings.fp8:
         turn_on_fp8(network, precision.dtype, "train.fp8")
     if found:
-        saved = checkpoint.load(found)
-        load_strict(network, saved.nnet, found)
-        load_strict(ema.model, saved.ema, found)
+        weights, average, saved = checkpoint.load(found)
+        load_strict(network, weights, found)
+        load_strict(ema.model, average, found)
     engine = make_engine(
         accelerator, network, ema.model, optimizer, precision, max_norm=max_norm,
         accumulation=accumulation, graphed=settings.cuda_graphs,
     )  # fmt: skip
     progress = Progress()
     if found:
-        _load_optimizer(engine, optimizer, saved.training_state["optimizer"], found)
-        if precision.scaler.is_enabled() and saved.training_state["scaler"]:
-            precision.scaler.load_state_dict(saved.training_state["scaler"])
-        progress = Progress(**saved.training_state["progress"])
+        _load_optimizer(engine, optimizer, saved["optimizer"], found)
+        if precision.scaler.is_enabled() and saved["scaler"]:
+            precision.scaler.load_state_dict(saved["scaler"])
+        progress = Progress(**saved["progress"])
     return TrainState(network, ema, engine, precision, progress)
 
 
 def _load_optimizer(engine, settings, state, path):
     """Its state, and nothing of its settings, which are the config's."""
-    if (path / "zero2").is_dir() != engine.zero2:
+    if (saved := (path / "zero2").is_dir()) != isinstance(engine, ZeroEngine):
         raise UserError(
-            f"{path} was saved {'without' if engine.zero2 else 'with'} ZeRO-2, whose optimizer "
-            "state no other engine reads or writes: go on with the engine that saved it"
+            f"{path} was saved {'with' if saved else 'without'} ZeRO-2, whose optimizer state no "
+            "other engine reads or writes: go on with the engine that saved it"
         )
     groups = engine.optimizer.param_groups
     wanted = [{key: group[key] for key in settings if key in group} for group in groups]
@@ -105,34 +92,19 @@ def _load_optimizer(engine, settings, state, path):
         group.update(own)
 
 
-def _find(directory):
-    for path in sorted(directory.glob("*.ckpt")):
-        # Published weights, as they are put for an evaluation: a save would replace them.
-        if not (path / "manifest.json").is_file() and any(path.glob("*.pth")):
-            raise UserError(
-                f"{path} holds weights that this run has not saved: train in another directory, "
-                "--workdir=..., or move them away"
-            )
-    checkpoint.clean(directory)
-    found = checkpoint.find_latest(directory)
-    damaged = sorted(path.name for path in directory.glob("*.ckpt"))
-    if damaged and not found:
-        raise UserError(
-            f"no checkpoint in {directory} is whole ({listed(damaged)}); move them away to start "
-            "from scratch"
-        )
-    return found
-
-
 def find_checkpoint(directory, accelerator):
-    """The newest good checkpoint or None, found by the main process for all.
-
-    Raises:
-        UserError: there are checkpoints, and none is good, or somebody else's; nothing is
-            overwritten.
+    """The newest good checkpoint or None, found by the main process for all. UserError where there
+    are checkpoints, or published weights by their names, and none is good: nothing is overwritten.
     """
-    found = [_find(directory) if accelerator.is_main_process else None]
+    found = [None]
+    if accelerator.is_main_process:
+        checkpoint.clean(directory)
+        found = [checkpoint.find_latest(directory)]
+        damaged = sorted(path.name for path in directory.glob("*.ckpt"))
+        if damaged and not found[0]:
+            raise UserError(
+                f"no checkpoint in {directory} is whole ({listed(damaged)}); move them away to "
+                "start from scratch, or train in another directory, --workdir=..."
+            )
     wait_without_timeout(accelerator)
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
+    return broadcast_object_list(found)[0]

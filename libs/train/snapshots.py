@@ -1,22 +1,25 @@
 """What a run makes of its averaged weights at intervals: grids of samples, and FID."""
 
+import json
 import logging
 
-import torch
+from accelerate.utils import broadcast_object_list, gather_object
 
 import utils
 from datasets import dataset_of
 from libs.evaluate import (
+    FEATURES,
     choose_real,
     describe_result,
     load_real,
     make_features,
     make_grid_images,
+    make_image_sampler,
     measure,
 )
-from libs.runtime import has_logged, wait_without_timeout
+from libs.runtime import wait_without_timeout
 from libs.train.engine import whole_weights
-from utils import UserError
+from utils import UserError, look_up
 
 log = logging.getLogger("dim")
 
@@ -26,15 +29,21 @@ GRID_COLUMNS = 10
 class Snapshots:
     """Every process makes its share of the images, the main one writes.
 
-    image_sampler: of the averaged weights; dataset: of training; metrics_log: the main process's;
-    stop: the StopRequest, which leaves out what is being made.
+    process, codec, dataset: of training; metrics_log: the main process's; stop: the StopRequest,
+    which leaves out what is being made.
     """
 
-    def __init__(self, config, directory, accelerator, image_sampler, dataset, metrics_log, stop):
+    def __init__(
+        self, config, directory, accelerator, state, process, codec, dataset, metrics_log, stop
+    ):  # fmt: skip
         self.config, self.directory, self.accelerator = config, directory, accelerator
-        self.image_sampler, self.metrics_log, self.stop = image_sampler, metrics_log, stop
+        self.metrics_log, self.is_stopped = metrics_log, lambda: stop.requested
+        self.image_sampler = make_image_sampler(
+            config, state.ema.model, process, codec, precision=state.precision, seed=config.seed
+        )
         self.features = self.real = None
         if config.train.fid_samples and config.sample.features != "none":
+            look_up(FEATURES, config.sample.features, "sample.features")
             self.prepare_fid(dataset)
 
     def prepare_fid(self, dataset):
@@ -42,23 +51,22 @@ class Snapshots:
         the augmentation of training; no FID in this run, with a warning, where they cannot be had.
         """
         config, device = self.config, self.accelerator.device
-        made = torch.zeros((), device=device)
         try:
-            features = make_features(
+            self.features = make_features(
                 config.sample.features, config.sample.fid_weights_path, device
             )
             if self.accelerator.is_main_process:
-                chosen = choose_real(config.dataset.fid_stats, dataset)
+                measured = choose_real(config.dataset.fid_stats, dataset) is dataset
                 self.real = load_real(
-                    config.dataset, features, dataset_of(config) if chosen is dataset else None,
+                    config.dataset, self.features, dataset_of(config) if measured else None,
                     side=self.image_sampler.image_shape[-1], device=device,
                 )  # fmt: skip
-            made += 1
         except UserError as error:
             log.warning("no FID in this run: %s", error)
+            self.features = None
         wait_without_timeout(self.accelerator)
-        if self.accelerator.reduce(made, "sum").item() == self.accelerator.num_processes:
-            self.features = features
+        if not all(gather_object([self.features is not None])):
+            self.features = None
 
     def due(self, step):
         """What step `step` asks for: a grid every eval_interval steps, a checkpoint and FID every
@@ -70,43 +78,41 @@ class Snapshots:
         return due - {"grid" if not settings.grid_samples else "", "" if self.features else "fid"}
 
     def missing(self, step):
-        """What is due and was not made, since the run ended after the save of `step`; all processes
+        """What is due at `step` and was not made, since the run ended after its save; all processes
         must ask.
         """
-        due = [self.due(step)]
+        missing = self.due(step) - {"save"}
         if self.accelerator.is_main_process:
+            path = self.directory / "metrics.jsonl"
+            lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
+            if any(line["step"] == step and "frechet_distance" in line for line in lines):
+                missing -= {"fid"}
             if (self.directory / "samples" / f"{step}.png").is_file():
-                due[0].discard("grid")
-            if has_logged(self.directory, step, "frechet_distance"):
-                due[0].discard("fid")
-        if self.accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(due)
-        return due[0]
+                missing -= {"grid"}
+        return broadcast_object_list([missing])[0]
 
     def make(self, due, step):
         """Of what `due` names, grid and FID."""
         with whole_weights(self.image_sampler.model):
             if "grid" in due:
-                self.make_grid(step, self.config.train.grid_samples)
+                self.make_grid(step)
             if "fid" in due:
-                self.measure_fid(step, self.config.train.fid_samples)
+                self.measure_fid(step)
 
-    def stopped(self):
-        """Whether this process was asked to stop."""
-        return self.stop.requested
-
-    def make_grid(self, step, n):
-        """samples/<step>.png, of n images."""
-        images = make_grid_images(self.image_sampler, self.accelerator, n, self.stopped)
+    def make_grid(self, step):
+        """samples/<step>.png."""
+        n = self.config.train.grid_samples
+        images = make_grid_images(self.image_sampler, self.accelerator, n, self.is_stopped)
         if images is not None and self.accelerator.is_main_process:
             (self.directory / "samples").mkdir(exist_ok=True)
             utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
 
-    def measure_fid(self, step, n):
-        """The figures of n images, in the log."""
+    def measure_fid(self, step):
+        """The figures of train.fid_samples images, in the log."""
         result = measure(
-            self.image_sampler, self.features, self.real, self.accelerator, n=n, stop=self.stopped
-        )
+            self.image_sampler, self.features, self.real, self.accelerator,
+            n=self.config.train.fid_samples, stop=self.is_stopped,
+        )  # fmt: skip
         if result is not None:
             figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
             self.metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})

@@ -2,29 +2,31 @@
 
 import logging
 import math
+import time
 
 import torch
 
-from libs.train.optimizer import set_learning_rate
+from libs.train.losses import Draws
 from utils import UserError
 
 log = logging.getLogger("dim")
 
 
-def accumulate_gradients(accelerator, precision, engine, objective, batches, draws, accumulation):
+def accumulate_gradients(accelerator, state, objective, batches, draws, accumulation):
     """Forward and backward of this rank's micro-batches; returns their mean loss, 0-dim float32.
 
-    batches: iterator over (x, y) of this rank; draws: Draws of the global batch, of which a
-    micro-batch has the rows that GlobalBatchSampler deals to it.
+    batches: iterator over this rank's (x, y) on its device; draws: Draws of the global batch, of
+    which a micro-batch has the rows that GlobalBatchSampler deals to it.
     """
-    total = torch.zeros((), device=accelerator.device)
+    engine, total = state.engine, torch.zeros((), device=accelerator.device)
     size = len(draws.time) // (accelerator.num_processes * accumulation)
     for m in range(accumulation):
         start = (m * accelerator.num_processes + accelerator.process_index) * size
-        x, y = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        own = Draws(*(draw if draw is None else draw[start : start + size] for draw in draws))
+        x, y = next(batches)
         with engine.accumulating(last=m + 1 == accumulation):
-            with precision.autocast():
-                losses = objective(engine.model, x, y, draws.rows(slice(start, start + size)))
+            with state.precision.autocast():
+                losses = objective(engine.model, x, y, own)
             loss = losses.mean() / accumulation
             engine.backward(loss)
         total += loss.detach()
@@ -32,8 +34,8 @@ def accumulate_gradients(accelerator, precision, engine, objective, batches, dra
 
 
 class StepStats:
-    """loss, the mean over the processes; grad_norm; stop, whether any process was asked to stop;
-    and loss_scale of a step: on the host after `fetch`.
+    """Of a step loss, the mean over the processes; grad_norm; stop, whether any process was asked
+    to stop; loss_scale: on the host after `fetch`. `take_step` adds lr and seconds.
 
     found_inf: 0-dim float32 on the device, 1 if loss or gradient norm is not finite, else 0.
     """
@@ -50,7 +52,7 @@ class StepStats:
             self._arrived.record()
 
     def fetch(self):
-        """Set loss, grad_norm, stop and loss_scale, and return self.
+        """Set loss, grad_norm, stop and loss_scale.
 
         The one host sync of a step: it waits for the gradients, not for the optimizer's work that
         was queued since, which keeps the device busy until the host has gone on.
@@ -59,7 +61,6 @@ class StepStats:
             self._arrived.synchronize()
         loss, stops, self.grad_norm, self.loss_scale = self._values.tolist()
         self.loss, self.stop = loss / self.num_processes, stops > 0
-        return self
 
 
 def take_step(accelerator, state, objective, batches, draws, *, accumulation, lr, stop):
@@ -67,16 +68,17 @@ def take_step(accelerator, state, objective, batches, draws, *, accumulation, lr
 
     batches, draws: as of `accumulate_gradients`; stop: whether this process was asked to stop.
     """
-    engine, precision = state.engine, state.precision
-    set_learning_rate(engine.optimizer, lr)
-    engine.zero_grad()
-    loss = accumulate_gradients(
-        accelerator, precision, engine, objective, batches, draws, accumulation
-    )
-    stats = StepStats(accelerator, precision, loss, engine.clip(), stop)
+    engine, began = state.engine, time.monotonic()
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+    engine.optimizer.zero_grad(set_to_none=True)
+    loss = accumulate_gradients(accelerator, state, objective, batches, draws, accumulation)
+    stats = StepStats(accelerator, state.precision, loss, engine.clip(), stop)
     engine.step(stats.found_inf)
     batches.prefetch()
-    return stats.fetch()
+    stats.fetch()
+    stats.lr, stats.seconds = lr, time.monotonic() - began
+    return stats
 
 
 def update(state, stats):
@@ -90,8 +92,7 @@ def update(state, stats):
     progress, scaler = state.progress, state.precision.scaler
     progress.batch += 1
     if math.isfinite(stats.loss) and math.isfinite(stats.grad_norm):
-        if scaler.is_enabled():
-            scaler.update()
+        scaler.update()
         state.ema.update(state.network)
         progress.step += 1
         progress.bad_in_a_row = 0
@@ -100,21 +101,19 @@ def update(state, stats):
         # A broken loss is not the scale's fault, and leaves it as it is.
         scaler.update(None if math.isfinite(stats.loss) else stats.loss_scale)
         if 1 <= scaler.get_scale() < stats.loss_scale:
-            log.info("step %d: the gradient overflows float16; loss scale now %g",
-                     progress.step, scaler.get_scale())  # fmt: skip
             return "overflow"
     progress.bad_in_a_row += 1
-    log.warning("step %d, batch %d skipped: loss %g, gradient norm %g",
-                progress.step, progress.batch - 1, stats.loss, stats.grad_norm)  # fmt: skip
     return "bad"
 
 
-def require_few_bad(progress, stats, max_bad_steps):
-    """UserError once max_bad_steps came in a row; the last good checkpoint stays as it is."""
+def report_bad_step(outcome, progress, stats, max_bad_steps):
+    """Log a step that was not made; UserError once max_bad_steps came in a row."""
+    values = f"loss {stats.loss:g}, gradient norm {stats.grad_norm:g}, scale {stats.loss_scale:g}"
+    log.warning("step %d, batch %d: %s, skipped: %s", progress.step, progress.batch - 1, outcome,
+                values)  # fmt: skip
     if progress.bad_in_a_row >= max_bad_steps:
         raise UserError(
             f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last "
-            f"at step {progress.step} (loss {stats.loss:g}, gradient norm {stats.grad_norm:g}); "
-            "lower optimizer.lr, or use bf16 or no mixed precision, and go on from the last "
-            "checkpoint"
+            f"at step {progress.step} ({values}); lower optimizer.lr, or use bf16 or no mixed "
+            "precision, and go on from the last checkpoint"
         )
