@@ -1,7 +1,9 @@
 """Processes, losses, samplers, learning rate and averaging against the official code's numbers."""
 
+import functools
+import types
+
 import golden_cases
-import numpy as np
 import pytest
 import torch
 from gaussian import noise_prediction, training_loss
@@ -193,15 +195,6 @@ def test_ema(case, arrays):
 # --- samplers ---
 
 
-def vpsde_log_alpha(t):
-    return -0.25 * 19.9 * t**2 - 0.5 * 0.1 * t
-
-
-def discrete_log_alpha(t):
-    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000)**2
-    return np.interp(t, np.arange(1, 1001) / 1000, 0.5 * np.log(1 - betas).cumsum())
-
-
 class Recorder:
     """The fixtures' toy network, and what it was called with."""
 
@@ -215,24 +208,15 @@ class Recorder:
         self.x.append(x)
         self.t.append(t)
         self.network_times.append(time)
-        vpsde = isinstance(self.process, VPSDE)
-        log_alpha = vpsde_log_alpha(time / 999) if vpsde else discrete_log_alpha(time / 1000)
-        return noise_prediction(x, self.mu, self.s, log_alpha).to(x.dtype)
-
-
-class RecordedNoise:
-    def __init__(self, noise):
-        self._noise = iter(noise)
-
-    def draw(self):
-        return next(self._noise)
+        t = time / self.process.model_time(torch.tensor(1.0, dtype=torch.float64))
+        return noise_prediction(x, self.mu, self.s, self.process.log_alpha(t)).to(x.dtype)
 
 
 def run(process, arrays, algorithm, case, x, noise=()):
-    """(Recorder, z_0) of a sampler from x."""
-    net = Recorder(process, arrays)
+    """(Recorder, z_0) of a sampler from x, with recorded noise."""
+    net, draw = Recorder(process, arrays), functools.partial(next, iter(noise))
     options = dict(pred="noise_pred", algorithm=algorithm, steps=case["steps"])
-    return net, sample(net, process, x, **options, noise=RecordedNoise(noise))
+    return net, sample(net, process, x, **options, noise=types.SimpleNamespace(draw=draw))
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_euler_maruyama"))
