@@ -106,31 +106,15 @@ def test_what_the_output_and_on_step_receive(process, algorithm):
 # --- stochastic samplers and diffusers ---
 
 
-@pytest.mark.parametrize("process, algorithm, steps", [
-    ("vpsde", "euler_maruyama_sde", 400), ("vpsde", "DDPMScheduler", 400),
-    ("discrete", "DDPMScheduler", 400), ("discrete", "UniPCMultistepScheduler", 100),
-])
-def test_statistics_of_the_samples(process, algorithm, steps):
-    """Within four standard errors of 256 images of 64 pixels, plus the discretisation's bias of
-    0.01.
-    """
-    noise = ImageNoise(0, range(256), (1, 8, 8))
-    out = run(PROCESSES[process], noise.initial(), algorithm=algorithm, steps=steps, noise=noise)
-    n = out.numel()
-    # The official schedule's alpha is 0.07 at t = 1: starting from N(0, 1) shifts the flow's mean
-    # by that much of MU.
-    assert out.mean().item() == pytest.approx(MU, abs=4 * S / n**0.5 + 0.02)
-    assert out.std().item() == pytest.approx(S, abs=4 * S / (2 * n)**0.5 + 0.01)
-
-
-def test_every_diffusers_scheduler_that_is_offered_works():
-    names = [name for name in SAMPLERS if name.endswith("Scheduler")]
-    assert {"DDIMScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"} < set(names)
-    for name in names:
-        noise = ImageNoise(0, range(64), (1, 8, 8))
-        out = run(PROCESSES["vpsde"], noise.initial(), algorithm=name, steps=50, noise=noise)
-        assert out.mean().item() == pytest.approx(MU, abs=0.03), name
-        assert out.std().item() == pytest.approx(S, abs=0.08), name
+@pytest.mark.parametrize("process", PROCESSES)
+def test_every_algorithm_makes_the_distribution(process):
+    for name, (_, _, needs) in SAMPLERS.items():
+        if all(hasattr(PROCESSES[process], attribute) for attribute in needs):
+            noise = ImageNoise(0, range(64), (1, 8, 8))
+            options = dict(algorithm=name, steps=100, noise=noise)
+            out = run(PROCESSES[process], noise.initial(), **options)
+            assert out.mean().item() == pytest.approx(MU, abs=0.04), name
+            assert out.std().item() == pytest.approx(S, abs=0.05), name
 
 
 @pytest.mark.parametrize("algorithm", [
