@@ -16,8 +16,8 @@ from configs import common
 from utils import UserError, flatten
 
 CONFIGS = Path(common.__file__).parent
-INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it: 128 + SIGINT
 REQUIRED = object()  # the default of a flag that must be given
+config_file = object()  # kind of the flag --config
 
 
 class FlagError(UserError):
@@ -37,22 +37,16 @@ def load_config(path: str) -> config_dict.ConfigDict:
 
 
 def check_values(config) -> None:
-    """FlagError for a value outside RANGES and CHOICES of configs.common; a placeholder passes."""
-    for key, value in flatten(config).items():
-        low, high = common.RANGES.get(key, (None, None))
-        choices = common.CHOICES.get(key, (value,))
+    """FlagError for a value outside RANGES and CHOICES of configs.common; None passes."""
+    flat = flatten(config)
+    for key, (low, high) in common.RANGES.items():
+        value = flat.get(key)
         entries = value if isinstance(value, tuple) else (value,)
-        if value is None or low is None and value in choices:
-            continue
-        if low is None or not all(low <= entry <= high for entry in entries):
-            expected = f"{low} or more" if high == float("inf") else f"{low} to {high}"
-            expected = expected if low is not None else " or ".join(map(repr, choices))
-            raise FlagError(f"--config.{key} is {value!r}, expected {expected}")
-
-
-def config_file(text: str):
-    """Kind of the flag --config."""
-    raise NotImplementedError("parse_flags handles --config itself")
+        if not all(entry is None or low <= entry <= high for entry in entries):
+            raise FlagError(f"--config.{key} is {value!r}, expected {low} to {high}")
+    for key, choices in common.CHOICES.items():
+        if flat.get(key) not in (None, *choices):
+            raise FlagError(f"--config.{key} is {flat[key]!r}, expected one of {choices}")
 
 
 def file_path(text: str) -> str:
@@ -126,10 +120,7 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
     A kind is str, int, float, bool, `int_list`, `file_path` or `config_file`. The result has one
     attribute a flag; if 'config' is among them, `config` is the locked ConfigDict with the
     overrides applied (None without --config), `config_path` its file and `overrides` the dict
-    {'train.batch_size': 64} of what the command line changed.
-
-    Raises:
-        FlagError: a wrong flag, key or value.
+    {'train.batch_size': 64} of what the command line changed. FlagError for a wrong flag or value.
     """
     try:
         path, argv = _take_config(argv) if "config" in spec else (None, argv)
@@ -172,9 +163,9 @@ def _explain_shortage(error):
 def _fail(text, status):
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
-    start = "\n" if "tqdm" in sys.modules else ""  # its bar may end without one
     said = str(text).rpartition("utils.UserError: ")[2]  # out of torch's words on a worker
-    print(f"{start}error{where}: {' '.join(said.split())}", file=sys.stderr, flush=True)
+    # A progress bar may have no line end.
+    print(f"\nerror{where}: {' '.join(said.split())}", file=sys.stderr, flush=True)
     sys.exit(status)
 
 
@@ -188,7 +179,7 @@ def run_main(main, spec: dict) -> None:
     except UserError as error:
         _fail(error, error.exit_code)
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED)
+        _fail("interrupted", 130)  # as shells have it: 128 + SIGINT
     except Exception as error:
         if not (text := _explain_shortage(error)):
             raise

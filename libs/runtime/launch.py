@@ -24,16 +24,6 @@ def requested_engine():
     return ENGINES[names[0]] if names else None
 
 
-def _require_installed(engine, on_cpu):
-    needed = ("deepspeed",) if on_cpu else ("deepspeed", "transformers")  # for accelerate's part
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if engine == "zero2" and missing:
-        raise UserError(
-            f"ZeRO-2 needs {' and '.join(missing)}: pip install {' '.join(missing)}, or use "
-            "configs/accelerate/fsdp2.yaml"
-        )
-
-
 @contextlib.contextmanager
 def _hidden_from_accelerate(names):
     """Hide requests that libs.train.engine serves where accelerate does not: on the CPU."""
@@ -51,11 +41,12 @@ def make_accelerator():
     from a broken step.
 
     Raises:
-        UserError: an engine is asked for that lacks a package or a second process.
+        UserError: an engine is asked for that lacks its package or a second process.
     """
     global _patient_group
     engine, on_cpu = requested_engine(), not torch.cuda.is_available()
-    _require_installed(engine, on_cpu)
+    if engine == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        raise UserError('ZeRO-2 needs DeepSpeed: pip install -e ".[deepspeed]", or use fsdp2.yaml')
     if on_cpu:  # else every process of `accelerate launch --multi_gpu` would be a run of its own
         os.environ["ACCELERATE_USE_CPU"] = "true"
     timeout = datetime.timedelta(seconds=float(os.environ.get("DIM_TIMEOUT_S") or TIMEOUT_S))

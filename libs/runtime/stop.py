@@ -1,6 +1,5 @@
 """How a run is asked to stop, and data loader workers that leave the answer to it."""
 
-import contextlib
 import ctypes
 import os
 import signal
@@ -10,7 +9,6 @@ import time
 _PARENT = os.getppid()  # at import, the first thing that a script does: see StopRequest
 _LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by launchers
 _SAME_KEY_PRESS_S = 1.0
-_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
@@ -38,7 +36,8 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def __enter__(self):
-        self._previous = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        numbers = signal.SIGTERM, signal.SIGINT
+        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
         return self
 
     def __exit__(self, *exception):
@@ -46,24 +45,11 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-# torchrun's SIGTERM and a terminal's Ctrl-C go to the whole process group. A worker that died of it
-# would break the training step before the last checkpoint is saved, so workers leave the group;
-# until they have, the signals are blocked. Python ends workers by SIGTERM: they cannot ignore it.
-@contextlib.contextmanager
-def starting_workers():
-    """Make the iterator of a DataLoader with worker_init_fn=`detach_worker` in this context."""
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # workers inherit it
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-
-
 def detach_worker(worker_id: int) -> None:
-    """worker_init_fn of a DataLoader whose iterator is made in `starting_workers`."""
-    if sys.platform == "linux":  # end with the parent, whatever ends that
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    """worker_init_fn of a DataLoader. torchrun's SIGTERM and a terminal's Ctrl-C go to the whole
+    process group; a worker that died of them would break the training step before the last
+    checkpoint is saved. So workers leave the group, and end with their parent.
+    """
     os.setpgid(0, 0)
-    while signal.sigpending() & _SIGNALS:
-        signal.sigwait(_SIGNALS)  # meant for the group
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

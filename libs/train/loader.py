@@ -3,7 +3,7 @@
 from torch.utils.data import DataLoader
 
 from datasets import GlobalBatchSampler
-from libs.runtime import detach_worker, starting_workers
+from libs.runtime import detach_worker
 
 
 class Prefetcher:
@@ -43,5 +43,4 @@ def make_batches(
         pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
     # The workers start now, before there are threads that a fork could catch half-way.
-    with starting_workers():
-        return Prefetcher(loader, accelerator.device)
+    return Prefetcher(loader, accelerator.device)
