@@ -1,7 +1,7 @@
 // What surrounds the mixer in a block of DiM, one pass over the tokens each:
 //   n   = x / rms(x) * gain + shift,   gain = weight (1 + table_1 + modulation_1), shift = table_0 + modulation_0
-//   out = x + factor * branch,         factor = keep (1 + table_2 + modulation_2)
-// with one modulation (3, D) a batch entry. Definition: Block.composed of libs/model/dim.py.
+//   out = x + factor * branch,         factor = drop_path_scale (1 + table_2 + modulation_2)
+// with one modulation (3, D) a batch entry. Definition: modulated_norm_ref, gated_residual_ref.
 //
 // A thread owns 8 neighbouring channels, a block all channels of kRows tokens at a time and a chunk of
 // the tokens of one batch entry, so that sums over tokens stay in registers.
@@ -14,34 +14,29 @@
 struct AdalnParams {
   Int64 batch, length, dim, chunks, chunk_length;     // dim: a multiple of 8
   Rows x, n, branch, out, g_n, g_out, g_x, g_branch;  // (B, L, dim), rows aligned to 16 bytes
-  const float *modulation, *table, *weight, *keep;    // (B, 3, dim), (3, dim), (dim), (B) or none
+  const float *modulation, *table, *weight, *drop_path_scale;  // (B, 3, dim), (3, dim), (dim), (B) or none
   float *parts_shift, *parts_gain, *parts_factor;     // (chunks, B, dim)
   const float *g_shift, *g_gain, *g_factor;           // (B, dim)
   float *g_modulation, *g_table, *g_weight;
 };
-static_assert(sizeof(AdalnParams) == 5 * 8 + 8 * 24 + 13 * 8, "mirrored by libs/ops/cuda/adaln_plan.py");
+static_assert(sizeof(AdalnParams) == 5 * 8 + 8 * 24 + 13 * 8, "mirrored by libs/ops/cuda/adaln.py");
 
-constexpr int kOwn = 8;
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // at most; a block has dim / 8 threads
-constexpr float kEpsilon = 1e-5f;                      // RMSNorm of libs/model/layers.py
+constexpr float kEpsilon = 1e-5f;
 
-struct Eight {
-  float v[kOwn];
-};
+typedef Vec<float, 8> Float8;
+template <class T> using Vec8 = Packed<T, 8, 16>;
 
-template <class T> struct alignas(16) Packet {
-  T v[kOwn];
-};
-
-struct Place {
+// Which part of the problem a thread has: a chunk of the tokens of one batch entry, 8 channels.
+struct TokenCoord {
   Int64 batch, chunk;
   int channel, first, end;  // first channel; tokens
   bool valid;               // channels exist
 
-  __device__ __forceinline__ Place(const AdalnParams& p) {
+  __device__ __forceinline__ TokenCoord(const AdalnParams& p) {
     batch = blockIdx.x / p.chunks;
     chunk = blockIdx.x % p.chunks;
-    channel = static_cast<int>(threadIdx.x) * kOwn;
+    channel = static_cast<int>(threadIdx.x) * 8;
     valid = channel < p.dim;
     if (!valid) channel = 0;
     first = static_cast<int>(chunk * p.chunk_length);
@@ -54,49 +49,39 @@ template <class T> struct Sequence {
   T* first;
   Int64 stride;
 
-  __device__ __forceinline__ Sequence(const Rows& rows, const Place& at)
+  __device__ __forceinline__ Sequence(const Rows& rows, const TokenCoord& at)
       : first(static_cast<T*>(rows.data) + at.batch * rows.batch_stride + at.channel),
         stride(rows.row_stride) {}
-  __device__ __forceinline__ Packet<T> load(int token) const {
-    return *reinterpret_cast<const Packet<T>*>(first + token * stride);
+  __device__ __forceinline__ Vec8<T> load(int token) const {
+    return *reinterpret_cast<const Vec8<T>*>(first + token * stride);
   }
-  __device__ __forceinline__ void store(int token, const Eight& x) const {
-    Packet<T> packet;
-#pragma unroll
-    for (int i = 0; i < kOwn; ++i) packet.v[i] = from_float<T>(x.v[i]);
-    *reinterpret_cast<Packet<T>*>(first + token * stride) = packet;
+  __device__ __forceinline__ void store(int token, const Float8& x) const {
+    *reinterpret_cast<Vec8<T>*>(first + token * stride) = narrow<Vec8<T>, T>(x);
   }
 };
 
-template <class T> __device__ __forceinline__ Eight widen(const Packet<T>& packet) {
-  Eight x;
+// Row `part` of table + modulation: shift, scale or gate.
+__device__ __forceinline__ Float8 add_modulation(const AdalnParams& p, const TokenCoord& at, int part) {
+  const float* shared = p.modulation + (at.batch * 3 + part) * p.dim + at.channel;
+  const float* table = p.table + part * p.dim + at.channel;
+  Float8 x;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) x.v[i] = to_float(packet.v[i]);
+  for (int i = 0; i < 8; ++i) x.v[i] = table[i] + shared[i];
   return x;
 }
 
-// Row `part` of the modulation, without the one that is added to scale and gate.
-__device__ __forceinline__ Eight modulation_of(const AdalnParams& p, const Place& at, int part) {
-  const float* own = p.modulation + (at.batch * 3 + part) * p.dim + at.channel;
-  const float* shared = p.table + part * p.dim + at.channel;
-  Eight x;
+__device__ __forceinline__ Float8 make_gain(const AdalnParams& p, const TokenCoord& at) {
+  Float8 gain = add_modulation(p, at, 1);
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) x.v[i] = shared[i] + own[i];
-  return x;
-}
-
-__device__ __forceinline__ Eight gain_of(const AdalnParams& p, const Place& at) {
-  Eight gain = modulation_of(p, at, 1);
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) gain.v[i] = (1.0f + gain.v[i]) * p.weight[at.channel + i];
+  for (int i = 0; i < 8; ++i) gain.v[i] = (1.0f + gain.v[i]) * p.weight[at.channel + i];
   return gain;
 }
 
-__device__ __forceinline__ Eight factor_of(const AdalnParams& p, const Place& at) {
-  Eight factor = modulation_of(p, at, 2);
-  const float keep = p.keep ? p.keep[at.batch] : 1.0f;
+__device__ __forceinline__ Float8 make_factor(const AdalnParams& p, const TokenCoord& at) {
+  Float8 factor = add_modulation(p, at, 2);
+  const float scale = p.drop_path_scale ? p.drop_path_scale[at.batch] : 1.0f;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) factor.v[i] = (1.0f + factor.v[i]) * keep;
+  for (int i = 0; i < 8; ++i) factor.v[i] = (1.0f + factor.v[i]) * scale;
   return factor;
 }
 
@@ -123,10 +108,10 @@ __device__ __forceinline__ void add_threads(float* values, float (*buffer)[kWarp
 }
 
 // A part of a sum over tokens.
-__device__ __forceinline__ void store_part(float* parts, const AdalnParams& p, const Place& at,
-                                           const Eight& sum) {
+__device__ __forceinline__ void store_part(float* parts, const AdalnParams& p, const TokenCoord& at,
+                                           const Float8& sum) {
   if (!at.valid) return;
   float* to = parts + (at.chunk * p.batch + at.batch) * p.dim + at.channel;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) to[i] = sum.v[i];
+  for (int i = 0; i < 8; ++i) to[i] = sum.v[i];
 }

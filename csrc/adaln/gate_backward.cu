@@ -4,16 +4,16 @@
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     gate_backward(const __grid_constant__ AdalnParams p) {
-  const Place at(p);
+  const TokenCoord at(p);
   if (!at.valid) return;
   const Sequence<kOut> g_out(p.g_out, at);
   const Sequence<kInput> branch(p.branch, at);
   const Sequence<kInput> g_branch(p.g_branch, at);
-  const Eight factor = factor_of(p, at);
-  Eight g_factor = {};
+  const Float8 factor = make_factor(p, at);
+  Float8 g_factor = {};
   for (int first = at.first; first < at.end; first += kRows) {
-    Packet<kOut> of_out[kRows];
-    Packet<kInput> of_branch[kRows];
+    Vec8<kOut> of_out[kRows];
+    Vec8<kInput> of_branch[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       of_out[r] = g_out.load(min(first + r, at.end - 1));
@@ -22,9 +22,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (first + r >= at.end) break;
-      Eight gradient;
+      Float8 gradient;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
+      for (int i = 0; i < 8; ++i) {
         const float g = to_float(of_out[r].v[i]);
         gradient.v[i] = factor.v[i] * g;
         g_factor.v[i] = fmaf(g, to_float(of_branch[r].v[i]), g_factor.v[i]);

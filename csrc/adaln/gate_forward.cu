@@ -3,15 +3,15 @@
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     gate_forward(const __grid_constant__ AdalnParams p) {
-  const Place at(p);
+  const TokenCoord at(p);
   if (!at.valid) return;
   const Sequence<kX> x(p.x, at);
   const Sequence<kInput> branch(p.branch, at);
   const Sequence<kOut> out(p.out, at);
-  const Eight factor = factor_of(p, at);
+  const Float8 factor = make_factor(p, at);
   for (int first = at.first; first < at.end; first += kRows) {
-    Packet<kX> of_x[kRows];
-    Packet<kInput> of_branch[kRows];
+    Vec8<kX> of_x[kRows];
+    Vec8<kInput> of_branch[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       of_x[r] = x.load(min(first + r, at.end - 1));
@@ -20,9 +20,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (first + r >= at.end) break;
-      Eight sum = widen(of_x[r]);
+      Float8 sum = widen(of_x[r]);
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
+      for (int i = 0; i < 8; ++i)
         sum.v[i] = fmaf(factor.v[i], to_float(of_branch[r].v[i]), sum.v[i]);
       out.store(first + r, sum);
     }

@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(kColumns * kLanes)
   for (Int64 b = lane; b < p.batch; b += kLanes) {
     const Int64 row = b * dim + channel, first = 3 * b * dim + channel;
     const float g_gain = p.g_gain[row], g_shift = p.g_shift[row];
-    const float g_gate = p.g_factor[row] * (p.keep ? p.keep[b] : 1.0f);
+    const float g_gate = p.g_factor[row] * (p.drop_path_scale ? p.drop_path_scale[b] : 1.0f);
     const float scale = table_scale + p.modulation[first + dim];
     p.g_modulation[first] = g_shift;
     p.g_modulation[first + dim] = g_gain * weight;

@@ -6,20 +6,20 @@
 extern "C" __global__ void __launch_bounds__(kThreads)
     norm_backward(const __grid_constant__ AdalnParams p) {
   __shared__ float sums[2][2 * kRows][kWarps];
-  const Place at(p);
+  const TokenCoord at(p);
   const Sequence<kX> x(p.x, at);
   const Sequence<kInput> g_n(p.g_n, at);
   const Sequence<kOut> g_out(p.g_out, at);
   const Sequence<kX> g_x(p.g_x, at);
   const Sequence<kInput> n(p.n, at);
-  const Eight gain = gain_of(p, at), shift = modulation_of(p, at, 0);
-  Eight g_gain = {}, g_shift = {};
+  const Float8 gain = make_gain(p, at), shift = add_modulation(p, at, 0);
+  Float8 g_gain = {}, g_shift = {};
   const float mean = 1.0f / static_cast<float>(p.dim);
   int buffer = 0;
   for (int first = at.first; first < at.end; first += kRows, buffer ^= 1) {
-    Packet<kX> of_x[kRows];
-    Packet<kInput> of_n[kRows];
-    Packet<kOut> of_out[kRows];
+    Vec8<kX> of_x[kRows];
+    Vec8<kInput> of_n[kRows];
+    Vec8<kOut> of_out[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int token = min(first + r, at.end - 1);
@@ -31,7 +31,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
+      for (int i = 0; i < 8; ++i) {
         const float value = to_float(of_x[r].v[i]), g = to_float(of_n[r].v[i]) * gain.v[i];
         values[2 * r] = fmaf(value, value, values[2 * r]);
         values[2 * r + 1] = fmaf(g, value, values[2 * r + 1]);
@@ -45,9 +45,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
       if (first + r >= at.end) break;
       const float scale = rsqrtf(fmaf(values[2 * r], mean, kEpsilon));
       const float along = values[2 * r + 1] * scale * mean;  // mean of g xhat
-      Eight again, gradient;
+      Float8 again, gradient;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
+      for (int i = 0; i < 8; ++i) {
         const float xhat = to_float(of_x[r].v[i]) * scale, g = to_float(of_n[r].v[i]);
         again.v[i] = fmaf(xhat, gain.v[i], shift.v[i]);
         g_gain.v[i] = fmaf(g, xhat, g_gain.v[i]);

@@ -4,22 +4,22 @@
 extern "C" __global__ void __launch_bounds__(kThreads)
     norm_forward(const __grid_constant__ AdalnParams p) {
   __shared__ float sums[2][kRows][kWarps];
-  const Place at(p);
+  const TokenCoord at(p);
   const Sequence<kX> x(p.x, at);
   const Sequence<kInput> n(p.n, at);
-  const Eight gain = gain_of(p, at), shift = modulation_of(p, at, 0);
+  const Float8 gain = make_gain(p, at), shift = add_modulation(p, at, 0);
   const float mean = 1.0f / static_cast<float>(p.dim);
   int buffer = 0;
   for (int first = at.first; first < at.end; first += kRows, buffer ^= 1) {
-    Packet<kX> packets[kRows];
+    Vec8<kX> vectors[kRows];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) packets[r] = x.load(min(first + r, at.end - 1));
+    for (int r = 0; r < kRows; ++r) vectors[r] = x.load(min(first + r, at.end - 1));
     float squares[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) {
-        const float value = to_float(packets[r].v[i]);
+      for (int i = 0; i < 8; ++i) {
+        const float value = to_float(vectors[r].v[i]);
         squares[r] = fmaf(value, value, squares[r]);
       }
     if (!at.valid)
@@ -29,9 +29,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const float scale = rsqrtf(fmaf(squares[r], mean, kEpsilon));
-      Eight value = widen(packets[r]);
+      Float8 value = widen(vectors[r]);
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i)
+      for (int i = 0; i < 8; ++i)
         value.v[i] = fmaf(value.v[i] * scale, gain.v[i], shift.v[i]);
       if (at.valid && first + r < at.end) n.store(first + r, value);
     }

@@ -10,7 +10,7 @@ struct Gradients {
   float weight[kWidth][kVector] = {};
   float bias[kVector] = {};
 
-  __device__ __forceinline__ void add(const Lanes& g, const Window& x) {
+  __device__ __forceinline__ void add(const FloatVec& g, const Window& x) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       bias[i] += g.v[i];
@@ -18,7 +18,7 @@ struct Gradients {
       for (int w = 0; w < kWidth; ++w) weight[w][i] = fmaf(g.v[i], x.row[w].v[i], weight[w][i]);
     }
   }
-  __device__ __forceinline__ void store(const ConvParams& p, const Place& at) const {
+  __device__ __forceinline__ void store(const ConvParams& p, const ConvCoord& at) const {
     const Int64 first = (at.batch * p.chunks + at.chunk) * p.channels + at.channel;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -30,11 +30,11 @@ struct Gradients {
   }
 };
 
-__device__ __forceinline__ Lanes before_activation(const Lanes& g_y, const Window& x,
+__device__ __forceinline__ FloatVec before_activation(const FloatVec& g_y, const Window& x,
                                                    const Filter& filter, bool use_silu) {
   if (!use_silu) return g_y;
-  const Lanes value = x.convolve(filter);
-  Lanes g;
+  const FloatVec value = x.convolve(filter);
+  FloatVec g;
 #pragma unroll
   for (int i = 0; i < kVector; ++i)
     g.v[i] = g_y.v[i] * silu_derivative(value.v[i], sigmoid(value.v[i]));
@@ -42,8 +42,8 @@ __device__ __forceinline__ Lanes before_activation(const Lanes& g_y, const Windo
 }
 
 // dx of the step kWidth - 1 before the newest of g
-__device__ __forceinline__ Lanes transposed(const Window& g, const Filter& filter) {
-  Lanes sum = {};
+__device__ __forceinline__ FloatVec transposed(const Window& g, const Filter& filter) {
+  FloatVec sum = {};
 #pragma unroll
   for (int w = 0; w < kWidth; ++w)
 #pragma unroll
@@ -52,7 +52,7 @@ __device__ __forceinline__ Lanes transposed(const Window& g, const Filter& filte
   return sum;
 }
 
-template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& p, const Place& at) {
+template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& p, const ConvCoord& at) {
   const Column<const kInput> x(p.x, at.batch, at.channel), g_y(p.g_y, at.batch, at.channel);
   const Column<kInput> g_x(p.g_x, at.batch, at.channel);
   const Filter filter(p, at);
@@ -61,21 +61,21 @@ template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& 
   Window window, g_window = {};
   window.fill<kAligned>(p, at, x);
   for (int first = at.first; first < last; first += kTile) {
-    Packet x_packets[kTile], g_packets[kTile];
+    RawVec x_raw[kTile], g_raw[kTile];
 #pragma unroll
     for (int t = 0; t < kTile; ++t) {
       const int row = row_of(p, min(first + t, length - 1));
-      x_packets[t] = load<kAligned>(x.at(row), at.valid);
-      g_packets[t] = load<kAligned>(g_y.at(row), at.valid);
+      x_raw[t] = load<kAligned>(x.at(row), at.valid);
+      g_raw[t] = load<kAligned>(g_y.at(row), at.valid);
     }
 #pragma unroll
     for (int t = 0; t < kTile; ++t) {
       const int step = first + t;
       if (step >= last) break;
-      window.push(widen(x_packets[t]));
-      Lanes g = {};
+      window.push(widen(x_raw[t]));
+      FloatVec g = {};
       if (step < length)
-        g = before_activation(widen(g_packets[t]), window, filter, p.silu);
+        g = before_activation(widen(g_raw[t]), window, filter, p.silu);
       g_window.push(g);
       if (step < at.end) gradients.add(g, window);
       const int done = step - kWidth + 1;
@@ -88,7 +88,7 @@ template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& 
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     conv_backward(const __grid_constant__ ConvParams p) {
-  const Place at(p);
+  const ConvCoord at(p);
   if (at.valid == 0) return;
   if (p.channels % kVector == 0 && aligned(p.x) && aligned(p.g_y) && aligned(p.g_x))
     walk<true>(p, at);

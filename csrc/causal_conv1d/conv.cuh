@@ -19,12 +19,13 @@ struct ConvParams {
 };
 static_assert(sizeof(ConvParams) == 6 * 8 + 4 * 24 + 5 * 8, "mirrored by launch_plan.py");
 
-struct Place {
+// Which part of the problem a thread has.
+struct ConvCoord {
   Int64 batch, chunk, channel;
   int first, end;  // steps of the chunk
   int valid;       // channels that exist, of kVector
 
-  __device__ __forceinline__ Place(const ConvParams& p) {
+  __device__ __forceinline__ ConvCoord(const ConvParams& p) {
     constexpr int kChannels = kThreads * kVector;
     const int blocks = static_cast<int>((p.channels + kChannels - 1) / kChannels);
     batch = blockIdx.x / blocks;
@@ -47,51 +48,37 @@ __device__ __forceinline__ bool aligned(const Rows& rows) {
   return bytes % (kVector * sizeof(kInput)) == 0;
 }
 
-struct alignas(kVector * sizeof(kInput)) Packet {
-  kInput element[kVector];
-};
-
-struct Lanes {
-  float v[kVector];
-};
+typedef Packed<kInput, kVector> RawVec;
+typedef Vec<float, kVector> FloatVec;
 
 template <bool kAligned>
-__device__ __forceinline__ Packet load(const kInput* from, int valid) {
-  if (kAligned) return *reinterpret_cast<const Packet*>(from);
-  Packet packet;
+__device__ __forceinline__ RawVec load(const kInput* from, int valid) {
+  if (kAligned) return *reinterpret_cast<const RawVec*>(from);
+  RawVec raw;
 #pragma unroll
   for (int i = 0; i < kVector; ++i)
-    packet.element[i] = i < valid ? from[i] : from_float<kInput>(0.0f);
-  return packet;
-}
-
-__device__ __forceinline__ Lanes widen(const Packet& packet) {
-  Lanes lanes;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) lanes.v[i] = to_float(packet.element[i]);
-  return lanes;
+    raw.v[i] = i < valid ? from[i] : from_float<kInput>(0.0f);
+  return raw;
 }
 
 template <bool kAligned>
-__device__ __forceinline__ void store(kInput* to, const Lanes& lanes, int valid) {
-  Packet packet;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) packet.element[i] = from_float<kInput>(lanes.v[i]);
+__device__ __forceinline__ void store(kInput* to, const FloatVec& x, int valid) {
+  const RawVec raw = narrow<RawVec, kInput>(x);
   if (kAligned) {
-    *reinterpret_cast<Packet*>(to) = packet;
+    *reinterpret_cast<RawVec*>(to) = raw;
     return;
   }
 #pragma unroll
   for (int i = 0; i < kVector; ++i)
-    if (i < valid) to[i] = packet.element[i];
+    if (i < valid) to[i] = raw.v[i];
 }
 
 // Weights and bias of this thread's channels; 0 where there is no channel.
 struct Filter {
   float weight[kWidth][kVector];
-  Lanes bias;
+  FloatVec bias;
 
-  __device__ __forceinline__ Filter(const ConvParams& p, const Place& at) {
+  __device__ __forceinline__ Filter(const ConvParams& p, const ConvCoord& at) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const bool valid = i < at.valid;
@@ -105,27 +92,27 @@ struct Filter {
 
 // The last kWidth rows of a walk, newest last.
 struct Window {
-  Lanes row[kWidth];
+  FloatVec row[kWidth];
 
-  __device__ __forceinline__ void push(const Lanes& next) {
+  __device__ __forceinline__ void push(const FloatVec& next) {
 #pragma unroll
     for (int w = 0; w + 1 < kWidth; ++w) row[w] = row[w + 1];
     row[kWidth - 1] = next;
   }
   // The rows before a chunk; zeros before the first step.
   template <bool kAligned>
-  __device__ __forceinline__ void fill(const ConvParams& p, const Place& at,
+  __device__ __forceinline__ void fill(const ConvParams& p, const ConvCoord& at,
                                        const Column<const kInput>& x) {
 #pragma unroll
     for (int w = 1; w < kWidth; ++w) {
       const int step = at.first - kWidth + w;
-      row[w] = Lanes{};
+      row[w] = FloatVec{};
       if (step >= 0) row[w] = widen(load<kAligned>(x.at(row_of(p, step)), at.valid));
     }
   }
   // The convolution at the newest row.
-  __device__ __forceinline__ Lanes convolve(const Filter& filter) const {
-    Lanes sum = filter.bias;
+  __device__ __forceinline__ FloatVec convolve(const Filter& filter) const {
+    FloatVec sum = filter.bias;
 #pragma unroll
     for (int w = 0; w < kWidth; ++w)
 #pragma unroll

@@ -3,7 +3,7 @@
 
 constexpr int kTile = 4;  // rows loaded together
 
-template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& p, const Place& at) {
+template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& p, const ConvCoord& at) {
   const Column<const kInput> x(p.x, at.batch, at.channel);
   const Column<kInput> y(p.y, at.batch, at.channel);
   const Filter filter(p, at);
@@ -11,17 +11,17 @@ template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& 
   window.fill<kAligned>(p, at, x);
   for (int first = at.first; first < at.end; first += kTile) {
     int rows[kTile];
-    Packet packets[kTile];
+    RawVec raw[kTile];
 #pragma unroll
     for (int t = 0; t < kTile; ++t) {
       rows[t] = row_of(p, min(first + t, at.end - 1));
-      packets[t] = load<kAligned>(x.at(rows[t]), at.valid);
+      raw[t] = load<kAligned>(x.at(rows[t]), at.valid);
     }
 #pragma unroll
     for (int t = 0; t < kTile; ++t) {
       if (first + t >= at.end) break;
-      window.push(widen(packets[t]));
-      Lanes value = window.convolve(filter);
+      window.push(widen(raw[t]));
+      FloatVec value = window.convolve(filter);
       if (p.silu)
 #pragma unroll
         for (int i = 0; i < kVector; ++i) value.v[i] = silu(value.v[i]);
@@ -32,7 +32,7 @@ template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& 
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     conv_forward(const __grid_constant__ ConvParams p) {
-  const Place at(p);
+  const ConvCoord at(p);
   if (at.valid == 0) return;
   if (p.channels % kVector == 0 && aligned(p.x) && aligned(p.y))
     walk<true>(p, at);

@@ -1,21 +1,21 @@
 // Sums over lanes of many values at once, by halving exchange: at each stage a lane sends half of its
-// values to the lane across and keeps the sums of the other half.
+// values to the lane across and has the sums of the other half.
 #pragma once
 
-// One stage: of two sets of values the lower lane keeps the first, the upper the second, in `first`.
+// One stage: of two sets of values the lower lane takes the first, the upper the second, in `first`.
 template <int kValues, int kStage>
 __device__ __forceinline__ void fold(float* first, const float* second, int lane) {
   const bool upper = lane & kStage;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) {
-    const float kept = upper ? second[i] : first[i];
+    const float mine = upper ? second[i] : first[i];
     const float sent = upper ? first[i] : second[i];
-    first[i] = kept + __shfl_xor_sync(0xffffffffu, sent, kStage);
+    first[i] = mine + __shfl_xor_sync(0xffffffffu, sent, kStage);
   }
 }
 
 // Adds v[0 .. kValues) over the lanes that differ in the bits kStage, kStage / 2, .. kLast. A lane
-// keeps those values whose index begins with the lane's bits, in v[0 ..). In float32 throughout.
+// has then those values whose index begins with the lane's bits, in v[0 ..). In float32 throughout.
 // Stages are templates because a runtime loop puts the array into local memory (8.0 instead of 3.8
 // ms for the whole backward).
 template <int kValues, int kStage, int kLast>

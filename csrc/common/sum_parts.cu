@@ -20,33 +20,31 @@ static_assert(sizeof(SumParams) == 40 * kTasks, "mirrored by libs/ops/cuda/launc
 // A block adds 32 or, where rows are vectors of 4, 128 neighbouring columns, each on kLanes threads.
 constexpr int kLanes = 8;
 
-template <int kOwn>
-__device__ __forceinline__ void add(const SumTask& task, Int64 block, float (*shared)[32][kOwn]) {
-  struct alignas(4 * kOwn) Own {
-    float v[kOwn];
-  };
+template <int kSize>
+__device__ __forceinline__ void add(const SumTask& task, Int64 block, float (*shared)[32][kSize]) {
+  typedef Packed<float, kSize> Columns;
   const int column = threadIdx.x % 32, lane = threadIdx.x / 32;
-  const Int64 first = (block * 32 + column) * kOwn;
-  Own sum = {};
+  const Int64 first = (block * 32 + column) * kSize;
+  Columns sum = {};
   if (first < task.size)
 #pragma unroll 4
     for (Int64 k = lane; k < task.count; k += kLanes) {
-      const Own part = *reinterpret_cast<const Own*>(task.parts + k * task.size + first);
+      const Columns part = *reinterpret_cast<const Columns*>(task.parts + k * task.size + first);
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) sum.v[i] += part.v[i];
+      for (int i = 0; i < kSize; ++i) sum.v[i] += part.v[i];
     }
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) shared[lane][column][i] = sum.v[i];
+  for (int i = 0; i < kSize; ++i) shared[lane][column][i] = sum.v[i];
 #pragma unroll
   for (int stride = kLanes / 2; stride > 0; stride /= 2) {
     __syncthreads();
     if (lane < stride)
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) shared[lane][column][i] += shared[lane + stride][column][i];
+      for (int i = 0; i < kSize; ++i) shared[lane][column][i] += shared[lane + stride][column][i];
   }
   if (lane > 0 || first >= task.size) return;
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
+  for (int i = 0; i < kSize; ++i) {
     const float value = shared[0][column][i];
     if (task.is_float)
       static_cast<float*>(task.out)[first + i] = value;
@@ -62,10 +60,10 @@ extern "C" __global__ void __launch_bounds__(32 * kLanes)
 #pragma unroll 1
   for (int t = 0; t < kTasks; ++t) {
     const SumTask& task = p.task[t];
-    const int own = task.size % 4 == 0 ? 4 : 1;
-    const Int64 blocks = (task.size + 32 * own - 1) / (32 * own);
+    const int columns = task.size % 4 == 0 ? 4 : 1;
+    const Int64 blocks = (task.size + 32 * columns - 1) / (32 * columns);
     if (block < blocks) {
-      if (own == 4)
+      if (columns == 4)
         add<4>(task, block, reinterpret_cast<float(*)[32][4]>(shared));
       else
         add<1>(task, block, reinterpret_cast<float(*)[32][1]>(shared));

@@ -26,6 +26,30 @@ template <> __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(f
   return __float2bfloat16_rn(x);
 }
 
+// kSize neighbouring elements, in registers. Packed: as they are in memory, for one load or store.
+template <class T, int kSize> struct Vec {
+  T v[kSize];
+};
+template <class T, int kSize, int kBytes = kSize * sizeof(T)> struct alignas(kBytes) Packed {
+  T v[kSize];
+};
+
+template <class T, int kSize, int kBytes>
+__device__ __forceinline__ Vec<float, kSize> widen(const Packed<T, kSize, kBytes>& packed) {
+  Vec<float, kSize> x;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) x.v[i] = to_float(packed.v[i]);
+  return x;
+}
+
+template <class P, class T, int kSize>
+__device__ __forceinline__ P narrow(const Vec<float, kSize>& x) {
+  P packed;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) packed.v[i] = from_float<T>(x.v[i]);
+  return packed;
+}
+
 // One column of one batch entry: at(row) is its element in that row. A row's stride in bytes has 32
 // bits (the operator checks), so that an address is one 32 x 32 + 64 bit multiply-add.
 template <class T> struct Column {

@@ -8,14 +8,12 @@ struct QuantizeParams {
   unsigned char* out;   // (M, K) or, transposed, (K, M); contiguous
   float* scale;         // (M); or read, (M), all of them
 };
-static_assert(sizeof(QuantizeParams) == 2 * 8 + 24 + 2 * 8, "mirrored by libs/ops/cuda/fp8_plan.py");
+static_assert(sizeof(QuantizeParams) == 2 * 8 + 24 + 2 * 8, "mirrored by libs/ops/cuda/fp8.py");
 
-constexpr int kThreads = 256, kOwn = 8;
+constexpr int kThreads = 256;
 constexpr float kLargest = 448.0f;  // of e4m3
 
-struct alignas(sizeof(kInput) * kOwn) Packet {
-  kInput v[kOwn];
-};
+typedef Packed<kInput, 8> Vec8;
 
 // The larger one; a NaN stays one.
 __device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }

@@ -10,20 +10,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const Int64 wanted = static_cast<Int64>(blockIdx.x) * (kThreads / 32 / kWarps) + warp / kWarps;
   const Int64 row = min(wanted, p.rows - 1);  // those past the end do the last one again
-  const int offset = (warp % kWarps * kVectors * 32 + lane) * kOwn;
+  const int offset = (warp % kWarps * kVectors * 32 + lane) * 8;
   const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride;
-  Packet packets[kVectors];
+  Vec8 vectors[kVectors];
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const int first = offset + k * 32 * kOwn;
-    packets[k] = Packet{};
-    if (first < p.columns) packets[k] = *reinterpret_cast<const Packet*>(x + first);
+    const int first = offset + k * 32 * 8;
+    vectors[k] = Vec8{};
+    if (first < p.columns) vectors[k] = *reinterpret_cast<const Vec8*>(x + first);
   }
   float most = 0.0f;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k)
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) most = larger(most, fabsf(to_float(packets[k].v[i])));
+    for (int i = 0; i < 8; ++i) most = larger(most, fabsf(to_float(vectors[k].v[i])));
 #pragma unroll
   for (int stage = 16; stage > 0; stage /= 2)
     most = larger(most, __shfl_xor_sync(0xffffffffu, most, stage));
@@ -37,13 +37,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   if (lane == 0) p.scale[row] = scale;
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
-    const int first = offset + k * 32 * kOwn;
+    const int first = offset + k * 32 * 8;
     if (first >= p.columns) break;
-    alignas(8) unsigned short packed[kOwn / 2];
+    alignas(8) unsigned short packed[8 / 2];
 #pragma unroll
-    for (int i = 0; i < kOwn / 2; ++i)
-      packed[i] = e4m3x2(to_float(packets[k].v[2 * i]) * inverse,
-                         to_float(packets[k].v[2 * i + 1]) * inverse);
+    for (int i = 0; i < 8 / 2; ++i)
+      packed[i] = e4m3x2(to_float(vectors[k].v[2 * i]) * inverse,
+                         to_float(vectors[k].v[2 * i + 1]) * inverse);
     *reinterpret_cast<uint2*>(p.out + row * p.columns + first) =
         *reinterpret_cast<const uint2*>(packed);
   }

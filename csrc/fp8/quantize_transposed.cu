@@ -23,20 +23,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
 
   const Int64 first_row = static_cast<Int64>(blockIdx.y) * kTile;
   const Int64 first_column = static_cast<Int64>(blockIdx.x) * kTile;
-  constexpr int kAcross = kTile / kOwn, kRowsAtOnce = kThreads / kAcross;
-  const int own_column = threadIdx.x % kAcross * kOwn;
+  constexpr int kAcross = kTile / 8, kRowsAtOnce = kThreads / kAcross;
+  const int first_of_thread = threadIdx.x % kAcross * 8;
 #pragma unroll
   for (int r = threadIdx.x / kAcross; r < kTile; r += kRowsAtOnce) {
-    const Int64 row = first_row + r, column = first_column + own_column;
+    const Int64 row = first_row + r, column = first_column + first_of_thread;
     if (row >= p.rows || column >= p.columns) continue;
     const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride + column;
-    const Packet packet = *reinterpret_cast<const Packet*>(x);
+    const Vec8 vector = *reinterpret_cast<const Vec8*>(x);
 #pragma unroll
-    for (int i = 0; i < kOwn; i += 2) {
+    for (int i = 0; i < 8; i += 2) {
       const unsigned short both =
-          e4m3x2(to_float(packet.v[i]) * inverse, to_float(packet.v[i + 1]) * inverse);
-      tile[own_column + i][r] = static_cast<unsigned char>(both);
-      tile[own_column + i + 1][r] = static_cast<unsigned char>(both >> 8);
+          e4m3x2(to_float(vector.v[i]) * inverse, to_float(vector.v[i + 1]) * inverse);
+      tile[first_of_thread + i][r] = static_cast<unsigned char>(both);
+      tile[first_of_thread + i + 1][r] = static_cast<unsigned char>(both >> 8);
     }
   }
   __syncthreads();

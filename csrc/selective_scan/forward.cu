@@ -1,8 +1,8 @@
-// Selective scan, the walk in one direction: outputs, end states of segments, states kept for the
+// Selective scan, the walk in one direction: outputs, end states of segments, states saved for the
 // backward, or the backward's carry across segments. Definition: selective_scan_ref.
 //
 // A block owns kChannels neighbouring channels of one batch entry and one segment of the steps. Its
-// kGroups groups of threads share the kStates states of each channel; a thread keeps its states and
+// kGroups groups of threads share the kStates states of each channel; a thread has its states and
 // its row of A in registers and walks the steps in tiles of kTile. Per tile, B and C are staged in
 // shared memory as float32; with several groups, so are the step sizes and inputs, which each group
 // computes for every kGroups-th step, and the partial outputs.
@@ -10,20 +10,19 @@
 // -D: kInput (element type), kStates (padded; kGroups * multiple of 4), kGroups, kChannels, kTile,
 // kPass (0 .. 3, below), kMinBlocks (blocks a multiprocessor that registers must allow).
 #include "common/math.cuh"
-#include "selective_scan/params.cuh"
+#include "selective_scan/staging.cuh"
 
 constexpr bool kOutputs = kPass == 0;      // y, and the last state
 constexpr bool kEndState = kPass == 1;     // a segment's end state from 0, and its sum of steps
-constexpr bool kCheckpoints = kPass == 2;  // the state before every kKept steps
+constexpr bool kSaves = kPass == 2;     // the state before every kStride steps
 constexpr bool kCarry = kPass == 3;        // the backward's: dh = decay (dh + C dy), last to first
 
 constexpr bool kGated = kOutputs || kCarry;  // reads z
 constexpr int kThreads = kChannels * kGroups;
 constexpr int kStatesPerThread = kStates / kGroups;
-constexpr int kOwnSteps = kTile / kGroups;  // steps of a tile whose scalars this thread computes
-constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
+constexpr int kScalars = kTile / kGroups;  // steps of a tile whose scalars this thread computes
 static_assert(kStatesPerThread % 4 == 0 && kTile % kGroups == 0 && kTile <= kThreads, "");
-static_assert(kTile % kKept == 0, "");
+static_assert(kTile % kStride == 0, "");
 
 struct Shared {
   float B[2][kTile][kStates];
@@ -35,14 +34,16 @@ struct Shared {
   float y[2][kGroups > 1 ? kGroups : 1][kGroups > 1 ? kTile : 1][kChannels];
 };
 
+typedef Staging<kInput, kTile, kStates, kThreads, !kCarry, kGated> BCStaging;
+
 // Which part of the problem this thread has.
-struct Place {
+struct WalkCoord {
   Int64 batch, segment, channel;
   int column, group;  // in the block
   int first, count;   // steps of the segment
   bool valid;         // channel exists
 
-  __device__ __forceinline__ Place(const ScanParams& p) {
+  __device__ __forceinline__ WalkCoord(const ScanParams& p) {
     const int blocks = static_cast<int>((p.channels + kChannels - 1) / kChannels);
     batch = blockIdx.x / blocks;
     column = threadIdx.x % kChannels;
@@ -64,35 +65,9 @@ struct Place {
   }
 };
 
-// B and C of a tile on their way from global to shared memory.
-struct Staging {
-  kInput B[kStaged], C[kStaged];
-
-  __device__ __forceinline__ void load(const ScanParams& p, const Place& at, const int* rows) {
-#pragma unroll
-    for (int k = 0; k < kStaged; ++k) {
-      const int i = threadIdx.x + k * kThreads, n = i % kStates;
-      B[k] = C[k] = from_float<kInput>(0.0f);
-      if (i >= kTile * kStates || n >= p.states) continue;
-      const int row = rows[i / kStates];
-      if (!kCarry) B[k] = *Column<const kInput>(p.B, at.batch, n).at(row);
-      if (kGated) C[k] = *Column<const kInput>(p.C, at.batch, n).at(row);
-    }
-  }
-  __device__ __forceinline__ void store(Shared& shared, int buffer) const {
-#pragma unroll
-    for (int k = 0; k < kStaged; ++k) {
-      const int i = threadIdx.x + k * kThreads;
-      if (i >= kTile * kStates) continue;
-      if (!kCarry) shared.B[buffer][0][i] = to_float(B[k]);
-      if (kGated) shared.C[buffer][0][i] = to_float(C[k]);
-    }
-  }
-};
-
-// This thread's own steps of a tile, as loaded. u is dy's source, g_y, in the backward's walk.
+// The steps of a tile whose scalars this thread computes, as loaded. u is dy's source, g_y, in the backward's walk.
 struct Inputs {
-  kInput u[kOwnSteps], delta[kOwnSteps], z[kOwnSteps];
+  kInput u[kScalars], delta[kScalars], z[kScalars];
 };
 
 // An absent z or g_y is read from delta and not used.
@@ -100,7 +75,7 @@ struct Columns {
   Column<const kInput> u, delta, z;
   bool has_u, has_z;
 
-  __device__ __forceinline__ Columns(const ScanParams& p, const Place& at)
+  __device__ __forceinline__ Columns(const ScanParams& p, const WalkCoord& at)
       : u(!kCarry ? p.u : p.g_y.data ? p.g_y : p.delta, at.batch, at.channel),
         delta(p.delta, at.batch, at.channel),
         z(p.z.data ? p.z : p.delta, at.batch, at.channel),
@@ -109,7 +84,7 @@ struct Columns {
 
   __device__ __forceinline__ void load(Inputs& to, const int* rows, int group) const {
 #pragma unroll
-    for (int k = 0; k < kOwnSteps; ++k) {
+    for (int k = 0; k < kScalars; ++k) {
       const int row = rows[group + k * kGroups];
       to.u[k] = *u.at(row);
       to.delta[k] = *delta.at(row);
@@ -122,7 +97,7 @@ __device__ __forceinline__ float gate(const Inputs& in, bool has_z, int k) {
   return select(has_z, silu(to_float(in.z[k])), 1.0f);
 }
 
-// Step size and input of own step k; steps past the end change no state.
+// Step size and input of this thread's step k; steps past the end change no state.
 __device__ __forceinline__ void scalars(const Inputs& in, const Columns& columns, int k,
                                         float bias, bool use_softplus, bool inside, float& delta,
                                         float& x) {
@@ -138,7 +113,7 @@ struct States {
   float A[kStatesPerThread];  // times log2 e, 0 in the padding
   float h[kStatesPerThread];
 
-  __device__ __forceinline__ States(const ScanParams& p, const Place& at) {
+  __device__ __forceinline__ States(const ScanParams& p, const WalkCoord& at) {
 #pragma unroll
     for (int n = 0; n < kStatesPerThread; ++n) {
       const int state = at.group * kStatesPerThread + n;
@@ -147,7 +122,7 @@ struct States {
     }
   }
   // The state at the start of this segment, from the segments before it.
-  __device__ __forceinline__ void start(const ScanParams& p, const Place& at) {
+  __device__ __forceinline__ void start(const ScanParams& p, const WalkCoord& at) {
     for (Int64 s = 0; s < at.segment; ++s) {
       const Int64 row = s * p.batch + at.batch;
       const float delta = p.segment_delta[row * p.channels + at.channel];
@@ -159,7 +134,7 @@ struct States {
     }
   }
   // The gradient of the last state, where the backward's walk begins.
-  __device__ __forceinline__ void start_carry(const ScanParams& p, const Place& at) {
+  __device__ __forceinline__ void start_carry(const ScanParams& p, const WalkCoord& at) {
     if (at.segment != p.segments - 1 || !p.g_last_state) return;
 #pragma unroll
     for (int n = 0; n < kStatesPerThread; ++n) {
@@ -196,12 +171,12 @@ struct States {
   }
 };
 
-__device__ __forceinline__ void store_checkpoint(const ScanParams& p, const Place& at,
+__device__ __forceinline__ void save_state(const ScanParams& p, const WalkCoord& at,
                                                  const States& states, int step) {
   if (!at.valid || step >= at.count) return;
-  const Int64 kept = (p.length + kKept - 1) / kKept;
-  const Int64 slot = (at.batch * kept + (at.first + step) / kKept) * (kStates / 4);
-  float4* to = reinterpret_cast<float4*>(p.checkpoints);
+  const Int64 saved = (p.length + kStride - 1) / kStride;
+  const Int64 slot = (at.batch * saved + (at.first + step) / kStride) * (kStates / 4);
+  float4* to = reinterpret_cast<float4*>(p.saved_states);
 #pragma unroll
   for (int q = 0; q < kStatesPerThread / 4; ++q) {
     const Int64 quad = slot + at.group * (kStatesPerThread / 4) + q;
@@ -210,9 +185,9 @@ __device__ __forceinline__ void store_checkpoint(const ScanParams& p, const Plac
   }
 }
 
-__device__ __forceinline__ void store_end(const ScanParams& p, const Place& at,
+__device__ __forceinline__ void store_end(const ScanParams& p, const WalkCoord& at,
                                           const States& states, float delta_sum) {
-  if (!at.valid || kCheckpoints) return;
+  if (!at.valid || kSaves) return;
   if (kOutputs) {
     if (!p.last_state || at.segment != p.segments - 1) return;
 #pragma unroll
@@ -231,7 +206,7 @@ __device__ __forceinline__ void store_end(const ScanParams& p, const Place& at,
   if (at.group == 0) delta[row * p.channels + at.channel] = delta_sum;
 }
 
-// y of own step k of a tile, its states' part being given.
+// y of this thread's step k of a tile, its states' part being given.
 __device__ __forceinline__ void store_output(const Column<kInput>& y, const int* rows,
                                              const Inputs& in, bool has_z, float skip, int group,
                                              int k, float sum) {
@@ -242,14 +217,14 @@ __device__ __forceinline__ void store_output(const Column<kInput>& y, const int*
 extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     scan_forward(const __grid_constant__ ScanParams p) {
   __shared__ Shared shared;
-  const Place at(p);
+  const WalkCoord at(p);
   const Columns columns(p, at);
   const Column<kInput> y(p.y, at.batch, at.channel);
   const float skip = kOutputs && p.D ? p.D[at.channel] : 0.0f;
   const float bias = p.delta_bias ? p.delta_bias[at.channel] : 0.0f;
   const bool use_softplus = p.delta_softplus;
   States states(p, at);
-  if (kOutputs || kCheckpoints) states.start(p, at);
+  if (kOutputs || kSaves) states.start(p, at);
   if (kCarry) states.start_carry(p, at);
 
   const int tiles = (at.count + kTile - 1) / kTile;
@@ -257,15 +232,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (thread < kTile) shared.rows[0][thread] = at.row(p, thread);
   int next_row = at.row(p, kTile + thread % kTile);
   __syncthreads();
-  Staging staging;
-  staging.load(p, at, shared.rows[0]);
+  BCStaging staging;
+  staging.load(p, at.batch, shared.rows[0]);
   Inputs next, now, before;
   if (kGroups > 1) columns.load(next, shared.rows[0], at.group);
 
   // Several groups add up their parts of y; a tile's sum is taken after the next barrier.
   auto store_sums = [&](int tile, const Inputs& in) {
 #pragma unroll
-    for (int k = 0; k < kOwnSteps; ++k) {
+    for (int k = 0; k < kScalars; ++k) {
       const int t = at.group + k * kGroups;
       float sum = 0.0f;
 #pragma unroll
@@ -282,28 +257,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (kGroups > 1) {
       now = next;
 #pragma unroll
-      for (int k = 0; k < kOwnSteps; ++k) {
+      for (int k = 0; k < kScalars; ++k) {
         const int t = at.group + k * kGroups;
         scalars(now, columns, k, bias, use_softplus, t < left,
                 shared.delta[buffer][kGroups > 1 ? t : 0][at.column],
                 shared.x[buffer][kGroups > 1 ? t : 0][at.column]);
       }
     }
-    staging.store(shared, buffer);
+    staging.store([&](int i, int is_C) {
+      return (is_C ? shared.C : shared.B)[buffer][0] + i;
+    });
     if (thread < kTile) shared.rows[(tile + 1) & 3][thread] = next_row;
     __syncthreads();
     if (kGroups > 1 && kOutputs && tile > 0) store_sums(tile - 1, before);
     next_row = at.row(p, (tile + 2) * kTile + thread % kTile);
     if (tile + 1 < tiles) {
-      staging.load(p, at, shared.rows[(tile + 1) & 3]);
+      staging.load(p, at.batch, shared.rows[(tile + 1) & 3]);
       if (kGroups > 1) columns.load(next, shared.rows[(tile + 1) & 3], at.group);
     }
 #pragma unroll
     for (int t = 0; t < kTile; ++t) {
-      if (kCheckpoints && t % kKept == 0) store_checkpoint(p, at, states, tile * kTile + t);
+      if (kSaves && t % kStride == 0) save_state(p, at, states, tile * kTile + t);
       float delta, x;
       if (kGroups == 1) {
-        scalars(now, columns, t % kOwnSteps, bias, use_softplus, t < left, delta, x);
+        scalars(now, columns, t % kScalars, bias, use_softplus, t < left, delta, x);
       } else {
         delta = shared.delta[buffer][t * (kGroups > 1)][at.column];
         x = shared.x[buffer][t * (kGroups > 1)][at.column];
@@ -316,7 +293,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (kGroups > 1)
         shared.y[buffer][at.group % kGroups][t * (kGroups > 1)][at.column] = sum;
       else
-        store_output(y, shared.rows[tile & 3], now, columns.has_z, skip, 0, t % kOwnSteps, sum);
+        store_output(y, shared.rows[tile & 3], now, columns.has_z, skip, 0, t % kScalars, sum);
     }
     if (kGroups > 1) before = now;
   }

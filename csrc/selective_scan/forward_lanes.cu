@@ -1,7 +1,7 @@
 // Selective scan, forward: y and, on request, the last state, for channels too few to give each a
 // thread of its own (forward.cu). Definition: selective_scan_ref.
 //
-// kLanes lanes of a warp share a channel: each keeps kOwn of its 16 states in registers and walks
+// kLanes lanes of a warp share a channel: each has kLaneStates of its 16 states in registers and walks
 // all steps, in tiles of kTile. What a step needs besides, its scalars (softplus, delta u) and its
 // end (adding up the lanes' parts of y; D, the gate), is dealt out over the block's threads by
 // (step, channel), so that nothing is computed twice. Both directions of this exchange go through
@@ -14,7 +14,7 @@
 #include "selective_scan/params.cuh"
 
 constexpr int kStates = 16;  // fewer are padded
-constexpr int kOwn = kStates / kLanes;
+constexpr int kLaneStates = kStates / kLanes;  // of a channel in a lane
 constexpr int kThreads = kChannels * kLanes;
 constexpr int kWarpChannels = 32 / kLanes;
 constexpr int kTasks = kTile / kLanes;          // (step, channel) pairs of a tile for a thread
@@ -50,13 +50,19 @@ __device__ __forceinline__ int row_of(const ScanParams& p, int step) {
   return p.order ? static_cast<int>(p.order[l]) : l;
 }
 
-// A lane's part of the walk. Lane bit 0 is of the channel and bit 1 of the lane within it: reads of
-// 16 bytes then take 2 cycles instead of 4 both where lanes of a channel and where channels agree.
+// A thread's part of the walk: some states of one channel. With kLanes 4, of a warp's 8 channels:
+//
+//   thread   0  1  2  3  4  5  6  7   16 17 18 19 ..
+//   channel  0  1  0  1  2  3  2  3    0  1  0  1
+//   lane     0  0  1  1  0  0  1  1    2  2  3  3      (states 4 lane .. 4 lane + 3)
+//
+// Reads of 16 bytes then take 2 cycles instead of 4, both where lanes of a channel and where channels
+// read the same.
 struct Walk {
   int lane, column;  // of the channel; of the block
-  float A[kOwn];     // times log2 e, 0 in the padding
-  float h[kOwn] = {};
-  float4 BC[kAhead * kOwn / 2], scalars[kAhead / 2];
+  float A[kLaneStates];     // times log2 e, 0 in the padding
+  float h[kLaneStates] = {};
+  float4 BC[kAhead * kLaneStates / 2], scalars[kAhead / 2];
 
   __device__ __forceinline__ Walk(const ScanParams& p, Int64 first_channel) {
     const int thread = threadIdx.x % 32, high = thread / 4;
@@ -64,25 +70,25 @@ struct Walk {
     column = threadIdx.x / 32 * kWarpChannels + thread % 2 + high % (kWarpChannels / 2) * 2;
     const Int64 channel = min(first_channel + column, p.channels - 1);
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n)
+    for (int n = 0; n < kLaneStates; ++n)
       A[n] = state(n) < p.states ? p.A[channel * p.states + state(n)] * kLog2e : 0.0f;
   }
-  __device__ __forceinline__ int state(int n) const { return lane * kOwn + n; }
+  __device__ __forceinline__ int state(int n) const { return lane * kLaneStates + n; }
 
   __device__ __forceinline__ void read(const Shared& shared, int buffer, int step) {
-    const float2* own = shared.scalars[buffer][column] + step;
+    const float2* of_channel = shared.scalars[buffer][column] + step;
 #pragma unroll
-    for (int i = 0; i < kAhead / 2; ++i) scalars[i] = reinterpret_cast<const float4*>(own)[i];
-    const float4* lanes = shared.BC[buffer] + lane * (kOwn / 2);
+    for (int i = 0; i < kAhead / 2; ++i) scalars[i] = reinterpret_cast<const float4*>(of_channel)[i];
+    const float4* lanes = shared.BC[buffer] + lane * (kLaneStates / 2);
 #pragma unroll
-    for (int i = 0; i < kAhead * kOwn / 2; ++i)
-      BC[i] = lanes[(step + i / (kOwn / 2)) * (kStates / 2) + i % (kOwn / 2)];
+    for (int i = 0; i < kAhead * kLaneStates / 2; ++i)
+      BC[i] = lanes[(step + i / (kLaneStates / 2)) * (kStates / 2) + i % (kLaneStates / 2)];
   }
   // This lane's part of y after one step.
   __device__ __forceinline__ float step(const float* delta_x, const float* B, const float* C) {
     float y = 0.0f;
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n) {
+    for (int n = 0; n < kLaneStates; ++n) {
       h[n] = fmaf(decay_of(delta_x[0], A[n]), h[n], delta_x[1] * B[n]);
       y = n == 0 ? h[n] * C[n] : fmaf(h[n], C[n], y);
     }
@@ -92,14 +98,14 @@ struct Walk {
   __device__ __forceinline__ void tile(Shared& shared, int buffer) {
 #pragma unroll
     for (int first = 0; first < kTile; first += kAhead) {
-      float of_steps[kAhead][2 * kOwn], of_channel[kAhead][2];
+      float of_steps[kAhead][2 * kLaneStates], of_channel[kAhead][2];
       memcpy(of_steps, BC, sizeof(BC));
       memcpy(of_channel, scalars, sizeof(scalars));
       if (first + kAhead < kTile) read(shared, buffer, first + kAhead);
 #pragma unroll
       for (int i = 0; i < kAhead; ++i)
         shared.y[buffer][first + i][column * kLanes + lane] =
-            step(of_channel[i], of_steps[i], of_steps[i] + kOwn);
+            step(of_channel[i], of_steps[i], of_steps[i] + kLaneStates);
     }
   }
   __device__ __forceinline__ void store(const ScanParams& p, Int64 batch,
@@ -107,15 +113,19 @@ struct Walk {
     const Int64 channel = first_channel + column;
     if (channel >= p.channels) return;
 #pragma unroll
-    for (int n = 0; n < kOwn; ++n)
+    for (int n = 0; n < kLaneStates; ++n)
       if (state(n) < p.states)
         p.last_state[(batch * p.channels + channel) * p.states + state(n)] = h[n];
   }
 };
 
 // A thread's part of the scalars and of the ends: steps first_step + k kLanes of one channel; and
-// of B and C: kRows rows, one column. Neighbouring threads have steps 0 and 1 of a channel, so that
-// a warp writes `scalars` and reads `y` without bank conflicts.
+// of B and C: kRows rows, one column. So that a warp writes `scalars` and reads `y` without bank
+// conflicts, with 32 channels a block:
+//
+//   thread      0  1  2  3  4  5  6  7   64 65 66 67 ..
+//   channel     0  0  1  1  2  2  3  3    0  0  1  1
+//   first_step  0  1  0  1  0  1  0  1    2  3  2  3
 struct Tasks {
   int column, first_step;
   int steps, stored_steps;  // of the sequence, counted from first_step; 0 stored without a channel
@@ -126,7 +136,7 @@ struct Tasks {
   // The tile that is being loaded, and what the ends of two tiles will need.
   int rows[kTasks], rows_BC[kRows];
   kInput raw_u[kTasks], raw_delta[kTasks], raw_z[kTasks], raw_BC[kRows];
-  float kept_u[2][kTasks], gate[2][kTasks];
+  float input_u[2][kTasks], gate[2][kTasks];
   kInput* to[2][kTasks];
 
   __device__ __forceinline__ Tasks(const ScanParams& p, Int64 batch, Int64 channel, int column,
@@ -175,13 +185,13 @@ struct Tasks {
       const float size = select(first + step < steps,
                                 select(use_softplus, softplus(raw), raw), 0.0f);
       shared.scalars[buffer][column][first_step + step] = make_float2(size, size * input);
-      kept_u[buffer][k] = input;
+      input_u[buffer][k] = input;
       gate[buffer][k] = select(has_z, silu(to_float(raw_z[k])), 1.0f);
       to[buffer][k] = element(y, rows[k]);
     }
     const int n = threadIdx.x % kStates, is_C = threadIdx.x / kStates % 2;
     float* slot = reinterpret_cast<float*>(shared.BC[buffer]) +
-                  threadIdx.x / 32 * kRows * 2 * kStates + (n / kOwn * 2 + is_C) * kOwn + n % kOwn;
+                  threadIdx.x / 32 * kRows * 2 * kStates + (n / kLaneStates * 2 + is_C) * kLaneStates + n % kLaneStates;
 #pragma unroll
     for (int k = 0; k < kRows; ++k) slot[k * 2 * kStates] = to_float(raw_BC[k]);
   }
@@ -196,13 +206,13 @@ struct Tasks {
         const float quad = (parts[q].x + parts[q].y) + (parts[q].z + parts[q].w);
         sum = q == 0 ? quad : sum + quad;
       }
-      const float value = fmaf(skip, kept_u[buffer][k], sum) * gate[buffer][k];
+      const float value = fmaf(skip, input_u[buffer][k], sum) * gate[buffer][k];
       if (first + k * kLanes < stored_steps) *to[buffer][k] = from_float<kInput>(value);
     }
   }
 };
 
-// Rows two pairs of tiles ahead, found by the block's first threads: kept in shared memory, and
+// Rows two pairs of tiles ahead, found by the block's first threads: put into shared memory, and
 // their inputs brought into the L2 cache, which hides the latency of random rows.
 struct RowsAhead {
   int row;

@@ -3,8 +3,9 @@
 #pragma once
 #include "common/types.cuh"
 
-// Steps between two states that the first walk of the backward keeps and the second works on at once.
-constexpr int kKept = 4;
+// Steps between two states that the first walk of the backward saves; the second works on so many at
+// once.
+constexpr int kStride = 4;
 
 struct ScanParams {
   Int64 batch, length, channels, states, delta_softplus;
@@ -19,7 +20,7 @@ struct ScanParams {
   float* segment_delta;  // (segments - 1, B, D): its sum of step sizes
   float* carry_state;    // the same for the walk back, of segments 1 ..
   float* carry_delta;
-  float* checkpoints;  // (B, L / kKept, kStates / 4, D, 4): the state before every kKept steps
+  float* saved_states;   // (B, L / kStride, kStates / 4, D, 4): the state before every kStride steps
   float* parts_BC;     // (blocks of channels, 2, B, L, N)
   float* parts_A;      // (B * segments, D, N)
   float* parts_D;      // (B * segments * G, D)

@@ -1,4 +1,4 @@
-"""Causal convolution on the CPU: buffers and autograd around the kernels of `cpu.py`."""
+"""Causal convolution on the CPU: buffers and autograd around the kernels of `kernels.py`."""
 
 import torch
 

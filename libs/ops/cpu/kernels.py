@@ -7,10 +7,10 @@ advances the same state of 16 neighbouring channels, for any number of states, a
 horizontal sum in the forward pass.
 
 All kernels are in this one file because numba's disk cache is keyed by the file a kernel is in, not
-by the files it calls. They hold the GIL at no time (`cpu_threads.run_tasks` runs them).
+by the files it calls. They hold the GIL at no time (`threads.run_tasks` runs them).
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import numba
 import numpy as np
@@ -41,32 +41,12 @@ def _kernel(function):
         return numba.njit(fastmath=_FAST, **_OPTIONS)(function)
 
 
-class ScanInputs(NamedTuple):
-    """Contiguous float32 arrays; absent D and delta_bias are zeros, absent z has no elements."""
-
-    u: np.ndarray  # (B, L, D)
-    delta: np.ndarray  # (B, L, D)
-    A: np.ndarray  # (N, D): transposed
-    B: np.ndarray  # (B, L, N)
-    C: np.ndarray  # (B, L, N)
-    D: np.ndarray  # (D,)
-    z: np.ndarray  # (B, L, D)
-    delta_bias: np.ndarray  # (D,)
-    order: np.ndarray  # (L,) int64
-    delta_softplus: bool
-
-
-class ScanGrads(NamedTuple):
-    """What the backward pass writes; gradients summed over images or channels come in parts."""
-
-    u: np.ndarray  # (B, L, D)
-    delta: np.ndarray  # (B, L, D)
-    A: np.ndarray  # (B, N, D): a part an image
-    B: np.ndarray  # (blocks, B, L, N): a part a channel block
-    C: np.ndarray  # (blocks, B, L, N)
-    D: np.ndarray  # (B, D): a part an image
-    z: np.ndarray  # (B, L, D)
-    delta_bias: np.ndarray  # (B, D)
+# Contiguous float32 arrays with A (N, D) transposed and order int64, else as in selective_scan_ref;
+# absent D and delta_bias are zeros, absent z has no elements.
+ScanInputs = namedtuple("ScanInputs", "u delta A B C D z delta_bias order delta_softplus")
+# What the backward pass writes. Gradients summed over images or channels come in parts: those of A
+# (B, N, D), D and delta_bias (B, D) one an image, of B and C (blocks, B, L, N) one a channel block.
+ScanGrads = namedtuple("ScanGrads", "u delta A B C D z delta_bias")
 
 
 def count_blocks(channels):
@@ -248,7 +228,7 @@ def scan_fwd(first_task, last_task, x, y, checkpoints, last_state):
 
 @_inline
 def _replay_step(h_before, h, decay, y, delta, delta_u, A, B, C):
-    """`_step` that keeps the states and decays for the walk back, which then needs no exponential.
+    """`_step` that saves the states and decays for the walk back, which then needs no exponential.
     """
     for n in range(A.shape[0]):
         B_n = B[n]
@@ -351,8 +331,8 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
                 _copy(h[0, n], checkpoints[b, tile, n, d0:d1])
             for t in range(steps):
                 row = x.order[start + t]
-                kept = tile_rows[t]
-                u, delta, delta_u, slope, g = kept[0], kept[1], kept[2], kept[3], kept[4]
+                at = tile_rows[t]
+                u, delta, delta_u, slope, g = at[0], at[1], at[2], at[3], at[4]
                 _copy(u, x.u[b, row, d0:d1])
                 _copy(g, g_y[b, row, d0:d1])
                 _copy(raw, x.delta[b, row, d0:d1])
@@ -368,8 +348,8 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
                     _copy(grads.z[b, row, d0:d1], z[:width])
             for t in range(steps - 1, -1, -1):
                 row = x.order[start + t]
-                kept = tile_rows[t]
-                u, delta, delta_u, slope, g = kept[0], kept[1], kept[2], kept[3], kept[4]
+                at = tile_rows[t]
+                u, delta, delta_u, slope, g = at[0], at[1], at[2], at[3], at[4]
                 _step_bwd(
                     g_h, g_A_tile, g_delta_u, g_decay,
                     grads.B[block, b, row], grads.C[block, b, row],

@@ -1,4 +1,4 @@
-"""Selective scan on the CPU: buffers and autograd around the kernels of `cpu.py`."""
+"""Selective scan on the CPU: buffers and autograd around the kernels of `kernels.py`."""
 
 import torch
 
@@ -50,7 +50,7 @@ def _pack(tensors, order, delta_softplus):
 
 class _SelectiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, keep_states):
+    def forward(ctx, u, delta, A, B, C, D, z, delta_bias, delta_softplus, order, save_states):
         batch, length, channels = u.shape
         states = A.shape[1]
         D = u.new_zeros(channels) if D is None else D
@@ -63,12 +63,12 @@ class _SelectiveScan(torch.autograd.Function):
         y = empty(batch, length, channels)
         last_state = empty(batch, channels, states)
         tiles = kernels.count_tiles(length)
-        checkpoints = empty(batch, tiles, states, channels) if keep_states else empty(0, 0, 0, 0)
+        checkpoints = empty(batch, tiles, states, channels) if save_states else empty(0, 0, 0, 0)
+        inputs = _pack(tensors, order, delta_softplus)
         run_tasks(
-            kernels.scan_fwd, batch * kernels.count_blocks(channels), _pack(tensors, order,
-            delta_softplus),
-            y.numpy(), checkpoints.numpy(), last_state.numpy(),
-        )
+            kernels.scan_fwd, batch * kernels.count_blocks(channels), inputs, y.numpy(),
+            checkpoints.numpy(), last_state.numpy(),
+        )  # fmt: skip
         ctx.save_for_backward(*tensors, order, checkpoints)
         ctx.delta_softplus = delta_softplus
         ctx.set_materialize_grads(False)
@@ -113,8 +113,8 @@ def selective_scan_cpu(
     """`reference.selective_scan_ref` for CPU tensors in float32, bfloat16 or float16."""
     tensors = (u, delta, A, B, C, D, z, delta_bias)
     # asked here because autograd is always off inside forward
-    keep_states = torch.is_grad_enabled() and any(
+    save_states = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in tensors
     )
-    y, last_state = _SelectiveScan.apply(*tensors, delta_softplus, order, keep_states)
+    y, last_state = _SelectiveScan.apply(*tensors, delta_softplus, order, save_states)
     return (y, last_state) if return_last_state else y

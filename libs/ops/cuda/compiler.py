@@ -8,7 +8,6 @@ import functools
 import hashlib
 import logging
 import os
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -106,40 +105,32 @@ def warn_of_cache(reason):
 # ---------------------------------------- compiling
 
 
-def compile_kernel(kernel, arch, **options):
+def compile_kernel(kernel, arch, logs=None, **options):
     """cuda.core's ObjectCode of a kernel (launch_plan.Kernel), compiled without looking anywhere.
-    options: further ones of ProgramOptions, and `logs`."""
+    options: further ones of ProgramOptions."""
     from cuda.core import Program, ProgramOptions
 
-    logs = options.pop("logs", None)
     options |= _options(kernel, arch) | {"include_path": [str(CSRC), _cuda_headers()]}
     text = (CSRC / kernel.source).read_text(encoding="utf-8")
     return Program(text, "c++", ProgramOptions(**options)).compile("cubin", logs=logs)
 
 
 def load_or_compile(kernel, arch, announce=lambda: None):
-    """The cubin of a kernel, from the cache, or compiled now and put there.
-
-    announce: called before a compilation. Many processes may do this at once: each that finds
-    nothing compiles, and the last one's file stays.
-    """
+    """The cubin of a kernel, from the cache, or compiled now, after `announce()`, and put there.
+    Of many processes at once each that finds nothing compiles, and the last one's file stays."""
     from cuda.core.utils import FileStreamProgramCache
 
-    cache = None
+    cache, name = {}, key(kernel, arch)
     try:
         cache = FileStreamProgramCache(cache_directory())
-        cubin = cache.get(key(kernel, arch))
-        if cubin:
+        if cubin := cache.get(name):
             return cubin
     except OSError as error:
         warn_of_cache(error.strerror)
     announce()
-    start = time.monotonic()
     cubin = bytes(compile_kernel(kernel, arch).code)
-    _log.debug(f"compiled {kernel.source} for sm_{arch} in {time.monotonic() - start:.1f} s")
     try:
-        if cache is not None:
-            cache[key(kernel, arch)] = cubin
+        cache[name] = cubin
     except OSError as error:
         warn_of_cache(error.strerror)
     return cubin

@@ -7,12 +7,10 @@ over all tokens, stay in the dtype of the activations. Needs a GPU of compute ca
 newer.
 """
 
-import ctypes
-
 import torch
 
 from libs.ops.cuda import launch
-from libs.ops.cuda.launch_plan import CTYPES, Kernel, Launch, Plan, Rows
+from libs.ops.cuda.launch_plan import CTYPES, Launch, Plan, find_slots, make_kernel
 from utils import UserError
 
 E4M3 = torch.float8_e4m3fn
@@ -25,33 +23,24 @@ OLDEST_ARCH = 90  # that torch's product of rows with scales runs on
 WIDTHS = range(16, COLUMNS[-1] + 1, 16)  # multiples as torch's products want; up to the kernel's
 
 
-class QuantizeParams(ctypes.Structure):
-    """Parameters of csrc/fp8/quantize_rows.cu: x is (1, rows, columns)."""
-
-    _fields_ = [
-        ("rows", ctypes.c_int64),
-        ("columns", ctypes.c_int64),
-        ("x", Rows),
-        ("out", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-    ]
+QuantizeParams = find_slots("rows columns", "x", "out scale")  # x is (1, rows, columns)
 
 
 def plan_rows(rows, columns, dtype, multiprocessors):
     vectors, warps = next(s for s in _SHAPES if columns <= 256 * s[0] * s[1])
-    defines = {"kInput": CTYPES[dtype], "kVectors": str(vectors), "kWarps": str(warps)}
-    kernel = Kernel("fp8/quantize_rows.cu", "quantize_rows", tuple(sorted(defines.items())))
+    kernel = make_kernel(
+        "fp8/quantize_rows.cu", "quantize_rows", kInput=CTYPES[dtype], kVectors=vectors,
+        kWarps=warps,
+    )  # fmt: skip
     blocks = -(-rows * warps // (_THREADS // 32))
-    return Plan((Launch(kernel, (blocks, 1, 1), (_THREADS, 1, 1), 0),), (), {})
+    return Plan((Launch(kernel, (blocks, 1, 1), (_THREADS, 1, 1)),))
 
 
 def plan_transposed(rows, columns, dtype, multiprocessors):
     """Takes the scales that quantize_rows found."""
-    kernel = Kernel(
-        "fp8/quantize_transposed.cu", "quantize_transposed", (("kInput", CTYPES[dtype]),)
-    )
+    kernel = make_kernel("fp8/quantize_transposed.cu", "quantize_transposed", kInput=CTYPES[dtype])
     grid = (-(-columns // 64), -(-rows // 64), 1)
-    return Plan((Launch(kernel, grid, (_THREADS, 1, 1), 0),), (), {})
+    return Plan((Launch(kernel, grid, (_THREADS, 1, 1)),))
 
 
 def unsupported(device, widths):

@@ -147,37 +147,27 @@ def _raise(error, what):
 # ---------------------------------------- launching plans
 
 
-@functools.cache
-def _slots(struct):
-    """{field: index} of a parameter struct seen as 8-byte integers; Rows take three."""
-    slots, position = {}, 0
-    for name, kind in struct._fields_:
-        slots[name] = position
-        position += ctypes.sizeof(kind) // 8
-    assert 8 * position == ctypes.sizeof(struct), "only 8-byte fields"
-    return slots, ctypes.c_int64 * position
-
-
 class Prepared(NamedTuple):
     """A plan on a device, with everything that does not change from call to call worked out."""
 
-    launches: tuple  # of (function, grid x, y, z, block x, y, z, shared bytes, name)
-    sums: tuple  # of (offset of the parts, count, size, is it float32, name of the result)
+    launches: list  # of (function, grid x, y, z, block x, y, z, shared bytes, name)
+    sums: list  # of (offset of the parts, count, size, is it float32, name of the result)
     sum_launch: tuple | None  # as in launches
-    values: tuple  # the struct's 8-byte values, with the plan's integers
-    scratch: tuple  # of (slot, offset)
+    values: list  # the struct's 8-byte values, with the plan's integers
+    scratch: list  # of (slot, offset)
     scratch_bytes: int
     slots: dict
     array: type
     index: int
 
 
-def prepared(index, plan_of, struct, shape, dtype, check=True):
+def prepared(index, plan_of, slots, shape, dtype, check=True):
     """A plan for a device, ready to `run`; compiled and loaded at the first call, and the kernels
     of the dtype checked at the first one of all.
 
-    plan_of: a function of launch_plan.py or its kin; shape: its arguments up to the dtype. check:
-    False for a kernel that follows others of the network's dtype, whose check covers it.
+    plan_of: of launch_plan.py or its kin; slots: of its parameter struct; shape: its arguments up
+    to the dtype. check: False for a kernel that follows others of the network's dtype, whose check
+    covers it.
     """
     gpu = Gpu.of(index)
     key = (plan_of, shape, dtype)
@@ -185,45 +175,39 @@ def prepared(index, plan_of, struct, shape, dtype, check=True):
         if check and dtype not in gpu.checked:
             importlib.import_module("libs.ops.cuda.self_check").require_checked(gpu, dtype)
         plan = plan_of(*shape, name_of(dtype), gpu.multiprocessors)
-        gpu.prepared[key] = prepare(plan, struct, index)
+        gpu.prepared[key] = prepare(plan, slots, index)
     return gpu.prepared[key]
 
 
-def prepare(plan, struct, index):
+def prepare(plan, slots, index):
     """Compile and load what a plan launches; the result serves any number of `run`s."""
     gpu = Gpu.of(index)
-    slots, array = _slots(struct)
-    values = [0] * array._length_
-    for name, value in plan.integers.items():
-        values[slots[name]] = value
-    offsets, counts, end = {}, {}, 0
-    for name, shape, dtype in plan.scratch:
-        offsets[name], counts[name] = end, shape[0]
-        size = math.prod(shape) * getattr(torch, dtype).itemsize
-        end += -(-size // _ALIGNMENT) * _ALIGNMENT
 
-    def loaded(launch):
+    def load(launch):
         function = gpu.function(launch.kernel, launch.shared_bytes)
         return function, *launch.grid, *launch.block, launch.shared_bytes, launch.kernel.name
 
-    launches = tuple(loaded(launch) for launch in plan.launches)
-    sums = tuple(
-        (offsets[s.parts], counts[s.parts], math.prod(s.shape), s.dtype == "float32", s.out)
-        for s in plan.sums
-    )
-    sum_launch = loaded(launch_plan.sum_launch(plan.sums)) if sums else None
-    scratch = tuple((slots[name], offset) for name, offset in offsets.items())
-    return Prepared(
-        launches, sums, sum_launch, tuple(values), scratch, end, slots, array, index
-    )
+    launches = [load(launch) for launch in plan.launches]
+    sum_launch = load(plan.sum_launch()) if plan.sums else None
+    values, scratch, sums, end = [0] * slots[None], [], [], 0
+    for name, value in plan.integers.items():
+        values[slots[name]] = value
+    for name, (count, *shape) in plan.scratch.items():
+        size = math.prod(shape)
+        scratch.append((slots[name], end))
+        if name in plan.sums:
+            result, dtype = plan.sums[name]
+            sums.append((end, count, size, dtype == "float32", result))
+        end += -(-4 * count * size // _ALIGNMENT) * _ALIGNMENT
+    array = ctypes.c_int64 * len(values)
+    return Prepared(launches, sums, sum_launch, values, scratch, end, slots, array, index)
 
 
 def run(prepared, device, rows, scalars, outputs=None):
     """Launch a prepared plan on torch's current stream of the device.
 
     rows: field -> tensor (B, L, X), X contiguous, or None. scalars: field -> integer, or tensor
-    whose address is meant, or None. outputs: name -> tensor, for the plan's sums; an empty one is
-    not wanted.
+    whose address is meant, or None. outputs: name -> tensor, for the plan's sums.
     """
     values, slots = list(prepared.values), prepared.slots
     for name, x in rows.items():
@@ -250,15 +234,14 @@ def _run(prepared, device, values, outputs):
     params = prepared.array(*values)
     for launch in prepared.launches:
         _launch(launch, stream, params)
-    tasks = []
-    for offset, count, size, is_float, name in prepared.sums:
-        out = outputs[name]
-        tasks += base + offset, out.data_ptr(), count, size if out.numel() else 0, is_float
-    if tasks:
+    if prepared.sums:
+        tasks = []
+        for offset, count, size, is_float, name in prepared.sums:
+            tasks += base + offset, outputs[name].data_ptr(), count, size, is_float
         _launch(prepared.sum_launch, stream, _SUM_ARRAY(*tasks))
 
 
-_SUM_ARRAY = _slots(launch_plan.SumParams)[1]
+_SUM_ARRAY = ctypes.c_int64 * (launch_plan.MAX_SUMS * len(launch_plan.SUM_FIELDS))
 
 
 def _launch(launch, stream, params):

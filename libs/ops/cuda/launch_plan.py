@@ -1,12 +1,11 @@
-"""What to launch for an operator of a given shape on a given GPU: pure functions, no GPU needed.
+"""What to launch for scan and convolution of a given shape on a given GPU: pure functions, no GPU
+needed.
 
-A plan lists kernels in launch order, all of one stream and all taking the same parameter struct by
-value, the scratch tensors and integers that the struct wants, and the sums over partial results
-that follow. The structs here mirror csrc/selective_scan/params.cuh, csrc/causal_conv1d/params.cuh
-and csrc/common/sum_parts.cu field by field; static_asserts there and a test hold the sizes.
+A plan's kernels are launched in order on one stream and take the same parameter struct by value. A
+struct is told by the slots of its fields, as 8-byte values; it mirrors one of csrc/ field by field,
+and static_asserts there and a test hold the sizes.
 """
 
-import ctypes
 import math
 from typing import NamedTuple
 
@@ -15,77 +14,38 @@ CTYPES = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 # Steps a tile of the scan's backward, and steps between two states that its first walk saves.
 BACKWARD_TILE, STRIDE = 8, 4
 # Values of kPass in csrc/selective_scan/forward.cu.
-PASS_OUTPUT, PASS_END_STATE, PASS_CHECKPOINTS, PASS_CARRY = 0, 1, 2, 3
+PASS_OUTPUT, PASS_END_STATE, PASS_SAVE_STATES, PASS_CARRY = 0, 1, 2, 3
 
 
 # ---------------------------------------- parameter structs
 
 
-class Rows(ctypes.Structure):
-    """A (B, L, X) tensor with X contiguous; strides in elements. data = 0: absent."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("batch_stride", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64),
-    ]
-
-
-class ScanParams(ctypes.Structure):
-    """One struct for every kernel of the scan; a kernel reads the fields it needs.
-
-    Pointers may be 0 for what is absent: z, D, delta_bias, order (int64), last_state, g_y (then
-    only the last state has a gradient), g_last_state; g_z must be given exactly if z is. A, D,
-    delta_bias, last_state and g_last_state are float32 and contiguous; Rows are in kInput.
-    """
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (
-            "batch", "length", "channels", "states", "delta_softplus",
-            "segments", "segment_length",  # plan.integers
-        )),
-        *((name, Rows) for name in (
-            "u", "delta", "z", "B", "C", "y", "g_y", "g_u", "g_delta", "g_z"
-        )),
-        *((name, ctypes.c_void_p) for name in (
-            "A", "D", "delta_bias", "order", "last_state", "g_last_state",
-            # plan.scratch
-            "segment_state", "segment_delta", "carry_state", "carry_delta", "checkpoints",
-            "parts_BC", "parts_A", "parts_D", "parts_bias",
-        )),
-    ]  # fmt: skip
+def find_slots(integers, rows, pointers):
+    """{field: slot}, and under None their number. rows: (B, L, X) tensors with X contiguous, of
+    three slots each, address and two strides in elements. Absent ones are 0, as absent pointers."""
+    slots, end = {}, 0
+    for names, size in ((integers, 1), (rows, 3), (pointers, 1)):
+        for name in names.split():
+            slots[name], end = end, end + size
+    return slots | {None: end}
 
 
-class ConvParams(ctypes.Structure):
-    """Causal convolution. weight (D, W), bias (D,): float32, contiguous. bias, order 0: absent."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (
-            "batch", "length", "channels", "silu",
-            "chunks", "chunk_length",  # plan.integers
-        )),
-        *((name, Rows) for name in ("x", "y", "g_y", "g_x")),
-        *((name, ctypes.c_void_p) for name in (
-            "weight", "bias", "order", "parts_weight", "parts_bias"
-        )),
-    ]  # fmt: skip
-
-
-MAX_SUMS = 4
-
-
-class SumParams(ctypes.Structure):
-    """For each task, out[i] = sum over k < count of parts[k * size + i], in a fixed order; out is
-    float32 or, where is_float is 0, the kernel's kOutput."""
-
-    _fields_ = [
-        (f"{name}_{task}", kind)
-        for task in range(MAX_SUMS)
-        for name, kind in (
-            ("parts", ctypes.c_void_p), ("out", ctypes.c_void_p),
-            ("count", ctypes.c_int64), ("size", ctypes.c_int64), ("is_float", ctypes.c_int64),
-        )
-    ]  # fmt: skip
+# One for every kernel of the scan; a kernel reads the fields it needs. Rows are in kInput, order in
+# int64, all else in float32 and contiguous. Absent can be z, order, last_state and g_last_state.
+ScanParams = find_slots(
+    "batch length channels states delta_softplus segments segment_length",
+    "u delta z B C y g_y g_u g_delta g_z",
+    "A D delta_bias order last_state g_last_state segment_state segment_delta carry_state "
+    "carry_delta saved_states parts_BC parts_A parts_D parts_bias",
+)
+# weight (D, W), bias (D,): float32, contiguous. order may be absent.
+ConvParams = find_slots(
+    "batch length channels silu chunks chunk_length", "x y g_y g_x",
+    "weight bias order parts_weight parts_bias",
+)  # fmt: skip
+# Of up to MAX_SUMS tasks, out[i] = sum over k < count of parts[k * size + i], in a fixed order; out
+# is float32 or, where is_float is 0, the kernel's kOutput.
+MAX_SUMS, SUM_FIELDS = 4, ("parts", "out", "count", "size", "is_float")
 
 
 # ---------------------------------------- plans
@@ -103,41 +63,31 @@ class Launch(NamedTuple):
     kernel: Kernel
     grid: tuple  # x, y, z
     block: tuple
-    shared_bytes: int  # dynamic; above 48 KiB the kernel's attribute must be raised first
-
-
-class Scratch(NamedTuple):
-    """A contiguous tensor the plan needs; its address goes into the struct's field `name`."""
-
-    name: str
-    shape: tuple
-    dtype: str
-
-
-class Sum(NamedTuple):
-    """A sum over the first axis of the scratch tensor `parts`."""
-
-    parts: str
-    out: str  # what it is: 'g_BC' (2, B, L, N), 'g_A', 'g_D', 'g_delta_bias', 'g_weight', 'g_bias'
-    shape: tuple
-    dtype: str = "float32"
+    shared_bytes: int = 0  # dynamic; above 48 KiB the kernel's attribute must be raised first
 
 
 class Plan(NamedTuple):
     launches: tuple  # of Launch, in order
-    scratch: tuple  # of Scratch, uninitialised
-    integers: dict  # further fields of the struct
-    sums: tuple = ()  # of Sum, in one launch after the others
+    integers: dict = {}  # further fields of the struct
+    scratch: dict = {}  # field -> shape of a contiguous, uninitialised float32 tensor
+    sums: dict = {}  # scratch to add over its first axis, in one launch -> (result, its dtype)
+
+    def sum_launch(self):
+        """Of their dtypes one at most is not float32."""
+        dtypes = sorted({dtype for _, dtype in self.sums.values()} - {"float32"}) or ["float32"]
+        kernel = make_kernel("common/sum_parts.cu", "sum_parts", kOutput=CTYPES[dtypes[0]])
+        sizes = [math.prod(self.scratch[parts][1:]) for parts in self.sums]
+        blocks = sum(_blocks(size, 128 if size % 4 == 0 else 32) for size in sizes)
+        return Launch(kernel, (blocks, 1, 1), (256, 1, 1))
 
     def kernels(self):
         """Every kernel that the plan launches."""
-        launches = [*self.launches, sum_launch(self.sums)] if self.sums else self.launches
+        launches = [*self.launches, self.sum_launch()] if self.sums else self.launches
         return {launch.kernel for launch in launches}
 
 
-def _kernel(source, name, dtype, **defines):
-    defines = {"kInput": CTYPES[dtype]} | {k: str(v) for k, v in defines.items()}
-    return Kernel(source, name, tuple(sorted(defines.items())))
+def make_kernel(source, name, **defines):
+    return Kernel(source, name, tuple(sorted((k, str(v)) for k, v in defines.items())))
 
 
 def _blocks(channels, channels_a_block):
@@ -146,16 +96,6 @@ def _blocks(channels, channels_a_block):
 
 def _round_up(n, multiple):
     return -(-n // multiple) * multiple
-
-
-def sum_launch(sums):
-    """The launch, with SumParams, that adds the parts of up to MAX_SUMS sums; of their dtypes one
-    at most is not float32."""
-    dtypes = sorted({s.dtype for s in sums} - {"float32"}) or ["float32"]
-    kernel = Kernel("common/sum_parts.cu", "sum_parts", (("kOutput", CTYPES[dtypes[0]]),))
-    sizes = [math.prod(s.shape) for s in sums]
-    blocks = sum(_blocks(size, 128 if size % 4 == 0 else 32) for size in sizes)
-    return Launch(kernel, (blocks, 1, 1), (256, 1, 1), 0)
 
 
 # ---------------------------------------- selective scan
@@ -221,15 +161,11 @@ def backward_variant(batch, length, channels, states, dtype, multiprocessors):
     threads = 64 if dtype == "float32" and padded == 16 else 128
     blocks = batch * _blocks(channels, 64)
     wanted = 18 * multiprocessors // blocks if blocks < 3 * multiprocessors else 1
+    segments = min(wanted, length // (4 * SEGMENT_GRAIN))
     resident = 384 // threads if padded == 16 else 1
     return Variant(
-        padded // 16, 16 * threads // padded, BACKWARD_TILE, _segments(length, wanted), resident
+        padded // 16, 16 * threads // padded, BACKWARD_TILE, max(1, segments), resident
     )
-
-
-def _segments(length, wanted):
-    """At most `wanted` segments, none shorter than 4 grains."""
-    return max(1, min(wanted, length // (4 * SEGMENT_GRAIN)))
 
 
 def _segment_integers(length, segments):
@@ -245,34 +181,29 @@ def _without_outputs(variant):
 
 
 def _walk(scan_pass, variant, shape, padded, dtype, segments):
-    """A launch of csrc/selective_scan/forward.cu with the states padded to `padded`."""
+    """A launch of a walk in one direction, the states padded to `padded`."""
     batch, _, channels, _ = shape
-    kernel = _kernel(
-        "selective_scan/forward.cu", "scan_forward", dtype, kPass=scan_pass,
-        kStates=padded, kGroups=variant.groups,
-        kChannels=variant.channels, kTile=variant.tile, kMinBlocks=variant.min_blocks,
-    )  # fmt: skip
+    defines = {
+        "kInput": CTYPES[dtype], "kChannels": variant.channels, "kTile": variant.tile,
+        "kMinBlocks": variant.min_blocks,
+    }  # fmt: skip
+    source, name = "selective_scan/forward.cu", "scan_forward"
+    if variant.lanes > 1:
+        source, name = "selective_scan/forward_lanes.cu", "scan_forward_lanes"
+        defines |= {"kLanes": variant.lanes}
+    else:
+        defines |= {"kPass": scan_pass, "kStates": padded, "kGroups": variant.groups}
     grid = (batch * _blocks(channels, variant.channels), segments, 1)
-    return Launch(kernel, grid, (variant.channels * variant.groups, 1, 1), 0)
-
-
-def _walk_by_lanes(variant, shape, dtype):
-    """A launch of csrc/selective_scan/forward_lanes.cu."""
-    batch, _, channels, _ = shape
-    kernel = _kernel(
-        "selective_scan/forward_lanes.cu", "scan_forward_lanes", dtype, kLanes=variant.lanes,
-        kChannels=variant.channels, kTile=variant.tile, kMinBlocks=variant.min_blocks,
-    )  # fmt: skip
-    grid = (batch * _blocks(channels, variant.channels), 1, 1)
-    return Launch(kernel, grid, (variant.channels * variant.lanes, 1, 1), 0)
+    threads = variant.channels * variant.groups * variant.lanes
+    return Launch(make_kernel(source, name, **defines), grid, (threads, 1, 1))
 
 
 def _segment_scratch(prefix, batch, channels, states, segments):
     """End states of all segments but one, and their sums of step sizes."""
-    return (
-        Scratch(f"{prefix}_state", (segments - 1, batch, states, channels), "float32"),
-        Scratch(f"{prefix}_delta", (segments - 1, batch, channels), "float32"),
-    )
+    return {
+        f"{prefix}_state": (segments - 1, batch, states, channels),
+        f"{prefix}_delta": (segments - 1, batch, channels),
+    }
 
 
 def scan_forward(batch, length, channels, states, dtype, multiprocessors, variant=None):
@@ -281,36 +212,32 @@ def scan_forward(batch, length, channels, states, dtype, multiprocessors, varian
     shape = (batch, length, channels, states)
     variant = variant or forward_variant(*shape, multiprocessors)
     integers = _segment_integers(length, variant.segments)
-    segments = integers["segments"]
-    if variant.lanes > 1:
-        return Plan((_walk_by_lanes(variant, shape, dtype),), (), integers)
-    padded = _round_up(states, 4 * variant.groups)
-    launches = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments)]
-    scratch = ()
+    segments, padded = integers["segments"], _round_up(states, 4 * variant.groups)
+    launches, scratch = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments)], {}
     if segments > 1:
         walk = _without_outputs(variant)
         launches.insert(0, _walk(PASS_END_STATE, walk, shape, padded, dtype, segments - 1))
         scratch = _segment_scratch("segment", batch, channels, padded, segments)
-    return Plan(tuple(launches), scratch, integers)
+    return Plan(tuple(launches), integers, scratch)
 
 
 def _backward_shared_bytes(channels, padded, dtype, output):
     """sizeof(Shared) of csrc/selective_scan/backward.cu."""
     threads = channels * padded // 16
     warps = threads // 32
-    own = 4 * 4 * threads * 16
+    of_threads = 4 * 4 * threads * 16
     of_warp = max(16 * channels // warps, STRIDE * 2 * padded * 4)
     element = 4 if dtype == "float32" else 2
     channel_vectors = channels * (4 * 16 + STRIDE * element) + (16 * channels if output else 16)
-    quad = 2 * STRIDE * padded * 4 + channel_vectors + warps * of_warp
+    steps = 2 * STRIDE * padded * 4 + channel_vectors + warps * of_warp
     raw = BACKWARD_TILE * channels * 4 * element
-    return own + BACKWARD_TILE // STRIDE * quad + raw + 4 * BACKWARD_TILE * 4
+    return of_threads + BACKWARD_TILE // STRIDE * steps + raw + 4 * BACKWARD_TILE * 4
 
 
 def scan_backward(
     batch, length, channels, states, dtype, multiprocessors, variant=None, output=False
 ):
-    """Plan of the backward: states kept every 4 steps, then the walk back, then sums of parts. All
+    """Plan of the backward: states saved every 4 steps, then the walk back, then sums of parts. All
     gradients are deterministic. Scratch: 16 bytes a token and channel for the states (N = 16).
     output: the walk also writes the forward's output y."""
     shape = (batch, length, channels, states)
@@ -319,38 +246,36 @@ def scan_backward(
     integers = _segment_integers(length, variant.segments)
     segments = integers["segments"]
     shared_bytes = _backward_shared_bytes(variant.channels, padded, dtype, output)
-    kernel = _kernel(
-        "selective_scan/backward.cu", "scan_backward", dtype, kStates=padded,
+    kernel = make_kernel(
+        "selective_scan/backward.cu", "scan_backward", kInput=CTYPES[dtype], kStates=padded,
         kChannels=variant.channels, kTile=BACKWARD_TILE, kMinBlocks=variant.min_blocks,
         kSharedBytes=shared_bytes, kOutput=int(output),
     )  # fmt: skip
     blocks = _blocks(channels, variant.channels)
     threads = variant.channels * padded // 16
-    main = Launch(kernel, (batch * blocks, segments, 1), (threads, 1, 1), shared_bytes)
     walk = _without_outputs(variant)
-    launches = [_walk(PASS_CHECKPOINTS, walk, shape, padded, dtype, segments), main]
-    parts, kept = batch * segments, -(-length // STRIDE)
-    scratch = (
-        Scratch("checkpoints", (batch, kept, padded // 4, channels, 4), "float32"),
-        Scratch("parts_BC", (blocks, 2, batch, length, states), "float32"),
-        Scratch("parts_A", (parts, channels, states), "float32"),
-        Scratch("parts_D", (parts, channels), "float32"),
-        Scratch("parts_bias", (parts, channels), "float32"),
-    )
+    launches = [
+        _walk(PASS_SAVE_STATES, walk, shape, padded, dtype, segments),
+        Launch(kernel, (batch * blocks, segments, 1), (threads, 1, 1), shared_bytes),
+    ]
+    parts = batch * segments
+    scratch = {
+        "saved_states": (batch, -(-length // STRIDE), padded // 4, channels, 4),
+        "parts_BC": (blocks, 2, batch, length, states), "parts_A": (parts, channels, states),
+        "parts_D": (parts, channels), "parts_bias": (parts, channels),
+    }  # fmt: skip
     if segments > 1:
         launches[:0] = [
             _walk(scan_pass, walk, shape, padded, dtype, segments - 1)
             for scan_pass in (PASS_END_STATE, PASS_CARRY)
         ]
-        scratch += _segment_scratch("segment", batch, channels, padded, segments)
-        scratch += _segment_scratch("carry", batch, channels, padded, segments)
-    sums = (
-        Sum("parts_BC", "g_BC", (2, batch, length, states), dtype),
-        Sum("parts_A", "g_A", (channels, states)),
-        Sum("parts_D", "g_D", (channels,)),
-        Sum("parts_bias", "g_delta_bias", (channels,)),
-    )
-    return Plan(tuple(launches), scratch, integers, sums)
+        for prefix in ("segment", "carry"):
+            scratch |= _segment_scratch(prefix, batch, channels, padded, segments)
+    sums = {
+        "parts_BC": ("g_BC", dtype), "parts_A": ("g_A", "float32"), "parts_D": ("g_D", "float32"),
+        "parts_bias": ("g_delta_bias", "float32"),
+    }  # fmt: skip
+    return Plan(tuple(launches), integers, scratch, sums)
 
 
 def scan_backward_with_output(*shape, **options):
@@ -363,9 +288,9 @@ _CONV_THREADS, _CONV_VECTOR = 128, 4
 
 
 def _conv_launch(name, batch, length, channels, width, dtype, multiprocessors):
-    kernel = _kernel(
-        f"causal_conv1d/{name}.cu", f"conv_{name}", dtype, kWidth=width, kVector=_CONV_VECTOR,
-        kThreads=_CONV_THREADS,
+    kernel = make_kernel(
+        f"causal_conv1d/{name}.cu", f"conv_{name}", kInput=CTYPES[dtype], kWidth=width,
+        kVector=_CONV_VECTOR, kThreads=_CONV_THREADS,
     )  # fmt: skip
     columns = batch * _blocks(channels, _CONV_THREADS * _CONV_VECTOR)
     # Enough chunks for 8 blocks a multiprocessor, none shorter than 16 steps, as each rereads
@@ -378,30 +303,20 @@ def _conv_launch(name, batch, length, channels, width, dtype, multiprocessors):
     )
     chunk_length = -(-length // wanted)
     chunks = -(-length // chunk_length)
-    launch = Launch(kernel, (columns, chunks, 1), (_CONV_THREADS, 1, 1), 0)
-    return launch, {"chunks": chunks, "chunk_length": chunk_length}
+    launch = Launch(kernel, (columns, chunks, 1), (_CONV_THREADS, 1, 1))
+    return (launch,), {"chunks": chunks, "chunk_length": chunk_length}
 
 
-def conv_forward(batch, length, channels, width, dtype, multiprocessors):
-    """Plan of the convolution's forward."""
-    launch, integers = _conv_launch(
-        "forward", batch, length, channels, width, dtype, multiprocessors
-    )
-    return Plan((launch,), (), integers)
+def conv_forward(*shape):
+    """Plan of the convolution's forward, of (batch, length, channels, width, dtype,
+    multiprocessors)."""
+    return Plan(*_conv_launch("forward", *shape))
 
 
-def conv_backward(batch, length, channels, width, dtype, multiprocessors):
+def conv_backward(batch, length, channels, width, *rest):
     """Plan of the convolution's backward; deterministic."""
-    launch, integers = _conv_launch(
-        "backward", batch, length, channels, width, dtype, multiprocessors
-    )
+    launches, integers = _conv_launch("backward", batch, length, channels, width, *rest)
     parts = batch * integers["chunks"]
-    scratch = (
-        Scratch("parts_weight", (parts, channels, width), "float32"),
-        Scratch("parts_bias", (parts, channels), "float32"),
-    )
-    sums = (
-        Sum("parts_weight", "g_weight", (channels, width)),
-        Sum("parts_bias", "g_bias", (channels,)),
-    )
-    return Plan((launch,), scratch, integers, sums)
+    scratch = {"parts_weight": (parts, channels, width), "parts_bias": (parts, channels)}
+    sums = {"parts_weight": ("g_weight", "float32"), "parts_bias": ("g_bias", "float32")}
+    return Plan(launches, integers, scratch, sums)

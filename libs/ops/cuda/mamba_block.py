@@ -9,7 +9,7 @@ activation is transposed or copied in between; of the gradients only that of x_p
 put together from its parts, 128 channels of 6,144 in DiM-H.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 
@@ -20,54 +20,21 @@ from libs.ops.cuda.adaln import Adaln
 _SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
 
 
-class Parameters(NamedTuple):
-    """A block's parameters; in the network's dtype the matrices, in float32 the others. D channels,
-    N states, W taps, R the rank of the step sizes."""
-
-    table: torch.Tensor  # (3, dim)
-    weight: torch.Tensor  # (dim), of the norm
-    in_proj: torch.Tensor  # (2 D, dim)
-    conv_weight: torch.Tensor  # (D, W)
-    conv_bias: torch.Tensor  # (D,)
-    x_proj: torch.Tensor  # (R + 2 N, D)
-    dt_proj: torch.Tensor  # (D, R)
-    dt_bias: torch.Tensor  # (D,)
-    A_log: torch.Tensor  # (D, N)
-    D: torch.Tensor  # (D,)
-    out_proj: torch.Tensor  # (dim, D)
-
-
-class Matrices(NamedTuple):
-    """The parameters that go into matrix products, in the dtype of those."""
-
-    in_proj: torch.Tensor
-    x_proj: torch.Tensor
-    dt_proj: torch.Tensor
-    out_proj: torch.Tensor
-
-
-class Saved(NamedTuple):
-    """What the forward keeps for the backward, besides its inputs; the matrices are empty where
-    they had the products' dtype already."""
-
-    xz: torch.Tensor  # (B, L, 2 D), in_proj's output
-    dtBC: torch.Tensor  # (B, L, R + 2 N), x_proj's output
-    branch: torch.Tensor  # (B, L, dim)
-    in_proj: torch.Tensor
-    x_proj: torch.Tensor
-    dt_proj: torch.Tensor
-    out_proj: torch.Tensor
-
-
-class Inputs(NamedTuple):
-    """The operator's inputs, but for the result's dtype."""
-
-    x: torch.Tensor  # (B, L, dim)
-    adaln: Adaln
-    parameters: Parameters
-    order: torch.Tensor | None
-    dtype: torch.dtype  # of the products
-    fp8: bool
+# D channels, N states, W taps, R the rank of the step sizes. Matrices have the network's dtype, the
+# others float32: table (3, dim), weight of the norm (dim), in_proj (2 D, dim), conv_weight (D, W),
+# conv_bias (D), x_proj (R + 2 N, D), dt_proj (D, R), dt_bias (D), A_log (D, N), D (D), out_proj
+# (dim, D).
+Parameters = namedtuple(
+    "Parameters",
+    "table weight in_proj conv_weight conv_bias x_proj dt_proj dt_bias A_log D out_proj",
+)
+# The parameters that go into matrix products, in the dtype of those.
+Matrices = namedtuple("Matrices", "in_proj x_proj dt_proj out_proj")
+# What the forward saves, besides its inputs: in_proj's output xz (B, L, 2 D), x_proj's output dtBC
+# (B, L, R + 2 N), branch (B, L, dim), and Matrices, empty where they had the products' dtype.
+Saved = namedtuple("Saved", ("xz", "dtBC", "branch", *Matrices._fields))
+# The operator's inputs, but for the result's dtype. dtype: of the products.
+Inputs = namedtuple("Inputs", "x adaln parameters order dtype fp8")
 
 
 def _pack(x, modulation, drop_path_scale, *rest):
@@ -76,12 +43,8 @@ def _pack(x, modulation, drop_path_scale, *rest):
     return Inputs(x, Adaln(modulation, p.table, p.weight, drop_path_scale), p, order, dtype, fp8_)
 
 
-def _tensors(names):
-    return ", ".join(f"Tensor {name}" for name in names)
-
-
 _SCHEMA = (
-    f"Tensor x, Tensor modulation, Tensor? drop_path_scale, {_tensors(Parameters._fields)}, "
+    f"Tensor x, Tensor modulation, Tensor? drop_path_scale, {launch.tensors(Parameters._fields)}, "
     "Tensor? order, ScalarType dtype, bool fp8"
 )
 
@@ -223,18 +186,16 @@ def _empty_gradients(g_out, *rest):
     return tuple(t.new_empty(t.shape) for t in (i.x, i.adaln.modulation, *i.parameters))
 
 
+_OUTPUTS, _GRADIENTS = [""] * (1 + len(Saved._fields)), [""] * (2 + len(Parameters._fields))
 launch.define(
-    f"mamba_block_fwd({_SCHEMA}, ScalarType out_dtype) -> "
-    f"({', '.join(['Tensor'] * (1 + len(Saved._fields)))})",
-    _forward,
-    _empty_outputs,
-)
+    f"mamba_block_fwd({_SCHEMA}, ScalarType out_dtype) -> ({launch.tensors(_OUTPUTS)})",
+    _forward, _empty_outputs,
+)  # fmt: skip
 launch.define(
-    f"mamba_block_bwd(Tensor g_out, {_tensors(f'saved_{name}' for name in Saved._fields)}, "
-    f"{_SCHEMA}) -> ({', '.join(['Tensor'] * (2 + len(Parameters._fields)))})",
-    _backward,
-    _empty_gradients,
-)
+    f"mamba_block_bwd(Tensor g_out, {launch.tensors(f'saved_{name}' for name in Saved._fields)}, "
+    f"{_SCHEMA}) -> ({launch.tensors(_GRADIENTS)})",
+    _backward, _empty_gradients,
+)  # fmt: skip
 
 
 def _save(ctx, inputs, output):

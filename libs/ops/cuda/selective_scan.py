@@ -2,48 +2,30 @@
 which torch.compile and CUDA graphs take as they are.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 
 from libs.ops.cuda import launch, launch_plan
 
-
-class Inputs(NamedTuple):
-    """What the kernels want: sequences of one dtype, parameters in float32, an int64 order."""
-
-    u: torch.Tensor  # (B, L, D)
-    delta: torch.Tensor  # (B, L, D)
-    A: torch.Tensor  # (D, N)
-    B: torch.Tensor  # (B, L, N)
-    C: torch.Tensor  # (B, L, N)
-    D: torch.Tensor  # (D,)
-    z: torch.Tensor | None  # (B, L, D)
-    delta_bias: torch.Tensor  # (D,)
-    order: torch.Tensor | None  # (L,)
-    delta_softplus: bool
-
-    def rows(self):
-        names = ("u", "delta", "z", "B", "C")
-        return {name: launch.as_rows(getattr(self, name)) for name in names}
-
-    def scalars(self):
-        batch, length, channels = self.u.shape
-        return {
-            "batch": batch, "length": length, "channels": channels, "states": self.A.shape[1],
-            "delta_softplus": self.delta_softplus, "A": self.A, "D": self.D,
-            "delta_bias": self.delta_bias, "order": self.order,
-        }  # fmt: skip
+# What the kernels want: sequences of one dtype, parameters in float32, an int64 order; shapes as in
+# selective_scan_ref. Only z and order may be None.
+Inputs = namedtuple("Inputs", "u delta A B C D z delta_bias order delta_softplus")
+# Theirs; those of B and C in one (2, B, L, N), that of z empty without z.
+Gradients = namedtuple("Gradients", "u delta A BC D z delta_bias")
 
 
-class Gradients(NamedTuple):
-    u: torch.Tensor
-    delta: torch.Tensor
-    A: torch.Tensor
-    BC: torch.Tensor  # (2, B, L, N)
-    D: torch.Tensor
-    z: torch.Tensor  # empty without z
-    delta_bias: torch.Tensor
+def _rows(x):
+    return {name: launch.as_rows(getattr(x, name)) for name in ("u", "delta", "z", "B", "C")}
+
+
+def _scalars(x):
+    batch, length, channels = x.u.shape
+    return {
+        "batch": batch, "length": length, "channels": channels, "states": x.A.shape[1],
+        "delta_softplus": x.delta_softplus, "A": x.A, "D": x.D, "delta_bias": x.delta_bias,
+        "order": x.order,
+    }  # fmt: skip
 
 
 def plan(plan_of, u, A):
@@ -60,8 +42,8 @@ def _empty_outputs(u, A, return_last_state):
 def run_forward(prepared, x, return_last_state=False):
     """(y, the last state, empty unless asked for) of Inputs."""
     y, last_state = _empty_outputs(x.u, x.A, return_last_state)
-    scalars = x.scalars() | {"last_state": last_state if return_last_state else None}
-    launch.run(prepared, x.u.device, x.rows() | {"y": y}, scalars)
+    scalars = _scalars(x) | {"last_state": last_state if return_last_state else None}
+    launch.run(prepared, x.u.device, _rows(x) | {"y": y}, scalars)
     return y, last_state
 
 
@@ -79,10 +61,10 @@ def run_backward(prepared, g_y, g_last_state, x, g_z=None, y=None):
     to be written; y (B, L, D): where, by a plan with output, the forward's output."""
     g = _empty_gradients(x, x.z if g_z is None else None)
     g_z = g.z if g_z is None else g_z
-    rows = x.rows() | {"g_y": launch.as_rows(g_y), "g_u": g.u, "g_delta": g.delta, "y": y}
+    rows = _rows(x) | {"g_y": launch.as_rows(g_y), "g_u": g.u, "g_delta": g.delta, "y": y}
     rows["g_z"] = None if x.z is None else g_z
     outputs = {"g_A": g.A, "g_BC": g.BC, "g_D": g.D, "g_delta_bias": g.delta_bias}
-    scalars = x.scalars() | {"g_last_state": g_last_state}
+    scalars = _scalars(x) | {"g_last_state": g_last_state}
     launch.run(prepared, x.u.device, rows, scalars, outputs)
     return g
 

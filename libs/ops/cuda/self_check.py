@@ -28,7 +28,7 @@ BATCH, LENGTH, CHANNELS = 2, 43, 72  # several tiles and two segments, the last 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def _random(seed, dtype=torch.float32, *shapes):
+def _random(seed, dtype, *shapes):
     """Random CPU tensors of these shapes."""
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
@@ -40,7 +40,7 @@ def _exact(tensors):
 
 
 def _gradients(outputs, inputs, g):
-    return torch.autograd.grad(outputs, inputs, [x.double() for x in g], allow_unused=True)
+    return torch.autograd.grad(outputs, inputs, [x.double() for x in g])
 
 
 def _order():
@@ -52,14 +52,14 @@ def _order():
 
 def check_scan(gpu, dtype):
     sequence, outer = (BATCH, LENGTH, CHANNELS), (BATCH, LENGTH, 16)
-    u, delta, z, B, C, g_y = _random(0, dtype, *[sequence] * 3, outer, outer, sequence)
-    A, D, bias, g_state = _random(
-        1, torch.float32, (CHANNELS, 16), CHANNELS, CHANNELS, (BATCH, CHANNELS, 16)
-    )
+    u, delta, z, g_y, B, C = _random(0, dtype, *[sequence] * 4, outer, outer)
+    shapes = (CHANNELS, 16), CHANNELS, CHANNELS, (BATCH, CHANNELS, 16)
+    A, D, bias, g_state = _random(1, torch.float32, *shapes)
     order, tensors = _order(), (u, delta, -A.exp(), B, C, D, z, bias)
     exact = _exact(tensors)
     outputs = reference.selective_scan_ref(*exact, True, order, True)
-    g_u, g_delta, g_A, g_B, g_C, g_D, g_z, g_bias = _gradients(outputs, exact, (g_y, g_state))
+    g_u, g_delta, g_A, g_B, g_C, *rest = _gradients(outputs, exact, (g_y, g_state))
+    g_D, g_z, g_bias = rest
     gradients = g_u, g_delta, g_A, torch.stack([g_B, g_C]), g_D, g_z, g_bias
     x = selective_scan.Inputs(*(t.to(gpu.device) for t in (*tensors, order)), True)
     shape = (*sequence, 16, launch.name_of(dtype), gpu.multiprocessors)
@@ -68,24 +68,21 @@ def check_scan(gpu, dtype):
         plan = plan_of(*shape, variant=variant, **options)
         return launch.prepare(plan, launch_plan.ScanParams, gpu.index)
 
-    one_thread = launch_plan.ONE_THREAD
-    for variant in (
-        one_thread, one_thread._replace(segments=2), launch_plan.FOUR_LANES,
-        launch_plan.EIGHT_LANES,
-    ):  # fmt: skip
+    in_segments = launch_plan.ONE_THREAD._replace(segments=2)
+    lanes = launch_plan.FOUR_LANES, launch_plan.EIGHT_LANES
+    for variant in (launch_plan.ONE_THREAD, in_segments, *lanes):
         prepared = prepare(launch_plan.scan_forward, variant)
-        yield f"selective_scan {variant}", selective_scan.run_forward(prepared, x, True), outputs
-    backward = launch_plan.backward_variant(*shape)
+        yield f"scan {variant}", selective_scan.run_forward(prepared, x, True), outputs
     for output, segments in itertools.product((False, True), (1, 2)):
         if output and gpu.arch < OLDEST_FUSED:
             continue
-        variant = backward._replace(segments=segments)
-        prepared = prepare(launch_plan.scan_backward, variant, output=output)
-        y = torch.empty_like(x.u) if output else None
-        g = selective_scan.run_backward(prepared, g_y.to(x.u), g_state.to(x.A), x, y=y)
-        yield f"selective_scan, gradients {variant}", g, gradients
-        if output:
-            yield f"selective_scan, output again {variant}", (y,), outputs[:1]
+        variant = launch_plan.backward_variant(*shape)._replace(segments=segments)
+        prepared, y = prepare(launch_plan.scan_backward, variant, output=output), x.u.clone()
+        g = selective_scan.run_backward(
+            prepared, g_y.to(x.u), g_state.to(x.A), x, y=y if output else None
+        )
+        again = ((y,), outputs[:1]) if output else ((), ())
+        yield f"scan's gradients {variant}", (*g, *again[0]), (*gradients, *again[1])
 
 
 def check_convolution(gpu, dtype):
@@ -95,39 +92,33 @@ def check_convolution(gpu, dtype):
         order, exact = _order(), _exact(tensors)
         y = reference.causal_conv1d_ref(*exact, "silu", order)
         inputs = *(t.to(gpu.device) for t in (*tensors, order)), True
-        yield "causal_conv1d", (causal_conv1d.forward(*inputs),), (y,)
+        yield "convolution", (causal_conv1d.forward(*inputs),), (y,)
         g = causal_conv1d.backward(g_y.to(gpu.device), *inputs)
-        yield "causal_conv1d, gradients", g, _gradients(y, exact, (g_y,))
+        yield "convolution's gradients", g, _gradients(y, exact, (g_y,))
 
 
 def check_adaln(gpu, dtype):
-    sequence = (BATCH, LENGTH, CHANNELS)
-    parameters = _random(
-        0, torch.float32, (BATCH, 3, CHANNELS), (3, CHANNELS), CHANNELS, BATCH
-    )
+    sequence, shapes = (BATCH, LENGTH, CHANNELS), ((BATCH, 3, CHANNELS), (3, CHANNELS), CHANNELS)
+    parameters = _random(0, torch.float32, *shapes, BATCH)
     at = adaln.Adaln(*(t.to(gpu.device) for t in parameters))
     for x_dtype, out_dtype in streams(launch.name_of(dtype)):
         x_dtype, out_dtype = DTYPES[x_dtype], DTYPES[out_dtype]
-        tensors = [
-            t.to(kind)
-            for t, kind in zip(
-                _random(1, torch.float32, *[sequence] * 4), (x_dtype, dtype, dtype, out_dtype),
-                strict=True,
-            )
-        ]  # fmt: skip
-        x, branch, g_n, g_out = (t.to(gpu.device) for t in tensors)
-        exact = _exact((*tensors[:2], *parameters))
+        (x,), (branch, g_n), (g_out,) = (
+            _random(seed, kind, *[sequence] * count)
+            for seed, kind, count in ((1, x_dtype, 1), (2, dtype, 2), (3, out_dtype, 1))
+        )
+        exact = _exact((x, branch, *parameters))
         n = reference.modulated_norm_ref(exact[0], exact[4], exact[2], exact[3])
         out = reference.gated_residual_ref(*exact[:4], exact[5])
-        yield "modulated_norm", (adaln.norm(x, at, dtype),), (n,)
-        yield "gated_residual", (adaln.gate(x, branch, at, out_dtype),), (out,)
-        g = _gradients((n, out), exact[:5], tensors[2:])
+        g = _gradients((n, out), exact[:5], (g_n, g_out))
+        x, branch, g_n, g_out = (t.to(gpu.device) for t in (x, branch, g_n, g_out))
+        yield "norm", (adaln.norm(x, at, dtype),), (n,)
+        yield "gate", (adaln.gate(x, branch, at, out_dtype),), (out,)
         g_branch, g_factor = adaln.gate_backward(g_out, branch, at)
         again = torch.empty_like(g_n)
         g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, at, again)
         g_parameters = adaln.modulation_backward(g_shift, g_gain, g_factor, at)
-        yield "norm and gate, gradients", (g_x, g_branch, *g_parameters), g
-        yield "norm, output again", (again,), (n,)
+        yield "gradients of norm and gate", (g_x, g_branch, *g_parameters, again), (*g, n)
 
 
 def check_fp8(gpu, dtype):
