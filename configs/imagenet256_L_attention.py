@@ -5,7 +5,7 @@ parameters.
         ./train_ldm_discrete.py --config=configs/imagenet256_L_attention.py
 
 What the mixer is worth: everything but the mixer is as in imagenet256_L_DiM, whose FID is 2.64 in
-the paper (arXiv 2405.14224). This project has not made the run.
+the paper (arXiv 2405.14224). The run has not been made, nor its speed measured.
 """
 
 from configs import imagenet256_L_DiM

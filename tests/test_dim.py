@@ -8,7 +8,6 @@ from configs import cifar10_S_DiM, digits_T_DiM, imagenet256_L_attention
 from libs.model.block import compose_block
 from libs.model.build import build_model
 from libs.model.dim import MIXERS, PRESETS, DiM
-from libs.model.layers import PaddedSequence
 from libs.model.published import from_official, to_official
 from libs.model.scan_order import pad_index, sequence_order
 from libs.model.skips import boost_stream
@@ -233,14 +232,3 @@ def test_freeu_computes_in_float32():
     expected = boost_stream(half.float(), 1.4)
     found = boost_stream(half, 1.4)
     assert found.dtype == torch.bfloat16 and torch.equal(found, expected.bfloat16())
-
-
-def test_padding_places_each_token_and_its_gradient():
-    shapes = [(2, 2, 3, 4), (2, 2, 4), (1, 4), (2, 1, 4), (1, 4, 4)]
-    parts = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
-    image, extra, split, right, bottom = parts
-    sequence = PaddedSequence.apply(*parts)
-    rows = torch.cat([image, right.expand(2, -1, -1, -1)], dim=2).flatten(1, 2)
-    split, bottom = split.expand(2, -1, -1), bottom.expand(2, -1, -1, -1).flatten(1, 2)
-    assert torch.equal(sequence, torch.cat([extra, split, rows, bottom], dim=1))
-    assert torch.autograd.gradcheck(PaddedSequence.apply, parts)

@@ -21,6 +21,7 @@ from libs.model.published import (
     to_official,
     uvit_from_official,
 )
+from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -154,6 +155,8 @@ def test_round_trip(case, arrays):
     back = to_official(model_from_official(case["nnet_kwargs"], state))
     assert [[name, list(tensor.shape)] for name, tensor in back.items()] == case["state_dict"]
     assert all(torch.equal(back[name], state[name]) for name in state)
+    with pytest.raises(UserError, match="do not have is_absorb=True, width=8"):
+        model_from_official({**case["nnet_kwargs"], "is_absorb": True, "width": 8})
 
 
 @pytest.mark.parametrize("case, arrays", params("state_dict_shapes"))

@@ -154,8 +154,7 @@ class DiM(nn.Module):
         image = self.smooth(self.first_smoother, image)
         index = pad_index(self.pad_layout, h, w, self.pad, x.device)
         right, bottom = self.pad_tokens[index[:h, w:]], self.pad_tokens[index[h:]]
-        parts = (part.to(image.dtype) for part in (extra, self.split_tokens, right, bottom))
-        return layers.PaddedSequence.apply(image, *parts)
+        return layers.pad_sequence(image, extra, self.split_tokens, right, bottom)
 
     def smooth(self, smoother, image):
         """A depthwise 3x3 convolution over image tokens (B, h, w, dim)."""

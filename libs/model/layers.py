@@ -56,35 +56,18 @@ def fit_patches(input_size, patch_size):
     return sides, tuple(side // patch_size for side in sides)
 
 
-class PaddedSequence(torch.autograd.Function):
-    """apply(image (B, h, w, dim), extra (B, E, dim), split (S, dim), right (h, P, dim), bottom (P,
-    w + P, dim)), all in one dtype -> the sequence [extra, split, image with pads at the ends of its
-    rows and columns], (B, E + S + (h + P) (w + P), dim). Each token is written once; gradients are
-    views of the sequence's, but for sums over the batch.
+def pad_sequence(image, extra, split, right, bottom):
+    """The sequence [extra, split, image with pads at the ends of its rows and columns], (B, E + S +
+    (h + P) (w + P), dim), of image (B, h, w, dim), extra (B, E, dim), split (S, dim), right (h, P,
+    dim) and bottom (P, w + P, dim); in the image's dtype.
     """
 
-    @staticmethod
-    def forward(ctx, image, extra, split, right, bottom):
-        (batch, h, w, dim), (pad, width, _) = image.shape, bottom.shape
-        front = extra.shape[1] + split.shape[0]
-        ctx.sizes = extra.shape[1], front, h, w, pad
-        out = image.new_empty(batch, front + (h + pad) * width, dim)
-        parts = PaddedSequence.parts(out, *ctx.sizes)
-        for part, given in zip(parts, (image, extra, split, right, bottom), strict=True):
-            part.copy_(given)
-        return out
+    def repeat(x):
+        return x.to(image.dtype).expand(image.shape[0], *x.shape)
 
-    @staticmethod
-    def backward(ctx, g):
-        image, extra, *shared = PaddedSequence.parts(g, *ctx.sizes)
-        return image, extra, *(part.sum(0) for part in shared)
-
-    @staticmethod
-    def parts(sequence, extra, front, h, w, pad):
-        """Views of a sequence: image, extra, split, right, bottom, each (B, ..., dim)."""
-        grid = sequence[:, front:].unflatten(1, (h + pad, w + pad))
-        pads = grid[:, :h, w:], grid[:, h:]
-        return grid[:, :h, :w], sequence[:, :extra], sequence[:, extra:front], *pads
+    rows = torch.cat([image, repeat(right)], dim=2).flatten(1, 2)
+    parts = extra.to(image.dtype), repeat(split), rows, repeat(bottom).flatten(1, 2)
+    return torch.cat(parts, dim=1)
 
 
 def run_block(block, activation_checkpointing, *arguments):
