@@ -12,14 +12,12 @@ import operator
 import os
 import re
 import socket
-import tempfile
 from pathlib import Path
 
 from ml_collections import config_dict
 
-# Threads of torch's CPU operators sleep between them instead of spinning. It costs nothing on idle
-# cores; where others compute beside us, spinning made a training step of the digits config 9 times
-# as slow (700 instead of 78 ms on two busy cores). libgomp reads this when torch is imported.
+# Threads of torch's CPU operators sleep between them: spinning made a training step of the digits
+# config 9 times as slow on two busy cores (700 ms). libgomp reads this when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A system is short of something, or its network is: another time the same file can be read.
@@ -41,11 +39,7 @@ def listed(names):
 
 
 def look_up(table, name, key):
-    """table[name], of things registered by name; key: of the config, for the sentence.
-
-    Raises:
-        UserError: the table has no such name.
-    """
+    """table[name]; UserError without that name. key: of the config, for the sentence."""
     if name not in table:
         raise UserError(f"{key} is {name!r}, expected one of {', '.join(table)}")
     return table[name]
@@ -61,18 +55,11 @@ def make_directory(path) -> Path:
 
 
 def file_to_write(path, name):
-    """`path` as a Path, its directory made; UserError, before hours of work, where no file can be
-    made. name: of the flag.
-    """
+    """`path` as a Path, its directory made; UserError where it cannot be written. name: a flag."""
     path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "it is a directory")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent):
-            return path
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): give another {name}") from error
+    if path.is_dir() or not os.access(make_directory(path.parent), os.W_OK):
+        raise UserError(f"cannot write the file {path}: give another {name}")
+    return path
 
 
 @contextlib.contextmanager
@@ -128,17 +115,11 @@ def flatten(config) -> dict:
 
 
 def config_differences(old, new) -> list[str]:
-    """Lines `train.batch_size: 64 -> 128` for what differs between two configs, or two dicts.
-    """
-    old, new = flatten(old), flatten(new)
-
-    def show(flat, key):
-        # Tuples and lists with the same entries are equal: JSON does not tell them apart.
-        return repr(_make_tuples(flat[key])) if key in flat else "absent"
-
-    keys = list(old) + [key for key in new if key not in old]
-    changed = [key for key in keys if show(old, key) != show(new, key)]
-    return [f"{key}: {show(old, key)} -> {show(new, key)}" for key in changed]
+    """Lines `train.batch_size: 64 -> 128` for what differs between two configs, or two dicts."""
+    # Tuples and lists with the same entries are equal: JSON does not tell them apart.
+    old, new = ({k: repr(_make_tuples(v)) for k, v in flatten(c).items()} for c in (old, new))
+    pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in [*old, *new]}
+    return [f"{key}: {a} -> {b}" for key, (a, b) in pairs.items() if a != b]
 
 
 def _make_file_name(text: str) -> str:
@@ -150,9 +131,8 @@ def _make_file_name(text: str) -> str:
 
 
 def run_directory(config_path: str, overrides: dict, workdir: str | None) -> Path:
-    """`workdir`, or workdir/<config name>/<overrides>, the convention of U-ViT.
-
-    <overrides> is 'default' or, sorted and unambiguous, 'optimizer.lr=0.001-train.batch_size=64'.
+    """`workdir`, or as U-ViT has it workdir/<config name>/default, with overrides instead
+    workdir/<config name>/optimizer.lr=0.001-train.batch_size=64: sorted and unambiguous.
     """
     if workdir:
         return Path(workdir)
@@ -165,11 +145,9 @@ def run_directory(config_path: str, overrides: dict, workdir: str | None) -> Pat
 
 
 class RunLock:
-    """Keeps a second run out of `directory` until the end of the context or of this process.
-
-    The lock is the operating system's: kill -9 releases it at once, and forked data loader workers
-    do not inherit it (an flock they would keep alive). Take it on one rank only. UserError names
-    the holder and `flag`, which chooses another directory.
+    """Keeps a second run out of `directory`, by a lock of the operating system: kill -9 releases it
+    at once, and forked data loader workers do not inherit it, as they would an flock. Take it on
+    one rank only. UserError names the holder and `flag`, which chooses another directory.
     """
 
     def __init__(self, directory, flag="--workdir"):
@@ -218,7 +196,6 @@ def derive_seed(*keys: int | str) -> int:
 
 def _to_uint8(images):
     import torch
-
     if images.dtype == torch.uint8:
         return images.detach().cpu()
     return images.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -227,7 +204,6 @@ def _to_uint8(images):
 def save_png(path, image) -> None:
     """Save an image, (C, H, W) with C 1 or 3, float in [0, 1] (clamped) or uint8, atomically."""
     from PIL import Image
-
     pixels = _to_uint8(image).permute(1, 2, 0).squeeze(-1)
     with replacing(path) as temporary:
         Image.fromarray(pixels.contiguous().numpy()).save(temporary, format="PNG")
@@ -238,7 +214,6 @@ def save_grid(path, images, nrow: int) -> None:
     enlarged by a whole factor (nearest pixel) to a grid of 600 pixels or more.
     """
     from torchvision.utils import make_grid
-
     nrow = min(nrow, images.shape[0])
     scale = max(1, math.ceil(600 / (nrow * images.shape[-1])))
     large = _to_uint8(images).repeat_interleave(scale, -1).repeat_interleave(scale, -2)

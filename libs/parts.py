@@ -91,9 +91,7 @@ def make_parts(config, *, data=None):
 
     data: 'training' also draws the network's weights anew; 'real' opens the images of an
     evaluation, unless a statistics file or nothing stands for them; None opens no data set.
-
-    Raises:
-        UserError: an unknown name, a missing file, or parts that do not fit one another.
+    UserError for an unknown name, a missing file, or parts that do not fit one another.
     """
     training, flat = data == "training", flatten(config)
     config.process.name = _name_process(flat)
@@ -106,10 +104,8 @@ def make_parts(config, *, data=None):
     model = build_model(config.nnet, seed=config.seed if training else None)
     codec = PixelCodec()
     if config.z_shape is not None:
-        pictures = config.train.grid_samples or config.train.fid_samples
-        codec = make_latent_codec(
-            config.autoencoder, dataset, decoding=bool(pictures or not training)
-        )
+        decoding = not training or bool(config.train.grid_samples or config.train.fid_samples)
+        codec = make_latent_codec(config.autoencoder, dataset, decoding=decoding)
     _check_shapes(config, codec, dataset, model)
     return Parts(process, codec, dataset, model)
 
@@ -137,9 +133,7 @@ def read_config(weights):
 
 def load_weights(config, model, path):
     """Load the weights at `path` into `model`; returns sentences on what was changed for it.
-
-    Raises:
-        UserError: no weights that fit, or the config.json beside them says otherwise than `config`.
+    UserError: no weights that fit, or the config.json beside them says otherwise than `config`.
     """
     beside = _config_path(path)
     if beside.is_file():
