@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets import GlobalBatchSampler, get_dataset
-from libs.data import Features, Packing, ShardWriter, make_settings
+from datasets import get_dataset
+from libs.data import GlobalBatchSampler, LatentWriter, open_latents
 
 BATCH = 256
 PACKED_BYTES = 1 << 29  # 16 times the last-level cache of the machine of the published figures
@@ -30,20 +30,17 @@ def write_packed(folder, resolution, flips, size=PACKED_BYTES):
     side = resolution // 8
     records = size // (2 * 8 * side * side)
     num_images = records // (1 + flips)
-    settings = make_settings(
-        record_shape=(8, side, side), scale_factor=0.18215, resolution=resolution,
+    writer, rng = LatentWriter(
+        folder, record_shape=(8, side, side), scale_factor=0.18215, resolution=resolution,
         autoencoder_sha256="0" * 64, precision="fp32", flips=flips, crop="none", source="imagenet",
         images_sha256="0" * 64, num_images=num_images, images_per_shard=num_images // 8,
         class_names=tuple(f"class {i}" for i in range(1000)),
-    )  # fmt: skip
-    packing, rng = Packing(folder, settings), np.random.default_rng(0)
-    packing.begin()
-    for number in range(packing.num_shards):
-        with ShardWriter(packing, number) as writer:
-            moments = rng.standard_normal((records // 8, 8, side, side), np.float32)
-            writer.write(moments.astype(np.float16))
-            writer.commit({})
-    packing.finish(rng.integers(1000, size=num_images))
+    ), np.random.default_rng(0)  # fmt: skip
+    writer.begin()
+    for number in writer.missing():
+        moments = rng.standard_normal((records // 8, 8, side, side), np.float32)
+        writer.write(number, [moments.astype(np.float16)])
+    writer.finish(rng.integers(1000, size=num_images))
     return folder
 
 
@@ -59,9 +56,8 @@ def measure(call, repeats):
 def time_packed(folder, resolution, repeats):
     """Rows of packed shards: raw records, labelled items, and items out of a DataLoader."""
     packed = write_packed(folder / str(resolution), resolution, flips=True)
-    features = Features(packed)
-    features.verify()  # reads everything: the cache is warm
-    records = np.random.default_rng(1).integers(len(features), size=(repeats + 3, BATCH))
+    latents = open_latents(packed)  # written just now: the cache is warm
+    records = np.random.default_rng(1).integers(len(latents), size=(repeats + 3, BATCH))
     dataset = get_dataset(f"imagenet{resolution}_features", path=packed, random_flip=True)
     sampler = GlobalBatchSampler(
         len(dataset), BATCH, num_processes=1, rank=0, accumulation=1, seed=0
@@ -69,11 +65,11 @@ def time_packed(folder, resolution, repeats):
     keys = list(itertools.islice(sampler, repeats + 3))
     loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=2))
     calls = {
-        "read, new array": lambda i: features.read(records[i]),
+        "read, new array": lambda i: latents.read(records[i]),
         "items": lambda i: dataset.__getitems__(keys[i]),
         "DataLoader, 2 workers": lambda i: next(loader),
     }
-    row = {"px": resolution, "layout": "shards", "bytes": features.read([0]).nbytes}
+    row = {"px": resolution, "layout": "shards", "bytes": latents.read([0]).nbytes}
     for what, call in calls.items():
         yield {**row, "what": what, **measure(call, repeats)}
 

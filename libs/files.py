@@ -16,8 +16,7 @@ from utils import PASSING_ERRORS, UserError, listed
 
 def weights_file(path):
     """The file to evaluate at `path`: of a `<step>.ckpt` directory the averaged weights, ours or an
-    official nnet_ema.pth; of a .pth that is not there our .safetensors of the same name, which is
-    what our runs write.
+    official nnet_ema.pth; of a .pth that is not there our .safetensors of the same name.
     """
     path = Path(path)
     if path.is_dir():
@@ -52,9 +51,6 @@ def _reading(path, kind):
         raise UserError(f"{path} is damaged or no {kind} ({reason})") from error
 
 
-# ------------------------------------------------------------ weights
-
-
 def read_safetensors(path):
     """name -> CPU tensor of a .safetensors file; UserError if it is damaged or none."""
     with _reading(path, "safetensors file"):
@@ -62,28 +58,22 @@ def read_safetensors(path):
 
 
 def read_torch(path):
-    """What torch.save wrote: tensors on the CPU and plain values; UserError for anything else.
-
-    A file in torch's zip format is mapped: its bytes are read when they are used, and never
-    written.
-    """
+    """What torch.save wrote, tensors on the CPU (zip files are mapped) and plain values."""
     with _reading(path, "torch file of plain tensors and values"):
-        mapped = zipfile.is_zipfile(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def require_fit(expected, found, source):
-    """UserError unless two dicts name -> tensor have the same names and shapes; it names `source`
-    and the first few differences.
+def load_strict(module, tensors, source):
+    """Load `tensors` into `module`; every name and shape must match. UserError names `source` and
+    the first few differences; the module is unchanged then.
     """
+    own = module.state_dict()
+    both = [(name, tensors[name].shape, own[name].shape) for name in own if name in tensors]
+    shapes = [f"{name} {tuple(x)} instead of {tuple(y)}" for name, x, y in both if x != y]
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of the wrong shape": [
-            f"{name} {tuple(found[name].shape)} instead of {tuple(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in found and found[name].shape != tensor.shape
-        ],
+        "missing": [name for name in own if name not in tensors],
+        "unexpected": [name for name in tensors if name not in own],
+        "of the wrong shape": shapes,
     }
     said = [f"{kind}: {listed(names)}" for kind, names in problems.items() if names]
     if said:
@@ -91,18 +81,7 @@ def require_fit(expected, found, source):
             f"the weights in {source} do not fit this network; {'; '.join(said)}; use the "
             "configuration that they were trained with"
         )
-
-
-def load_strict(module, tensors, source):
-    """Load `tensors` into `module`; every name and shape must match.
-
-    Raises UserError as require_fit; the module is unchanged then.
-    """
-    require_fit(module.state_dict(), tensors, source)
     module.load_state_dict(tensors)
-
-
-# ------------------------------------------------------------ arrays
 
 
 def read_arrays(path):
@@ -112,7 +91,7 @@ def read_arrays(path):
 
 
 class _Pickled:
-    """What a pickle asks to be called, as plain data."""
+    """A call that a pickle asks for, as plain data."""
 
     def __init__(self, *args):
         self.args, self.state = args, None
@@ -146,8 +125,8 @@ def _rebuild(value):
 
 
 def read_array(path):
-    """The array of a .npy file; an array of objects, such as U-ViT's (moments, label), as a list of
-    arrays and numbers. UserError if it is damaged, none or holds other objects.
+    """The array of a .npy file, or the list of an array of objects, such as U-ViT's (moments,
+    label). UserError if it is damaged, none or holds other objects than arrays and numbers.
     """
     with _reading(path, ".npy file of arrays and numbers"), open(path, "rb") as file:
         major, _ = np.lib.format.read_magic(file)

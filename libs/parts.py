@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs import common
-from datasets import LATENTS, dataset_of
+from datasets import LATENTS, make_dataset
 from libs.data import PixelCodec, make_latent_codec
 from libs.model import build_model, load_into
 from libs.runtime import check_values
@@ -31,12 +31,20 @@ def _name_process(flat):
     return flat.get("process.name") or kind
 
 
-def _open_dataset(config, data):
+def open_dataset(config, *, augmented=False):
+    """The data set of a config; augmented, as training reads it."""
+    return make_dataset(
+        config.dataset, labels=config.train.mode == "cond", seed=config.seed, augmented=augmented,
+        side=config.nnet.input_size if config.z_shape is None else None,
+    )  # fmt: skip
+
+
+def _open_data(config, data):
     if data == "training":
-        return dataset_of(config, augmented=True)
+        return open_dataset(config, augmented=True)
     wanted = data == "real" and config.sample.features != "none"
     stored = config.dataset.fid_stats or config.dataset.name in LATENTS
-    return dataset_of(config) if wanted and not stored else None
+    return open_dataset(config) if wanted and not stored else None
 
 
 def _check_shapes(config, codec, dataset, model):
@@ -100,7 +108,7 @@ def make_parts(config, *, data=None):
     process = make_process(**config.process)
     if config.pred not in process.predictions:
         raise UserError(f"pred is {config.pred!r}, expected one of {process.predictions}")
-    dataset = _open_dataset(config, data)
+    dataset = _open_data(config, data)
     model = build_model(config.nnet, seed=config.seed if training else None)
     codec = PixelCodec()
     if config.z_shape is not None:

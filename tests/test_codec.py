@@ -7,7 +7,8 @@ import torch
 from writers import write_autoencoder
 
 from configs import common
-from libs.data import LatentCodec, PixelCodec, load_autoencoder, make_latent_codec
+from libs.data.autoencoder import load_autoencoder
+from libs.data.codec import LatentCodec, PixelCodec, make_latent_codec
 from utils import UserError
 
 SCALE = 0.18215

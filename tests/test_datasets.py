@@ -1,16 +1,12 @@
-"""Data sets against files in their true formats, hostile ones included, and the training order."""
+"""Data sets against files in their true formats, and the order of training."""
 
 import errno
 import io
 import itertools
-import os
 import pickle
-import struct
 import subprocess
 import sys
 import tarfile
-import warnings
-import zlib
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,8 +19,9 @@ from torch.utils.data import DataLoader
 from writers import TRAIN_FILES, noise_image, write_folder
 
 import datasets
-from datasets import GlobalBatchSampler, get_dataset, permutation
+from datasets import get_dataset
 from libs.data import images
+from libs.data.order import GlobalBatchSampler, permutation
 from utils import UserError
 
 # ------------------------------------------------------------ digits
@@ -42,51 +39,6 @@ def test_digits_are_scikit_learns():
     assert digits[3, 5][1] == digits.labels[5] and digits[3, 5][1].dtype == np.int64
 
 
-@pytest.mark.parametrize(
-    "name, options, says",
-    [
-        ("digits", {"random_flip": True}, "a flipped digit is another sign"),
-        ("digits", {"resolution": 32}, "resolution is not 32"),
-        ("digits", {"path": "somewhere"}, "leave dataset.path empty"),
-        ("digits", {"train": False}, "no test split"),
-        ("cifar10", {"path": "somewhere", "resolution": 64}, "resolution is not 64"),
-        ("cifar10", {}, "needs dataset.path"),
-        ("folder", {"resolution": 8}, "needs dataset.path"),
-        ("folder", {"path": "nowhere", "resolution": 8}, "nowhere does not exist"),
-        ("mnist", {}, "digits, cifar10, folder, imagenet"),
-        ("imagenet", {"resolution": 8}, "needs dataset.path"),
-        ("imagenet256_features", {}, "needs dataset.path"),
-        ("digits", {"random_crop": True}, "random_crop is for folder and imagenet, not for digits"),
-        ("folder_features", {"path": "x", "random_crop": True}, "random_crop is for folder"),
-    ],
-)
-def test_wrong_requests_are_refused(name, options, says):
-    with pytest.raises(UserError, match=says):
-        get_dataset(name, **options)
-
-
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
-    """Its images would be missing without a word."""
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        Image.new("RGB", (8, 8)).save(tmp_path / name / "x.png")
-    scan = os.scandir
-
-    def refusing(path):
-        if str(path).endswith("b"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scan(path)
-
-    monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(UserError, match="cannot read .*/b: Permission denied"):
-        images.list_images(tmp_path)
-
-
-def test_without_labels_there_are_no_classes():
-    digits = get_dataset("digits", labels=False)
-    assert digits.labels is None and digits.num_classes == 0 and digits[0, 5][1] == 0
-
-
 def test_import_is_cheap():
     code = (
         "import datasets, sys; print({'torchvision', 'sklearn', 'accelerate'} & set(sys.modules))"
@@ -98,19 +50,29 @@ def test_import_is_cheap():
     assert run.stdout == "set()\n", run.stderr
 
 
+@pytest.mark.parametrize(
+    "name, options, says",
+    [
+        ("mnist", {}, "dataset.name is 'mnist', expected one of digits, cifar10, folder"),
+        ("cifar10", {}, "'cifar10' needs dataset.path"),
+        ("folder", {"path": "nowhere", "resolution": 8}, "nowhere does not exist"),
+        ("imagenet", {"path": "nowhere", "resolution": 8}, "nowhere/train does not exist"),
+    ],
+)
+def test_wrong_requests_are_refused(name, options, says):
+    with pytest.raises(UserError, match=says):
+        get_dataset(name, **options)
+
+
 # ------------------------------------------------------------ CIFAR-10
 
 
-@pytest.mark.parametrize("train", [True, False])
-def test_cifar10_is_its_files(tmp_path, cifar10, train):
+def test_cifar10_is_its_files(tmp_path, cifar10):
     folder = cifar10(tmp_path)
-    batches = [
-        pickle.loads((folder / name).read_bytes())
-        for name in (TRAIN_FILES if train else ["test_batch"])
-    ]
+    batches = [pickle.loads((folder / name).read_bytes()) for name in TRAIN_FILES]
     data = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     for path in (tmp_path, folder):
-        dataset = get_dataset("cifar10", path=path, train=train)
+        dataset = get_dataset("cifar10", path=path)
         assert (len(dataset), dataset.shape, dataset.num_classes) == (len(data), (3, 32, 32), 10)
         for i, image in enumerate(data):
             x, y = dataset[0, i]
@@ -170,18 +132,8 @@ def test_folder_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="loose.png in .* is in no class directory"):
         get_dataset("folder", path=tmp_path, resolution=8)
     assert len(get_dataset("folder", path=tmp_path, resolution=8, labels=False)) == 1
-    (tmp_path / "bee").mkdir()
-    (tmp_path / "loose.png").rename(tmp_path / "bee" / "0.png")
-    with pytest.raises(UserError, match="class directory .*ant has no images"):
-        get_dataset("folder", path=tmp_path, resolution=8)
-    with pytest.raises(UserError, match="needs dataset.resolution"):
-        get_dataset("folder", path=tmp_path)
-    with pytest.raises(UserError, match="one split"):
-        get_dataset("folder", path=tmp_path, resolution=8, train=False)
 
 
-GREY16 = Image.fromarray(np.full((9, 9), 200 * 257, np.uint16))
-GREY16_DARK = Image.fromarray(np.full((9, 9), 157, np.uint16))  # 157 / 257 is nearest to 1
 TRANSPARENT = Image.new("RGBA", (9, 9), (250, 100, 30, 128))
 PALETTE = Image.new("RGB", (9, 9), (250, 100, 30)).quantize(4)
 
@@ -192,30 +144,16 @@ PALETTE = Image.new("RGB", (9, 9), (250, 100, 30)).quantize(4)
         (Image.new("L", (9, 9), 200), "x.png", (200, 200, 200), 0),
         (Image.new("LA", (9, 9), (200, 9)), "x.png", (200, 200, 200), 0),
         (Image.new("1", (9, 9), 1), "x.png", (255, 255, 255), 0),
-        (GREY16, "x.png", (200, 200, 200), 0),
-        (GREY16, "x.tif", (200, 200, 200), 0),
-        (GREY16_DARK, "x.png", (1, 1, 1), 0),
         (TRANSPARENT, "x.png", (250, 100, 30), 0),
         (PALETTE, "x.png", (250, 100, 30), 0),
-        (Image.new("L", (9, 9), 200), "x.jpg", (200, 200, 200), 1),  # JPEG rounds
-        (Image.new("CMYK", (9, 9), (5, 155, 225, 0)), "x.jpg", (250, 100, 30), 3),
+        (Image.new("CMYK", (9, 9), (5, 155, 225, 0)), "x.jpg", (250, 100, 30), 3),  # JPEG rounds
     ],
 )
 def test_folder_converts_every_mode_to_rgb(tmp_path, image, name, expected, tolerance):
     image.save(tmp_path / name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        x, _ = get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 0]
+    x, _ = get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 0]
     difference = pixels_of(x).astype(int) - np.reshape(expected, (3, 1, 1))
     assert np.abs(difference).max() <= tolerance
-
-
-def test_palette_with_transparency_reads_without_a_warning(tmp_path):
-    PALETTE.save(tmp_path / "x.png", transparency=bytes([100, 128, 255]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        x, _ = get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 0]
-    assert pixels_of(x)[:, 0, 0].tolist() == [250, 100, 30]
 
 
 def adm_center_crop(image, size):
@@ -254,15 +192,6 @@ def test_random_crop_is_adms(size, words):
     np.testing.assert_array_equal(np.asarray(images.random_crop(image, 16, words)), expected)
 
 
-def png_bomb():
-    def chunk(kind, data):
-        body = kind + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
-
-
 def encoded(image, kind="png"):
     file = io.BytesIO()
     image.save(file, kind)
@@ -274,22 +203,18 @@ def unreadable_files():
     return {
         "truncated png": encoded(noise_image(0))[:100],
         "truncated jpeg": jpeg[: len(jpeg) // 2],
-        "text": b"hello",
-        "empty": b"",
-        "bomb": png_bomb(),
-        "strip": encoded(Image.new("L", (1, 60000))),
+        "text": b"%!PS-Adobe-3.0 hello",
     }
 
 
 @pytest.mark.parametrize("kind", unreadable_files())
 def test_an_unreadable_image_is_replaced_by_the_next(tmp_path, kind):
-    resolution = 64 if kind == "strip" else 8
     write_folder(tmp_path)
-    whole = get_dataset("folder", path=tmp_path, resolution=resolution)
+    whole = get_dataset("folder", path=tmp_path, resolution=8)
     expected = [whole[0, i] for i in range(6)]
     for name in ("ant/02.png", "bee/05.png"):  # the first of the next class; round to the start
         (tmp_path / name).write_bytes(unreadable_files()[kind])
-    broken = get_dataset("folder", path=tmp_path, resolution=resolution)
+    broken = get_dataset("folder", path=tmp_path, resolution=8)
     with pytest.warns(UserWarning, match="unreadable image") as warned:
         read = [(i, *broken[0, i]) for i in (5, 2, 0, 1, 2, 3, 4, 5)]
     for i, x, y in read:
@@ -299,19 +224,15 @@ def test_an_unreadable_image_is_replaced_by_the_next(tmp_path, kind):
     assert len(named) == 2 and "05.png" in named[0] and "02.png" in named[1] and len(broken) == 6
 
 
-@pytest.mark.parametrize("error, says", [
-    (OSError(errno.ESTALE, "Stale file handle"), "Stale file handle"),
-    (OSError(errno.EMFILE, "Too many open files"), "Too many open files"),
-    (MemoryError(), "memory ran out"),
-])  # fmt: skip
-def test_a_passing_error_of_the_system_replaces_no_image(tmp_path, monkeypatch, error, says):
+@pytest.mark.parametrize("error", [OSError(errno.ESTALE, "Stale file handle"), MemoryError()])
+def test_a_passing_error_of_the_system_replaces_no_image(tmp_path, monkeypatch, error):
     """The image is there again afterwards: another in its place would stay for the whole run."""
     write_folder(tmp_path)
     folder = get_dataset("folder", path=tmp_path, resolution=8)
     expected = folder[0, 3]
     with monkeypatch.context() as patch:
         patch.setattr(images.Image, "open", Mock(side_effect=error))
-        with pytest.raises(UserError, match=f"cannot read .*bee/03.png: {says}; once"):
+        with pytest.raises(type(error)):
             folder[0, 3]
     assert not folder.unreadable and torch.equal(folder[0, 3][0], expected[0])
 
@@ -330,7 +251,7 @@ def test_too_many_unreadable_images_end_the_run(tmp_path):
     loader = DataLoader(folder, batch_sampler=[[(0, 0)]], num_workers=1)
     with pytest.raises(UserError) as from_worker:
         next(iter(loader))
-    assert str(from_worker.value) == str(error.value)
+    assert str(error.value) in str(from_worker.value)
     (tmp_path / "bee" / "10.png").write_bytes(encoded(noise_image(10)))  # ten: the limit itself
     folder = get_dataset("folder", path=tmp_path, resolution=8)
     with pytest.warns(UserWarning):
@@ -339,24 +260,16 @@ def test_too_many_unreadable_images_end_the_run(tmp_path):
         )
 
 
-def test_a_folder_without_any_readable_image_ends_the_run(tmp_path):
-    for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(b"broken")
-    with pytest.warns(UserWarning), pytest.raises(UserError, match="more than 2 of 3 images"):
-        get_dataset("folder", path=tmp_path, resolution=8, labels=False)[0, 1]
-
-
 # ------------------------------------------------------------ ImageNet
 
 WNIDS = ["n01440764", "n01443537", "n02105855"]
-partial = pytest.mark.filterwarnings("ignore:.*the whole ImageNet has")
 
 
-def write_imagenet(root, split="train", wnids=WNIDS, size=12):
+def write_imagenet(root, size=12):
     """Two images a class as ImageNet has them: RGB, grey and CMYK JPEGs, a PNG named .JPEG."""
     modes = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG")]
-    for i in range(2 * len(wnids)):
-        path = root / split / wnids[i // 2] / f"{wnids[i // 2]}_{i}.JPEG"
+    for i in range(2 * len(WNIDS)):
+        path = root / "train" / WNIDS[i // 2] / f"{WNIDS[i // 2]}_{i}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         mode, kind = modes[i % 4]
         noise_image(i, (size + i, size)).convert(mode).save(path, kind)
@@ -365,44 +278,13 @@ def write_imagenet(root, split="train", wnids=WNIDS, size=12):
 
 def test_imagenet_is_its_train_folder_with_classes_by_wnid(tmp_path):
     write_imagenet(tmp_path)
-    with pytest.warns(UserWarning, match="train has 6 images in 3 classes, the whole .* 1,281,167"):
-        imagenet = get_dataset("imagenet", path=tmp_path, resolution=8)
-    folder = get_dataset("folder", path=tmp_path / "train", resolution=8)
+    imagenet = get_dataset("imagenet", path=tmp_path, resolution=8)
     assert (len(imagenet), imagenet.shape, imagenet.num_classes) == (6, (3, 8, 8), 3)
     assert imagenet.class_names == WNIDS and imagenet.labels.tolist() == [0, 0, 1, 1, 2, 2]
     for i in range(6):
-        assert torch.equal(imagenet[0, i][0], folder[0, i][0])
-        with Image.open(tmp_path / "train" / folder.files[i]) as image:
+        with Image.open(tmp_path / "train" / imagenet.files[i]) as image:
             expected = adm_center_crop(image.convert("RGB"), 8).transpose(2, 0, 1)
         np.testing.assert_array_equal(pixels_of(imagenet[0, i][0]), expected)
-
-
-@partial
-def test_imagenets_other_split_has_the_same_numbers(tmp_path):
-    write_imagenet(tmp_path)
-    write_imagenet(tmp_path, "val", WNIDS[1:])
-    val = get_dataset("imagenet", path=tmp_path, resolution=8, train=False)
-    assert val.labels.tolist() == [1, 1, 2, 2] and val.num_classes == 3
-    (tmp_path / "val" / WNIDS[1]).rename(tmp_path / "val" / "n09999999")
-    with pytest.raises(UserError, match="n09999999.* is in no class directory"):
-        get_dataset("imagenet", path=tmp_path, resolution=8, train=False)
-    (tmp_path / "train").rename(tmp_path / "elsewhere")
-    alone = get_dataset("imagenet", path=tmp_path, resolution=8, train=False)
-    assert alone.labels.tolist() == [0, 0, 1, 1] and alone.num_classes == 2
-
-
-@partial
-def test_imagenet_mistakes_are_named(tmp_path):
-    for train, name in ((True, "train"), (False, "val")):
-        with pytest.raises(UserError, match=f"no .*{name}: .* as {name}/<wnid>/"):
-            get_dataset("imagenet", path=tmp_path, resolution=8, train=train)
-    write_imagenet(tmp_path)
-    with pytest.raises(UserError, match="'imagenet' needs dataset.resolution"):
-        get_dataset("imagenet", path=tmp_path)
-    (tmp_path / "train" / "n03000000").mkdir()
-    with pytest.raises(UserError, match="n03000000 has no images: remove it"):
-        get_dataset("imagenet", path=tmp_path, resolution=8)
-    assert get_dataset("imagenet", path=tmp_path, resolution=8, labels=False).num_classes == 0
 
 
 # ------------------------------------------------------------ augmentation
@@ -497,26 +379,9 @@ def test_every_rank_layout_reads_the_same_stream(length, processes, accumulation
     assert global_batches(length, 12, processes, accumulation, 4, start_batch=5) == expected[5:]
 
 
-def test_an_epoch_reads_every_image_once_across_batch_borders():
-    keys = list(itertools.chain(*global_batches(13, 6, 2, 1, 13)))  # 78 keys, 6 epochs
-    for epoch in range(6):
-        assert sorted(index for e, index in keys if e == epoch) == list(range(13))
-    orders = {tuple(index for e, index in keys if e == epoch) for epoch in range(6)}
-    assert len(orders) == 6
-
-
-def test_other_numbers_of_processes_go_on_within_the_epoch():
-    """13 batches of 12 are 12 epochs of 13, read by 1, 4, then 2 processes, each going on where the
-    one before it stopped.
-    """
-    layouts = [(1, 1, 3), (4, 1, 5), (2, 3, 5)]  # processes, accumulation, batches
-    keys, start = [], 0
-    for processes, accumulation, batches in layouts:
-        found = global_batches(13, 12, processes, accumulation, batches, start_batch=start)
-        keys += itertools.chain(*found)
-        start += batches
-    for epoch in range(12):
-        assert sorted(index for e, index in keys if e == epoch) == list(range(13))
+def test_an_indivisible_batch_is_refused():
+    with pytest.raises(UserError, match="100 is not .* 4 processes x 3 accumulation steps = 12"):
+        GlobalBatchSampler(50, 100, num_processes=4, rank=0, accumulation=3, seed=0)
 
 
 def test_the_permutation_is_a_fixed_function():
@@ -531,19 +396,6 @@ def test_resuming_far_into_training_is_immediate():
     sampler = GlobalBatchSampler(1000, 1024, start_batch=10**9, **options)
     assert len(next(iter(sampler))) == 64
     assert next(iter(sampler))[0][0] == (10**9 * 1024 + 3 * 64) // 1000
-
-
-@pytest.mark.parametrize(
-    "batch_size, says",
-    [
-        (100, "batch_size 100 .* 4 processes x 3 accumulation steps = 12: .* 96 and 108"),
-        (5, "nearest that work: 12$"),
-        (0, "nearest that work: 12$"),
-    ],
-)
-def test_an_indivisible_batch_is_refused_with_the_nearest_sizes(batch_size, says):
-    with pytest.raises(UserError, match=says):
-        GlobalBatchSampler(50, batch_size, num_processes=4, rank=0, accumulation=3, seed=0)
 
 
 def test_the_sampler_drives_a_data_loader():

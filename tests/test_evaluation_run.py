@@ -16,7 +16,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import utils
-from datasets import dataset_of
 from libs.data.codec import PixelCodec
 from libs.evaluate import features as features_module
 from libs.evaluate import generate, metrics
@@ -24,6 +23,7 @@ from libs.evaluate.features import DigitsClassifier, DigitsClassifierFeatures, l
 from libs.evaluate.run import run_evaluation
 from libs.files import sha256_of
 from libs.model.build import build_model
+from libs.parts import open_dataset
 from libs.runtime import flags
 from libs.runtime.launch import Precision, make_accelerator
 from sde import VPSDE
@@ -276,7 +276,7 @@ def test_features_and_metrics_by_name(files, tmp_path, monkeypatch):
     monkeypatch.setitem(features_module.FEATURES, "means", Means)
     monkeypatch.setitem(metrics.METRICS, "gap", gap)
     result = evaluate(tmp_path, files, sample__features="means")
-    digits = dataset_of(parse(tmp_path).config)
+    digits = open_dataset(parse(tmp_path).config)
     real = np.mean([digits[0, i][0].numpy() / 2 + 0.5 for i in range(len(digits))])
     # Real images are rounded to 8 bits.
     assert result["gap"] == pytest.approx(abs(pictures(tmp_path).mean() / 255 - real), abs=1e-3)
@@ -329,7 +329,7 @@ def test_measuring_in_training_gives_the_figures_of_an_evaluation(files, tmp_pat
     image_sampler.model.load_state_dict(load_file(files / "a.safetensors"))
     features = DigitsClassifierFeatures(files / "classifier.safetensors")
     config = parse(tmp_path).config
-    real = load_real(config.dataset, features, dataset_of(config), side=8, device=CPU)
+    real = load_real(config.dataset, features, open_dataset(config), side=8, device=CPU)
     accelerator = SimpleNamespace(
         device=CPU, process_index=0, num_processes=1, is_main_process=True,
         reduce=lambda tensor, how: tensor,
@@ -378,7 +378,7 @@ class FirstPixels:
 @pytest.mark.parametrize("mode", ["cond", "uncond"])
 def test_real_images_are_measured_as_they_are(tmp_path, mode):
     config = parse(tmp_path, train__mode=mode).config
-    whole = dataset_of(config)
+    whole = open_dataset(config)
     first, features = FirstDigits(70, whole), FirstPixels()
     real = load_real(config.dataset, features, first, side=8, device=CPU)
     images = np.stack([whole[0, i][0].numpy() / 2 + 0.5 for i in range(70)])

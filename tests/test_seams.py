@@ -117,7 +117,7 @@ def first_feature(generated, real):
 class Stripes(datasets.ImageDataset):
     """32 images of 8 x 8 pixels, striped along or across."""
 
-    def __init__(self, *, path, resolution, labels, train, random_flip, seed):
+    def __init__(self, *, path, resolution, labels, random_flip, seed):
         super().__init__(length=32, shape=(1, 8, 8), labels=np.arange(32) % 2, num_classes=2,
                          random_flip=random_flip, seed=seed)  # fmt: skip
 

@@ -265,7 +265,7 @@ def test_the_log_has_classes_and_says_that_one_was_renamed(tmp_path):
                    train__save_interval=1)  # fmt: skip
     for n_steps in 1, 2:
         config = make_config(train__n_steps=n_steps, **changes)
-        train(run, config, dataset=snapshots.dataset_of(config))
+        train(run, config, dataset=snapshots.open_dataset(config))
         log = (run / "output.log").read_text()
         if n_steps == 1:
             assert "2 classes: ant, bee" in log and "changed since" not in log

@@ -1,39 +1,32 @@
-"""Images, latents, the autoencoder, and the codecs between them and a network."""
+"""Images, latents, the autoencoder, codecs, and the order in which training reads.
+
+| name | |
+|---|---|
+| list_images, label_by_directory | the images below a directory, and their classes |
+| read_square, UnreadableImage | an image's pixels, cropped; a damaged image |
+| open_latents, LatentWriter | cached latents |
+| load_autoencoder | Stable Diffusion's, out of a file |
+| PixelCodec, make_latent_codec | a data set's items, or images <-> the network's z |
+| GlobalBatchSampler, keyed_words | the item at each place of the stream, and random words for it |
+"""
 
 from libs.data.autoencoder import load_autoencoder
-from libs.data.codec import LatentCodec, PixelCodec, make_latent_codec
-from libs.data.images import (
-    center_crop,
-    class_names,
-    labels_from_directories,
-    list_images,
-    random_crop,
-    read_image,
-    refuse_system_error,
-    unreadable_reason,
-)
-from libs.data.latent_writer import Packing, ShardWriter, make_settings
-from libs.data.latents import Features, empty, num_shards
-from libs.data.official_latents import open_features
+from libs.data.codec import PixelCodec, make_latent_codec
+from libs.data.images import UnreadableImage, label_by_directory, list_images, read_square
+from libs.data.latent_writer import LatentWriter
+from libs.data.official_latents import open_latents
+from libs.data.order import GlobalBatchSampler, keyed_words
 
 __all__ = [
-    "Features",
-    "LatentCodec",
-    "Packing",
+    "GlobalBatchSampler",
+    "LatentWriter",
     "PixelCodec",
-    "ShardWriter",
-    "center_crop",
-    "class_names",
-    "empty",
-    "labels_from_directories",
+    "UnreadableImage",
+    "keyed_words",
+    "label_by_directory",
     "list_images",
     "load_autoencoder",
     "make_latent_codec",
-    "make_settings",
-    "num_shards",
-    "open_features",
-    "random_crop",
-    "read_image",
-    "refuse_system_error",
-    "unreadable_reason",
+    "open_latents",
+    "read_square",
 ]

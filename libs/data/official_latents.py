@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from libs.data.latents import MAKE, MANIFEST, PROGRESS, Features
+from libs.data.latents import MAKE, MANIFEST, PackedLatents
 from libs.files import read_array, read_arrays
 from utils import UserError
 
@@ -43,10 +43,10 @@ def count_latent_files(folder):
     return layout, len(found)
 
 
-class FeatureFiles:
+class LatentFiles:
     """The per-image latents in a folder: each file is an item, flipped images are files too.
 
-    Attributes as those of libs.data.latents.Features. With num_classes given, `labels` is None,
+    Attributes as those of PackedLatents. With num_classes given, `labels` is None,
     since millions of files would have to be read for them. Without it they are all read here.
     """
 
@@ -75,12 +75,11 @@ class FeatureFiles:
         return np.stack(moments), np.array(labels, np.int64) if self.num_classes else None
 
 
-def open_features(folder, num_classes=None):
-    """The latents in `folder`: Features, or FeatureFiles with num_classes; UserError if none."""
+def open_latents(folder, num_classes=None):
+    """The latents in `folder`: PackedLatents, or LatentFiles with num_classes."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"the folder of latents {folder} does not exist: make them with {MAKE}")
-    ours = (folder / MANIFEST).exists() or (folder / PROGRESS).exists()
-    if not ours and count_latent_files(folder)[1]:
-        return FeatureFiles(folder, num_classes)
-    return Features(folder)
+    if not (folder / MANIFEST).exists() and count_latent_files(folder)[1]:
+        return LatentFiles(folder, num_classes)
+    return PackedLatents(folder)

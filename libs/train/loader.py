@@ -2,7 +2,7 @@
 
 from torch.utils.data import DataLoader
 
-from datasets import GlobalBatchSampler
+from libs.data import GlobalBatchSampler
 from libs.runtime import detach_worker
 
 

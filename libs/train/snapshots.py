@@ -6,7 +6,6 @@ import logging
 from accelerate.utils import broadcast_object_list, gather_object
 
 import utils
-from datasets import dataset_of
 from libs.evaluate import (
     FEATURES,
     choose_real,
@@ -17,6 +16,7 @@ from libs.evaluate import (
     make_image_sampler,
     measure,
 )
+from libs.parts import open_dataset
 from libs.runtime import wait_without_timeout
 from libs.train.engine import whole_weights
 from utils import UserError, look_up
@@ -58,7 +58,7 @@ class Snapshots:
             if self.accelerator.is_main_process:
                 measured = choose_real(config.dataset.fid_stats, dataset) is dataset
                 self.real = load_real(
-                    config.dataset, self.features, dataset_of(config) if measured else None,
+                    config.dataset, self.features, open_dataset(config) if measured else None,
                     side=self.image_sampler.image_shape[-1], device=device,
                 )  # fmt: skip
         except UserError as error:
