@@ -5,7 +5,7 @@
 """
 
 import utils
-from libs.evaluate import draw_in_batches, make_grid_labels, make_image_sampler
+from libs.evaluate import draw_rows, make_image_sampler
 from libs.parts import load_weights, make_parts, read_config
 from libs.runtime import (
     REQUIRED,
@@ -52,13 +52,11 @@ def main(args):
     process, codec, _, model = make_parts(config)
     for change in load_weights(config, model, args.nnet_path):
         print(change)
-    conditional = config.train.mode == "cond"
-    labels = make_grid_labels(args.classes, args.n, model.num_classes, conditional=conditional)
     image_sampler = make_image_sampler(
         config, model.to(device).eval(), process, codec.to(device),
         precision=Precision(config.train.mixed_precision, device), seed=args.seed,
     )  # fmt: skip
-    images = draw_in_batches(image_sampler, labels, args.n)
+    images = draw_rows(image_sampler, args.classes, args.n)
     utils.save_grid(args.out, images, args.n)
     print(f"wrote {args.out}: {len(images)} images, {args.n} a row")
 

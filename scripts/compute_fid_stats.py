@@ -1,11 +1,8 @@
-"""Write the statistics of a data set that FID compares with.
+"""Write the statistics of a data set that FID compares with: mu and sigma, as pytorch-fid reads
+them, how they were made, which an evaluation checks, and features of some images.
 
     python scripts/compute_fid_stats.py --dataset=cifar10 --path=assets/datasets/cifar10 \\
         --resolution=32 --features=inception --out=assets/fid_stats/cifar10.npz
-
---dataset=folder takes a directory of images (any depth), --dataset=digits needs no path. The file
-holds mu and sigma, as pytorch-fid reads them, the extractor, resolution, count and preprocessing,
-which an evaluation checks, and the features of a random subset, for precision and recall.
 """
 
 import sys
@@ -13,20 +10,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
-from datasets import DATASETS, LATENTS, get_dataset
+from datasets import get_dataset
 from libs.evaluate import FEATURES, Moments, make_features, save_statistics
 from libs.runtime import REQUIRED, file_path, run_main
 
-IMAGES = [name for name in DATASETS if name not in LATENTS]
 FLAGS = {
-    "dataset": (str, REQUIRED, f"one of {', '.join(IMAGES)}"),
-    "path": (file_path, None, "the data set's directory"),
+    "dataset": (str, REQUIRED, "a data set of images: digits, cifar10, imagenet or folder"),
+    "path": (file_path, None, "the data set's directory; images of a folder may lie at any depth"),
     "resolution": (int, REQUIRED, "side of the images in pixels"),
     "features": (str, "inception", f"one of {', '.join(FEATURES)}"),
     "weights": (file_path, None, "the feature network's file; where it usually is if not given"),
@@ -39,12 +34,6 @@ FLAGS = {
 }
 
 
-def choose_images(length, max_images):
-    """Evenly spaced indices, so that a part of a folder sorted by class has every class."""
-    count = min(length, max_images or length)
-    return [int(i) for i in np.arange(count) * length // count]
-
-
 def choose_stored(count, stored):
     """bool (count,): a random subset of `stored` images, or all; the same at every call."""
     rng = torch.Generator().manual_seed(utils.derive_seed("kept features"))
@@ -55,39 +44,32 @@ def choose_stored(count, stored):
 
 def compute(dataset, indices, features, *, stored, batch_size, num_workers):
     """(Moments of all images `indices`, features (m, dim) of those that `stored` (n,) marks)."""
-    moments, rows, chosen = Moments(features.dim), [], iter(stored.split(batch_size))
-    batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    keys = [[(0, index) for index in batch] for batch in batches]
-    loader = DataLoader(dataset, batch_sampler=keys, num_workers=num_workers)
-    for images, _ in tqdm(loader, desc="features", unit="batch"):
+    moments, rows, keys = Moments(features.dim), [], [(0, index) for index in indices]
+    loader = DataLoader(dataset, batch_size, sampler=keys, num_workers=num_workers)
+    for (images, _), chosen in zip(tqdm(loader), stored.split(batch_size), strict=True):
         # The values that pytorch-fid has from an 8-bit file, free of the rounding of [-1, 1].
         found = features(((images + 1) * 127.5).round() / 255).cpu()
         moments.update(found)
-        rows.append(found[next(chosen)])
+        rows.append(found[chosen])
     return moments, torch.cat(rows)
 
 
 def main(args):
-    """args: the flags of FLAGS."""
     utils.file_to_write(args.out, "--out")
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
     features = make_features(args.features, args.weights, args.device)
-    indices = choose_images(len(dataset), args.max_images)
-    stored = choose_stored(len(indices), args.kept_features)
-    moments, rows = compute(
-        dataset, indices, features,
-        stored=stored, batch_size=args.batch_size, num_workers=args.num_workers,
-    )  # fmt: skip
+    count = min(len(dataset), args.max_images or len(dataset))
+    # Evenly spaced, so that a part of a folder sorted by class has every class.
+    indices = [i * len(dataset) // count for i in range(count)]
+    stored = choose_stored(count, args.kept_features)
+    loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
+    moments, rows = compute(dataset, indices, features, stored=stored, **loading)
     mu, sigma = moments.mean_and_covariance()
-    preprocessing = (
-        f"{args.dataset}, {len(indices)} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
-    )
-    save_statistics(
-        args.out, mu=mu, sigma=sigma, count=len(indices), extractor=features.name,
-        resolution=args.resolution, preprocessing=preprocessing,
-        features=rows if len(rows) else None,
-    )  # fmt: skip
-    print(f"wrote {args.out}: {features.name}, {args.resolution} pixels, {preprocessing}")
+    record = {"count": count, "extractor": features.name, "resolution": args.resolution}
+    images = f"{args.dataset}, {count} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
+    record["preprocessing"] = images
+    save_statistics(args.out, mu=mu, sigma=sigma, features=rows if len(rows) else None, **record)
+    print(f"wrote {args.out}: {record}")
 
 
 if __name__ == "__main__":

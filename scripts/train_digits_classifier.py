@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 import utils
 from datasets import get_dataset
-from libs.evaluate import DIGITS_CLASSIFIER_PATH, DigitsClassifier
+from libs.evaluate import DigitsClassifier
 from libs.runtime import file_path, run_main
 
-EPOCHS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY = 25, 64, 3e-3, 0.05
-MIN_ACCURACY = 0.97
+EPOCHS, BATCH_SIZE, PEAK_LR, WEIGHT_DECAY, MIN_ACCURACY = 25, 64, 3e-3, 0.05, 0.97
 FLAGS = {
     "seed": (int, 0, "of the split and the training"),
-    "out": (file_path, str(DIGITS_CLASSIFIER_PATH), "the file to write"),
+    "out": (file_path, str(DigitsClassifier.path), "the file to write"),
 }
 
 
@@ -53,8 +52,7 @@ def random_shift(images, rng):
 def train(images, labels, seed):
     """The trained classifier; the same seed gives the same weights."""
     torch.manual_seed(seed)
-    rng = torch.Generator().manual_seed(seed)
-    model = DigitsClassifier()
+    model, rng = DigitsClassifier(), torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = EPOCHS * (len(images) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps)
@@ -70,26 +68,18 @@ def train(images, labels, seed):
     return model.eval()
 
 
-@torch.inference_mode()
-def accuracy(model, images, labels):
-    return (model(images).argmax(1) == labels).double().mean().item()
-
-
 def main(args):
-    """args: the flags of FLAGS."""
     utils.file_to_write(args.out, "--out")
     torch.set_num_threads(1)  # sums in one order: the same weights on any number of cores
     images, labels, held_out_images, held_out_labels = load_split(args.seed)
     model = train(images, labels, args.seed)
-    held_out = accuracy(model, held_out_images, held_out_labels)
-    print(f"held-out accuracy {held_out:.4f} on {len(held_out_labels)} of 1,797 digits")
-    if held_out < MIN_ACCURACY:
-        raise utils.UserError(
-            f"held-out accuracy {held_out:.4f} is below {MIN_ACCURACY}: {args.out} is not written, "
-            "use another --seed"
-        )
+    with torch.inference_mode():
+        accuracy = (model(held_out_images).argmax(1) == held_out_labels).double().mean().item()
+    print(f"held-out accuracy {accuracy:.4f} on {len(held_out_labels)} of 1,797 digits")
+    if accuracy < MIN_ACCURACY:
+        raise utils.UserError(f"accuracy below {MIN_ACCURACY}: {args.out} is not written")
     split = f"stratified held-out fifth, {len(labels)} training and {len(held_out_labels)} held out"
-    metadata = {"held_out_accuracy": f"{held_out:.4f}", "seed": str(args.seed), "split": split}
+    metadata = {"held_out_accuracy": f"{accuracy:.4f}", "seed": str(args.seed), "split": split}
     with utils.replacing(args.out) as temporary:
         temporary.write_bytes(safetensors.torch.save(model.state_dict(), metadata))
     print(f"wrote {args.out}")

@@ -36,11 +36,6 @@ def random_covariance(dim, rank, seed):
 # ------------------------------------------------------------ distance
 
 
-def test_distance_in_one_dimension():
-    """(m1 - m2)^2 + (s1 - s2)^2, by hand."""
-    assert frechet_distance([3.0], [[4.0]], [1.0], [[25.0]]) == pytest.approx(4 + 9, rel=1e-14)
-
-
 def test_distance_of_diagonal_covariances():
     variances1, variances2 = np.array([1.0, 4.0, 0.0]), np.array([9.0, 0.25, 16.0])
     distance = frechet_distance(np.zeros(3), np.diag(variances1), np.ones(3), np.diag(variances2))
@@ -232,9 +227,8 @@ def digits_classifier(tmp_path_factory):
 
 def test_the_digits_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
     features = make_features("digits_classifier", digits_classifier, "cpu")
-    images, _, held_out_images, held_out_labels = load_script("train_digits_classifier").load_split(
-        0
-    )
+    script = load_script("train_digits_classifier")
+    images, _, held_out_images, held_out_labels = script.load_split(0)
     assert len(held_out_images) == 360 and len(images) == 1437
     assert set(torch.bincount(held_out_labels).tolist()) <= {34, 35, 36, 37}  # stratified
     accuracy = (features.classify(held_out_images) == held_out_labels).double().mean().item()
@@ -243,39 +237,12 @@ def test_the_digits_classifier_holds_out_a_fifth_and_knows_it(digits_classifier)
     assert features.metadata["seed"] == "0" and "held-out fifth" in features.metadata["split"]
 
 
-def test_digits_features_tell_digits_from_noise(digits_classifier):
-    features = DigitsClassifierFeatures(digits_classifier)
-    digits = get_dataset("digits")
-    images = torch.stack([digits[0, i][0] for i in range(1797)]) / 2 + 0.5
-
-    def moments(images):
-        total = Moments(features.dim)
-        total.update(features(images))
-        return total.mean_and_covariance()
-
-    order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))
-    halves = frechet_distance(*moments(images[order[:898]]), *moments(images[order[898:]]))
-    one_class_lost = frechet_distance(*moments(images[digits.labels != 3]), *moments(images))
-    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(1))
-    to_noise = frechet_distance(*moments(noise), *moments(images))
-    assert 0 < halves < one_class_lost < to_noise / 5
-
-
 def test_names_and_files_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="run scripts/train_digits_classifier.py"):
         make_features("digits_classifier", tmp_path / "absent", "cpu")
-    with pytest.raises(UserError, match="'vgg'.* one of inception, digits_classifier, none"):
+    with pytest.raises(UserError, match="'vgg', expected one of inception, digits_classifier"):
         make_features("vgg", None, "cpu")
     assert make_features("none", None, "cpu") is None
-
-
-def test_training_the_classifier_is_deterministic(monkeypatch):
-    script = load_script("train_digits_classifier")
-    monkeypatch.setattr(script, "EPOCHS", 1)
-    images, labels, *_ = script.load_split(0)
-    first, second, other = (script.train(images[:300], labels[:300], seed) for seed in (0, 0, 1))
-    assert all(map(torch.equal, first.state_dict().values(), second.state_dict().values()))
-    assert not torch.equal(first.head.weight, other.head.weight)
 
 
 def test_a_poor_classifier_is_not_written(one_thread, monkeypatch, tmp_path):
@@ -284,17 +251,6 @@ def test_a_poor_classifier_is_not_written(one_thread, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="below 0.97: .* is not written"):
         script.main(SimpleNamespace(seed=0, out=str(tmp_path / "x.safetensors")))
     assert os.listdir(tmp_path) == []
-
-
-def test_random_shift_moves_by_at_most_one_pixel():
-    script = load_script("train_digits_classifier")
-    image = torch.rand(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    shifted = script.random_shift(image.expand(500, 1, 8, 8), torch.Generator().manual_seed(0))
-    padded = torch.nn.functional.pad(image, (1, 1, 1, 1))
-    allowed = [padded[0, 0, i : i + 8, j : j + 8] for i in range(3) for j in range(3)]
-    seen = [[torch.equal(x[0], a) for a in allowed] for x in shifted]
-    assert all(sum(row) == 1 for row in seen)
-    assert all(any(column) for column in zip(*seen, strict=True))
 
 
 def test_compute_fid_stats_command(digits_classifier, tmp_path):

@@ -319,7 +319,7 @@ def test_fid_at_intervals_and_after_a_kill_that_prevented_it(tmp_path, monkeypat
     assert (tmp_path / "samples" / "4.png").is_file()
     assert all(line["frechet_distance"] > 0 for line in figures())
     assert all(0 <= line["class_agreement"] <= 1 for line in figures())
-    assert "60 images (digits_classifier" in (tmp_path / "output.log").read_text()
+    assert "real_halves" in (tmp_path / "output.log").read_text()
 
 
 def test_fid_that_cannot_be_made_is_noted_at_the_start_and_does_not_stop_the_run(tmp_path):

@@ -11,7 +11,7 @@ from torch import nn
 
 from libs.evaluate.metrics import load_statistics, make_feature_set
 from libs.files import load_strict, read_safetensors, read_torch, sha256_of
-from utils import UserError
+from utils import UserError, look_up
 
 # As in the published file's name, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256_PREFIX = "6726825d"
@@ -22,25 +22,21 @@ def _find_inception_weights():
     from pytorch_fid.inception import FID_WEIGHTS_URL
 
     path = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[-1])
-    if path.is_file():
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), INCEPTION_SHA256_PREFIX)
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), INCEPTION_SHA256_PREFIX)
+        return path
     except Exception as error:  # of the network, the disk or the hash
         raise UserError(
             f"the FID network's weights could not be downloaded ({error}): put {path.name} into "
-            f"{path.parent}, or say where it is: sample.fid_weights_path (--weights of "
-            "compute_fid_stats.py)"
+            f"{path.parent}, or give sample.fid_weights_path (--weights of compute_fid_stats.py)"
         ) from error
-    return path
 
 
 class InceptionFeatures:
-    """pool3 features (2048) of the FID Inception, as pytorch-fid computes them.
-
-    path: of the weights; None looks in torch hub's cache, then downloads. `name` has a prefix of
-    the file's SHA-256. Raises UserError for a file that is not the published one.
+    """pool3 features (2048) of the FID Inception, as pytorch-fid computes them; UserError for
+    weights other than the published ones. path None: torch hub's cache, else a download.
     """
 
     dim = 2048
@@ -51,10 +47,8 @@ class InceptionFeatures:
         path = path or _find_inception_weights()
         digest = sha256_of(path)
         if not digest.startswith(INCEPTION_SHA256_PREFIX):
-            raise UserError(
-                f"{path} is not pytorch-fid's weights file: its sha256 starts with {digest[:8]}, "
-                f"expected {INCEPTION_SHA256_PREFIX}; fetch it again"
-            )
+            expected = f"with {digest[:8]}, expected {INCEPTION_SHA256_PREFIX}"
+            raise UserError(f"{path} has not pytorch-fid's weights: its sha256 starts {expected}")
         self.name, self.device = f"inception_v3_fid-{digest[:8]}", device
         weights = read_torch(path)
         # pytorch-fid downloads in its constructor: it is handed the checked weights instead.
@@ -67,16 +61,10 @@ class InceptionFeatures:
         return self.network(images.to(self.device, torch.float32))[0].flatten(1)
 
 
-# Where scripts/train_digits_classifier.py writes it.
-DIGITS_CLASSIFIER_PATH = (
-    Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
-)
-
-
 class DigitsClassifier(nn.Module):
     """A small convolutional classifier of 8x8 digits with 48 features before its last layer."""
 
-    dim = 48
+    dim, path = 48, Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
 
     def __init__(self):
         super().__init__()
@@ -97,20 +85,16 @@ class DigitsClassifier(nn.Module):
 
 
 class DigitsClassifierFeatures:
-    """Features (48) and classes by the classifier that scripts/train_digits_classifier.py wrote.
-
-    `metadata` (strings) holds its held-out accuracy, seed and split; `name` has a hash of the
-    weights. Raises UserError for a file that is not there or holds another network.
+    """Features (48) and classes by the classifier that scripts/train_digits_classifier.py wrote;
+    UserError without it. `metadata` (strings) holds its held-out accuracy, seed and split.
     """
 
     dim = DigitsClassifier.dim
 
     def __init__(self, path=None, device="cpu"):
-        path = Path(path or DIGITS_CLASSIFIER_PATH)
+        path = Path(path or DigitsClassifier.path)
         if not path.is_file():
-            raise UserError(
-                f"there is no digits classifier {path}: run scripts/train_digits_classifier.py"
-            )
+            raise UserError(f"there is no {path}: run scripts/train_digits_classifier.py")
         self.network, self.device = DigitsClassifier(), device
         load_strict(self.network, read_safetensors(path), path)
         with safetensors.safe_open(path, "pt") as file:
@@ -137,46 +121,19 @@ FEATURES = {"inception": InceptionFeatures, "digits_classifier": DigitsClassifie
 
 
 def make_features(name, path, device):
-    """The feature network of that name in FEATURES, None of 'none'; path None: its usual place.
-
-    Raises:
-        UserError: an unknown name, or the network's own.
+    """The feature network of that name in FEATURES, else UserError; None of 'none'. path None: its
+    usual place.
     """
-    if name != "none" and name not in FEATURES:
-        raise UserError(f"unknown features {name!r}: they are one of {', '.join(FEATURES)}, none")
-    return None if name == "none" else FEATURES[name](path, device)
+    return None if name == "none" else look_up(FEATURES, name, "sample.features")(path, device)
 
 
-MEASURE_UP_TO = 10_000  # images of a data set that is measured where there is no statistics file
+MEASURE_UP_TO = 10_000  # images of a data set without a statistics file
 BATCH = 50  # images at a time through the feature network, 1 GB of Inception's activations
 
 
 def round_to_8_bit(images):
-    """Images in [0, 1] rounded as PNG files hold them, so that statistics describe the files."""
+    """Images in [0, 1] rounded as PNG files hold them, so that figures describe the files."""
     return (images * 255).round() / 255
-
-
-def choose_real(fid_stats, dataset):
-    """What generated images are compared with: the path of the statistics file `fid_stats` if it is
-    given, else `dataset` if its images are few.
-
-    Raises:
-        UserError: the file is not there; neither of the two.
-    """
-    if fid_stats:
-        if not Path(fid_stats).is_file():
-            raise UserError(
-                f"the statistics {fid_stats} do not exist: scripts/compute_fid_stats.py makes them"
-            )
-        return fid_stats
-    latent = getattr(dataset, "latent", False)
-    if dataset is None or latent or len(dataset) > MEASURE_UP_TO:
-        raise UserError(
-            "dataset.fid_stats names no statistics file: make one with "
-            "scripts/compute_fid_stats.py (see the README) and pass "
-            "--config.dataset.fid_stats=FILE"
-        )
-    return dataset
 
 
 def _measure(dataset, name, features, device):
@@ -191,24 +148,28 @@ def _measure(dataset, name, features, device):
             labels = torch.tensor([int(y) for _, y in items])
             agreeing += (classify(images).cpu() == labels).sum().item()
     identity = {"dataset": name, "list_sha256": dataset.list_sha256()}
-    return make_feature_set(
-        torch.cat(rows).numpy(), device, agreement=agreeing / len(dataset) if classify else None,
-        source={"file": None, "count": len(dataset), "known": True, "images": identity},
-    )  # fmt: skip
+    source = {"file": None, "count": len(dataset), "known": True, "images": identity}
+    agreement = agreeing / len(dataset) if classify else None
+    return make_feature_set(torch.cat(rows).numpy(), device, agreement=agreement, source=source)
 
 
 def load_real(settings, features, dataset, *, side, device):
-    """The FeatureSet of the real images: of dataset.fid_stats, or measured here.
-
-    settings: config.dataset; dataset: of images, not augmented, or None; side: of the generated
-    images in pixels.
+    """The FeatureSet of the real images: of the statistics file dataset.fid_stats if it is given,
+    else of `dataset`, not augmented or None, measured here. settings: config.dataset; side: of the
+    generated images in pixels.
 
     Raises:
-        UserError: `choose_real`; statistics or images that do not fit the generated images.
+        UserError: neither a file nor a data set of few images; they do not fit the generated ones.
     """
-    chosen = choose_real(settings.fid_stats, dataset)
-    if chosen is not dataset:
-        return load_statistics(chosen, extractor=features.name, resolution=side, dim=features.dim)
+    if settings.fid_stats:
+        return load_statistics(
+            settings.fid_stats, extractor=features.name, resolution=side, dim=features.dim
+        )
+    if dataset is None or getattr(dataset, "latent", False) or len(dataset) > MEASURE_UP_TO:
+        raise UserError(
+            "dataset.fid_stats names no statistics file: make one with "
+            "scripts/compute_fid_stats.py, and pass --config.dataset.fid_stats=FILE"
+        )
     if dataset.shape[-1] != side:
         raise UserError(
             f"the images of the data set {settings.name} are {dataset.shape[-1]} pixels wide, but "

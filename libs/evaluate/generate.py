@@ -30,8 +30,7 @@ class ImageSampler:
         model: the network, in eval mode; process, codec: of training.
         pred: what the network predicts; conditional: whether it is given labels.
         settings: config.sample; upsample: keywords of upsampling guidance, or None.
-        precision: libs.runtime.Precision of the forward passes.
-        seed: every image's noise and random label are keyed by (seed, index).
+        precision: libs.runtime.Precision; seed: keys noise and random labels, with the index.
 
     Raises:
         UserError: a class that the model does not have; an algorithm that cannot be.
@@ -68,8 +67,8 @@ class ImageSampler:
         seeds = [utils.derive_seed("label", self.seed, index) for index in indices]
         return torch.tensor([seed % classes for seed in seeds])
 
-    def describe(self):
-        """Everything besides the weights that the images depend on: dict for records."""
+    def sampling_spec(self):
+        """Everything besides the weights that images depend on: dict for records."""
         settings = self.settings
         scale = settings.scale if self.conditional and settings.cfg else 0.0
         by_class = self.conditional and settings.vis_label is None
@@ -101,35 +100,28 @@ class ImageSampler:
 
     def _guide(self, network, y):
         """output(x, t) of the guided network for labels y."""
-        return make_guided(
-            network, self.process, y, pred=self.pred, null_label=self.model.num_classes,
-            settings=self.settings, upsample=self.upsample,
-        )  # fmt: skip
+        given = dict(pred=self.pred, null_label=self.model.num_classes, settings=self.settings)
+        return make_guided(network, self.process, y, upsample=self.upsample, **given)
 
     def _draw(self, network, indices, labels, on_step=None):
         """z (B, *z_shape) of `indices`."""
         y, settings = None if labels is None else labels.to(self.device), self.settings
         noise = ImageNoise(self.seed, indices, self.z_shape)
-        return sample(
-            self._guide(network, y), self.process, noise.initial().to(self.device), pred=self.pred,
-            algorithm=settings.algorithm, steps=settings.sample_steps, noise=noise, on_step=on_step,
-        )  # fmt: skip
+        given = dict(pred=self.pred, algorithm=settings.algorithm, steps=settings.sample_steps)
+        output, z_T = self._guide(network, y), noise.initial().to(self.device)
+        return sample(output, self.process, z_T, noise=noise, on_step=on_step, **given)
 
 
 def make_image_sampler(config, model, process, codec, *, precision, seed):
     """The ImageSampler of a config; model and codec are on their device."""
     upsample = {key: config[f"ug_{key}"] for key in ("m", "theta", "eta", "T")}
-    return ImageSampler(
-        model, process, codec, pred=config.pred, conditional=config.train.mode == "cond",
-        settings=config.sample, upsample=upsample if config.ug_m else None,
-        precision=precision, seed=seed,
-    )  # fmt: skip
+    given = dict(pred=config.pred, conditional=config.train.mode == "cond", settings=config.sample)
+    given |= dict(upsample=upsample if config.ug_m else None, precision=precision, seed=seed)
+    return ImageSampler(model, process, codec, **given)
 
 
 def require_finite(images, indices):
-    """UserError naming the first of `indices` whose image contains NaN, which a file would show as
-    black. Waits for the device: for images that are about to leave it.
-    """
+    """UserError naming the first of `indices` whose image contains NaN: a file would show black."""
     finite = images.isfinite().flatten(1).all(1).tolist()
     if not all(finite):
         raise UserError(
@@ -156,9 +148,7 @@ def iter_features(image_sampler, features, batches, *, quiet, stop=lambda: False
 
 
 def _deal_indices(n, mini_batch_size, accelerator):
-    """Lists of image indices of this process: every num_processes-th index below n,
-    `mini_batch_size` at a time.
-    """
+    """This process's image indices, every num_processes-th below n, in lists."""
     indices = range(accelerator.process_index, n, accelerator.num_processes)
     return [list(indices[i : i + mini_batch_size]) for i in range(0, len(indices), mini_batch_size)]
 
@@ -174,8 +164,7 @@ def accumulate_features(image_sampler, features, accelerator, *, n, stop):
     made = iter_features(image_sampler, features, batches, quiet=quiet, stop=stop)
     for _, _, rows, correct in made:
         moments.update(rows)
-        if correct is not None:
-            agreeing += correct.sum()
+        agreeing += 0 if correct is None else correct.sum()
     for tensor in (moments.count, moments.sum, moments.outer, agreeing):
         tensor.copy_(accelerator.reduce(tensor, "sum"))
     if moments.count.item() < n:
@@ -185,35 +174,14 @@ def accumulate_features(image_sampler, features, accelerator, *, n, stop):
     return FeatureSet(*moments.mean_and_covariance(), agreement=agreement)
 
 
-def sampling_spec(image_sampler, features, real, n):
-    """Everything besides the network's weights that the figures of n images depend on: dict."""
-    used = {"features": features.name if features else "none", "statistics": real and real.source}
-    return {"n": n, **used, **image_sampler.describe()}
-
-
 def measure(image_sampler, features, real, accelerator, *, n, stop=lambda: False):
-    """The figures of images 0..n-1, made on all processes, and their sampling_spec: dict for the
-    log of a training. None if stop() came true, and on processes without `real`.
-
-    Raises:
-        UserError: on every process, if an image contains NaN.
+    """The figures of images 0..n-1, made on all processes: dict for the log of a training. None if
+    stop() came true, and on processes without `real`. UserError on every process if an image
+    contains NaN.
     """
     with image_sampler:
         generated = accumulate_features(image_sampler, features, accelerator, n=n, stop=stop)
-    if generated is None or real is None:
-        return None
-    spec = sampling_spec(image_sampler, features, real, n)
-    return {**compute_metrics(generated, real), **spec}
-
-
-def describe_result(result):
-    """The first figures of an evaluation as a line for people."""
-    line = f"{result['n']} images"
-    if result["frechet_distance"] is not None:
-        line += f" ({result['features']}): Frechet distance {result['frechet_distance']:.4g}"
-    if result["class_agreement"] is not None:
-        line += f", class agreement {result['class_agreement']:.2%}"
-    return line
+    return compute_metrics(generated, real) if generated and real else None
 
 
 def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
@@ -232,27 +200,19 @@ def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
     return images if made.item() == n else None
 
 
-def make_grid_labels(classes, n, num_classes, *, conditional):
-    """Labels (classes x n,) of n images of each class asked for, or of all; None if unconditional.
+def draw_rows(image_sampler, classes, n):
+    """n images each of `classes`, or of all classes, on the CPU, (rows x n, C, H, W), with a
+    progress bar; one row of an unconditional model.
 
     Raises:
-        UserError: a class that the model does not have.
+        UserError: a class that the model does not have; an image contains NaN.
     """
+    num_classes = image_sampler.model.num_classes if image_sampler.conditional else 0
     for label in classes or ():
-        require_class("--classes", label, num_classes if conditional else 0)
-    if not conditional:
-        return None
-    return torch.tensor(classes or range(num_classes)).repeat_interleave(n)
-
-
-def draw_in_batches(image_sampler, labels, n):
-    """Images (n, C, H, W) on the CPU, of `labels` (n,) or n without labels, with a progress bar.
-
-    Raises:
-        UserError: an image contains NaN.
-    """
-    n, images = n if labels is None else len(labels), []
-    batches = torch.arange(n).split(image_sampler.settings.mini_batch_size)
+        require_class("--classes", label, num_classes)
+    labels = torch.tensor(classes or range(num_classes)).repeat_interleave(n)
+    batches, images = torch.arange(len(labels) or n), []
+    batches = batches.split(image_sampler.settings.mini_batch_size)
     with tqdm(unit="step") as bar:
 
         def on_step(i, steps):
@@ -260,7 +220,7 @@ def draw_in_batches(image_sampler, labels, n):
             bar.update()
 
         for rows in batches:
-            batch_labels = None if labels is None else labels[rows]
+            batch_labels = labels[rows] if num_classes else None
             images.append(image_sampler(rows.tolist(), batch_labels, on_step).cpu())
             require_finite(images[-1], rows.tolist())
     return torch.cat(images)

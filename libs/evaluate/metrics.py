@@ -4,6 +4,7 @@ A new metric is a function f(generated, real) -> {figure: value} of two FeatureS
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,9 +25,8 @@ class Moments:
     """Count, sum and outer products of features in float64; ranks add up the three tensors."""
 
     def __init__(self, dim, device="cpu"):
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+        shapes, like = ((), (dim,), (dim, dim)), dict(dtype=torch.float64, device=device)
+        self.count, self.sum, self.outer = (torch.zeros(shape, **like) for shape in shapes)
 
     def update(self, features):
         """Add features (B, dim) of any floating type."""
@@ -40,10 +40,8 @@ class Moments:
         mu = self.sum / self.count
         sigma = (self.outer - self.count * torch.outer(mu, mu)) / (self.count - 1)
         if not sigma.isfinite().all():
-            raise UserError(
-                f"the features of {int(self.count)} images have no finite covariance: an image "
-                "contains NaN or infinity, or there are fewer than 2"
-            )
+            n = int(self.count)
+            raise UserError(f"{n} images have no finite covariance: too few, or one contains NaN")
         return mu, sigma
 
 
@@ -91,8 +89,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 NEIGHBOURS = 3  # the paper's k, and ADM's
 # Squared distances below this share of the squared norms are 0: of equal rows, the products leave
-# about 1e-15 of them, and whether a row is in the ball of radius 0 of its equal must not depend on
-# that.
+# about 1e-15, and a row is to be in the ball of radius 0 of its equal.
 ROUNDING = 1e-12
 
 
@@ -128,32 +125,26 @@ def _share_inside(points, manifold, squared_radii, device):
 
 
 def precision_recall(real, generated, device="cpu", k=NEIGHBOURS):
-    """Precision and recall of Kynkäänniemi et al. 2019 (arXiv 1904.06991).
+    """Precision and recall of Kynkäänniemi et al. 2019 (arXiv 1904.06991) of float arrays (m, dim)
+    and (n, dim) with more than k rows: {'precision', 'recall', 'k', 'real': m, 'generated': n}.
 
     A set's manifold is the union of balls around its features, each reaching to the k-th nearest
     other feature of the set (eq. 1). Precision is the share of generated features in the real
     manifold, and recall the share of real features in the generated manifold (eq. 2).
-
-    real, generated: float arrays (m, dim) and (n, dim) of more than k rows. Takes the memory of a
-    few blocks on `device` and (m + n)^2 dim products.
-
-    Returns:
-        {'precision', 'recall': in [0, 1], 'k', 'real', 'generated': how many}.
     """
-    real_radii = _squared_radii(real, k, device)
-    generated_radii = _squared_radii(generated, k, device)
-    return {
-        "precision": _share_inside(generated, real, real_radii, device),
-        "recall": _share_inside(real, generated, generated_radii, device),
-        "k": k,
-        "real": len(real),
-        "generated": len(generated),
-    }
+    precision = _share_inside(generated, real, _squared_radii(real, k, device), device)
+    recall = _share_inside(real, generated, _squared_radii(generated, k, device), device)
+    counts = {"k": k, "real": len(real), "generated": len(generated)}
+    return {"precision": precision, "recall": recall, **counts}
 
 
 def _frechet_distance(generated, real):
-    moments = (generated.mu, generated.sigma, real.mu, real.sigma)
-    return {"frechet_distance": frechet_distance(*moments)}
+    distance = frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
+    return {"frechet_distance": distance}
+
+
+def _class_agreement(generated, real):
+    return {"class_agreement": generated.agreement}
 
 
 def _real_halves(generated, real):
@@ -163,26 +154,22 @@ def _real_halves(generated, real):
     order = torch.randperm(len(real.features), generator=torch.Generator().manual_seed(1234))
     halves = np.split(real.features[order.numpy()], [len(order) // 2])
     first, second = (make_feature_set(half, real.mu.device) for half in halves)
-    return {"real_halves": _frechet_distance(first, second) | {"class_agreement": real.agreement}}
+    return {"real_halves": _frechet_distance(first, second) | _class_agreement(real, real)}
 
 
 def _precision_recall(generated, real):
-    """Precision and recall, or why there are none."""
-    if real.features is None or generated.features is None:
-        reason = "only moments are known; scripts/compute_fid_stats.py stores features too"
-    elif min(len(generated.features), len(real.features)) <= NEIGHBOURS:
-        reason = f"they need more than {NEIGHBOURS} images on either side"
-    else:
-        found = precision_recall(real.features, generated.features, generated.mu.device)
-        return {"precision_recall": found}
-    return {"precision_recall": None, "no_precision_recall": reason}
+    """None where features are unknown, or there are no k-th neighbours."""
+    sets, found = (real.features, generated.features), None
+    if all(features is not None and len(features) > NEIGHBOURS for features in sets):
+        found = precision_recall(*sets, generated.mu.device)
+    return {"precision_recall": found}
 
 
 # name -> f(generated, real) -> {figure: value for json}, of two FeatureSets, in which all but the
 # moments may be None.
 METRICS = {
     "frechet_distance": _frechet_distance,
-    "class_agreement": lambda generated, real: {"class_agreement": generated.agreement},
+    "class_agreement": _class_agreement,
     "real_halves": _real_halves,
     "precision_recall": _precision_recall,
 }
@@ -191,32 +178,28 @@ METRICS = {
 def compute_metrics(generated, real):
     """The figures of all METRICS: dict. Without real images, None of those every result has."""
     if real is None:
-        return dict.fromkeys(("frechet_distance", "class_agreement", "precision_recall"))
+        return {"frechet_distance": None, "class_agreement": None, "precision_recall": None}
     return {key: x for compute in METRICS.values() for key, x in compute(generated, real).items()}
 
 
-def save_statistics(
-    path, *, mu, sigma, count, extractor, resolution, preprocessing, features=None
-):
-    """Write an .npz that pytorch-fid reads too (mu, sigma), whole or not at all.
-
-    features: those of a random subset of the images (m, dim), for precision and recall.
+def save_statistics(path, *, mu, sigma, features=None, **record):
+    """Write an .npz that pytorch-fid reads too. features: (m, dim) of some random images; record:
+    count, extractor, resolution and preprocessing of all.
     """
-    arrays = {} if features is None else {"features": np.asarray(features, np.float32)}
+    arrays = {"mu": np.asarray(mu, np.float64), "sigma": np.asarray(sigma, np.float64), **record}
+    if features is not None:
+        arrays["features"] = np.asarray(features, np.float32)
     with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(
-            file, mu=np.asarray(mu, np.float64), sigma=np.asarray(sigma, np.float64), count=count,
-            extractor=extractor, resolution=resolution, preprocessing=preprocessing, **arrays,
-        )  # fmt: skip
+        np.savez(file, **arrays)
 
 
 def load_statistics(path, *, extractor, resolution, dim):
     """The FeatureSet of a statistics file, for images of `resolution` and features (n, dim) named
-    `extractor`. A file of U-ViT or pytorch-fid has only mu and sigma, and is taken as it is.
-
-    Raises:
-        UserError: other arrays or shapes; made with another extractor or at another resolution.
+    `extractor`; UserError if it is not there, or made for others. A file of U-ViT or pytorch-fid
+    has only mu and sigma, and is taken as it is.
     """
+    if not Path(path).is_file():
+        raise UserError(f"there is no {path}: scripts/compute_fid_stats.py makes statistics")
     arrays = read_arrays(path)
     shapes, expected = [np.shape(arrays.get(x)) for x in ("mu", "sigma")], [(dim,), (dim, dim)]
     if shapes != expected:
@@ -224,14 +207,9 @@ def load_statistics(path, *, extractor, resolution, dim):
     for name, expected in (("extractor", extractor), ("resolution", resolution)):
         found = arrays[name].item() if name in arrays else expected
         if found != expected:
-            raise UserError(
-                f"{path} was made with {name} {found}, expected {expected}: make statistics for "
-                "this evaluation with scripts/compute_fid_stats.py"
-            )
-    source = {
-        "file": str(path), "sha256": sha256_of(path),
-        "count": arrays["count"].item() if "count" in arrays else None,
-        "known": arrays.keys() >= {"count", "extractor", "resolution", "preprocessing"},
-    }  # fmt: skip
+            raise UserError(f"{path} was made with {name} {found}, expected {expected}")
+    count = arrays["count"].item() if "count" in arrays else None
+    source = {"file": str(path), "sha256": sha256_of(path), "count": count}
+    source["known"] = arrays.keys() >= {"count", "extractor", "resolution", "preprocessing"}
     mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     return FeatureSet(mu, sigma, arrays.get("features"), source=source)

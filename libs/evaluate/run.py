@@ -14,13 +14,7 @@ import numpy as np
 
 import utils
 from libs.evaluate.features import load_real, make_features
-from libs.evaluate.generate import (
-    describe_result,
-    iter_features,
-    make_image_sampler,
-    require_finite,
-    sampling_spec,
-)
+from libs.evaluate.generate import iter_features, make_image_sampler, require_finite
 from libs.evaluate.metrics import compute_metrics, make_feature_set
 from libs.files import sha256_of, weights_file
 from libs.runtime import Precision, environment, ranks, wait_without_timeout
@@ -29,30 +23,33 @@ from utils import UserError
 RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec they belong to
 PNG_THREADS = 8
 
+
 def evaluation_spec(image_sampler, features, real, config, nnet_path, changes):
     """Everything that batches and result depend on: dict. Hashes the weights."""
     settings, file = config.sample, weights_file(nnet_path)
     nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
-    places = {"path": settings.path, "adm_npz": settings.adm_npz}
     return {
-        **sampling_spec(image_sampler, features, real, settings.n_samples),
+        "n": settings.n_samples,
+        "features": features.name if features else "none",
+        "statistics": real and real.source,
+        **image_sampler.sampling_spec(),
         "mini_batch_size": settings.mini_batch_size,
         "weights": {"file": str(file), "sha256": sha256_of(file), "changes": list(changes)},
         "nnet": nnet,
-        "pictures": {key: place and str(Path(place).resolve()) for key, place in places.items()},
+        "pictures": {"path": settings.path, "adm_npz": settings.adm_npz},
     }
 
 
 def require_same_spec(path, spec, flag):
-    """UserError naming the first difference if the json file `path` is not of this evaluation; the
-    names of files may differ, as their hashes count.
+    """UserError naming the first difference if the json file `path` is not of this evaluation.
+    Names of files may differ: hashes count.
     """
-
-    def select(values):
-        flat = utils.flatten({key: values[key] for key in spec if key in values})
-        return {key: value for key, value in flat.items() if not key.endswith(".file")}
-
-    if lines := utils.config_differences(select(utils.read_json(path)), select(spec)):
+    found = utils.read_json(path)
+    found, own = (
+        {key: x for key, x in utils.flatten(values).items() if not key.endswith(".file")}
+        for values in ({key: found[key] for key in spec if key in found}, spec)
+    )
+    if lines := utils.config_differences(found, own):
         raise UserError(
             f"{path} is of another evaluation ({lines[0]}): move it away, or give another {flag}"
         )
@@ -77,10 +74,10 @@ def claim_places(output_path, folder, settings, spec):
     utils.file_to_write(output_path, "--output_path")
     if output_path.exists():
         require_same_spec(output_path, spec, "--output_path")
+    elif settings.adm_npz and Path(settings.adm_npz).exists():
+        raise UserError(f"{settings.adm_npz} is of another evaluation: move it away")
     if settings.adm_npz:
         utils.file_to_write(settings.adm_npz, "--config.sample.adm_npz")
-        if Path(settings.adm_npz).exists() and not output_path.exists():
-            raise UserError(f"{settings.adm_npz} is of another evaluation: move it away")
     claim_folder(folder, spec, "--output_path")
     if settings.path:
         claim_folder(Path(settings.path), spec, "--config.sample.path")
@@ -139,13 +136,13 @@ def write_adm_npz(path, batches, shape):
                 target.write(pixels.tobytes())
 
 
-def report(result, output_path):
-    """Print a result: a line, then every figure and the whole setting."""
-    entries = {key: value for key, value in result.items() if key not in ("config", "environment")}
-    entries |= {key: result["environment"][key] for key in ("commit", "devices")}
-    print(describe_result(result))
-    print("\n".join(f"  {key} = {value!r}" for key, value in utils.flatten(entries).items()))
-    print(f"figures, setting, config and environment are in {output_path}")
+def write_result(path, spec, figures, config):
+    """Write the json file of a result; print the setting, then the figures."""
+    more = {"config": config.to_dict(), "environment": environment()}
+    utils.write_json(path, {**figures, **spec, **more})
+    for key, value in utils.flatten({**spec, **figures}).items():
+        print(f"  {key} = {value!r}")
+    print(f"figures, setting, config and environment are in {path}")
 
 
 def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=None, changes=()):
@@ -157,13 +154,11 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
     Args:
         args: flags with nnet_path, output_path, workdir, config_path and overrides.
         model: the network with the weights of nnet_path; changes: sentences on these.
-        process, codec: of training; the codec decodes.
-        dataset: of images, measured where there is no statistics file; None needs
-            dataset.fid_stats.
+        process, codec: of training; dataset: of real images, or None with dataset.fid_stats.
 
     Raises:
-        UserError: no statistics, or statistics that do not fit; files of another evaluation; a
-            path that cannot be written; images that are not finite.
+        UserError: no statistics that fit; files of another evaluation; a path that cannot be
+            written; images that are not finite.
     """
     settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
@@ -196,13 +191,10 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
     if not main:
         return
 
-    img_s = made / (time.monotonic() - began) if made else None
+    seconds = time.monotonic() - began
+    speed = {"images_made_now": made, "img_s": made / seconds, "ranks": all_ranks}
     figures = compute_metrics(features and load_generated(batches, device), real)
-    speed = {"images_made_now": made, "img_s": img_s, "ranks": all_ranks}
-    settings_used = {"config": config.to_dict(), "environment": environment()}
-    result = {**figures, **speed, **spec, **settings_used}
-    utils.write_json(output_path, result)
+    write_result(output_path, spec, {**speed, **figures}, config)
     if settings.adm_npz:
         write_adm_npz(settings.adm_npz, batches, (settings.n_samples, side, side, 3))
     shutil.rmtree(folder)
-    report(result, output_path)

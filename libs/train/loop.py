@@ -146,7 +146,7 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
         schedule = make_schedule(config.lr_scheduler, settings.n_steps)
         with open_metrics(config, directory, accelerator, state, dataset, lines) as metrics_log:
             snapshots = Snapshots(
-                config, directory, accelerator, state, process, codec, dataset, metrics_log, stop
+                config, directory, accelerator, state, process, codec, metrics_log, stop
             )
             if found:
                 snapshots.make(snapshots.missing(progress.step), progress.step)

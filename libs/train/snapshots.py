@@ -8,8 +8,6 @@ from accelerate.utils import broadcast_object_list, gather_object
 import utils
 from libs.evaluate import (
     FEATURES,
-    choose_real,
-    describe_result,
     load_real,
     make_features,
     make_grid_images,
@@ -29,13 +27,11 @@ GRID_COLUMNS = 10
 class Snapshots:
     """Every process makes its share of the images, the main one writes.
 
-    process, codec, dataset: of training; metrics_log: the main process's; stop: the StopRequest,
-    which leaves out what is being made.
+    process, codec: of training; metrics_log: the main process's; stop: the StopRequest, which
+    leaves out what is being made.
     """
 
-    def __init__(
-        self, config, directory, accelerator, state, process, codec, dataset, metrics_log, stop
-    ):  # fmt: skip
+    def __init__(self, config, directory, accelerator, state, process, codec, metrics_log, stop):
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.metrics_log, self.is_stopped = metrics_log, lambda: stop.requested
         self.image_sampler = make_image_sampler(
@@ -44,9 +40,9 @@ class Snapshots:
         self.features = self.real = None
         if config.train.fid_samples and config.sample.features != "none":
             look_up(FEATURES, config.sample.features, "sample.features")
-            self.prepare_fid(dataset)
+            self.prepare_fid()
 
-    def prepare_fid(self, dataset):
+    def prepare_fid(self):
         """The feature network, and on the main process the real side, as eval.py opens it, without
         the augmentation of training; no FID in this run, with a warning, where they cannot be had.
         """
@@ -56,11 +52,11 @@ class Snapshots:
                 config.sample.features, config.sample.fid_weights_path, device
             )
             if self.accelerator.is_main_process:
-                measured = choose_real(config.dataset.fid_stats, dataset) is dataset
+                images = None if config.dataset.fid_stats else open_dataset(config)
+                side = self.image_sampler.image_shape[-1]
                 self.real = load_real(
-                    config.dataset, self.features, open_dataset(config) if measured else None,
-                    side=self.image_sampler.image_shape[-1], device=device,
-                )  # fmt: skip
+                    config.dataset, self.features, images, side=side, device=device
+                )
         except UserError as error:
             log.warning("no FID in this run: %s", error)
             self.features = None
@@ -109,12 +105,16 @@ class Snapshots:
 
     def measure_fid(self, step):
         """The figures of train.fid_samples images, in the log."""
-        result = measure(
-            self.image_sampler, self.features, self.real, self.accelerator,
-            n=self.config.train.fid_samples, stop=self.is_stopped,
-        )  # fmt: skip
-        if result is not None:
-            figures = {key: result[key] for key in ("frechet_distance", "class_agreement")}
-            self.metrics_log.write(step, {k: v for k, v in figures.items() if v is not None})
-            log.info("step %d: %s", step, describe_result(result))
+        figures = None
+        try:
+            figures = measure(
+                self.image_sampler, self.features, self.real, self.accelerator,
+                n=self.config.train.fid_samples, stop=self.is_stopped,
+            )  # fmt: skip
+        except UserError as error:  # on every process
+            log.warning("no FID at step %d: %s", step, error)
+        if figures is not None:
+            numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
+            self.metrics_log.write(step, numbers)
+            log.info("step %d: %s", step, figures)
         wait_without_timeout(self.accelerator)
