@@ -132,7 +132,6 @@ def install(monkeypatch):
     gpu = types.SimpleNamespace(
         index=-1, device=torch.device("cpu"), arch=90, multiprocessors=132, name="a GPU",
         prepared={}, checked={torch.float32, torch.bfloat16, torch.float16}, kernels=set(),
-        announce=None,
     )  # fmt: skip
 
     def prepare(plan, struct, index):

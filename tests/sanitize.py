@@ -27,8 +27,8 @@ from libs.ops.cuda.launch_plan import Variant  # noqa: E402
 
 PARAMETERS = ("A", "D", "delta_bias", "weight", "bias")  # float32 in a network of any dtype
 VARIANTS = [
-    Variant(1, 16, 16, 1, 4, lanes=8), Variant(1, 32, 16, 1, 3, lanes=4),
-    Variant(4, 32, 16, 2, 1), Variant(1, 64, 8, 3, 8),
+    launch_plan.EIGHT_LANES, launch_plan.FOUR_LANES, Variant(4, 32, 16, 2, 1),
+    launch_plan.ONE_THREAD._replace(segments=3),
 ]  # fmt: skip
 
 

@@ -291,7 +291,7 @@ class Driver:
 def driver(monkeypatch):
     """A driver that launches nothing, for tensors that are on the CPU."""
     driver = Driver()
-    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(launch, "driver", lambda: driver)
     monkeypatch.setattr(launch, "_make_context_current", lambda index: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     stream = types.SimpleNamespace(cuda_stream=77)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from libs.ops.cuda import launch
 from utils import UserError
 
 
@@ -44,36 +45,33 @@ def choose(operator, requested, device, dtype, size=None):
     that can run. Raises utils.UserError if a requested backend is unknown or cannot run: never a
     silent fallback. An automatic choice of plain PyTorch is warned of, once.
     """
-    source = "asked for by the caller" if requested else "asked for by DIM_BACKEND"
-    requested = requested or os.environ.get("DIM_BACKEND")
-    names = OPERATORS[operator].backends
-    if not requested:
+    names, asked = OPERATORS[operator].backends, requested or os.environ.get("DIM_BACKEND")
+    if not asked:
         name, reason = _first_able(operator, device, dtype, size)
         if reason and dtype != torch.float64:
             _warn_once(f"{operator} runs as plain PyTorch, slowly, on {device.type}: {reason}")
         return name
-    if requested not in names:
-        raise UserError(
-            f"{operator}: there is no backend {requested!r} ({source}); choose one of "
-            f"{', '.join(names)}"
-        )
-    reason = why_not(operator, requested, device, dtype, size)
+    source = "asked for by the caller" if requested else "asked for by DIM_BACKEND"
+    if asked not in names:
+        reason = f"there is none of this name; choose one of {', '.join(names)}"
+    else:
+        reason = why_not(operator, asked, device, dtype, size)
     if reason:
-        raise UserError(f"{operator}: backend {requested!r} ({source}) cannot run: {reason}")
-    return requested
+        raise UserError(f"{operator}: backend {asked!r} ({source}) cannot run: {reason}")
+    return asked
 
 
-def describe(operator, device, dtype=torch.float32):
-    """One line: the backend that would run here, and why not another."""
-    name = choose(operator, None, device, dtype)
-    asked = "asked for by DIM_BACKEND" if os.environ.get("DIM_BACKEND") else "chosen automatically"
-    reason = _first_able(operator, device, dtype, None)[1]
-    return f"{operator}: {name} ({_version(name, device)}), {reason or asked}"
+def describe(operator, device):
+    """One line: the backend that would run here for float32, and why not another."""
+    name = choose(operator, None, device, torch.float32)
+    source = f"DIM_BACKEND={asked}" if (asked := os.environ.get("DIM_BACKEND")) else "automatically"
+    reason = _first_able(operator, device, torch.float32, None)[1]
+    return f"{operator}: {name} ({_version(name, device)}), {reason or f'chosen {source}'}"
 
 
 def _version(name, device):
     if name == "cuda":
-        return importlib.import_module("libs.ops.cuda.launch").describe(device)
+        return launch.Gpu.of(device.index)
     if name == "cpu":
         numba = importlib.import_module("numba")
         return f"numba {numba.__version__}, {torch.get_num_threads()} threads"
@@ -93,7 +91,7 @@ def why_not(operator, name, device, dtype, size):
     _, sizes, counted = OPERATORS[operator]
     if size is not None and size not in sizes:
         return f"it is not for {size} {counted}; use backend='reference'"
-    return importlib.import_module("libs.ops.cuda.launch").unavailable(device)
+    return launch.unavailable(device.index)
 
 
 def _first_able(operator, device, dtype, size):
@@ -112,10 +110,10 @@ def _warn_once(message):
 
 @functools.cache
 def _numba_error():
-    """Why numba does not import, or None. Imported rather than looked up: a numba that does not fit
-    the installed numpy is there, and fails."""
+    """Why numba does not import, or None; for a numpy that it does not know, numba raises more than
+    ImportError."""
     try:
         importlib.import_module("numba")
-    except Exception as error:  # for a numpy it does not know, numba raises more than ImportError
+    except Exception as error:
         return f"numba cannot be imported ({error}); run: pip install -U numba".replace("\n", " ")
     return None

@@ -14,10 +14,6 @@ from pathlib import Path
 import torch
 
 CSRC = Path(__file__).resolve().parents[3] / "csrc"
-_log = logging.getLogger("dim")
-
-
-# ---------------------------------------- what is installed
 
 
 @functools.cache
@@ -53,9 +49,6 @@ def _cuda_headers():
     return find_nvidia_header_directory("cudart")
 
 
-# ---------------------------------------- the cache
-
-
 def cache_directory():
     if os.environ.get("DIM_CACHE_DIR"):
         return Path(os.environ["DIM_CACHE_DIR"])
@@ -74,8 +67,7 @@ def digest(pattern):
 
 
 def _options(kernel, arch):
-    """What the key is made of: no path of this machine. lineinfo shows profilers the source lines
-    and does not change the code."""
+    """No path of this machine. lineinfo shows profilers source lines and changes no code."""
     return {
         "name": kernel.source, "arch": f"sm_{arch}", "define_macro": list(kernel.defines),
         "std": "c++17", "lineinfo": True,
@@ -87,22 +79,24 @@ def key(kernel, arch):
     from cuda.core import ProgramOptions
     from cuda.core.utils import make_program_cache_key
 
+    options, text = ProgramOptions(**_options(kernel, arch)), (CSRC / kernel.source).read_text()
     return make_program_cache_key(
-        code=(CSRC / kernel.source).read_text(encoding="utf-8"), code_type="c++",
-        options=ProgramOptions(**_options(kernel, arch)), target_type="cubin",
+        code=text, code_type="c++", options=options, target_type="cubin",
         extra_digest=digest("*.cuh"),
     )  # fmt: skip
 
 
 @functools.cache
+def say_once(line):
+    """A warning, as outside a run nobody listens to what is below."""
+    logging.getLogger("dim").warning(line)
+
+
 def warn_of_cache(reason):
-    _log.warning(
+    say_once(
         f"cannot keep compiled CUDA kernels in {cache_directory()} ({reason}); every process will "
         "compile them again; set DIM_CACHE_DIR to a directory that can be written"
     )
-
-
-# ---------------------------------------- compiling
 
 
 def compile_kernel(kernel, arch, logs=None, **options):
@@ -111,12 +105,12 @@ def compile_kernel(kernel, arch, logs=None, **options):
     from cuda.core import Program, ProgramOptions
 
     options |= _options(kernel, arch) | {"include_path": [str(CSRC), _cuda_headers()]}
-    text = (CSRC / kernel.source).read_text(encoding="utf-8")
-    return Program(text, "c++", ProgramOptions(**options)).compile("cubin", logs=logs)
+    program = Program((CSRC / kernel.source).read_text(), "c++", ProgramOptions(**options))
+    return program.compile("cubin", logs=logs)
 
 
-def load_or_compile(kernel, arch, announce=lambda: None):
-    """The cubin of a kernel, from the cache, or compiled now, after `announce()`, and put there.
+def load_or_compile(kernel, arch):
+    """The cubin of a kernel, from the cache, or compiled now and put there.
     Of many processes at once each that finds nothing compiles, and the last one's file stays."""
     from cuda.core.utils import FileStreamProgramCache
 
@@ -127,7 +121,7 @@ def load_or_compile(kernel, arch, announce=lambda: None):
             return cubin
     except OSError as error:
         warn_of_cache(error.strerror)
-    announce()
+    say_once(f"compiling CUDA kernels for sm_{arch}, once; they are kept in {cache_directory()}")
     cubin = bytes(compile_kernel(kernel, arch).code)
     try:
         cache[name] = cubin
@@ -136,8 +130,8 @@ def load_or_compile(kernel, arch, announce=lambda: None):
     return cubin
 
 
-def compile_all(kernels, arch, announce=lambda: None):
+def compile_all(kernels, arch):
     """Put the kernels into the cache, those that are missing; NVRTC runs on several threads."""
     import cuda.core.utils  # noqa: F401  not by several threads at once
     with ThreadPoolExecutor(min(16, os.cpu_count())) as pool:
-        list(pool.map(lambda kernel: load_or_compile(kernel, arch, announce), kernels))
+        list(pool.map(lambda kernel: load_or_compile(kernel, arch), kernels))

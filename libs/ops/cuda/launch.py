@@ -8,10 +8,8 @@ one call of the driver, without synchronisation, so that CUDA graphs can capture
 import ctypes
 import functools
 import importlib
-import logging
 import math
 import threading
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,39 +17,8 @@ import torch
 from libs.ops.cuda import compiler, launch_plan
 from utils import UserError
 
-_log = logging.getLogger("dim")
 _ALIGNMENT = 256  # of scratch tensors inside their one allocation; what torch.empty guarantees
 _STATIC_SHARED_LIMIT = 48 * 1024  # above it a kernel must be told
-
-
-# ---------------------------------------- can it run
-
-
-def unavailable(device):
-    """None, or why no kernel of ours can run on this CUDA device."""
-    return _unavailable(_index(device)) if torch.cuda.is_available() else "no CUDA device is found"
-
-
-@functools.cache
-def _unavailable(index):
-    gpu = Gpu.of(index)
-    if gpu.arch < 75:
-        return f"{gpu.name} is sm_{gpu.arch}; the kernels are for sm_75 (Turing) and newer"
-    return compiler.missing()
-
-
-def describe(device):
-    gpu = Gpu.of(_index(device))
-    return f"{gpu.name}, sm_{gpu.arch}, NVRTC {compiler.nvrtc_version()}"
-
-
-def driver_version():
-    module = Path("/proc/driver/nvidia/version")
-    return module.read_text() if module.exists() else _driver().cuDriverGetVersion()[1]
-
-
-def _index(device):
-    return torch.cuda.current_device() if device.index is None else device.index
 
 
 # ---------------------------------------- kernels on a device
@@ -76,7 +43,10 @@ class Gpu:
     @staticmethod
     @functools.cache
     def of(index):
-        return Gpu(index)
+        return Gpu(torch.cuda.current_device() if index is None else index)
+
+    def __str__(self):
+        return f"{self.name}, sm_{self.arch}, NVRTC {compiler.nvrtc_version()}"
 
     def function(self, kernel, shared_bytes=0):
         """The driver's handle of a kernel, compiled and loaded if this is its first use."""
@@ -89,32 +59,30 @@ class Gpu:
         import cuda.core
 
         refuse_capture()
-        driver = _driver()
+        cuda_driver = driver()
         with torch.cuda.device(self.index):
             _make_context_current(self.index)
-            cubin = compiler.load_or_compile(kernel, self.arch, self.announce)
+            cubin = compiler.load_or_compile(kernel, self.arch)
             code = cuda.core.ObjectCode.from_cubin(cubin, name=kernel.source)
             handle = int(code.get_kernel(kernel.name).handle)
             if shared_bytes > _STATIC_SHARED_LIMIT:
-                attribute = driver.CUfunction_attribute
-                (error,) = driver.cuKernelSetAttribute(
-                    attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                    shared_bytes, driver.CUkernel(handle), driver.CUdevice(self.index),
+                (error,) = cuda_driver.cuKernelSetAttribute(
+                    cuda_driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    shared_bytes, cuda_driver.CUkernel(handle), cuda_driver.CUdevice(self.index),
                 )  # fmt: skip
                 _raise(error, f"{shared_bytes} bytes of shared memory for {kernel.name}")
-        return code, driver.CUfunction(handle)  # the driver takes the one handle for the other
-
-    def announce(self):
-        _say_once(
-            f"compiling CUDA kernels for {self.name} (sm_{self.arch}), once; they are kept in "
-            f"{compiler.cache_directory()}"
-        )
+        return code, cuda_driver.CUfunction(handle)  # the driver takes the one for the other
 
 
 @functools.cache
-def _say_once(line):
-    """A warning, as outside a run nobody listens to what is below."""
-    _log.warning(line)
+def unavailable(index):
+    """None, or why no kernel of ours can run on this CUDA device."""
+    if not torch.cuda.is_available():
+        return "no CUDA device is found"
+    gpu = Gpu.of(index)
+    if gpu.arch < 75:
+        return f"{gpu.name} is sm_{gpu.arch}; the kernels are for sm_75 (Turing) and newer"
+    return compiler.missing()
 
 
 def refuse_capture():
@@ -248,12 +216,12 @@ def _launch(launch, stream, params):
     """One kernel with one struct by value; the driver copies it before it returns."""
     *config, name = launch
     pointer = ctypes.c_void_p(ctypes.addressof(params))
-    (error,) = _driver().cuLaunchKernel(*config, stream, ctypes.addressof(pointer), 0)
+    (error,) = driver().cuLaunchKernel(*config, stream, ctypes.addressof(pointer), 0)
     _raise(error, f"launching {name}")
 
 
 @functools.cache
-def _driver():
+def driver():
     from cuda.bindings import driver
 
     return driver

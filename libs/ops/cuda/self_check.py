@@ -8,6 +8,7 @@ reach a model. The definition runs in float64 on the CPU, which owes nothing to 
 import hashlib
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -157,7 +158,7 @@ def check(gpu, dtype):
     """Lines for people; UserError if a kernel computes wrong numbers."""
     gpu.checked.add(dtype)  # the problems use the kernels as a model does
     kernels = kernels_of_configs(launch.name_of(dtype), gpu.arch)
-    compiler.compile_all(kernels, gpu.arch, gpu.announce)
+    compiler.compile_all(kernels, gpu.arch)
     lines = []
     with torch.cuda.device(gpu.index):
         for what, error, allowed in worst_errors(gpu, dtype):
@@ -171,10 +172,14 @@ def check(gpu, dtype):
     return lines
 
 
+def driver_version():
+    module = Path("/proc/driver/nvidia/version")
+    return module.read_text() if module.exists() else launch.driver().cuDriverGetVersion()
+
+
 def note(gpu, dtype):
     """The file that says that this dtype's kernels passed on this GPU with this software."""
-    driver = launch.driver_version()
-    facts = (gpu.name, driver, compiler.nvrtc_version(), compiler.digest("*.cu*").hex(), dtype)
+    facts = (str(gpu), driver_version(), compiler.digest("*.cu*"), dtype)
     name = hashlib.sha256(repr(facts).encode()).hexdigest()
     return compiler.cache_directory() / "checked" / name
 
