@@ -31,15 +31,15 @@ class ImageDataset(Dataset):
     """Base of the data sets: labels and keyed augmentation. Subclasses give `_read(epoch, index)`.
 
     A subclass is constructed with path (a Path or None), resolution (or None), labels (False: no
-    classes), random_flip and seed, and, if `cropped`, random_crop.
+    classes), random_flip and seed, and, if it crops and it is asked for, random_crop=True.
 
     Attributes: `shape` (C, H, W); `num_classes`, 0 for none; `labels`, int64 array (length,) or
     None, known without reading an image; `preprocessing`, a note for the records of statistics;
-    `latent`, whether items are an autoencoder's moments instead of images; `cropped`, whether
-    squares are cut from files; `class_names`, by number, and `files`, None where there are none.
+    `latent`, whether items are an autoencoder's moments instead of images; `class_names`, by
+    number, and `files`, None where there are none.
     """
 
-    needs_path, latent, cropped = False, False, False
+    needs_path, latent = False, False
     preprocessing, class_names, files = "none", None, None
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
@@ -153,7 +153,7 @@ class ImageFolder(ImageDataset):
     more than MAX_UNREADABLE of them (in one process) raise UserError. `files` are below `root`.
     """
 
-    needs_path, cropped, subfolder = True, True, ""
+    needs_path, subfolder = True, ""
 
     def __init__(self, *, path, resolution, labels, random_crop=False, **augmentation):
         self.root, targets = path / self.subfolder, None
@@ -297,7 +297,7 @@ def get_dataset(
     UserError for an unknown name and for missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
-    if kind.needs_path and not path:
+    if not path and getattr(kind, "needs_path", False):
         raise UserError(f"the data set {name!r} needs dataset.path (--path of the scripts)")
     crop = {"random_crop": True} if random_crop else {}
     return kind(
@@ -308,9 +308,8 @@ def get_dataset(
 
 def make_dataset(settings, *, labels, seed, side=None, augmented=False):
     """The data set of a config's section `dataset`; augmented, as training reads it: cropped and
-    flipped at random. side: the resolution of squares cut from files, where the section has none.
+    flipped at random. side: the resolution where the section has none.
     """
-    side = side if look_up(DATASETS, settings.name, "dataset.name").cropped else None
     return get_dataset(
         settings.name, path=settings.path, resolution=settings.resolution or side, labels=labels,
         seed=seed, random_crop=augmented and settings.random_crop,
