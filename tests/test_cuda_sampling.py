@@ -24,10 +24,7 @@ from libs.train.resume import Progress, TrainState
 from libs.train.step import take_step, update
 from sde import VPSDE, make_process
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
-]
+pytestmark = pytest.mark.cuda
 GPU = torch.device("cuda", 0)
 CLASSES = 10
 

@@ -22,7 +22,7 @@ def toy_network(scale=1.0):
 
     def predict(x, t, y):
         time = torch.as_tensor(t).float() * 1000
-        calls.append((tuple(x.shape), float(time.max())))
+        calls.append((list(x.shape[-2:]), float(time.max())))
         time = time.expand(len(x)).view(-1, 1, 1, 1)
         out = 0.6 * x + 0.3 * x.roll(1, -1) - 0.2 * x.roll(1, -2) + 0.1 * (time / 50).sin()
         out = out + 0.05 * (time / 7).cos() * x
@@ -42,8 +42,8 @@ def guided(case, y, scale=1.0):
 @pytest.mark.parametrize("case, arrays", golden_cases.params("get_tau"))
 def test_low_resolution_times(case, arrays):
     process = DiscreteSchedule()
+    t = torch.from_numpy(arrays["t"])
     for m in case["m"]:
-        t = torch.from_numpy(arrays["t"])
         tau = torch.stack([guidance.low_resolution_time(process, time, m) for time in t])
         clamped = np.minimum(1 - np.arange(1000, dtype=np.float32) / np.float32(999), 1)
         # Near ties an honest float32 result may be one entry off.
@@ -62,24 +62,18 @@ def test_one_evaluation(case, arrays):
         assert_close(output(x, t), arrays["out"][k], SINGLE_TOL, f"t = {t}")
         # Guidance halves in one batch here, one after the other there.
         expected = case["network_calls_per_t"][k][::2]
-        assert [shape[-2:] for shape, _ in calls] == [
-            tuple(call["x_shape"][-2:]) for call in expected
-        ]
-        assert [time for _, time in calls] == pytest.approx(
-            [call["network_time"][0] for call in expected], abs=1e-3
-        )
+        assert [size for size, _ in calls] == [call["x_shape"][-2:] for call in expected]
+        network_times = [call["network_time"][0] for call in expected]
+        assert [time for _, time in calls] == pytest.approx(network_times, abs=1e-3)
 
 
 @pytest.mark.parametrize("case, arrays", golden_cases.params("sampler_upsample_g"))
 def test_the_whole_sampler(case, arrays):
     output, calls = guided(case, torch.from_numpy(arrays["y"]), scale=0.5)
-    result = sample(
-        output, DiscreteSchedule(), torch.from_numpy(arrays["x_init"]), pred="noise_pred",
-        algorithm="dpm_solver_upsample_g", steps=case["steps"],
-    )  # fmt: skip
+    options = dict(pred="noise_pred", algorithm="dpm_solver_upsample_g", steps=case["steps"])
+    result = sample(output, DiscreteSchedule(), torch.from_numpy(arrays["x_init"]), **options)
     assert_close(result, arrays["out"], WHOLE_RUN_TOL)
     expected = case["network_calls"][::2]
-    assert [list(shape[-2:]) for shape, _ in calls] == [call["HW"] for call in expected]
-    assert [time for _, time in calls] == pytest.approx(
-        [call["network_time"] for call in expected], abs=1.1
-    )
+    assert [size for size, _ in calls] == [call["HW"] for call in expected]
+    network_times = [call["network_time"] for call in expected]
+    assert [time for _, time in calls] == pytest.approx(network_times, abs=1.1)

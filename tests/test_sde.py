@@ -6,7 +6,7 @@ import torch
 from sde import PROCESSES, VPSDE, DiscreteSchedule, make_process
 from utils import UserError
 
-BOTH = [VPSDE(), DiscreteSchedule()]
+BOTH = pytest.mark.parametrize("process", [VPSDE(), DiscreteSchedule()])
 
 
 def test_the_network_gets_whole_steps_in_training():
@@ -33,7 +33,7 @@ def test_training_mixes_with_the_table_of_the_step():
     torch.testing.assert_close(process.betas(), betas, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("process", BOTH)
+@BOTH
 def test_float64_schedule(process):
     t = torch.linspace(1e-3, 1, 777, dtype=torch.float64)
     alpha, sigma, lam = process.alpha(t), process.sigma(t), process.half_log_snr(t)
@@ -42,7 +42,7 @@ def test_float64_schedule(process):
     torch.testing.assert_close(process.inverse_half_log_snr(lam), t, rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("process", BOTH)
+@BOTH
 @pytest.mark.parametrize("pred", ["noise_pred", "x0_pred"])
 @pytest.mark.parametrize("time", [torch.tensor(0.2505), torch.tensor([0.2505, 0.4995])])
 def test_conversions_undo_the_mixing(process, pred, time):
