@@ -40,7 +40,7 @@ def get_saved_step(workdir):
     for _ in range(600):
         log = (workdir / "output.log").read_text()
         if "stopped at step" in log:
-            return int(log.split("stopped at step ")[-1].split()[0])
+            return int(log.split("stopped at step ")[-1].split(";")[0])
         time.sleep(0.1)
     raise AssertionError(f"the run did not stop: {log}")
 
@@ -58,9 +58,12 @@ def test_the_run_trains(undisturbed):
     assert (undisturbed / "samples" / f"{STEPS}.png").stat().st_size > 1000
 
 
-def test_kill_9(in_process, tmp_path, undisturbed):
-    """The data loader's workers end with the run."""
+def test_kill_9(in_process, capfd, tmp_path, undisturbed):
+    """A second run in the directory is refused; the data loader's workers end with the first."""
     process = start_slow(tmp_path)
+    runs.wait_for_step(process, tmp_path, 1)
+    status = in_process("train", runs.arguments(tmp_path))
+    runs.assert_one_sentence(status, capfd.readouterr().err, str(process.pid))
     runs.wait_for_step(process, tmp_path, 7)
     workers = psutil.Process(process.pid).children()
     os.kill(process.pid, signal.SIGKILL)
@@ -150,11 +153,3 @@ def test_nothing_is_started_over_where_every_checkpoint_is_damaged(
     assert in_process("train", runs.arguments(workdir)) == 1
     runs.assert_one_sentence(1, capfd.readouterr().err, "is whole", "12.ckpt")
     runs.assert_nothing_lost(before)
-
-
-def test_a_second_run_in_the_directory_is_refused(in_process, capfd, tmp_path):
-    first = start_slow(tmp_path)
-    runs.wait_for_step(first, tmp_path, 1)
-    status = in_process("train", runs.arguments(tmp_path))
-    runs.kill_group(first)
-    runs.assert_one_sentence(status, capfd.readouterr().err, str(first.pid))

@@ -15,7 +15,7 @@ from datasets import get_dataset
 from libs.data.codec import PixelCodec
 from libs.files import weights_file
 from libs.model.build import build_model
-from libs.train import checkpoint, loop, losses, optimizer, snapshots
+from libs.train import checkpoint, engine, loop, losses, optimizer, snapshots
 from libs.train.resume import Progress
 from libs.train.step import update
 from sde import VPSDE
@@ -117,7 +117,7 @@ def test_labels_are_dropped_as_the_draws_say():
 
 def test_another_optimizer_trains_and_skips_what_is_not_finite(tmp_path, monkeypatch):
     """One that does not read found_inf on the device; its momentum is resumed."""
-    monkeypatch.setattr(optimizer, "OPTIMIZERS", {
+    monkeypatch.setattr(engine, "OPTIMIZERS", {
         "sgd": lambda parameters, settings: torch.optim.SGD(parameters, settings.lr, momentum=0.9)
     })  # fmt: skip
     config = make_config(optimizer__name="sgd", train__n_steps=2, optimizer__lr=0.01)
@@ -135,10 +135,8 @@ def test_schedules():
     """Warm-up, and its product with half a cosine, down to 0 at the last update and beyond."""
 
     def factors(name, *steps, warmup=4):
-        schedule = optimizer.make_schedule(
-            types.SimpleNamespace(name=name, warmup_steps=warmup), n_steps=100
-        )
-        return [schedule(step) for step in steps]
+        schedule = optimizer.SCHEDULES[name]
+        return [schedule(step, warmup_steps=warmup, n_steps=100) for step in steps]
 
     assert factors("warmup_constant", 0, 1, 2, 4, 99) == [0, 0.25, 0.5, 1, 1]
     assert factors("customized", 0, 2, warmup=0) == factors("customized", 0, 2, warmup=-1) == [1, 1]
@@ -309,7 +307,7 @@ def test_fid_at_intervals_and_after_a_kill_that_prevented_it(tmp_path, monkeypat
     make = snapshots.Snapshots.make
     with monkeypatch.context() as patch:
         patch.setattr(snapshots.Snapshots, "make",
-                      lambda self, due, step: make(self, due if step < 4 else (), step))
+                      lambda self, due, step: make(self, due if step < 4 else set(), step))
         train(tmp_path, config)
     assert [line["step"] for line in figures()] == [2]
     assert not (tmp_path / "samples" / "4.png").exists()

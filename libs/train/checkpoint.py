@@ -23,7 +23,8 @@ log = logging.getLogger("dim")
 SAVING = ".saving-{}"  # the folder of a step's checkpoint while it is being written
 
 
-def _write_files(folder, nnet, ema, training_state, config):
+def _write(folder, step, nnet, ema, training_state, config):
+    """All files, and manifest.json once the others are on the disk."""
     for name, tensors in ("nnet", nnet), ("nnet_ema", ema):
         path = folder / f"{name}.safetensors"
         save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path)
@@ -31,10 +32,6 @@ def _write_files(folder, nnet, ema, training_state, config):
     with (folder / "training.pt").open("wb") as file:
         torch.save(training_state, file)
     write_json(folder / "config.json", config)
-
-
-def _write_manifest(folder, step):
-    """manifest.json, once all other files are on the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -74,8 +71,7 @@ def save(directory, step, *, nnet, ema, training_state, config, keep_last):
     folder = directory / SAVING.format(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_files(folder, nnet, ema, training_state, config)
-        _write_manifest(folder, step)
+        _write(folder, step, nnet, ema, training_state, config)
         target = _put_in_place(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)

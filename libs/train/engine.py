@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from libs.runtime import GraphedTraining, requested_engine
-from libs.train.optimizer import make_optimizer
-from utils import UserError
+from libs.train.optimizer import OPTIMIZERS
+from utils import UserError, look_up
 
 # DDP's, of a DiM's two depthwise convolutions: strides differ in the axis of size 1 alone.
 _HARMLESS = r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, 1, 3, 3\]"
@@ -193,7 +193,8 @@ def make_engine(
     requested, max_norm = requested_engine(), max_norm or float("inf")
     if requested == "fsdp2":
         _shard(network, average, accelerator.device, accelerator.num_processes)
-    optimizer, scaler = make_optimizer(settings, network.parameters()), precision.scaler
+    make_optimizer = look_up(OPTIMIZERS, settings.name, "optimizer.name")
+    optimizer, scaler = make_optimizer(network.parameters(), settings), precision.scaler
     if requested == "fsdp2":
         return ShardedEngine("FSDP2", network, network, optimizer, scaler, max_norm)
     if requested == "zero2":

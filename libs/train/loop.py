@@ -17,10 +17,11 @@ from libs.ops import describe_backends
 from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator, ranks
 from libs.train.loader import make_batches
 from libs.train.losses import Objective, make_draws
-from libs.train.optimizer import make_schedule
+from libs.train.optimizer import SCHEDULES
 from libs.train.resume import find_checkpoint, make_state, save
 from libs.train.snapshots import Snapshots
 from libs.train.step import report_bad_step, take_step, update
+from utils import look_up
 
 log = logging.getLogger("dim")
 
@@ -39,23 +40,6 @@ def open_run(directory, accelerator):
         yield stop
 
 
-def log_run(directory, accelerator, all_ranks, state, dataset, found):
-    """What a run is; found: what its environment.json says."""
-    packages = ", ".join(map(" ".join, found["packages"].items()))
-    parameters = sum(p.numel() for p in state.network.parameters())
-    log.info("run directory %s; commit %s; packages %s", directory, found["commit"], packages)
-    log.info(
-        "%d process(es), ranks %s, on %s, %d thread(s) each, precision %s, engine %s",
-        accelerator.num_processes, all_ranks, ", ".join(found["devices"]),
-        found["torch_threads"], state.precision.name, state.engine.name,
-    )  # fmt: skip
-    for line in describe_backends(accelerator.device):
-        log.info("operator %s", line)
-    log.info("network %s, %s parameters", type(state.network).__name__, f"{parameters:,}")
-    log.info("%s images of shape %s, %d classes: %s", f"{len(dataset):,}", dataset.shape,
-             dataset.num_classes, utils.listed(dataset.class_names or ()))  # fmt: skip
-
-
 @contextlib.contextmanager
 def open_metrics(config, directory, accelerator, state, dataset, lines):
     """The MetricsLog of this start, None on all processes but the main one; the log says what the
@@ -65,13 +49,24 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     if not accelerator.is_main_process:
         yield None
         return
-    classes = {name: number for number, name in enumerate(dataset.class_names or ())}
+    parameters = sum(p.numel() for p in state.network.parameters())
+    names = dataset.class_names or ()
+    classes = {name: number for number, name in enumerate(names)}
     found = environment() | {"images": len(dataset), "classes": classes}
-    log_run(directory, accelerator, all_ranks, state, dataset, found)
+    packages = ", ".join(map(" ".join, found["packages"].items()))
+    log.info("run directory %s; commit %s; packages %s", directory, found["commit"], packages)
+    log.info(
+        "%d process(es), ranks %s, on %s, %d thread(s) each, precision %s, engine %s",
+        accelerator.num_processes, all_ranks, ", ".join(found["devices"]),
+        found["torch_threads"], state.precision.name, state.engine.name,
+    )  # fmt: skip
+    log.info("network %s, %s parameters", type(state.network).__name__, f"{parameters:,}")
+    log.info("%s images of shape %s, %d classes: %s", f"{len(dataset):,}", dataset.shape,
+             dataset.num_classes, utils.listed(names))  # fmt: skip
+    for line in (*(f"operator {line}" for line in describe_backends(accelerator.device)), *lines):
+        log.info("%s", line)
     for line in utils.write_run_files(directory, config, found):
         log.warning("changed since this run began: %s", line)
-    for line in lines:
-        log.info("%s", line)
     tensorboard, wandb = config.train.tensorboard, config.train.wandb
     with contextlib.closing(MetricsLog(directory, tensorboard, wandb)) as metrics_log:
         metrics_log.truncate_after(state.progress.step, state.progress.batch)
@@ -143,7 +138,7 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
             num_workers=settings.num_workers, seed=config.seed, start_batch=progress.batch,
         )  # fmt: skip
         objective, draw = make_objective(config, process, codec, model, dataset, device)
-        schedule = make_schedule(config.lr_scheduler, settings.n_steps)
+        schedule = look_up(SCHEDULES, config.lr_scheduler.name, "lr_scheduler.name")
         with open_metrics(config, directory, accelerator, state, dataset, lines) as metrics_log:
             snapshots = Snapshots(
                 config, directory, accelerator, state, process, codec, metrics_log, stop
@@ -152,10 +147,11 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
                 snapshots.make(snapshots.missing(progress.step), progress.step)
             step_log, stopping = StepLog(metrics_log, settings, progress.step), False
             while progress.step < settings.n_steps and not stopping:
+                warmup = config.lr_scheduler.warmup_steps
+                factor = schedule(progress.step, warmup_steps=warmup, n_steps=settings.n_steps)
                 stats = take_step(
                     accelerator, state, objective, batches, draw(progress.batch),
-                    lr=config.optimizer.lr * schedule(progress.step), accumulation=accumulation,
-                    stop=stop.requested,
+                    lr=config.optimizer.lr * factor, accumulation=accumulation, stop=stop.requested,
                 )  # fmt: skip
                 outcome, stopping = update(state, stats), stats.stop
                 step_log.write(progress, stats, outcome)

@@ -1,11 +1,8 @@
 """Optimizers and learning-rate schedules by name."""
 
-import functools
 import math
 
 import torch
-
-from utils import look_up
 
 
 def adamw(parameters, settings):
@@ -19,11 +16,6 @@ def adamw(parameters, settings):
 
 
 OPTIMIZERS = {"adamw": adamw}  # f(parameters, config.optimizer) -> torch.optim.Optimizer
-
-
-def make_optimizer(settings, parameters):
-    """The optimizer that config.optimizer names."""
-    return look_up(OPTIMIZERS, settings.name, "optimizer.name")(parameters, settings)
 
 
 def warmup_constant(step, warmup_steps, n_steps):
@@ -43,9 +35,3 @@ def cosine(step, warmup_steps, n_steps):
 SCHEDULES = {
     "warmup_constant": warmup_constant, "customized": warmup_constant, "cosine": cosine
 }  # fmt: skip
-
-
-def make_schedule(settings, n_steps):
-    """f(step) -> factor of optimizer.lr, as config.lr_scheduler says."""
-    schedule = look_up(SCHEDULES, settings.name, "lr_scheduler.name")
-    return functools.partial(schedule, warmup_steps=settings.warmup_steps, n_steps=n_steps)

@@ -6,14 +6,7 @@ import logging
 from accelerate.utils import broadcast_object_list, gather_object
 
 import utils
-from libs.evaluate import (
-    FEATURES,
-    load_real,
-    make_features,
-    make_grid_images,
-    make_image_sampler,
-    measure,
-)
+from libs import evaluate
 from libs.parts import open_dataset
 from libs.runtime import wait_without_timeout
 from libs.train.engine import whole_weights
@@ -34,12 +27,12 @@ class Snapshots:
     def __init__(self, config, directory, accelerator, state, process, codec, metrics_log, stop):
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.metrics_log, self.is_stopped = metrics_log, lambda: stop.requested
-        self.image_sampler = make_image_sampler(
+        self.image_sampler = evaluate.make_image_sampler(
             config, state.ema.model, process, codec, precision=state.precision, seed=config.seed
         )
         self.features = self.real = None
         if config.train.fid_samples and config.sample.features != "none":
-            look_up(FEATURES, config.sample.features, "sample.features")
+            look_up(evaluate.FEATURES, config.sample.features, "sample.features")
             self.prepare_fid()
 
     def prepare_fid(self):
@@ -48,13 +41,13 @@ class Snapshots:
         """
         config, device = self.config, self.accelerator.device
         try:
-            self.features = make_features(
+            self.features = evaluate.make_features(
                 config.sample.features, config.sample.fid_weights_path, device
             )
             if self.accelerator.is_main_process:
                 images = None if config.dataset.fid_stats else open_dataset(config)
                 side = self.image_sampler.image_shape[-1]
-                self.real = load_real(
+                self.real = evaluate.load_real(
                     config.dataset, self.features, images, side=side, device=device
                 )
         except UserError as error:
@@ -88,29 +81,32 @@ class Snapshots:
         return broadcast_object_list([missing])[0]
 
     def make(self, due, step):
-        """Of what `due` names, grid and FID."""
-        with whole_weights(self.image_sampler.model):
-            if "grid" in due:
-                self.make_grid(step)
-            if "fid" in due:
-                self.measure_fid(step)
+        """Of what `due` names, samples/<step>.png, and the figures of FID in the log."""
+        if "grid" in due:
+            self.make_grid(self.directory / "samples" / f"{step}.png")
+        if "fid" in due:
+            self.measure_fid(step)
 
-    def make_grid(self, step):
-        """samples/<step>.png."""
+    def make_grid(self, path):
+        """The picture `path` of train.grid_samples images."""
         n = self.config.train.grid_samples
-        images = make_grid_images(self.image_sampler, self.accelerator, n, self.is_stopped)
+        with whole_weights(self.image_sampler.model):
+            images = evaluate.make_grid_images(
+                self.image_sampler, self.accelerator, n, self.is_stopped
+            )
         if images is not None and self.accelerator.is_main_process:
-            (self.directory / "samples").mkdir(exist_ok=True)
-            utils.save_grid(self.directory / "samples" / f"{step}.png", images, GRID_COLUMNS)
+            path.parent.mkdir(exist_ok=True)
+            utils.save_grid(path, images, GRID_COLUMNS)
 
     def measure_fid(self, step):
         """The figures of train.fid_samples images, in the log."""
-        figures = None
+        n, figures = self.config.train.fid_samples, None
         try:
-            figures = measure(
-                self.image_sampler, self.features, self.real, self.accelerator,
-                n=self.config.train.fid_samples, stop=self.is_stopped,
-            )  # fmt: skip
+            with whole_weights(self.image_sampler.model):
+                figures = evaluate.measure(
+                    self.image_sampler, self.features, self.real, self.accelerator, n=n,
+                    stop=self.is_stopped,
+                )  # fmt: skip
         except UserError as error:  # on every process
             log.warning("no FID at step %d: %s", step, error)
         if figures is not None:

@@ -12,27 +12,6 @@ from utils import UserError
 log = logging.getLogger("dim")
 
 
-def accumulate_gradients(accelerator, state, objective, batches, draws, accumulation):
-    """Forward and backward of this rank's micro-batches; returns their mean loss, 0-dim float32.
-
-    batches: iterator over this rank's (x, y) on its device; draws: Draws of the global batch, of
-    which a micro-batch has the rows that GlobalBatchSampler deals to it.
-    """
-    engine, total = state.engine, torch.zeros((), device=accelerator.device)
-    size = len(draws.time) // (accelerator.num_processes * accumulation)
-    for m in range(accumulation):
-        start = (m * accelerator.num_processes + accelerator.process_index) * size
-        own = Draws(*(draw if draw is None else draw[start : start + size] for draw in draws))
-        x, y = next(batches)
-        with engine.accumulating(last=m + 1 == accumulation):
-            with state.precision.autocast():
-                losses = objective(engine.model, x, y, own)
-            loss = losses.mean() / accumulation
-            engine.backward(loss)
-        total += loss.detach()
-    return total
-
-
 class StepStats:
     """Of a step loss, the mean over the processes; grad_norm; stop, whether any process was asked
     to stop; loss_scale: on the host after `fetch`. `take_step` adds lr and seconds.
@@ -64,16 +43,29 @@ class StepStats:
 
 
 def take_step(accelerator, state, objective, batches, draws, *, accumulation, lr, stop):
-    """Gradients and the optimizer's step at learning rate lr; fetched StepStats.
+    """Gradients of this rank's micro-batches, and the optimizer's step; fetched StepStats.
 
-    batches, draws: as of `accumulate_gradients`; stop: whether this process was asked to stop.
+    batches: Prefetcher of this rank's (x, y); draws: Draws of the global batch, of which a
+    micro-batch has the rows that GlobalBatchSampler deals to it; lr: learning rate; stop: whether
+    this process was asked to stop.
     """
     engine, began = state.engine, time.monotonic()
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
     engine.optimizer.zero_grad(set_to_none=True)
-    loss = accumulate_gradients(accelerator, state, objective, batches, draws, accumulation)
-    stats = StepStats(accelerator, state.precision, loss, engine.clip(), stop)
+    total = torch.zeros((), device=accelerator.device)
+    size = len(draws.time) // (accelerator.num_processes * accumulation)
+    for m in range(accumulation):
+        start = (m * accelerator.num_processes + accelerator.process_index) * size
+        rows = Draws(*(draw if draw is None else draw[start : start + size] for draw in draws))
+        x, y = next(batches)
+        with engine.accumulating(last=m + 1 == accumulation):
+            with state.precision.autocast():
+                losses = objective(engine.model, x, y, rows)
+            loss = losses.mean() / accumulation
+            engine.backward(loss)
+        total += loss.detach()
+    stats = StepStats(accelerator, state.precision, total, engine.clip(), stop)
     engine.step(stats.found_inf)
     batches.prefetch()
     stats.fetch()
