@@ -113,14 +113,13 @@ class Cifar10(InMemory):
     there is neither, the archive is downloaded into it.
     """
 
-    needs_path = True
-
     @staticmethod
     def _load(path):
         """uint8 images and labels. torchvision checks the md5 before it unpickles."""
         from torchvision.datasets import CIFAR10
 
-        root = path.parent if path.name == CIFAR10.base_folder else path
+        root = path or Path("assets/datasets/cifar10")
+        root = root.parent if root.name == CIFAR10.base_folder else root
         lock = root / ".download"
         try:
             if lock.exists() or not (root / CIFAR10.base_folder).exists():
@@ -157,8 +156,6 @@ class ImageFolder(ImageDataset):
 
     def __init__(self, *, path, resolution, labels, random_crop=False, **augmentation):
         self.root, targets = path / self.subfolder, None
-        if not self.root.is_dir():
-            raise UserError(f"the data set directory {self.root} does not exist: see dataset.path")
         self.files = list_images(self.root)
         self.random_crop = random_crop
         self.unreadable = {}  # index -> reason
@@ -297,8 +294,8 @@ def get_dataset(
     UserError for an unknown name and for missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
-    if not path and getattr(kind, "needs_path", False):
-        raise UserError(f"the data set {name!r} needs dataset.path (--path of the scripts)")
+    if getattr(kind, "needs_path", False) and not (path and Path(path).is_dir()):
+        raise UserError(f"the data set {name!r} needs its directory as dataset.path, not {path!r}")
     crop = {"random_crop": True} if random_crop else {}
     return kind(
         path=Path(path) if path else None, resolution=resolution, labels=labels,

@@ -54,9 +54,8 @@ def test_import_is_cheap():
     "name, options, says",
     [
         ("mnist", {}, "dataset.name is 'mnist', expected one of digits, cifar10, folder"),
-        ("cifar10", {}, "'cifar10' needs dataset.path"),
-        ("folder", {"path": "nowhere", "resolution": 8}, "nowhere does not exist"),
-        ("imagenet", {"path": "nowhere", "resolution": 8}, "nowhere/train does not exist"),
+        ("folder", {"path": "nowhere"}, "needs its directory as dataset.path, not 'nowhere'"),
+        ("imagenet256_features", {}, "needs its directory as dataset.path, not None"),
     ],
 )
 def test_wrong_requests_are_refused(name, options, says):

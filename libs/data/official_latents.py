@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from libs.data.latents import MAKE, MANIFEST, PackedLatents
+from libs.data.latents import MANIFEST, PackedLatents
 from libs.files import read_array, read_arrays
 from utils import UserError
 
@@ -78,8 +78,6 @@ class LatentFiles:
 def open_latents(folder, num_classes=None):
     """The latents in `folder`: PackedLatents, or LatentFiles with num_classes."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"the folder of latents {folder} does not exist: make them with {MAKE}")
     if not (folder / MANIFEST).exists() and count_latent_files(folder)[1]:
         return LatentFiles(folder, num_classes)
     return PackedLatents(folder)
