@@ -4,7 +4,7 @@ run_main, TRAINING, EVALUATION                  call a script's main with its fl
 REQUIRED, config_file, file_path, int_list      must be given; --config; a path; 3,7
 make_accelerator, Precision                     the process's part in the run; its number format
 requested_engine, ranks, wait_without_timeout   what the processes agree on
-environment, get_logger, MetricsLog, has_logged what a run says about itself
+environment, get_logger, MetricsLog             what a run says about itself
 StopRequest, detach_worker                      how a run stops, and its data loader workers
 SamplingNetwork, GraphedTraining                a network replayed from CUDA graphs
 """
@@ -27,14 +27,12 @@ from libs.runtime.launch import (
     requested_engine,
     wait_without_timeout,
 )
-from libs.runtime.legacy import WAITING, beat, starting_workers
-from libs.runtime.logs import MetricsLog, environment, get_logger, has_logged
+from libs.runtime.logs import MetricsLog, environment, get_logger
 from libs.runtime.stop import StopRequest, detach_worker
 
 __all__ = [
     "EVALUATION", "GraphedTraining", "MetricsLog", "Precision", "REQUIRED", "SamplingNetwork",
-    "StopRequest", "TRAINING", "WAITING", "beat", "check_values", "config_file", "detach_worker",
-    "environment", "file_path", "get_logger", "has_logged", "int_list", "make_accelerator",
-    "ranks", "requested_engine", "run_main", "starting_workers",
-    "wait_without_timeout",
+    "StopRequest", "TRAINING", "check_values", "config_file", "detach_worker", "environment",
+    "file_path", "get_logger", "int_list", "make_accelerator", "ranks", "requested_engine",
+    "run_main", "wait_without_timeout",
 ]  # fmt: skip

@@ -170,10 +170,3 @@ class MetricsLog:
             self._file.close()
         self._track([(finish,) for _, finish in self._trackers])
         self._file, self._trackers = None, []
-
-
-def has_logged(directory, step: int, name: str) -> bool:
-    """Whether metrics.jsonl in `directory` has a value of this name at this step."""
-    path = Path(directory) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return any(f'"step": {step},' in line and f'"{name}"' in line for line in lines)
