@@ -58,7 +58,8 @@ def make_config(job):
     if config.z_shape is not None:
         config.dataset.update(name="imagenet256_features", path=f"{job['folder']}/latents")
         config.dataset.random_flip = False
-    config.update_from_flattened_dict({key: json.loads(value) for key, value in job["set"]})
+    changes = dict(change.split("=", 1) for change in job["set"])
+    config.update_from_flattened_dict({key: json.loads(text) for key, text in changes.items()})
     return config
 
 
@@ -69,7 +70,8 @@ def work(job):
     if os.environ.get("RANK", "0") == "0":
         line = (directory / "metrics.jsonl").read_text().splitlines()[-1]
         img_s, gib = json.loads(line)["img_s"], torch.cuda.max_memory_allocated() / 2**30
-        found = {"img_s": img_s, "step_s": job["batch"] / img_s, "gib": gib or None}
+        found = {"img_s": img_s, "step_s": job["batch"] / img_s, "input_s": None}
+        found["gib"] = gib or None
         Path(job["folder"], "record.json").write_text(json.dumps(found))
 
 
@@ -139,8 +141,7 @@ def main(argv=None):
     parser.add_argument("--engines", type=split, default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--micro_batch", type=int, default=96, help="images on a GPU at once")
-    parser.add_argument("--set", action="append", type=lambda text: text.split("=", 1), default=[],
-                        metavar="KEY=JSON", help="of the config")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job:
