@@ -127,21 +127,21 @@ class DiM(nn.Module):
                 {number: tokens after that block (B, L, dim)}), in raster order, with padding.
             drop_path_draw: (B, depth) uniform in [0, 1), of stochastic depth; None draws here.
         """
-        _, grid = layers.fit_patches(x.shape[2:], self.patch_size)
+        _, (h, w) = layers.fit_patches(x.shape[2:], self.patch_size)
         y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
         time = layers.sinusoidal_embedding(t, self.dim).to(self.pos_embed.dtype)  # (B, dim)
         time = time if self.time_embed is None else self.time_embed(time)         # (B, dim)
         label = self.label_embed(y)                                               # (B, dim)
         modulation = self.modulation(t, y)                                        # (B, 3, dim)
-        tokens = self.embed(x, time, label, grid)                                 # (B, L, dim)
+        tokens = self.embed(x, time, label, (h, w))                               # (B, L, dim)
         scales = self.drop_path_scales(tokens, drop_path_draw)
-        tokens, found = self.run_blocks(tokens, t, modulation, grid, scales, hidden)
-        image = self.on_grid(tokens, grid)[:, : grid[0], : grid[1]]               # (B, h, w, dim)
-        image = self.smooth(self.last_smoother, image).flatten(1, 2)              # (B, h*w, dim)
+        tokens, found = self.run_blocks(tokens, t, modulation, (h, w), scales, hidden)
+        image = tokens[:, EXTRA_TOKENS + self.pad :].unflatten(1, (h + self.pad, w + self.pad))
+        image = self.smooth(self.last_smoother, image[:, :h, :w]).flatten(1, 2)   # (B, h*w, dim)
         head_modulation = self.head_modulation(F.silu(time + label))[:, None]
         shift, scale = head_modulation.chunk(2, dim=-1)                           # (B, 1, dim)
         patches = self.head(self.norm_out(image) * (1 + scale) + shift)           # (B, h*w, p*p*C)
-        out = layers.unpatchify(patches, grid, self.patch_size)                   # (B, C, H, W)
+        out = layers.unpatchify(patches, (h, w), self.patch_size)                 # (B, C, H, W)
         return (out, found) if hidden else out
 
     def embed(self, x, time, label, grid):
@@ -159,11 +159,6 @@ class DiM(nn.Module):
     def smooth(self, smoother, image):
         """A depthwise 3x3 convolution over image tokens (B, h, w, dim)."""
         return smoother(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-    def on_grid(self, tokens, grid):
-        """The padded grid (B, h+pad, w+pad, dim) of the sequence (B, L, dim), a view."""
-        padded = tuple(side + self.pad for side in grid)
-        return tokens[:, EXTRA_TOKENS + self.pad :].unflatten(1, padded)
 
     def drop_path_scales(self, x, draw):
         """Stochastic depth (Huang et al. 2016): for each block None, or the factors (B,) of its
