@@ -156,7 +156,7 @@ def register():
         "modulated_norm_bwd": adaln._norm_backward_operator,
         "gated_residual": adaln._gate_operator,
         "gated_residual_bwd": adaln._gate_backward_operator,
-        "mamba_block_fwd": mamba_block._forward,
+        "mamba_block": mamba_block._forward,
         "mamba_block_bwd": mamba_block._backward,
     }.items():
         library.impl(name, function, "CPU")

@@ -141,7 +141,7 @@ def test_opcheck():
     arguments = [x, modulation, keep, *parameters]
     arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
     options = (order.long(), torch.float32, False, torch.float32)
-    torch.library.opcheck(torch.ops.dim.mamba_block_fwd, (*arguments, *options))
+    torch.library.opcheck(torch.ops.dim.mamba_block, (*arguments, *options))
 
 
 # ---------------------------------------- norm and gate, operators of their own

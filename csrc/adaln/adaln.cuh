@@ -65,23 +65,20 @@ __device__ __forceinline__ Float8 add_modulation(const AdalnParams& p, const Tok
   const float* shared = p.modulation + (at.batch * 3 + part) * p.dim + at.channel;
   const float* table = p.table + part * p.dim + at.channel;
   Float8 x;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x.v[i] = table[i] + shared[i];
+  UNROLL for (int i = 0; i < 8; ++i) x.v[i] = table[i] + shared[i];
   return x;
 }
 
 __device__ __forceinline__ Float8 make_gain(const AdalnParams& p, const TokenCoord& at) {
   Float8 gain = add_modulation(p, at, 1);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) gain.v[i] = (1.0f + gain.v[i]) * p.weight[at.channel + i];
+  UNROLL for (int i = 0; i < 8; ++i) gain.v[i] = (1.0f + gain.v[i]) * p.weight[at.channel + i];
   return gain;
 }
 
 __device__ __forceinline__ Float8 make_factor(const AdalnParams& p, const TokenCoord& at) {
   Float8 factor = add_modulation(p, at, 2);
   const float scale = p.drop_path_scale ? p.drop_path_scale[at.batch] : 1.0f;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) factor.v[i] = (1.0f + factor.v[i]) * scale;
+  UNROLL for (int i = 0; i < 8; ++i) factor.v[i] = (1.0f + factor.v[i]) * scale;
   return factor;
 }
 
@@ -89,19 +86,15 @@ __device__ __forceinline__ Float8 make_factor(const AdalnParams& p, const TokenC
 // to call, so that one barrier is enough.
 template <int kCount>
 __device__ __forceinline__ void add_threads(float* values, float (*buffer)[kWarps]) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-#pragma unroll
-    for (int stage = 16; stage > 0; stage /= 2)
+  UNROLL for (int i = 0; i < kCount; ++i)
+    UNROLL for (int stage = 16; stage > 0; stage /= 2)
       values[i] += __shfl_xor_sync(0xffffffffu, values[i], stage);
   const int warps = blockDim.x / 32;
   if (warps == 1) return;
   if (threadIdx.x % 32 == 0)
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) buffer[i][threadIdx.x / 32] = values[i];
+    UNROLL for (int i = 0; i < kCount; ++i) buffer[i][threadIdx.x / 32] = values[i];
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  UNROLL for (int i = 0; i < kCount; ++i) {
     values[i] = 0.0f;
     for (int w = 0; w < warps; ++w) values[i] += buffer[i][w];
   }
@@ -112,6 +105,5 @@ __device__ __forceinline__ void store_part(float* parts, const AdalnParams& p, c
                                            const Float8& sum) {
   if (!at.valid) return;
   float* to = parts + (at.chunk * p.batch + at.batch) * p.dim + at.channel;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) to[i] = sum.v[i];
+  UNROLL for (int i = 0; i < 8; ++i) to[i] = sum.v[i];
 }

@@ -14,17 +14,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int first = at.first; first < at.end; first += kRows) {
     Vec8<kOut> of_out[kRows];
     Vec8<kInput> of_branch[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int r = 0; r < kRows; ++r) {
       of_out[r] = g_out.load(min(first + r, at.end - 1));
       of_branch[r] = branch.load(min(first + r, at.end - 1));
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int r = 0; r < kRows; ++r) {
       if (first + r >= at.end) break;
       Float8 gradient;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      UNROLL for (int i = 0; i < 8; ++i) {
         const float g = to_float(of_out[r].v[i]);
         gradient.v[i] = factor.v[i] * g;
         g_factor.v[i] = fmaf(g, to_float(of_branch[r].v[i]), g_factor.v[i]);

@@ -12,17 +12,14 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   for (int first = at.first; first < at.end; first += kRows) {
     Vec8<kX> of_x[kRows];
     Vec8<kInput> of_branch[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int r = 0; r < kRows; ++r) {
       of_x[r] = x.load(min(first + r, at.end - 1));
       of_branch[r] = branch.load(min(first + r, at.end - 1));
     }
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int r = 0; r < kRows; ++r) {
       if (first + r >= at.end) break;
       Float8 sum = widen(of_x[r]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
+      UNROLL for (int i = 0; i < 8; ++i)
         sum.v[i] = fmaf(factor.v[i], to_float(of_branch[r].v[i]), sum.v[i]);
       out.store(first + r, sum);
     }

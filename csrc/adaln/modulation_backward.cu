@@ -9,8 +9,7 @@ __device__ __forceinline__ float add_lanes(float value, float (*shared)[kColumns
   shared[lane][column] = value;
   __syncthreads();
   float sum = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kLanes; ++k) sum += shared[k][column];
+  UNROLL for (int k = 0; k < kLanes; ++k) sum += shared[k][column];
   __syncthreads();
   return sum;
 }

@@ -20,34 +20,28 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     Vec8<kX> of_x[kRows];
     Vec8<kInput> of_n[kRows];
     Vec8<kOut> of_out[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int r = 0; r < kRows; ++r) {
       const int token = min(first + r, at.end - 1);
       of_x[r] = x.load(token);
       of_n[r] = g_n.load(token);
       of_out[r] = g_out.load(token);
     }
     float values[2 * kRows] = {};  // of each row: sum of x^2, of g x
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
+    UNROLL for (int r = 0; r < kRows; ++r)
+      UNROLL for (int i = 0; i < 8; ++i) {
         const float value = to_float(of_x[r].v[i]), g = to_float(of_n[r].v[i]) * gain.v[i];
         values[2 * r] = fmaf(value, value, values[2 * r]);
         values[2 * r + 1] = fmaf(g, value, values[2 * r + 1]);
       }
     if (!at.valid)
-#pragma unroll
-      for (int i = 0; i < 2 * kRows; ++i) values[i] = 0.0f;
+      UNROLL for (int i = 0; i < 2 * kRows; ++i) values[i] = 0.0f;
     add_threads<2 * kRows>(values, sums[buffer]);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int r = 0; r < kRows; ++r) {
       if (first + r >= at.end) break;
       const float scale = rsqrtf(fmaf(values[2 * r], mean, kEpsilon));
       const float along = values[2 * r + 1] * scale * mean;  // mean of g xhat
       Float8 again, gradient;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
+      UNROLL for (int i = 0; i < 8; ++i) {
         const float xhat = to_float(of_x[r].v[i]) * scale, g = to_float(of_n[r].v[i]);
         again.v[i] = fmaf(xhat, gain.v[i], shift.v[i]);
         g_gain.v[i] = fmaf(g, xhat, g_gain.v[i]);

@@ -12,26 +12,20 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   int buffer = 0;
   for (int first = at.first; first < at.end; first += kRows, buffer ^= 1) {
     Vec8<kX> vectors[kRows];
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) vectors[r] = x.load(min(first + r, at.end - 1));
+    UNROLL for (int r = 0; r < kRows; ++r) vectors[r] = x.load(min(first + r, at.end - 1));
     float squares[kRows] = {};
-#pragma unroll
-    for (int r = 0; r < kRows; ++r)
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
+    UNROLL for (int r = 0; r < kRows; ++r)
+      UNROLL for (int i = 0; i < 8; ++i) {
         const float value = to_float(vectors[r].v[i]);
         squares[r] = fmaf(value, value, squares[r]);
       }
     if (!at.valid)
-#pragma unroll
-      for (int r = 0; r < kRows; ++r) squares[r] = 0.0f;
+      UNROLL for (int r = 0; r < kRows; ++r) squares[r] = 0.0f;
     add_threads<kRows>(squares, sums[buffer]);
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
+    UNROLL for (int r = 0; r < kRows; ++r) {
       const float scale = rsqrtf(fmaf(squares[r], mean, kEpsilon));
       Float8 value = widen(vectors[r]);
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
+      UNROLL for (int i = 0; i < 8; ++i)
         value.v[i] = fmaf(value.v[i] * scale, gain.v[i], shift.v[i]);
       if (at.valid && first + r < at.end) n.store(first + r, value);
     }

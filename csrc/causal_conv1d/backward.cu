@@ -11,21 +11,17 @@ struct Gradients {
   float bias[kVector] = {};
 
   __device__ __forceinline__ void add(const FloatVec& g, const Window& x) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
+    UNROLL for (int i = 0; i < kVector; ++i) {
       bias[i] += g.v[i];
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w) weight[w][i] = fmaf(g.v[i], x.row[w].v[i], weight[w][i]);
+      UNROLL for (int w = 0; w < kWidth; ++w) weight[w][i] = fmaf(g.v[i], x.row[w].v[i], weight[w][i]);
     }
   }
   __device__ __forceinline__ void store(const ConvParams& p, const ConvCoord& at) const {
     const Int64 first = (at.batch * p.chunks + at.chunk) * p.channels + at.channel;
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
+    UNROLL for (int i = 0; i < kVector; ++i) {
       if (i >= at.valid) break;
       p.parts_bias[first + i] = bias[i];
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w) p.parts_weight[(first + i) * kWidth + w] = weight[w][i];
+      UNROLL for (int w = 0; w < kWidth; ++w) p.parts_weight[(first + i) * kWidth + w] = weight[w][i];
     }
   }
 };
@@ -35,8 +31,7 @@ __device__ __forceinline__ FloatVec before_activation(const FloatVec& g_y, const
   if (!use_silu) return g_y;
   const FloatVec value = x.convolve(filter);
   FloatVec g;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i)
+  UNROLL for (int i = 0; i < kVector; ++i)
     g.v[i] = g_y.v[i] * silu_derivative(value.v[i], sigmoid(value.v[i]));
   return g;
 }
@@ -44,10 +39,8 @@ __device__ __forceinline__ FloatVec before_activation(const FloatVec& g_y, const
 // dx of the step kWidth - 1 before the newest of g
 __device__ __forceinline__ FloatVec transposed(const Window& g, const Filter& filter) {
   FloatVec sum = {};
-#pragma unroll
-  for (int w = 0; w < kWidth; ++w)
-#pragma unroll
-    for (int i = 0; i < kVector; ++i)
+  UNROLL for (int w = 0; w < kWidth; ++w)
+    UNROLL for (int i = 0; i < kVector; ++i)
       sum.v[i] = fmaf(filter.weight[kWidth - 1 - w][i], g.row[w].v[i], sum.v[i]);
   return sum;
 }
@@ -62,14 +55,12 @@ template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& 
   window.fill<kAligned>(p, at, x);
   for (int first = at.first; first < last; first += kTile) {
     RawVec x_raw[kTile], g_raw[kTile];
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
+    UNROLL for (int t = 0; t < kTile; ++t) {
       const int row = row_of(p, min(first + t, length - 1));
       x_raw[t] = load<kAligned>(x.at(row), at.valid);
       g_raw[t] = load<kAligned>(g_y.at(row), at.valid);
     }
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
+    UNROLL for (int t = 0; t < kTile; ++t) {
       const int step = first + t;
       if (step >= last) break;
       window.push(widen(x_raw[t]));

@@ -55,8 +55,7 @@ template <bool kAligned>
 __device__ __forceinline__ RawVec load(const kInput* from, int valid) {
   if (kAligned) return *reinterpret_cast<const RawVec*>(from);
   RawVec raw;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i)
+  UNROLL for (int i = 0; i < kVector; ++i)
     raw.v[i] = i < valid ? from[i] : from_float<kInput>(0.0f);
   return raw;
 }
@@ -68,8 +67,7 @@ __device__ __forceinline__ void store(kInput* to, const FloatVec& x, int valid) 
     *reinterpret_cast<RawVec*>(to) = raw;
     return;
   }
-#pragma unroll
-  for (int i = 0; i < kVector; ++i)
+  UNROLL for (int i = 0; i < kVector; ++i)
     if (i < valid) to[i] = raw.v[i];
 }
 
@@ -79,12 +77,10 @@ struct Filter {
   FloatVec bias;
 
   __device__ __forceinline__ Filter(const ConvParams& p, const ConvCoord& at) {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) {
+    UNROLL for (int i = 0; i < kVector; ++i) {
       const bool valid = i < at.valid;
       bias.v[i] = valid && p.bias ? p.bias[at.channel + i] : 0.0f;
-#pragma unroll
-      for (int w = 0; w < kWidth; ++w)
+      UNROLL for (int w = 0; w < kWidth; ++w)
         weight[w][i] = valid ? p.weight[(at.channel + i) * kWidth + w] : 0.0f;
     }
   }
@@ -95,16 +91,14 @@ struct Window {
   FloatVec row[kWidth];
 
   __device__ __forceinline__ void push(const FloatVec& next) {
-#pragma unroll
-    for (int w = 0; w + 1 < kWidth; ++w) row[w] = row[w + 1];
+    UNROLL for (int w = 0; w + 1 < kWidth; ++w) row[w] = row[w + 1];
     row[kWidth - 1] = next;
   }
   // The rows before a chunk; zeros before the first step.
   template <bool kAligned>
   __device__ __forceinline__ void fill(const ConvParams& p, const ConvCoord& at,
                                        const Column<const kInput>& x) {
-#pragma unroll
-    for (int w = 1; w < kWidth; ++w) {
+    UNROLL for (int w = 1; w < kWidth; ++w) {
       const int step = at.first - kWidth + w;
       row[w] = FloatVec{};
       if (step >= 0) row[w] = widen(load<kAligned>(x.at(row_of(p, step)), at.valid));
@@ -113,10 +107,8 @@ struct Window {
   // The convolution at the newest row.
   __device__ __forceinline__ FloatVec convolve(const Filter& filter) const {
     FloatVec sum = filter.bias;
-#pragma unroll
-    for (int w = 0; w < kWidth; ++w)
-#pragma unroll
-      for (int i = 0; i < kVector; ++i)
+    UNROLL for (int w = 0; w < kWidth; ++w)
+      UNROLL for (int i = 0; i < kVector; ++i)
         sum.v[i] = fmaf(filter.weight[w][i], row[w].v[i], sum.v[i]);
     return sum;
   }

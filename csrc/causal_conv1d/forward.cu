@@ -12,19 +12,16 @@ template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& 
   for (int first = at.first; first < at.end; first += kTile) {
     int rows[kTile];
     RawVec raw[kTile];
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
+    UNROLL for (int t = 0; t < kTile; ++t) {
       rows[t] = row_of(p, min(first + t, at.end - 1));
       raw[t] = load<kAligned>(x.at(rows[t]), at.valid);
     }
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
+    UNROLL for (int t = 0; t < kTile; ++t) {
       if (first + t >= at.end) break;
       window.push(widen(raw[t]));
       FloatVec value = window.convolve(filter);
       if (p.silu)
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) value.v[i] = silu(value.v[i]);
+        UNROLL for (int i = 0; i < kVector; ++i) value.v[i] = silu(value.v[i]);
       store<kAligned>(y.at(rows[t]), value, at.valid);
     }
   }

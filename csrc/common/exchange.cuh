@@ -1,13 +1,13 @@
 // Sums over lanes of many values at once, by halving exchange: at each stage a lane sends half of its
 // values to the lane across and has the sums of the other half.
 #pragma once
+#include "common/types.cuh"
 
 // One stage: of two sets of values the lower lane takes the first, the upper the second, in `first`.
 template <int kValues, int kStage>
 __device__ __forceinline__ void fold(float* first, const float* second, int lane) {
   const bool upper = lane & kStage;
-#pragma unroll
-  for (int i = 0; i < kValues; ++i) {
+  UNROLL for (int i = 0; i < kValues; ++i) {
     const float mine = upper ? second[i] : first[i];
     const float sent = upper ? first[i] : second[i];
     first[i] = mine + __shfl_xor_sync(0xffffffffu, sent, kStage);
@@ -27,8 +27,7 @@ __device__ __forceinline__ void exchange(float* v, int lane) {
 // Adds each of v[0 .. kValues) over the lanes that differ in the bits kStage, 2 kStage, .. < kEnd.
 template <int kValues, int kStage, int kEnd> __device__ __forceinline__ void add_lanes(float* v) {
   if constexpr (kStage < kEnd) {
-#pragma unroll
-    for (int i = 0; i < kValues; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], kStage);
+    UNROLL for (int i = 0; i < kValues; ++i) v[i] += __shfl_xor_sync(0xffffffffu, v[i], kStage);
     add_lanes<kValues, 2 * kStage, kEnd>(v);
   }
 }

@@ -30,21 +30,16 @@ __device__ __forceinline__ void add(const SumTask& task, Int64 block, float (*sh
 #pragma unroll 4
     for (Int64 k = lane; k < task.count; k += kLanes) {
       const Columns part = *reinterpret_cast<const Columns*>(task.parts + k * task.size + first);
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) sum.v[i] += part.v[i];
+      UNROLL for (int i = 0; i < kSize; ++i) sum.v[i] += part.v[i];
     }
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) shared[lane][column][i] = sum.v[i];
-#pragma unroll
-  for (int stride = kLanes / 2; stride > 0; stride /= 2) {
+  UNROLL for (int i = 0; i < kSize; ++i) shared[lane][column][i] = sum.v[i];
+  UNROLL for (int stride = kLanes / 2; stride > 0; stride /= 2) {
     __syncthreads();
     if (lane < stride)
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) shared[lane][column][i] += shared[lane + stride][column][i];
+      UNROLL for (int i = 0; i < kSize; ++i) shared[lane][column][i] += shared[lane + stride][column][i];
   }
   if (lane > 0 || first >= task.size) return;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) {
+  UNROLL for (int i = 0; i < kSize; ++i) {
     const float value = shared[0][column][i];
     if (task.is_float)
       static_cast<float*>(task.out)[first + i] = value;

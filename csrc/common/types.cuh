@@ -3,6 +3,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#define UNROLL _Pragma("unroll")
 typedef long long Int64;
 
 // A (B, L, X) tensor with X contiguous, strides in elements; `Rows` of libs/ops/cuda/launch_plan.py.
@@ -37,16 +38,14 @@ template <class T, int kSize, int kBytes = kSize * sizeof(T)> struct alignas(kBy
 template <class T, int kSize, int kBytes>
 __device__ __forceinline__ Vec<float, kSize> widen(const Packed<T, kSize, kBytes>& packed) {
   Vec<float, kSize> x;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) x.v[i] = to_float(packed.v[i]);
+  UNROLL for (int i = 0; i < kSize; ++i) x.v[i] = to_float(packed.v[i]);
   return x;
 }
 
 template <class P, class T, int kSize>
 __device__ __forceinline__ P narrow(const Vec<float, kSize>& x) {
   P packed;
-#pragma unroll
-  for (int i = 0; i < kSize; ++i) packed.v[i] = from_float<T>(x.v[i]);
+  UNROLL for (int i = 0; i < kSize; ++i) packed.v[i] = from_float<T>(x.v[i]);
   return packed;
 }
 

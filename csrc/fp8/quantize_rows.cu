@@ -13,35 +13,28 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const int offset = (warp % kWarps * kVectors * 32 + lane) * 8;
   const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride;
   Vec8 vectors[kVectors];
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
+  UNROLL for (int k = 0; k < kVectors; ++k) {
     const int first = offset + k * 32 * 8;
     vectors[k] = Vec8{};
     if (first < p.columns) vectors[k] = *reinterpret_cast<const Vec8*>(x + first);
   }
   float most = 0.0f;
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k)
-#pragma unroll
-    for (int i = 0; i < 8; ++i) most = larger(most, fabsf(to_float(vectors[k].v[i])));
-#pragma unroll
-  for (int stage = 16; stage > 0; stage /= 2)
+  UNROLL for (int k = 0; k < kVectors; ++k)
+    UNROLL for (int i = 0; i < 8; ++i) most = larger(most, fabsf(to_float(vectors[k].v[i])));
+  UNROLL for (int stage = 16; stage > 0; stage /= 2)
     most = larger(most, __shfl_xor_sync(0xffffffffu, most, stage));
   if (kWarps > 1) {
     if (lane == 0) largest[warp] = most;
     __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) most = larger(most, largest[warp / kWarps * kWarps + w]);
+    UNROLL for (int w = 0; w < kWarps; ++w) most = larger(most, largest[warp / kWarps * kWarps + w]);
   }
   const float scale = scale_of(most), inverse = 1.0f / scale;
   if (lane == 0) p.scale[row] = scale;
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
+  UNROLL for (int k = 0; k < kVectors; ++k) {
     const int first = offset + k * 32 * 8;
     if (first >= p.columns) break;
     alignas(8) unsigned short packed[8 / 2];
-#pragma unroll
-    for (int i = 0; i < 8 / 2; ++i)
+    UNROLL for (int i = 0; i < 8 / 2; ++i)
       packed[i] = e4m3x2(to_float(vectors[k].v[2 * i]) * inverse,
                          to_float(vectors[k].v[2 * i + 1]) * inverse);
     *reinterpret_cast<uint2*>(p.out + row * p.columns + first) =

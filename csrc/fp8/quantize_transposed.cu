@@ -12,27 +12,23 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __shared__ alignas(16) unsigned char tile[kTile][kTile + 16];  // [column][row]
   float most = 0.0f;
   for (Int64 row = threadIdx.x; row < p.rows; row += kThreads) most = larger(most, p.scale[row]);
-#pragma unroll
-  for (int stage = 16; stage > 0; stage /= 2)
+  UNROLL for (int stage = 16; stage > 0; stage /= 2)
     most = larger(most, __shfl_xor_sync(0xffffffffu, most, stage));
   if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = most;
   __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kThreads / 32; ++w) most = larger(most, largest[w]);
+  UNROLL for (int w = 0; w < kThreads / 32; ++w) most = larger(most, largest[w]);
   const float inverse = 1.0f / most;
 
   const Int64 first_row = static_cast<Int64>(blockIdx.y) * kTile;
   const Int64 first_column = static_cast<Int64>(blockIdx.x) * kTile;
   constexpr int kAcross = kTile / 8, kRowsAtOnce = kThreads / kAcross;
   const int first_of_thread = threadIdx.x % kAcross * 8;
-#pragma unroll
-  for (int r = threadIdx.x / kAcross; r < kTile; r += kRowsAtOnce) {
+  UNROLL for (int r = threadIdx.x / kAcross; r < kTile; r += kRowsAtOnce) {
     const Int64 row = first_row + r, column = first_column + first_of_thread;
     if (row >= p.rows || column >= p.columns) continue;
     const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride + column;
     const Vec8 vector = *reinterpret_cast<const Vec8*>(x);
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
+    UNROLL for (int i = 0; i < 8; i += 2) {
       const unsigned short both =
           e4m3x2(to_float(vector.v[i]) * inverse, to_float(vector.v[i + 1]) * inverse);
       tile[first_of_thread + i][r] = static_cast<unsigned char>(both);

@@ -145,8 +145,7 @@ struct Inputs {
   __device__ __forceinline__ void copy(RawStep* to, const BackCoord& at, const int* rows) const {
     if (whole) {
       constexpr int kLoad = 16 / sizeof(kInput), kChunks = kWarpChannels / kLoad;
-#pragma unroll
-      for (int i = at.lane; i < kTile * kChunks; i += 32) {
+      UNROLL for (int i = at.lane; i < kTile * kChunks; i += 32) {
         const int t = i / kChunks, c = i % kChunks * kLoad, row = rows[t];
         copy16(&to[t].u[c], u.at(row) + c);
         copy16(&to[t].delta[c], delta.at(row) + c);
@@ -201,8 +200,7 @@ struct Channel {
                                           int left) const {
     float delta[kStride], x[kStride], dy[kStride], y_to_z[kStride], slope[kStride], gate[kStride];
     const int column = at.in_warp(0);
-#pragma unroll
-    for (int t = 0; t < kStride; ++t) {
+    UNROLL for (int t = 0; t < kStride; ++t) {
       const bool real = writes && t < left;
       const float sum = to_float(raw[t].delta[column]) + bias, z = to_float(raw[t].z[column]);
       const float g_y = select(real && has_g_y, to_float(raw[t].g_y[column]), 0.0f);
@@ -234,8 +232,7 @@ struct Channel {
     unpack(y_to_z, tile4.y_to_z[at.warp][at.owned]);
     unpack(slope, tile4.slope[at.warp][at.owned]);
     unpack(gate, tile4.gate[kOutput * at.warp][kOutput * at.owned]);
-#pragma unroll
-    for (int t = 0; t < kStride; ++t) {
+    UNROLL for (int t = 0; t < kStride; ++t) {
       if (!writes || t >= left) break;
       const float g_B = sums[3 * t], g_decay = sums[3 * t + 1], y = sums[3 * t + 2];
       const float u = to_float(tile4.u[at.warp][t][at.owned]);
@@ -280,8 +277,7 @@ struct SavedStates {
 __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, Shared& shared, int c) {
   const Int64 channel = at.channel_of(c);
   float A[4], g_h[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  UNROLL for (int i = 0; i < 4; ++i) {
     const int n = at.first_state + i;
     const bool real = n < p.states;
     A[i] = real ? p.A[channel * p.states + n] * kLog2e : 0.0f;
@@ -292,8 +288,7 @@ __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, 
   for (Int64 s = p.segments - 2; s >= at.segment; --s) {
     const Int64 row = s * p.batch + at.batch;
     const float delta = p.carry_delta[row * p.channels + channel];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    UNROLL for (int i = 0; i < 4; ++i) {
       const Int64 state = row * kStates + at.first_state + i;
       g_h[i] = fmaf(decay_of(delta, A[i]), g_h[i], p.carry_state[state * p.channels + channel]);
     }
@@ -313,12 +308,10 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
   unpack(h[0], shared.saved[c][threadIdx.x]);
   unpack(delta, tile4.delta[at.warp][column]);
   unpack(x, tile4.of_warp[at.warp].x[column]);
-#pragma unroll
-  for (int t = 0; t < kStride; ++t) {
+  UNROLL for (int t = 0; t < kStride; ++t) {
     float b[4];
     load4(b, &tile4.B[t][at.first_state]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    UNROLL for (int i = 0; i < 4; ++i) {
       decay[t][i] = decay_of(delta[t], A[i]);
       h[t + 1][i] = fmaf(decay[t][i], h[t][i], x[t] * b[i]);
     }
@@ -326,13 +319,11 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
   unpack(dy, tile4.dy[at.warp][column]);
   unpack(g_h, shared.g_h[c][threadIdx.x]);
   unpack(g_A, shared.g_A[c][threadIdx.x]);
-#pragma unroll
-  for (int t = kStride - 1; t >= 0; --t) {
+  UNROLL for (int t = kStride - 1; t >= 0; --t) {
     float b[4], c4[4], g_B = 0.0f, g_decay = 0.0f, y = 0.0f;
     load4(b, &tile4.B[t][at.first_state]);
     load4(c4, &tile4.C[t][at.first_state]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    UNROLL for (int i = 0; i < 4; ++i) {
       const float of_h = fmaf(c4[i], dy[t], g_h[i]);
       BC[8 * t + i] = fmaf(of_h, x[t], BC[8 * t + i]);
       BC[8 * t + 4 + i] = fmaf(dy[t], h[t + 1][i], BC[8 * t + 4 + i]);
@@ -356,8 +347,7 @@ __device__ __forceinline__ void add_BC(Tile4& tile4, const BackCoord& at, float*
   exchange<32, 16, kLanes>(BC, at.lane);
   float* to = tile4.of_warp[at.warp].sums[0] + at.sum;
   __syncwarp();  // every lane has read x, which this overwrites
-#pragma unroll
-  for (int i = 0; i < kSumsPerLane; i += 4)
+  UNROLL for (int i = 0; i < kSumsPerLane; i += 4)
     *reinterpret_cast<float4*>(to + i / 4 * kStates) =
         make_float4(BC[i], BC[i + 1], BC[i + 2], BC[i + 3]);
 }
@@ -370,13 +360,11 @@ __device__ __forceinline__ void store_BC(const ScanParams& p, const BackCoord& a
   const int column = threadIdx.x % kColumns, kind = column / kStates, n = column % kStates;
   if (n >= p.states) return;
   float* to = p.parts_BC + ((at.block * 2 + kind) * p.batch + at.batch) * p.length * p.states + n;
-#pragma unroll
-  for (int first = 0; first < kTile; first += kTogether) {
+  UNROLL for (int first = 0; first < kTile; first += kTogether) {
     const int t = first + threadIdx.x / kColumns;
     if (t >= left) break;
     float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) sum += shared.tiles4[t / kStride].of_warp[w].sums[t % kStride][column];
+    UNROLL for (int w = 0; w < kWarps; ++w) sum += shared.tiles4[t / kStride].of_warp[w].sums[t % kStride][column];
     to[static_cast<Int64>(rows[t]) * static_cast<int>(p.states)] = sum;
   }
 }
@@ -384,14 +372,12 @@ __device__ __forceinline__ void store_BC(const ScanParams& p, const BackCoord& a
 __device__ __forceinline__ void store_parts(const ScanParams& p, const BackCoord& at,
                                             const Shared& shared, const Channel& channel) {
   const Int64 part = at.batch * p.segments + at.segment;
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
+  UNROLL for (int c = 0; c < 4; ++c) {
     const Int64 of = at.warp_channel + at.in_warp(c);
     if (of >= p.channels) continue;
     float g_A[4];
     unpack(g_A, shared.g_A[c][threadIdx.x]);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    UNROLL for (int i = 0; i < 4; ++i) {
       const int n = at.first_state + i;
       if (n < p.states) p.parts_A[(part * p.channels + of) * p.states + n] = g_A[i];
     }
@@ -438,8 +424,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
       shared.rows[(tile + 2) & 3][thread] = at.row(p, (tile - 2) * kTile + thread);
     wait_for_copies<3>();
     __syncthreads();
-#pragma unroll
-    for (int q = 0; q < kTiles4; ++q)
+    UNROLL for (int q = 0; q < kTiles4; ++q)
       channel.prepare(shared.tiles4[q], at, raw + q * kStride, left - q * kStride);
     __syncwarp();
     if (tile > 0) {
@@ -460,12 +445,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
         walk(shared, tile4, at, c, BC, part);
         saved.copy(shared, at, c);  // for the next kStride steps
         if (c > 0) {  // to the owner; c = 0 is at home
-#pragma unroll
-          for (int i = 0; i < 3 * kStride; ++i)
+          UNROLL for (int i = 0; i < 3 * kStride; ++i)
             part[i] = __shfl_xor_sync(0xffffffffu, part[i], c);
         }
-#pragma unroll
-        for (int i = 0; i < 3 * kStride; ++i) sums[i] += part[i];
+        UNROLL for (int i = 0; i < 3 * kStride; ++i) sums[i] += part[i];
       }
       add_lanes<3 * kStride, 4, kLanes>(sums);
       add_BC(tile4, at, BC);

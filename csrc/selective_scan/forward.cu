@@ -83,8 +83,7 @@ struct Columns {
         has_z(kGated && p.z.data) {}
 
   __device__ __forceinline__ void load(Inputs& to, const int* rows, int group) const {
-#pragma unroll
-    for (int k = 0; k < kScalars; ++k) {
+    UNROLL for (int k = 0; k < kScalars; ++k) {
       const int row = rows[group + k * kGroups];
       to.u[k] = *u.at(row);
       to.delta[k] = *delta.at(row);
@@ -114,8 +113,7 @@ struct States {
   float h[kStatesPerThread];
 
   __device__ __forceinline__ States(const ScanParams& p, const WalkCoord& at) {
-#pragma unroll
-    for (int n = 0; n < kStatesPerThread; ++n) {
+    UNROLL for (int n = 0; n < kStatesPerThread; ++n) {
       const int state = at.group * kStatesPerThread + n;
       A[n] = state < p.states ? p.A[at.channel * p.states + state] * kLog2e : 0.0f;
       h[n] = 0.0f;
@@ -126,8 +124,7 @@ struct States {
     for (Int64 s = 0; s < at.segment; ++s) {
       const Int64 row = s * p.batch + at.batch;
       const float delta = p.segment_delta[row * p.channels + at.channel];
-#pragma unroll
-      for (int n = 0; n < kStatesPerThread; ++n) {
+      UNROLL for (int n = 0; n < kStatesPerThread; ++n) {
         const Int64 state = row * kStates + at.group * kStatesPerThread + n;
         h[n] = fmaf(decay_of(delta, A[n]), h[n], p.segment_state[state * p.channels + at.channel]);
       }
@@ -136,8 +133,7 @@ struct States {
   // The gradient of the last state, where the backward's walk begins.
   __device__ __forceinline__ void start_carry(const ScanParams& p, const WalkCoord& at) {
     if (at.segment != p.segments - 1 || !p.g_last_state) return;
-#pragma unroll
-    for (int n = 0; n < kStatesPerThread; ++n) {
+    UNROLL for (int n = 0; n < kStatesPerThread; ++n) {
       const int state = at.group * kStatesPerThread + n;
       if (state < p.states)
         h[n] = p.g_last_state[(at.batch * p.channels + at.channel) * p.states + state];
@@ -146,14 +142,12 @@ struct States {
   // One step; returns this thread's part of C h.
   __device__ __forceinline__ float step(float delta, float x, const float* B, const float* C) {
     float y = 0.0f;
-#pragma unroll
-    for (int q = 0; q < kStatesPerThread; q += 4) {
+    UNROLL for (int q = 0; q < kStatesPerThread; q += 4) {
       float4 b, c;
       if (!kCarry) b = *reinterpret_cast<const float4*>(B + q);
       if (kGated) c = *reinterpret_cast<const float4*>(C + q);
       const float b4[4] = {b.x, b.y, b.z, b.w}, c4[4] = {c.x, c.y, c.z, c.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      UNROLL for (int j = 0; j < 4; ++j) {
         const float decay = decay_of(delta, A[q + j]);
         if (kCarry) {
           h[q + j] = decay * fmaf(x, c4[j], h[q + j]);
@@ -166,8 +160,7 @@ struct States {
     return y;
   }
   __device__ __forceinline__ void store(float* to, Int64 stride) const {
-#pragma unroll
-    for (int n = 0; n < kStatesPerThread; ++n) to[n * stride] = h[n];
+    UNROLL for (int n = 0; n < kStatesPerThread; ++n) to[n * stride] = h[n];
   }
 };
 
@@ -177,8 +170,7 @@ __device__ __forceinline__ void save_state(const ScanParams& p, const WalkCoord&
   const Int64 saved = (p.length + kStride - 1) / kStride;
   const Int64 slot = (at.batch * saved + (at.first + step) / kStride) * (kStates / 4);
   float4* to = reinterpret_cast<float4*>(p.saved_states);
-#pragma unroll
-  for (int q = 0; q < kStatesPerThread / 4; ++q) {
+  UNROLL for (int q = 0; q < kStatesPerThread / 4; ++q) {
     const Int64 quad = slot + at.group * (kStatesPerThread / 4) + q;
     to[quad * p.channels + at.channel] = make_float4(states.h[4 * q], states.h[4 * q + 1],
                                                      states.h[4 * q + 2], states.h[4 * q + 3]);
@@ -190,8 +182,7 @@ __device__ __forceinline__ void store_end(const ScanParams& p, const WalkCoord& 
   if (!at.valid || kSaves) return;
   if (kOutputs) {
     if (!p.last_state || at.segment != p.segments - 1) return;
-#pragma unroll
-    for (int n = 0; n < kStatesPerThread; ++n) {
+    UNROLL for (int n = 0; n < kStatesPerThread; ++n) {
       const int state = at.group * kStatesPerThread + n;
       if (state < p.states)
         p.last_state[(at.batch * p.channels + at.channel) * p.states + state] = states.h[n];
@@ -239,12 +230,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
 
   // Several groups add up their parts of y; a tile's sum is taken after the next barrier.
   auto store_sums = [&](int tile, const Inputs& in) {
-#pragma unroll
-    for (int k = 0; k < kScalars; ++k) {
+    UNROLL for (int k = 0; k < kScalars; ++k) {
       const int t = at.group + k * kGroups;
       float sum = 0.0f;
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g)
+      UNROLL for (int g = 0; g < kGroups; ++g)
         sum += shared.y[tile & 1][kGroups > 1 ? g : 0][kGroups > 1 ? t : 0][at.column];
       store_output(y, shared.rows[tile & 3], in, columns.has_z, skip, at.group, k, sum);
     }
@@ -256,8 +245,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     if (kGroups == 1) columns.load(now, shared.rows[tile & 3], 0);
     if (kGroups > 1) {
       now = next;
-#pragma unroll
-      for (int k = 0; k < kScalars; ++k) {
+      UNROLL for (int k = 0; k < kScalars; ++k) {
         const int t = at.group + k * kGroups;
         scalars(now, columns, k, bias, use_softplus, t < left,
                 shared.delta[buffer][kGroups > 1 ? t : 0][at.column],
@@ -275,8 +263,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
       staging.load(p, at.batch, shared.rows[(tile + 1) & 3]);
       if (kGroups > 1) columns.load(next, shared.rows[(tile + 1) & 3], at.group);
     }
-#pragma unroll
-    for (int t = 0; t < kTile; ++t) {
+    UNROLL for (int t = 0; t < kTile; ++t) {
       if (kSaves && t % kStride == 0) save_state(p, at, states, tile * kTile + t);
       float delta, x;
       if (kGroups == 1) {

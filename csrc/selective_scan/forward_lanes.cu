@@ -69,26 +69,22 @@ struct Walk {
     lane = thread / 2 % 2 + high / (kWarpChannels / 2) * 2;
     column = threadIdx.x / 32 * kWarpChannels + thread % 2 + high % (kWarpChannels / 2) * 2;
     const Int64 channel = min(first_channel + column, p.channels - 1);
-#pragma unroll
-    for (int n = 0; n < kLaneStates; ++n)
+    UNROLL for (int n = 0; n < kLaneStates; ++n)
       A[n] = state(n) < p.states ? p.A[channel * p.states + state(n)] * kLog2e : 0.0f;
   }
   __device__ __forceinline__ int state(int n) const { return lane * kLaneStates + n; }
 
   __device__ __forceinline__ void read(const Shared& shared, int buffer, int step) {
     const float2* of_channel = shared.scalars[buffer][column] + step;
-#pragma unroll
-    for (int i = 0; i < kAhead / 2; ++i) scalars[i] = reinterpret_cast<const float4*>(of_channel)[i];
+    UNROLL for (int i = 0; i < kAhead / 2; ++i) scalars[i] = reinterpret_cast<const float4*>(of_channel)[i];
     const float4* lanes = shared.BC[buffer] + lane * (kLaneStates / 2);
-#pragma unroll
-    for (int i = 0; i < kAhead * kLaneStates / 2; ++i)
+    UNROLL for (int i = 0; i < kAhead * kLaneStates / 2; ++i)
       BC[i] = lanes[(step + i / (kLaneStates / 2)) * (kStates / 2) + i % (kLaneStates / 2)];
   }
   // This lane's part of y after one step.
   __device__ __forceinline__ float step(const float* delta_x, const float* B, const float* C) {
     float y = 0.0f;
-#pragma unroll
-    for (int n = 0; n < kLaneStates; ++n) {
+    UNROLL for (int n = 0; n < kLaneStates; ++n) {
       h[n] = fmaf(decay_of(delta_x[0], A[n]), h[n], delta_x[1] * B[n]);
       y = n == 0 ? h[n] * C[n] : fmaf(h[n], C[n], y);
     }
@@ -96,14 +92,12 @@ struct Walk {
   }
   // A tile, the operands of its first steps having been read.
   __device__ __forceinline__ void tile(Shared& shared, int buffer) {
-#pragma unroll
-    for (int first = 0; first < kTile; first += kAhead) {
+    UNROLL for (int first = 0; first < kTile; first += kAhead) {
       float of_steps[kAhead][2 * kLaneStates], of_channel[kAhead][2];
       memcpy(of_steps, BC, sizeof(BC));
       memcpy(of_channel, scalars, sizeof(scalars));
       if (first + kAhead < kTile) read(shared, buffer, first + kAhead);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i)
+      UNROLL for (int i = 0; i < kAhead; ++i)
         shared.y[buffer][first + i][column * kLanes + lane] =
             step(of_channel[i], of_steps[i], of_steps[i] + kLaneStates);
     }
@@ -112,8 +106,7 @@ struct Walk {
                                         Int64 first_channel) const {
     const Int64 channel = first_channel + column;
     if (channel >= p.channels) return;
-#pragma unroll
-    for (int n = 0; n < kLaneStates; ++n)
+    UNROLL for (int n = 0; n < kLaneStates; ++n)
       if (state(n) < p.states)
         p.last_state[(batch * p.channels + channel) * p.states + state(n)] = h[n];
   }
@@ -156,30 +149,24 @@ struct Tasks {
         use_softplus(p.delta_softplus),
         has_z(p.z.data),
         has_BC(threadIdx.x % kStates < p.states) {
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) raw_BC[k] = from_float<kInput>(0.0f);
+    UNROLL for (int k = 0; k < kRows; ++k) raw_BC[k] = from_float<kInput>(0.0f);
   }
   __device__ __forceinline__ void find_rows(const int* of_tile) {
-#pragma unroll
-    for (int k = 0; k < kTasks; ++k) rows[k] = of_tile[first_step + k * kLanes];
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) rows_BC[k] = of_tile[threadIdx.x / 32 * kRows + k];
+    UNROLL for (int k = 0; k < kTasks; ++k) rows[k] = of_tile[first_step + k * kLanes];
+    UNROLL for (int k = 0; k < kRows; ++k) rows_BC[k] = of_tile[threadIdx.x / 32 * kRows + k];
   }
   __device__ __forceinline__ void load() {
-#pragma unroll
-    for (int k = 0; k < kTasks; ++k) {
+    UNROLL for (int k = 0; k < kTasks; ++k) {
       raw_delta[k] = *element(delta, rows[k]);
       raw_u[k] = *element(u, rows[k]);
       raw_z[k] = *element(z, rows[k]);
     }
-#pragma unroll
-    for (int k = 0; k < kRows; ++k)
+    UNROLL for (int k = 0; k < kRows; ++k)
       if (has_BC) raw_BC[k] = *element(BC, rows_BC[k]);
   }
   // What was loaded, for the walk. Steps past the end change no state. first: of the tile.
   __device__ __forceinline__ void prepare(Shared& shared, int buffer, int first) {
-#pragma unroll
-    for (int k = 0; k < kTasks; ++k) {
+    UNROLL for (int k = 0; k < kTasks; ++k) {
       const int step = k * kLanes;
       const float raw = to_float(raw_delta[k]) + bias, input = to_float(raw_u[k]);
       const float size = select(first + step < steps,
@@ -192,17 +179,14 @@ struct Tasks {
     const int n = threadIdx.x % kStates, is_C = threadIdx.x / kStates % 2;
     float* slot = reinterpret_cast<float*>(shared.BC[buffer]) +
                   threadIdx.x / 32 * kRows * 2 * kStates + (n / kLaneStates * 2 + is_C) * kLaneStates + n % kLaneStates;
-#pragma unroll
-    for (int k = 0; k < kRows; ++k) slot[k * 2 * kStates] = to_float(raw_BC[k]);
+    UNROLL for (int k = 0; k < kRows; ++k) slot[k * 2 * kStates] = to_float(raw_BC[k]);
   }
   __device__ __forceinline__ void finish(const Shared& shared, int buffer, int first) const {
-#pragma unroll
-    for (int k = 0; k < kTasks; ++k) {
+    UNROLL for (int k = 0; k < kTasks; ++k) {
       const float4* parts = reinterpret_cast<const float4*>(
           shared.y[buffer][first_step + k * kLanes] + column * kLanes);
       float sum = 0.0f;
-#pragma unroll
-      for (int q = 0; q < kLanes / 4; ++q) {
+      UNROLL for (int q = 0; q < kLanes / 4; ++q) {
         const float quad = (parts[q].x + parts[q].y) + (parts[q].z + parts[q].w);
         sum = q == 0 ? quad : sum + quad;
       }

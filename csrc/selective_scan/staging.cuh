@@ -8,8 +8,7 @@ template <class T, int kSteps, int kPadded, int kBlock, bool kWithB, bool kWithC
   T B[kElements], C[kElements];
 
   __device__ __forceinline__ void load(const ScanParams& p, Int64 batch, const int* rows) {
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
+    UNROLL for (int k = 0; k < kElements; ++k) {
       const int i = threadIdx.x + k * kBlock, n = i % kPadded;
       B[k] = C[k] = from_float<T>(0.0f);
       if (i >= kSteps * kPadded || n >= p.states) continue;
@@ -19,8 +18,7 @@ template <class T, int kSteps, int kPadded, int kBlock, bool kWithB, bool kWithC
   }
   // address(i, 0): where B of step i / kPadded and state i % kPadded goes; address(i, 1): its C.
   template <class Address> __device__ __forceinline__ void store(const Address& address) const {
-#pragma unroll
-    for (int k = 0; k < kElements; ++k) {
+    UNROLL for (int k = 0; k < kElements; ++k) {
       const int i = threadIdx.x + k * kBlock;
       if (i >= kSteps * kPadded) continue;
       if (kWithB) *address(i, 0) = to_float(B[k]);

@@ -86,9 +86,6 @@ def causal_conv1d_ref(x, weight, bias=None, activation=None, order=None):
     return put_back(y, order).to(x.dtype)
 
 
-# ---------------------------------------- around a mixer
-
-
 def modulated_norm_ref(x, weight, modulation, table, out_dtype=None):
     """RMSNorm(x) weight (1 + scale) + shift, eps 1e-5, where shift, scale, gate are the rows of
     table + modulation (adaLN-single, PixArt-alpha, arXiv 2310.00426, section 2.3).

@@ -59,9 +59,6 @@ def count_tiles(length):
     return -(-length // TILE)
 
 
-# ---------------------------------------- arithmetic
-
-
 @_exact
 def _exp(x):
     """e^x by x = k ln 2 + r and a polynomial in r, relative error below 1e-7 for -87 <= x <= 88.
@@ -119,9 +116,6 @@ def _silu_slope(x, s):
     return s * (f32(1.0) + x * (f32(1.0) - s))
 
 
-# ---------------------------------------- rows of a block
-
-
 @_inline
 def _copy(target, source):
     """The first source.size elements of target; the rest of a scratch row stays zero for a narrow
@@ -171,9 +165,6 @@ def _gate_row_bwd(g, z, y):
         g_z = g_gated * y[d] * _silu_slope(gate, s)
         g[d] = g_gated * gate * s
         z[d] = g_z
-
-
-# ---------------------------------------- selective scan
 
 
 @_inline
@@ -368,9 +359,6 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
         _copy(grads.delta_bias[b, d0:d1], g_bias[:width])
 
 
-# ---------------------------------------- convolution
-
-
 @_inline
 def _add_product(target, a, b):
     for d in range(target.size):
@@ -446,9 +434,6 @@ def conv_bwd(first_task, last_task, x, weight, bias, order, silu, g_y, g_x, g_we
                 _add_product(g_weight[b, w, d0:d1], g, x[b, source, d0:d1])
             for d in range(d1 - d0):
                 g_bias[b, d0 + d] += g[d]
-
-
-# ---------------------------------------- sums of parts
 
 
 @_kernel

@@ -71,9 +71,6 @@ def plan_modulation_backward(batch, dim, dtype, multiprocessors):
     return Plan((Launch(kernel, (-(-dim // 32), 1, 1), (256, 1, 1)),))
 
 
-# ---------------------------------------- one pass each
-
-
 class Adaln(NamedTuple):
     """Parameters in float32, contiguous."""
 
@@ -146,9 +143,6 @@ def modulation_backward(g_shift, g_gain, g_factor, adaln):
     return g_modulation, g_table, g_weight
 
 
-# ---------------------------------------- operators of their own
-
-
 def _norm_operator(x, weight, modulation, table, dtype):
     return norm(as_vectors(x), Adaln(modulation, table, weight), dtype)
 
@@ -184,10 +178,6 @@ def as_vectors(x):
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-def _like(*tensors):
-    return tuple(t.new_empty(t.shape) for t in tensors)
-
-
 def _fake(x, *rest):
     return x.new_empty(x.shape, dtype=rest[-1])
 
@@ -195,13 +185,13 @@ def _fake(x, *rest):
 launch.operator(
     "modulated_norm",
     "Tensor x, Tensor weight, Tensor modulation, Tensor table, ScalarType dtype", (1, 4),
-    _norm_operator, _fake, _norm_backward_operator, lambda g, *inputs: _like(*inputs[:4]),
+    _norm_operator, _fake, _norm_backward_operator, lambda g, *inputs: launch.like(*inputs[:4]),
 )  # fmt: skip
 launch.operator(
     "gated_residual",
     "Tensor x, Tensor branch, Tensor modulation, Tensor table, Tensor? drop_path_scale, "
     "ScalarType dtype", (1, 3),
-    _gate_operator, _fake, _gate_backward_operator, lambda g, *inputs: _like(*inputs[1:4]),
+    _gate_operator, _fake, _gate_backward_operator, lambda g, *inputs: launch.like(*inputs[1:4]),
     lambda g, found: (*g, *found),
 )  # fmt: skip
 

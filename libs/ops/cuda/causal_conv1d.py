@@ -44,7 +44,7 @@ def backward(g_y, x, weight, bias, order, silu, g_x=None):
 launch.operator(
     "causal_conv1d", "Tensor x, Tensor weight, Tensor bias, Tensor? order, bool silu", (1, 3),
     forward, lambda x, *rest: x.new_empty(x.shape),
-    backward, lambda g_y, *inputs: tuple(t.new_empty(t.shape) for t in inputs[:3]),
+    backward, lambda g_y, *inputs: launch.like(*inputs[:3]),
 )  # fmt: skip
 
 

@@ -71,9 +71,6 @@ def turn_on_fp8(network, dtype, key):
     network.use_fp8(next(network.parameters()).device)
 
 
-# ---------------------------------------- quantising
-
-
 def quantize_rows_ref(x):
     """(x8, scale) of x (M, K): e4m3 numbers (M, K) and scales (M, 1), x ~ x8 scale; rows without
     an |x| from 1e-30 are zeros.
@@ -105,9 +102,6 @@ def quantize_transposed(x, scale):
     out = torch.empty(x.shape[1], x.shape[0], dtype=E4M3, device=x.device)
     _run(plan_transposed, x, out, scale)
     return out
-
-
-# ---------------------------------------- products
 
 
 def _scaled_product(x, w8, w_scale):

@@ -21,9 +21,6 @@ _ALIGNMENT = 256  # of scratch tensors inside their one allocation; what torch.e
 _STATIC_SHARED_LIMIT = 48 * 1024  # above it a kernel must be told
 
 
-# ---------------------------------------- kernels on a device
-
-
 class Gpu:
     """One device: its properties, the kernels loaded on it, and the dtypes whose kernels are known
     to compute right numbers."""
@@ -110,9 +107,6 @@ def _make_context_current(index):
 def _raise(error, what):
     if int(error):
         raise RuntimeError(f"{what}: the CUDA driver says {error.name}")
-
-
-# ---------------------------------------- launching plans
 
 
 class Prepared(NamedTuple):
@@ -227,9 +221,6 @@ def driver():
     return driver
 
 
-# ---------------------------------------- tensors as the kernels want them
-
-
 def as_rows(x):
     """x (B, L, X) with X contiguous: itself, or a copy; None for None."""
     if x is None:
@@ -260,62 +251,53 @@ def name_of(dtype):
     return str(dtype).removeprefix("torch.")
 
 
-# ---------------------------------------- operators for torch
-
 _library = torch.library.Library("dim", "FRAGMENT")
 
 
-def tensors(names):
-    """Part of a schema."""
+def _tensors(names):
     return ", ".join(f"Tensor {name}".rstrip() for name in names)
 
 
-def define(schema, run, fake):
-    """Registers an operator dim::<name>. run: on CUDA tensors; fake: results of the right shapes,
-    for torch.compile."""
-    name = schema.partition("(")[0]
-    _library.define(schema)
+def like(*tensors):
+    return tuple(x.new_empty(x.shape) for x in tensors)
+
+
+def _define(name, inputs, results, run, fake):
+    _library.define(f"{name}({inputs}) -> ({_tensors([''] * results)})")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"dim::{name}", fake, lib=_library)
 
 
-def differentiate(name, save, gradients):
-    """Registers the operator's derivative. save(ctx, inputs, output); gradients(ctx, *g)."""
+def operator(name, schema, results, run, fake, backward, fake_backward, collect=None, saved=0):
+    """Registers dim::<name> and its derivative dim::<name>_bwd, for torch.compile and autograd.
 
-    def backward(ctx, *g):
+    schema: of the inputs, tensors first. run(*inputs) and backward(*g, *saved, *inputs) return so
+    many tensors as `results` says, fake and fake_backward the same without numbers. collect(g,
+    found): gradients of the first inputs, from those of the results and `backward`'s. saved: how
+    many of the last results only the backward wants.
+    """
+    count, (forwards, backwards) = schema.count("Tensor"), results
+
+    def save(ctx, inputs, output):
+        extra = output[forwards - saved :] if saved else ()
+        ctx.mark_non_differentiable(*extra)
+        ctx.set_materialize_grads(not saved)
+        ctx.save_for_backward(*extra, *inputs[:count])
+        ctx.rest = inputs[count:]
+
+    def gradients(ctx, *g):
         if torch.is_grad_enabled():  # else the result would silently carry no gradient
             raise RuntimeError(
                 f"{name}: backend 'cuda' has no second derivative; use backend='reference'"
             )
-        return gradients(ctx, *g)
-
-    torch.library.register_autograd(f"dim::{name}", backward, setup_context=save, lib=_library)
-
-
-def operator(name, schema, results, run, fake, backward, fake_backward, collect=None):
-    """Registers dim::<name> and its derivative dim::<name>_bwd, which needs nothing but the inputs.
-
-    schema: of the inputs, tensors first. run(*inputs) and backward(*g, *inputs) return so many
-    tensors as `results` says, fake and fake_backward the same of *inputs without numbers.
-    collect(g, found): gradients of the first inputs, from those of the results and `backward`'s.
-    """
-    count = schema.count("Tensor")
-
-    def save(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:count])
-        ctx.rest = inputs[count:]
-
-    def gradients(ctx, *g):
-        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-        found = getattr(torch.ops.dim, f"{name}_bwd")(*g, *saved, *ctx.rest)
+        tensors = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        g = g[: forwards - saved]
+        found = getattr(torch.ops.dim, f"{name}_bwd")(*g, *tensors, *ctx.rest)
         found = collect(g, found) if collect else found
-        wanted = [None if x is None else v for x, v in zip(saved, found, strict=False)]
+        wanted = [None if x is None else v for x, v in zip(tensors[saved:], found, strict=False)]
         return *wanted, *[None] * (count + len(ctx.rest) - len(wanted))
 
-    forwards, backwards = ([""] * number for number in results)
-    g = [f"g_{i}" for i in range(len(forwards))]
-    define(f"{name}({schema}) -> ({tensors(forwards)})", run, fake)
-    define(
-        f"{name}_bwd({tensors(g)}, {schema}) -> ({tensors(backwards)})", backward, fake_backward
-    )
-    differentiate(name, save, gradients)
+    _define(name, schema, forwards, run, fake)
+    before = _tensors([f"g_{i}" for i in range(forwards)])  # gradients, saved results
+    _define(f"{name}_bwd", f"{before}, {schema}", backwards, backward, fake_backward)
+    torch.library.register_autograd(f"dim::{name}", gradients, setup_context=save, lib=_library)

@@ -17,9 +17,6 @@ BACKWARD_TILE, STRIDE = 8, 4
 PASS_OUTPUT, PASS_END_STATE, PASS_SAVE_STATES, PASS_CARRY = 0, 1, 2, 3
 
 
-# ---------------------------------------- parameter structs
-
-
 def find_slots(integers, rows, pointers):
     """{field: slot}, and under None their number. rows: (B, L, X) tensors with X contiguous, of
     three slots each, address and two strides in elements. Absent ones are 0, as absent pointers."""
@@ -46,9 +43,6 @@ ConvParams = find_slots(
 # Of up to MAX_SUMS tasks, out[i] = sum over k < count of parts[k * size + i], in a fixed order; out
 # is float32 or, where is_float is 0, the kernel's kOutput.
 MAX_SUMS, SUM_FIELDS = 4, ("parts", "out", "count", "size", "is_float")
-
-
-# ---------------------------------------- plans
 
 
 class Kernel(NamedTuple):
@@ -96,9 +90,6 @@ def _blocks(channels, channels_a_block):
 
 def _round_up(n, multiple):
     return -(-n // multiple) * multiple
-
-
-# ---------------------------------------- selective scan
 
 
 class Variant(NamedTuple):
@@ -281,8 +272,6 @@ def scan_backward(
 def scan_backward_with_output(*shape, **options):
     return scan_backward(*shape, output=True, **options)
 
-
-# ---------------------------------------- causal convolution
 
 _CONV_THREADS, _CONV_VECTOR = 128, 4
 

@@ -1,4 +1,4 @@
-"""A whole block of DiM on the GPU: `dim::mamba_block_fwd` and `dim::mamba_block_bwd`, and autograd.
+"""A whole block of DiM on the GPU: `dim::mamba_block` and `dim::mamba_block_bwd`.
 
     n   = x / rms(x) weight (1 + scale) + shift
     out = x + drop_path_scale (1 + gate) out_proj(scan(conv(in_proj(n))))
@@ -43,15 +43,6 @@ def _pack(x, modulation, drop_path_scale, *rest):
     return Inputs(x, Adaln(modulation, p.table, p.weight, drop_path_scale), p, order, dtype, fp8_)
 
 
-_SCHEMA = (
-    f"Tensor x, Tensor modulation, Tensor? drop_path_scale, {launch.tensors(Parameters._fields)}, "
-    "Tensor? order, ScalarType dtype, bool fp8"
-)
-
-
-# ---------------------------------------- matrix products
-
-
 def _product(x, weight, in_fp8=False):
     """x (B, L, K) times the transpose of weight (M, K)."""
     if in_fp8:
@@ -80,9 +71,6 @@ def _cast(parameters, dtype):
     cast = [torch.empty_like(weight, dtype=dtype) for weight in matrices]
     torch._foreach_copy_(cast, matrices)
     return Matrices(*cast), cast
-
-
-# ---------------------------------------- both ways
 
 
 def _convolve(xz, p, order):
@@ -147,7 +135,7 @@ def _mixer_backward(g_branch, saved, weights, i):
 
 
 def _backward(g_out, *rest):
-    saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) :])
+    saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) : -1])
     weights = Matrices(*(
         cast if cast.numel() else getattr(i.parameters, name)
         for name, cast in zip(Matrices._fields, saved[3:], strict=True)
@@ -165,7 +153,8 @@ def _backward(g_out, *rest):
     return g_x, g_modulation, *Parameters(table=g_table, weight=g_weight, in_proj=g_in_proj, **g)
 
 
-# ---------------------------------------- for torch
+def _differentiable(x, modulation, drop_path_scale, *rest):
+    return x, modulation, *rest[: len(Parameters._fields)]
 
 
 def _empty_outputs(*inputs):
@@ -181,40 +170,17 @@ def _empty_outputs(*inputs):
     )
 
 
-def _empty_gradients(g_out, *rest):
-    i = _pack(*rest[len(Saved._fields) :])
-    return tuple(t.new_empty(t.shape) for t in (i.x, i.adaln.modulation, *i.parameters))
-
-
-_OUTPUTS, _GRADIENTS = [""] * (1 + len(Saved._fields)), [""] * (2 + len(Parameters._fields))
-launch.define(
-    f"mamba_block_fwd({_SCHEMA}, ScalarType out_dtype) -> ({launch.tensors(_OUTPUTS)})",
+launch.operator(
+    "mamba_block",
+    "Tensor x, Tensor modulation, Tensor? drop_path_scale, "
+    f"{', '.join(f'Tensor {name}' for name in Parameters._fields)}, Tensor? order, "
+    "ScalarType dtype, bool fp8, ScalarType out_dtype",
+    (1 + len(Saved._fields), 2 + len(Parameters._fields)),
     _forward, _empty_outputs,
+    _backward, lambda g, *rest: launch.like(*_differentiable(*rest[len(Saved._fields) : -1])),
+    lambda g, found: (*found[:2], None, *found[2:]),
+    saved=len(Saved._fields),
 )  # fmt: skip
-launch.define(
-    f"mamba_block_bwd(Tensor g_out, {launch.tensors(f'saved_{name}' for name in Saved._fields)}, "
-    f"{_SCHEMA}) -> ({launch.tensors(_GRADIENTS)})",
-    _backward, _empty_gradients,
-)  # fmt: skip
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.dtype, ctx.fp8, _ = inputs
-    saved = output[1:]
-    ctx.mark_non_differentiable(*saved)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*saved, *tensors)
-
-
-def _gradients(ctx, g_out, *_):
-    saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
-    g_x, g_modulation, *of_parameters = torch.ops.dim.mamba_block_bwd(
-        g_out, *saved, ctx.dtype, ctx.fp8
-    )
-    return g_x, g_modulation, None, *of_parameters, None, None, None, None
-
-
-launch.differentiate("mamba_block_fwd", _save, _gradients)
 
 
 def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, in_fp8, out_dtype):
@@ -227,7 +193,7 @@ def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, i
         parameters[name] if name in Matrices._fields else launch.as_parameter(parameters[name])
         for name in Parameters._fields
     ]
-    out, *_ = torch.ops.dim.mamba_block_fwd(
+    out, *_ = torch.ops.dim.mamba_block(
         x, launch.as_parameter(modulation), launch.as_parameter(drop_path_scale), *parameters,
         launch.as_order(order), dtype, in_fp8, out_dtype,
     )  # fmt: skip

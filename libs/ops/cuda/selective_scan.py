@@ -49,11 +49,9 @@ def run_forward(prepared, x, return_last_state=False):
 
 def _empty_gradients(x, z):
     """z: as in Inputs, or None where another place takes its gradient."""
-    return Gradients(
-        x.u.new_empty(x.u.shape), x.u.new_empty(x.u.shape), x.A.new_empty(x.A.shape),
-        x.B.new_empty((2, *x.B.shape)), x.D.new_empty(x.D.shape),
-        x.u.new_empty(0 if z is None else z.shape), x.delta_bias.new_empty(x.D.shape),
-    )  # fmt: skip
+    g_u, g_delta, g_A, g_D, g_bias = launch.like(x.u, x.u, x.A, x.D, x.delta_bias)
+    g_z = x.u.new_empty(0 if z is None else z.shape)
+    return Gradients(g_u, g_delta, g_A, x.B.new_empty((2, *x.B.shape)), g_D, g_z, g_bias)
 
 
 def run_backward(prepared, g_y, g_last_state, x, g_z=None, y=None):
@@ -67,9 +65,6 @@ def run_backward(prepared, g_y, g_last_state, x, g_z=None, y=None):
     scalars = _scalars(x) | {"g_last_state": g_last_state}
     launch.run(prepared, x.u.device, rows, scalars, outputs)
     return g
-
-
-# ---------------------------------------- the operator
 
 
 def _forward(*inputs):

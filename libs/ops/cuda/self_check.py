@@ -48,9 +48,6 @@ def _order():
     return torch.randperm(LENGTH, generator=torch.Generator().manual_seed(0), device="cpu")
 
 
-# ---------------------------------------- problems: (what, results, what they should be)
-
-
 def check_scan(gpu, dtype):
     sequence, outer = (BATCH, LENGTH, CHANNELS), (BATCH, LENGTH, 16)
     u, delta, z, g_y, B, C = _random(0, dtype, *[sequence] * 4, outer, outer)
@@ -136,9 +133,6 @@ def check_fp8(gpu, dtype):
     actual = fp8.quantize_transposed(x.to(gpu.device), scale.to(gpu.device))
     expected = (x.float() / scale.max()).to(fp8.E4M3).t()
     yield "quantize_transposed", (actual.float(),), (expected.float(),), fp8.E4M3
-
-
-# ---------------------------------------- the check
 
 
 def worst_errors(gpu, dtype):
