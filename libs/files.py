@@ -36,13 +36,13 @@ def sha256_of(path):
 
 
 @contextlib.contextmanager
-def _reading(path, kind):
+def reading(path, kind):
     """UserError that names the file, for what libraries raise for broken files: almost any kind."""
     try:
         yield
     except Exception as error:
-        not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
-        if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:
+        not_the_file = (UserError, MemoryError, FileNotFoundError, PermissionError)
+        if isinstance(error, not_the_file) or getattr(error, "errno", None) in PASSING_ERRORS:
             raise
         reason = f"{type(error).__name__}: {error}"[:200]
         if "pickl" in reason.lower():  # the libraries' texts advise to run the code
@@ -53,13 +53,13 @@ def _reading(path, kind):
 
 def read_safetensors(path):
     """name -> CPU tensor of a .safetensors file; UserError if it is damaged or none."""
-    with _reading(path, "safetensors file"):
+    with reading(path, "safetensors file"):
         return load_file(path)
 
 
 def read_torch(path):
     """What torch.save wrote, tensors on the CPU (zip files are mapped) and plain values."""
-    with _reading(path, "torch file of plain tensors and values"):
+    with reading(path, "torch file of plain tensors and values"):
         return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
@@ -86,7 +86,7 @@ def load_strict(module, tensors, source):
 
 def read_arrays(path):
     """{name: array} of a .npz file; UserError if it is damaged, none or holds pickled objects."""
-    with _reading(path, ".npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
+    with reading(path, ".npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
 
@@ -125,10 +125,8 @@ def _rebuild(value):
 
 
 def read_array(path):
-    """The array of a .npy file, or the list of an array of objects, such as U-ViT's (moments,
-    label). UserError if it is damaged, none or holds other objects than arrays and numbers.
-    """
-    with _reading(path, ".npy file of arrays and numbers"), open(path, "rb") as file:
+    """The array of a .npy file; objects, such as U-ViT's (moments, label), as a list."""
+    with reading(path, ".npy file of arrays and numbers"), open(path, "rb") as file:
         major, _ = np.lib.format.read_magic(file)
         _, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
         if dtype.hasobject:

@@ -106,6 +106,16 @@ def test_a_broken_file_is_named(tmp_path, name, content):
         reader(path)
 
 
+@pytest.mark.parametrize("name, content", [
+    ("0.npy.npz", lambda path: np.savez(path.with_suffix(""), mu=MOMENTS)),
+    ("0.npy", lambda path: np.save(path, pair(MOMENTS, None)[:1], allow_pickle=True)),
+])  # fmt: skip
+def test_latents_of_another_content_are_named(tmp_path, name, content):
+    content(tmp_path / name)
+    with pytest.raises(UserError, match=f"{name} is damaged or no file of moments and a label"):
+        read_latent_file(tmp_path / name)
+
+
 def test_what_the_system_says_is_not_the_files_fault(tmp_path):
     with pytest.raises(FileNotFoundError, match="absent.pth"):
         read_torch(tmp_path / "absent.pth")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from libs.data.latents import MANIFEST, PackedLatents
-from libs.files import read_array, read_arrays
+from libs.files import read_array, read_arrays, reading
 from utils import UserError
 
 LAYOUTS = (".npy", ".npy.npz")
@@ -20,13 +20,14 @@ LAYOUTS = (".npy", ".npy.npz")
 
 def read_latent_file(path):
     """float32 moments (2C, h, w) and the label, or None, of one file."""
-    if str(path).endswith(".npz"):
-        arrays = read_arrays(path)
-        moments, label = arrays["z"], arrays["label"]
-    else:
-        contents = read_array(path)
-        moments, label = contents if isinstance(contents, list) else (contents, None)
-    return np.asarray(moments, np.float32), None if label is None else np.asarray(label).item()
+    with reading(path, "file of moments and a label"):
+        if str(path).endswith(".npz"):
+            arrays = read_arrays(path)
+            moments, label = arrays["z"], arrays["label"]
+        else:
+            contents = read_array(path)
+            moments, label = contents if isinstance(contents, list) else (contents, None)
+        return np.asarray(moments, np.float32), None if label is None else np.asarray(label).item()
 
 
 def count_latent_files(folder):
@@ -46,8 +47,8 @@ def count_latent_files(folder):
 class LatentFiles:
     """The per-image latents in a folder: each file is an item, flipped images are files too.
 
-    Attributes as those of PackedLatents. With num_classes given, `labels` is None,
-    since millions of files would have to be read for them. Without it they are all read here.
+    Attributes as those of PackedLatents. With num_classes given, `labels` is None, since millions
+    of files would have to be read for them. Without it they are all read here.
     """
 
     flips, manifest = False, None
@@ -57,17 +58,19 @@ class LatentFiles:
         self.layout, self.num_images = count_latent_files(folder)
         moments, label = self._read(0)
         self.shape, self.labels, self.num_classes = moments.shape, None, 0
-        if label is not None and num_classes is None:
-            self.labels = np.array([self._read(i)[1] for i in range(self.num_images)], np.int64)
-            num_classes = self.labels.max() + 1
         if label is not None:
-            self.num_classes = int(num_classes)
+            self.num_classes = num_classes or self._read_labels()
 
     def __len__(self):
         return self.num_images
 
     def _read(self, image):
         return read_latent_file(self.folder / f"{image}{self.layout}")
+
+    def _read_labels(self):
+        """All of them; returns the number of classes."""
+        self.labels = np.array([self._read(i)[1] for i in range(self.num_images)], np.int64)
+        return int(self.labels.max()) + 1
 
     def read_labelled(self, images, flipped):
         """images (n,) integers -> float32 (n, 2C, h, w), int64 (n,) or None without labels."""
