@@ -334,14 +334,12 @@ def test_measuring_in_training_gives_the_figures_of_an_evaluation(files, tmp_pat
         device=CPU, process_index=0, num_processes=1, is_main_process=True,
         reduce=lambda tensor, how: tensor,
     )  # fmt: skip
-    found = generate.measure(image_sampler, features, real, accelerator, n=8)
+    measured = (image_sampler, features, real, accelerator)
+    found = generate.measure(*measured, n=8)
     # Batches of other sizes sum in another order.
     assert found["frechet_distance"] == pytest.approx(result["frechet_distance"], rel=1e-4)
     assert found["class_agreement"] == result["class_agreement"]
-    stopped = generate.measure(
-        image_sampler, features, real, accelerator, n=8, stop=lambda: True
-    )  # fmt: skip
-    assert stopped is None
+    assert generate.measure(*measured, n=8, stop=lambda: True) is None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from tqdm import tqdm
 import utils
 from libs.diffusion import ImageNoise, choose_sampler, make_guided, sample
 from libs.evaluate.features import round_to_8_bit
-from libs.evaluate.metrics import FeatureSet, Moments, compute_metrics
+from libs.evaluate.metrics import IN_TRAINING, FeatureSet, Moments, compute_metrics
 from libs.ops import turn_on_fp8
 from libs.runtime import SamplingNetwork
 from utils import UserError
@@ -181,7 +181,7 @@ def measure(image_sampler, features, real, accelerator, *, n, stop=lambda: False
     """
     with image_sampler:
         generated = accumulate_features(image_sampler, features, accelerator, n=n, stop=stop)
-    return compute_metrics(generated, real) if generated and real else None
+    return compute_metrics(generated, real, IN_TRAINING) if generated and real else None
 
 
 def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):

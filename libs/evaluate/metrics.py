@@ -158,28 +158,28 @@ def _real_halves(generated, real):
 
 
 def _precision_recall(generated, real):
-    """None where features are unknown, or there are no k-th neighbours."""
+    """None where real features are unknown, or there are no k-th neighbours."""
     sets, found = (real.features, generated.features), None
     if all(features is not None and len(features) > NEIGHBOURS for features in sets):
         found = precision_recall(*sets, generated.mu.device)
     return {"precision_recall": found}
 
 
-# name -> f(generated, real) -> {figure: value for json}, of two FeatureSets, in which all but the
-# moments may be None.
+# name -> f(generated, real) -> {figure: value for json}; FeatureSets, real.features may be None.
 METRICS = {
     "frechet_distance": _frechet_distance,
     "class_agreement": _class_agreement,
     "real_halves": _real_halves,
     "precision_recall": _precision_recall,
 }
+IN_TRAINING = ("frechet_distance", "class_agreement", "real_halves")  # need moments alone
 
 
-def compute_metrics(generated, real):
-    """The figures of all METRICS: dict. Without real images, None of those every result has."""
+def compute_metrics(generated, real, names=METRICS):
+    """The figures of the METRICS `names`: dict. Without real images, None of the usual ones."""
     if real is None:
         return {"frechet_distance": None, "class_agreement": None, "precision_recall": None}
-    return {key: x for compute in METRICS.values() for key, x in compute(generated, real).items()}
+    return {key: x for name in names for key, x in METRICS[name](generated, real).items()}
 
 
 def save_statistics(path, *, mu, sigma, features=None, **record):
