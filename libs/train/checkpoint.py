@@ -63,9 +63,7 @@ def save(directory, step, *, nnet, ema, training_state, config, keep_last):
 
     nnet, ema: name -> tensor, any device and dtype. training_state: nested dicts and lists of
     tensors and plain values. config: a dict for JSON. keep_last: how many checkpoints to keep, this
-    one included, or None for all; the oldest are deleted once this one is in place.
-
-    UserError if the disk is full or cannot be written: earlier checkpoints are as they were.
+    one included, or None for all. UserError if the disk is full or cannot be written.
     """
     directory = Path(directory)
     folder = directory / SAVING.format(step)

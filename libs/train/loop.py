@@ -147,8 +147,9 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
                 snapshots.make(snapshots.missing(progress.step), progress.step)
             step_log, stopping = StepLog(metrics_log, settings, progress.step), False
             while progress.step < settings.n_steps and not stopping:
-                warmup = config.lr_scheduler.warmup_steps
-                factor = schedule(progress.step, warmup_steps=warmup, n_steps=settings.n_steps)
+                factor = schedule(
+                    progress.step, config.lr_scheduler.warmup_steps, settings.n_steps
+                )
                 stats = take_step(
                     accelerator, state, objective, batches, draw(progress.batch),
                     lr=config.optimizer.lr * factor, accumulation=accumulation, stop=stop.requested,

@@ -1,6 +1,4 @@
-"""What training minimises: loss terms by name, each times its weight config.loss.<name>, and the
-random numbers that go into them.
-"""
+"""What training minimises: loss terms by name, and the random numbers that go into them."""
 
 from collections import namedtuple
 
@@ -9,7 +7,7 @@ import torch
 import utils
 from utils import look_up
 
-LOSSES = {}  # name -> f(output, target, hidden, batch) -> (B,) float32
+LOSSES = {}  # name, whose weight is config.loss.<name> -> f(output, target, hidden, batch)
 
 
 # What a loss term may ask of a micro-batch: clean z, noise eps and their mixture z_t, each
@@ -71,8 +69,8 @@ class Objective:
         """Losses (B,) float32 of `model` on x (B, ...) and y (B,), as the data set has them, with
         Draws of these rows.
         """
-        dropped = None if self.p_uncond is None else draws.label < self.p_uncond
-        y = None if dropped is None else torch.where(dropped, self.null_label, y)
+        dropped = draws.label < (self.p_uncond or 0.0)
+        y = None if self.p_uncond is None else torch.where(dropped, self.null_label, y)
         z, eps = self.codec.encode(x, draws.latent), draws.eps
         t = self.process.train_time(draws.time)
         z_t = self.process.mix(z, eps, t)

@@ -6,9 +6,7 @@ import torch
 
 
 def adamw(parameters, settings):
-    """AdamW over all parameters in one group: every parameter is decayed, as in the official
-    runs.
-    """
+    """AdamW over all parameters in one group: each is decayed, as in the official runs."""
     return torch.optim.AdamW(
         parameters, lr=settings.lr, betas=tuple(map(float, settings.betas)), eps=settings.eps,
         weight_decay=settings.weight_decay, fused=True,

@@ -52,9 +52,7 @@ def save(state, accelerator, directory, config):
 
 def make_state(model, accelerator, found, *, settings, optimizer, max_norm, accumulation):
     """The TrainState around `model`, from the checkpoint `found`, or new where that is None.
-
     settings, optimizer: config.train and config.optimizer, which overrules what was saved.
-    UserError for a checkpoint of another network, or across the border of ZeRO-2.
     """
     precision = Precision(settings.mixed_precision, accelerator.device)
     network = model.to(accelerator.device).train()

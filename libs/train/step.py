@@ -26,15 +26,11 @@ class StepStats:
         self.found_inf = (~(summed[0].isfinite() & norm.isfinite())).float()
         self.num_processes = accelerator.num_processes
         self._values = torch.cat([summed, torch.stack([norm, scale])]).to("cpu", non_blocking=True)
-        self._arrived = torch.cuda.Event() if loss.is_cuda else None
-        if self._arrived is not None:
-            self._arrived.record()
+        self._arrived = torch.cuda.current_stream().record_event() if loss.is_cuda else None
 
     def fetch(self):
-        """Set loss, grad_norm, stop and loss_scale.
-
-        The one host sync of a step: it waits for the gradients, not for the optimizer's work that
-        was queued since, which keeps the device busy until the host has gone on.
+        """The one host sync of a step: it waits for the gradients, not for the optimizer's work,
+        which keeps the device busy until the host has gone on.
         """
         if self._arrived is not None:
             self._arrived.synchronize()
@@ -44,10 +40,8 @@ class StepStats:
 
 def take_step(accelerator, state, objective, batches, draws, *, accumulation, lr, stop):
     """Gradients of this rank's micro-batches, and the optimizer's step; fetched StepStats.
-
-    batches: Prefetcher of this rank's (x, y); draws: Draws of the global batch, of which a
-    micro-batch has the rows that GlobalBatchSampler deals to it; lr: learning rate; stop: whether
-    this process was asked to stop.
+    batches: Prefetcher of this rank's (x, y); draws: of the global batch, of which a micro-batch
+    has the rows that GlobalBatchSampler deals to it; stop: whether this process was asked to.
     """
     engine, began = state.engine, time.monotonic()
     for group in engine.optimizer.param_groups:
