@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -113,12 +112,6 @@ def wait_for_step(process, workdir, step):
     raise AssertionError(
         f"step {step} never came: {finish(process)[1] if process.poll() is not None else 'timeout'}"
     )
-
-
-def kill_group(process):
-    """kill -9 the process and everything it started."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def weights(workdir, step):

@@ -144,14 +144,6 @@ def test_no_file_knows_where_it_was_written():
     assert not machine.search(b"https://a.b/" + b"root/x") and not machine.search(b"net/work/x")
 
 
-def test_generic_names_are_not_packaged():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads TOML")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    tools = project["tool"]["setuptools"]
-    assert tools["packages"] == [] and tools["py-modules"] == []
-    assert not {"scripts", "gui-scripts", "entry-points"} & project["project"].keys()
-
-
 def test_generic_names_are_not_importable_elsewhere(tmp_path):
     """In this environment, where the project is installed; -I ignores PYTHONPATH and the working
     directory.
@@ -168,12 +160,3 @@ def test_generic_names_are_not_importable_elsewhere(tmp_path):
     words = [sys.executable, "-I", "-c", code, *ours]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stdout == "[] False\n", done.stdout + done.stderr
-
-
-def test_dependencies_are_written_once():
-    """In pyproject.toml; environment.yaml refers to it."""
-    yaml = pytest.importorskip("yaml")
-    environment = yaml.safe_load((ROOT / "environment.yaml").read_text(encoding="utf-8"))
-    packages = environment["dependencies"]
-    assert packages[-1] == {"pip": ["-e ."]}
-    assert [name.split("=")[0] for name in packages[:-1]] == ["python", "pip"]

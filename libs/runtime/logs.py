@@ -89,8 +89,7 @@ def get_logger(directory, rank: int) -> logging.Logger:
 def _to_json(value):
     """A number; NaN and infinities, which JSON lacks, as 'NaN', 'Infinity', '-Infinity'."""
     value = value.item() if hasattr(value, "item") else value
-    special = isinstance(value, float) and not math.isfinite(value)
-    return json.dumps(value) if special else value
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _is_before(line: str, step: int, batch: float) -> bool:
@@ -106,12 +105,10 @@ def _start_board(directory, first_step):
     from torch.utils.tensorboard import SummaryWriter
 
     board = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step)
-
-    def write(step, numbers):
-        for name, value in numbers.items():
-            board.add_scalar(name, value, step)
-
-    return write, board.close
+    return (
+        lambda step, numbers: [board.add_scalar(name, v, step) for name, v in numbers.items()],
+        board.close,
+    )
 
 
 def _start_wandb(directory, first_step):
@@ -135,7 +132,7 @@ class MetricsLog:
         self._trackers = []  # (function of step and numbers, function that finishes)
 
     def _track(self, calls):
-        """Make the calls [(function, *arguments)]; the first failure switches the trackers off."""
+        """Make calls [(function, *arguments)]; the first failure switches the trackers off."""
         try:
             return [function(*arguments) for function, *arguments in calls]
         except Exception as error:  # of any kind: the run goes on
@@ -144,9 +141,7 @@ class MetricsLog:
             return []
 
     def truncate_after(self, step: int, batch: float = math.inf) -> None:
-        """Drop the lines of later steps or batches, which a resumed run writes again, and a line
-        that a kill cut short; every start of a run calls it.
-        """
+        """Drop the lines of later steps or batches, and one that a kill cut short; each start calls."""
         self.close()
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
