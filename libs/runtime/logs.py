@@ -141,7 +141,7 @@ class MetricsLog:
             return []
 
     def truncate_after(self, step: int, batch: float = math.inf) -> None:
-        """Drop the lines of later steps or batches, and one that a kill cut short; each start calls."""
+        """At each start: drop lines of later steps or batches, and one that a kill cut short."""
         self.close()
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
