@@ -73,6 +73,49 @@ def uvit_nnet(**differences):
 NNETS = {"dim": dim_nnet, "uvit": uvit_nnet}  # by nnet.name
 
 
+def _make_train():
+    return d(
+        mode="uncond",  # or cond: with labels
+        n_steps=500_000,
+        batch_size=128,  # global, over all processes and accumulation steps
+        mixed_precision=placeholder(str),  # no, fp16, bf16; without it, accelerate launch's
+        fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
+        cuda_graphs=False,  # on a GPU, one process or DDP: for small networks, bound by Python
+        ema_rate=0.9999,
+        num_workers=8,  # processes that read data, of each training process; 0 for none
+        max_bad_steps=10,  # non-finite steps in a row that end the run
+        log_interval=10,
+        eval_interval=5000,  # steps between grids of samples
+        grid_samples=100,  # images of a grid, ten a row; 0 for no grid
+        save_interval=50_000,  # steps between checkpoints, each with its FID
+        keep_last=placeholder(int),  # checkpoints that stay; without it, all
+        fid_samples=10_000,  # images for FID in training; 0 for none
+        tensorboard=False,
+        wandb=False,  # offline unless WANDB_MODE says otherwise
+    )
+
+
+def _make_sample():
+    return d(
+        algorithm="dpm_solver",  # see libs.diffusion.samplers
+        sample_steps=50,
+        n_samples=50_000,  # images of an evaluation, 2 or more
+        mini_batch_size=500,  # images at once, per process
+        cfg=False,  # classifier-free guidance
+        scale=0.0,  # cond + scale * (cond - uncond); elsewhere written 1 + scale
+        guidance=placeholder(str),  # of libs.diffusion.GUIDANCE; else classifier_free
+        guidance_interval=placeholder(tuple),  # (from, to) in process time, 0 to 1
+        labels="random",  # or balanced
+        vis_label=placeholder(int),  # the one class of all images
+        fp8=False,  # as train.fp8
+        cuda_graphs=True,  # on a GPU: replay the network's kernels, for some memory
+        path=placeholder(str),  # folder that keeps the PNG files
+        adm_npz=placeholder(str),  # file of all images for ADM's evaluation suite
+        features="inception",  # or digits_classifier, or none: pictures without figures
+        fid_weights_path=placeholder(str),  # pytorch-fid's weights; without it, its download
+    )
+
+
 def get_config():
     """The base of every config."""
     config = ml_collections.ConfigDict()
@@ -111,43 +154,6 @@ def get_config():
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
     # Linear from 0, then constant; or cosine: times half a cosine.
     config.lr_scheduler = d(name="warmup_constant", warmup_steps=2500)
-
-    config.train = d(
-        mode="uncond",  # or cond: with labels
-        n_steps=500_000,
-        batch_size=128,  # global, over all processes and accumulation steps
-        mixed_precision=placeholder(str),  # no, fp16, bf16; without it, accelerate launch's
-        fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
-        cuda_graphs=False,  # on a GPU, one process or DDP: for small networks, bound by Python
-        ema_rate=0.9999,
-        num_workers=8,  # processes that read data, of each training process; 0 for none
-        max_bad_steps=10,  # non-finite steps in a row that end the run
-        log_interval=10,
-        eval_interval=5000,  # steps between grids of samples
-        grid_samples=100,  # images of a grid, ten a row; 0 for no grid
-        save_interval=50_000,  # steps between checkpoints, each with its FID
-        keep_last=placeholder(int),  # checkpoints that stay; without it, all
-        fid_samples=10_000,  # images for FID in training; 0 for none
-        tensorboard=False,
-        wandb=False,  # offline unless WANDB_MODE says otherwise
-    )
-
-    config.sample = d(
-        algorithm="dpm_solver",  # see libs.diffusion.samplers
-        sample_steps=50,
-        n_samples=50_000,  # images of an evaluation, 2 or more
-        mini_batch_size=500,  # images at once, per process
-        cfg=False,  # classifier-free guidance
-        scale=0.0,  # cond + scale * (cond - uncond); elsewhere written 1 + scale
-        guidance=placeholder(str),  # of libs.diffusion.GUIDANCE; else classifier_free
-        guidance_interval=placeholder(tuple),  # (from, to) in process time, 0 to 1
-        labels="random",  # or balanced
-        vis_label=placeholder(int),  # the one class of all images
-        fp8=False,  # as train.fp8
-        cuda_graphs=True,  # on a GPU: replay the network's kernels, for some memory
-        path=placeholder(str),  # folder that keeps the PNG files
-        adm_npz=placeholder(str),  # file of all images for ADM's evaluation suite
-        features="inception",  # or digits_classifier, or none: pictures without figures
-        fid_weights_path=placeholder(str),  # pytorch-fid's weights; without it, its download
-    )
+    config.train = _make_train()
+    config.sample = _make_sample()
     return config
