@@ -16,10 +16,6 @@ from pathlib import Path
 
 from ml_collections import config_dict
 
-# Threads of torch's CPU operators sleep between them: spinning made a training step of the digits
-# config 9 times as slow on two busy cores (700 ms). libgomp reads this when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # A system is short of something, or its network is: another time the same file can be read.
 PASSING_ERRORS = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM,
