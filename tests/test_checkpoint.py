@@ -91,6 +91,14 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     assert len({file.stat().st_mode for file in path.iterdir()}) == 1, "all with the usual rights"
 
 
+@pytest.mark.cuda
+def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path):
+    tensors = {"w": torch.ones(3, device="cuda")}
+    path = save_step(tmp_path, 1, nnet=tensors, training_state={"optimizer": [tensors]})
+    assert torch.load(path / "training.pt")["optimizer"][0]["w"].device.type == "cpu"
+    assert checkpoint.load(path)[0]["w"].device.type == "cpu"
+
+
 def test_the_newest_is_found_and_keep_last_counts(tmp_path):
     assert checkpoint.find_latest(tmp_path) is None
     for step in (9, 10, 100):

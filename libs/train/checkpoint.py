@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
@@ -30,7 +31,7 @@ def _write(folder, step, nnet, ema, training_state, config):
         save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path)
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
     with (folder / "training.pt").open("wb") as file:
-        torch.save(training_state, file)
+        torch.save(send_to_device(training_state, "cpu"), file)
     write_json(folder / "config.json", config)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -70,7 +71,6 @@ def save(directory, step, *, nnet, ema, training_state, config, keep_last):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, step, nnet, ema, training_state, config)
-        target = _put_in_place(folder)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         # torch makes a RuntimeError of an OSError
@@ -79,6 +79,7 @@ def save(directory, step, *, nnet, ema, training_state, config, keep_last):
             f"could not save checkpoint {directory / f'{step}.ckpt'}: {reason}; earlier "
             "checkpoints are as they were"
         ) from error
+    target = _put_in_place(folder)
     older = [old for old in _get_steps(directory) if old < step]
     for old in older[: max(0, len(older) + 1 - (keep_last or len(older) + 1))]:
         shutil.rmtree(directory / f"{old}.ckpt", ignore_errors=True)
