@@ -119,6 +119,7 @@ def test_an_engine_goes_on_with_one_process_and_the_other_way_round(device, one,
     workdir = copy_until(one, tmp_path / "run", 2)
     output = train(workdir, name, device, 4)
     assert f"engine {NAMES[name]}" in output and "resuming from" in output
+    assert "2 process(es), ranks [0, 1]" in output and "Grad strides" not in output
     assert_same(workdir, one, 4)
     if name == "fsdp2":
         train(workdir, None, device, 6)

@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 
+import pytest
 import runs
 
 
@@ -18,6 +19,7 @@ def run_in(folder, command):
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow  # test_engine.py trains on two processes from the checkout
 def test_training_on_two_processes_from_anywhere(tmp_path):
     elsewhere = "import datasets; print(datasets.__version__, datasets.__file__)"
     status, output = run_in(tmp_path, [sys.executable, "-c", elsewhere])
