@@ -19,7 +19,7 @@ import cuda.core  # noqa: F401  not by several threads at once
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from libs.ops.cuda import compiler, launch_plan  # noqa: E402
-from libs.ops.cuda.config_kernels import kernels_of_configs  # noqa: E402
+from libs.ops.cuda.prebuild import kernels_of_configs  # noqa: E402
 
 
 class Resources(NamedTuple):

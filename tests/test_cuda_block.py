@@ -181,26 +181,6 @@ def test_norm_and_gate(gate, L, dim, dtype):
             assert found <= 2 * allowed + 2.0**-21, f"{name}: {found:.3g}, plain {allowed:.3g}"
 
 
-def test_norm_and_gate_opcheck():
-    norm = [x.cuda().requires_grad_() for x in ops_cases.adaln_inputs(False).values()]
-    gate = [x.cuda().requires_grad_() for x in ops_cases.adaln_inputs(True).values()]
-    modulated_norm(*norm)  # registers the operators
-    torch.library.opcheck(torch.ops.dim.modulated_norm, (*norm, torch.bfloat16))
-    scale = torch.ones(2, device="cuda")
-    torch.library.opcheck(torch.ops.dim.gated_residual, (*gate, scale, torch.float32))
-
-
-def test_norm_and_gate_compile():
-    norm, gate = ({k: x.cuda() for k, x in ops_cases.adaln_inputs(g).items()} for g in (0, 1))
-
-    def block(x, branch):
-        n = modulated_norm(x, norm["weight"], norm["modulation"], norm["table"])
-        return gated_residual(n, branch, norm["modulation"], norm["table"])
-
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(gate["x"], gate["branch"]), block(gate["x"], gate["branch"]))
-
-
 # ---------------------------------------- the model
 
 

@@ -3,7 +3,6 @@ torch.compile), with the emulator in the kernels' place.
 """
 
 import ctypes
-import logging
 import types
 
 import emulator
@@ -103,18 +102,6 @@ def test_norm_and_gate_gradients(gpu, dtype):
                 ops_cases.run(norm, inputs, **options), ops_cases.run(gate, inputs, **options),
                 tolerance,
             )  # fmt: skip
-
-
-def test_mixed_dtypes(gpu):
-    """As the mixer makes them under autocast, and a mixture that only float32 holds."""
-    inputs = ops_cases.scan_inputs()
-    for low in (("u", "delta", "B", "C", "z"), ("u", "C"), ("D", "A")):
-        mixed = {k: x.bfloat16() if k in low else x for k, x in inputs.items()}
-        same(
-            ops_cases.run(cuda_scan.selective_scan_cuda, mixed, delta_softplus=True),
-            ops_cases.run(selective_scan_ref, mixed, delta_softplus=True),
-            2**-7,  # one rounding to bfloat16 more
-        )
 
 
 def test_rows_are_copied_only_where_they_must():
@@ -237,19 +224,6 @@ def test_double_backward_is_refused(dispatched):
         torch.autograd.grad(selective_scan(**x).sum(), x["u"], create_graph=True)
 
 
-def test_gradient_of_the_last_state_alone(dispatched):
-    x = {k: t.requires_grad_() for k, t in ops_cases.scan_inputs(absent=("z", "D")).items()}
-    wanted = [x[k] for k in ("u", "delta", "A", "B")]
-    gradients = [
-        torch.autograd.grad(
-            ops_cases.scan(**x, return_last_state=True, backend=name)[1].sum(), wanted
-        )
-        for name in ("cuda", "reference")
-    ]
-    for actual, expected in zip(*gradients, strict=True):
-        golden_cases.assert_close(actual, expected, 1e-6)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_self_check_tells_right_from_wrong(gpu, monkeypatch, dtype):
     gpu.arch = 80  # without fp8, whose kernels are not emulated
@@ -275,8 +249,8 @@ def test_the_self_check_tells_right_from_wrong(gpu, monkeypatch, dtype):
 class Driver:
     """Collects what would be launched: (arguments but the parameters, their 8-byte values)."""
 
-    def __init__(self, error=0):
-        self.launches, self.error = [], error
+    def __init__(self):
+        self.launches = []
 
     def cuLaunchKernel(self, *arguments):
         *config, pointer, extra = arguments
@@ -284,7 +258,7 @@ class Driver:
         count = 20 if "sum_parts" in config[0] else launch_plan.ScanParams[None]
         values = list((ctypes.c_int64 * count).from_address(address))
         self.launches.append((tuple(config), values))
-        return (self.error,)
+        return (0,)
 
 
 @pytest.fixture
@@ -331,15 +305,6 @@ def test_what_is_launched(driver):
     assert sums[5:10] == [found["parts_BC"], g_BC.data_ptr(), 3, 10, 0] and sums[13] == 0
 
 
-def test_a_failed_launch_is_told(driver):
-    kernel = launch_plan.Kernel("a.cu", "walk", ())
-    plan = launch_plan.Plan((launch_plan.Launch(kernel, (1, 1, 1), (1, 1, 1)),))
-    prepared = launch.prepare(plan, launch_plan.ScanParams, 0)
-    driver.error = cuda_driver.CUresult.CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
-    with pytest.raises(RuntimeError, match="launching walk: .*LAUNCH_OUT_OF_RESOURCES"):
-        launch.run(prepared, torch.device("cpu"), {}, {})
-
-
 def test_the_forward_is_divided_by_what_fills_the_gpu():
     """The plan's choice, at the shapes of the README's models on a GPU of 132 multiprocessors."""
     def lanes_and_segments(batch, length, channels=3072):
@@ -366,16 +331,3 @@ def test_without_a_gpu_the_reason_is_told(monkeypatch):
         ops_cases.scan(**ops_cases.scan_inputs(), backend="cuda")
     monkeypatch.setenv("DIM_FUSED", "0")
     assert not_fused(torch.device("cuda"), torch.float32, 64, 16, 3) == "DIM_FUSED=0"
-
-
-def test_a_slow_choice_is_warned_of_once(monkeypatch, caplog):
-    monkeypatch.setattr(
-        backends, "why_not", lambda operator, name, *rest: "it is broken" if name == "cpu" else
-        None if name == "reference" else "it takes CUDA tensors",
-    )  # fmt: skip
-    backends._warn_once.cache_clear()
-    with caplog.at_level(logging.WARNING, "dim"):
-        for _ in range(2):
-            ops_cases.scan(**ops_cases.scan_inputs())
-    (record,) = caplog.records
-    assert "plain PyTorch, slowly" in record.message and "it is broken" in record.message

@@ -36,7 +36,7 @@
 #include "common/async_copy.cuh"
 #include "common/exchange.cuh"
 #include "common/math.cuh"
-#include "selective_scan/staging.cuh"
+#include "selective_scan/params.cuh"
 
 // Other GPUs have too little shared memory for more than 4 blocks, so registers need not make room.
 constexpr int kResident =
@@ -47,7 +47,7 @@ constexpr int kWarps = kChannels / kWarpChannels;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles4 = kTile / kStride;
 constexpr int kSumsPerLane = 32 / (32 / kLanes);  // of kStride steps' dB and dC of 4 states
-typedef Staging<kInput, kTile, kStates, kThreads, true, true> BCStaging;
+constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 static_assert(kStates == 16 || kStates == 32 || kStates == 64, "");
 static_assert(kChannels % kWarpChannels == 0 && kStride == 4 && kTile % kStride == 0 && kTile <= kThreads, "");
 
@@ -124,6 +124,30 @@ struct BackCoord {
   __device__ __forceinline__ int row(const ScanParams& p, int step) const {
     const int l = first + max(0, min(step, count - 1));
     return p.order ? static_cast<int>(p.order[l]) : l;
+  }
+};
+
+// B and C of a tile on their way from global to shared memory.
+struct Staging {
+  kInput B[kStaged], C[kStaged];
+
+  __device__ __forceinline__ void load(const ScanParams& p, const BackCoord& at, const int* rows) {
+    UNROLL for (int k = 0; k < kStaged; ++k) {
+      const int i = threadIdx.x + k * kThreads, n = i % kStates;
+      B[k] = C[k] = from_float<kInput>(0.0f);
+      if (i >= kTile * kStates || n >= p.states) continue;
+      B[k] = *Column<const kInput>(p.B, at.batch, n).at(rows[i / kStates]);
+      C[k] = *Column<const kInput>(p.C, at.batch, n).at(rows[i / kStates]);
+    }
+  }
+  __device__ __forceinline__ void store(Shared& shared) const {
+    UNROLL for (int k = 0; k < kStaged; ++k) {
+      const int i = threadIdx.x + k * kThreads;
+      if (i >= kTile * kStates) continue;
+      Tile4& tile4 = shared.tiles4[i / (kStride * kStates)];
+      tile4.B[0][i % (kStride * kStates)] = to_float(B[k]);
+      tile4.C[0][i % (kStride * kStates)] = to_float(C[k]);
+    }
   }
 };
 
@@ -405,8 +429,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     shared.rows[(last - 1) & 3][thread] = at.row(p, (last - 1) * kTile + thread);
   }
   __syncthreads();
-  BCStaging staging;
-  staging.load(p, at.batch, shared.rows[last & 3]);
+  Staging staging;
+  staging.load(p, at, shared.rows[last & 3]);
   RawStep* raw = shared.raw[at.warp];
   Inputs(p, at).copy(raw, at, shared.rows[last & 3]);
   SavedStates saved(p, at, (at.count - 1) / kStride);
@@ -416,10 +440,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   for (int tile = last; tile >= 0; --tile) {
     const int left = at.count - tile * kTile;
     const int* rows = shared.rows[tile & 3];
-    staging.store([&](int i, int is_C) {
-      Tile4& tile4 = shared.tiles4[i / (kStride * kStates)];
-      return (is_C ? tile4.C : tile4.B)[0] + i % (kStride * kStates);
-    });
+    staging.store(shared);
     if (thread < kTile)
       shared.rows[(tile + 2) & 3][thread] = at.row(p, (tile - 2) * kTile + thread);
     wait_for_copies<3>();
@@ -429,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     __syncwarp();
     if (tile > 0) {
       const int* next = shared.rows[(tile + 3) & 3];
-      staging.load(p, at.batch, next);
+      staging.load(p, at, next);
       Inputs(p, at).copy(raw, at, next);
     }
 

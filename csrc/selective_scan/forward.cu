@@ -10,7 +10,7 @@
 // -D: kInput (element type), kStates (padded; kGroups * multiple of 4), kGroups, kChannels, kTile,
 // kPass (0 .. 3, below), kMinBlocks (blocks a multiprocessor that registers must allow).
 #include "common/math.cuh"
-#include "selective_scan/staging.cuh"
+#include "selective_scan/params.cuh"
 
 constexpr bool kOutputs = kPass == 0;      // y, and the last state
 constexpr bool kEndState = kPass == 1;     // a segment's end state from 0, and its sum of steps
@@ -20,6 +20,7 @@ constexpr bool kCarry = kPass == 3;        // the backward's: dh = decay (dh + C
 constexpr bool kGated = kOutputs || kCarry;  // reads z
 constexpr int kThreads = kChannels * kGroups;
 constexpr int kStatesPerThread = kStates / kGroups;
+constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 constexpr int kScalars = kTile / kGroups;  // steps of a tile whose scalars this thread computes
 static_assert(kStatesPerThread % 4 == 0 && kTile % kGroups == 0 && kTile <= kThreads, "");
 static_assert(kTile % kStride == 0, "");
@@ -33,8 +34,6 @@ struct Shared {
   float x[2][kGroups > 1 ? kTile : 1][kChannels];
   float y[2][kGroups > 1 ? kGroups : 1][kGroups > 1 ? kTile : 1][kChannels];
 };
-
-typedef Staging<kInput, kTile, kStates, kThreads, !kCarry, kGated> BCStaging;
 
 // Which part of the problem this thread has.
 struct WalkCoord {
@@ -62,6 +61,30 @@ struct WalkCoord {
     const int inside = min(step, count - 1);
     const int l = kCarry ? first + count - 1 - inside : first + inside;
     return p.order ? static_cast<int>(p.order[l]) : l;
+  }
+};
+
+// B and C of a tile on their way from global to shared memory.
+struct Staging {
+  kInput B[kStaged], C[kStaged];
+
+  __device__ __forceinline__ void load(const ScanParams& p, const WalkCoord& at, const int* rows) {
+    UNROLL for (int k = 0; k < kStaged; ++k) {
+      const int i = threadIdx.x + k * kThreads, n = i % kStates;
+      B[k] = C[k] = from_float<kInput>(0.0f);
+      if (i >= kTile * kStates || n >= p.states) continue;
+      const int row = rows[i / kStates];
+      if (!kCarry) B[k] = *Column<const kInput>(p.B, at.batch, n).at(row);
+      if (kGated) C[k] = *Column<const kInput>(p.C, at.batch, n).at(row);
+    }
+  }
+  __device__ __forceinline__ void store(Shared& shared, int buffer) const {
+    UNROLL for (int k = 0; k < kStaged; ++k) {
+      const int i = threadIdx.x + k * kThreads;
+      if (i >= kTile * kStates) continue;
+      if (!kCarry) shared.B[buffer][0][i] = to_float(B[k]);
+      if (kGated) shared.C[buffer][0][i] = to_float(C[k]);
+    }
   }
 };
 
@@ -223,8 +246,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
   if (thread < kTile) shared.rows[0][thread] = at.row(p, thread);
   int next_row = at.row(p, kTile + thread % kTile);
   __syncthreads();
-  BCStaging staging;
-  staging.load(p, at.batch, shared.rows[0]);
+  Staging staging;
+  staging.load(p, at, shared.rows[0]);
   Inputs next, now, before;
   if (kGroups > 1) columns.load(next, shared.rows[0], at.group);
 
@@ -252,15 +275,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
                 shared.x[buffer][kGroups > 1 ? t : 0][at.column]);
       }
     }
-    staging.store([&](int i, int is_C) {
-      return (is_C ? shared.C : shared.B)[buffer][0] + i;
-    });
+    staging.store(shared, buffer);
     if (thread < kTile) shared.rows[(tile + 1) & 3][thread] = next_row;
     __syncthreads();
     if (kGroups > 1 && kOutputs && tile > 0) store_sums(tile - 1, before);
     next_row = at.row(p, (tile + 2) * kTile + thread % kTile);
     if (tile + 1 < tiles) {
-      staging.load(p, at.batch, shared.rows[(tile + 1) & 3]);
+      staging.load(p, at, shared.rows[(tile + 1) & 3]);
       if (kGroups > 1) columns.load(next, shared.rows[(tile + 1) & 3], at.group);
     }
     UNROLL for (int t = 0; t < kTile; ++t) {

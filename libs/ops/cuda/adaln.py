@@ -7,7 +7,8 @@ shift, scale, gate: rows of table + modulation. x and out have the residual stre
 and n that of matrix products. Pieces of mamba_block.py, and operators of their own.
 """
 
-from typing import NamedTuple
+import functools
+from collections import namedtuple
 
 import torch
 
@@ -41,24 +42,11 @@ def _plan(name, rows, sums, batch, length, dim, x, out, dtype, multiprocessors):
     return Plan((launch,), {"chunks": chunks, "chunk_length": chunk_length}, scratch, added)
 
 
-def plan_norm_forward(batch, length, dim, x, out, dtype, *gpu):
-    return _plan("norm_forward", _ROWS, (), batch, length, dim, x, dtype, dtype, *gpu)
-
-
-def plan_norm_backward(batch, length, dim, x, out, dtype, *gpu):
-    """Gradients of x, shift and gain; n again."""
-    sums = ("shift", "gain")
-    return _plan("norm_backward", _BACKWARD_ROWS, sums, batch, length, dim, x, out, dtype, *gpu)
-
-
-def plan_gate_forward(batch, length, dim, x, out, dtype, *gpu):
-    return _plan("gate_forward", _ROWS, (), batch, length, dim, x, out, dtype, *gpu)
-
-
-def plan_gate_backward(batch, length, dim, x, out, dtype, *gpu):
-    """Gradients of branch and factor."""
-    sums = ("factor",)
-    return _plan("gate_backward", _ROWS, sums, batch, length, dim, dtype, out, dtype, *gpu)
+# Of (batch, length, dim, x, out, dtype, multiprocessors). A backward adds up what it names.
+plan_norm_forward = functools.partial(_plan, "norm_forward", _ROWS, ())
+plan_norm_backward = functools.partial(_plan, "norm_backward", _BACKWARD_ROWS, ("shift", "gain"))
+plan_gate_forward = functools.partial(_plan, "gate_forward", _ROWS, ())
+plan_gate_backward = functools.partial(_plan, "gate_backward", _ROWS, ("factor",))
 
 
 def plan_modulation_backward(batch, dim, dtype, multiprocessors):
@@ -71,13 +59,9 @@ def plan_modulation_backward(batch, dim, dtype, multiprocessors):
     return Plan((Launch(kernel, (-(-dim // 32), 1, 1), (256, 1, 1)),))
 
 
-class Adaln(NamedTuple):
-    """Parameters in float32, contiguous."""
-
-    modulation: torch.Tensor  # (B, 3, dim)
-    table: torch.Tensor  # (3, dim)
-    weight: torch.Tensor | None  # (dim), of the norm
-    drop_path_scale: torch.Tensor | None = None  # (B), of the gate
+# Parameters in float32, contiguous: modulation (B, 3, dim), table (3, dim), weight of the norm
+# (dim), drop_path_scale of the gate (B); None where it is not wanted.
+Adaln = namedtuple("Adaln", "modulation table weight drop_path_scale", defaults=(None,))
 
 
 def _run(plan_of, adaln, x_dtype, out_dtype, rows, outputs=None):

@@ -10,7 +10,7 @@ import functools
 import importlib
 import math
 import threading
-from typing import NamedTuple
+from collections import namedtuple
 
 import torch
 
@@ -109,18 +109,13 @@ def _raise(error, what):
         raise RuntimeError(f"{what}: the CUDA driver says {error.name}")
 
 
-class Prepared(NamedTuple):
-    """A plan on a device, with everything that does not change from call to call worked out."""
-
-    launches: list  # of (function, grid x, y, z, block x, y, z, shared bytes, name)
-    sums: list  # of (offset of the parts, count, size, is it float32, name of the result)
-    sum_launch: tuple | None  # as in launches
-    values: list  # the struct's 8-byte values, with the plan's integers
-    scratch: list  # of (slot, offset)
-    scratch_bytes: int
-    slots: dict
-    array: type
-    index: int
+# A plan on a device, with what does not change from call to call worked out. launches: of
+# (function, grid x, y, z, block x, y, z, shared bytes, name); sum_launch: None or the same; sums:
+# of (offset of the parts, count, size, is it float32, name of the result); values: the struct's,
+# with the plan's integers; scratch: of (slot, offset); array: ctypes' type of the struct.
+Prepared = namedtuple(
+    "Prepared", "launches sums sum_launch values scratch scratch_bytes slots array index"
+)
 
 
 def prepared(index, plan_of, slots, shape, dtype, check=True):

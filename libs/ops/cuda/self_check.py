@@ -22,7 +22,7 @@ from libs.ops.cuda import (
     launch_plan,
     selective_scan,
 )
-from libs.ops.cuda.config_kernels import OLDEST_FUSED, kernels_of_configs, streams
+from libs.ops.cuda.prebuild import OLDEST_FUSED, kernels_of_configs, streams
 from utils import UserError
 
 BATCH, LENGTH, CHANNELS = 2, 43, 72  # several tiles and two segments, the last ones incomplete
