@@ -185,7 +185,7 @@ def whole_weights(model):
 
 def make_engine(
     accelerator, network, average, settings, precision, *, max_norm, accumulation, graphed
-):  # fmt: skip
+):
     """The Engine that `accelerate launch` asks for, with a new optimizer, around a network and its
     average, which have their weights. settings: config.optimizer; max_norm: of the gradients, or
     None; graphed: by CUDA graphs, in one process or DDP on a GPU. UserError for ZeRO-2 in fp16.

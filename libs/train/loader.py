@@ -26,21 +26,18 @@ class Prefetcher:
         return batch
 
 
-def make_batches(
-    dataset, accelerator, *, batch_size, accumulation, num_workers, seed, start_batch
-):  # fmt: skip
-    """Endless Prefetcher of this rank's micro-batches (x, y) from global batch `start_batch` on.
-
-    Our sampler shards and resumes, so the loader is not given to accelerate.
+def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch):
+    """Endless Prefetcher of this rank's micro-batches (x, y) from global batch `start_batch` on;
+    settings: config.train. Our sampler shards and resumes: the loader is not given to accelerate.
     """
     sampler = GlobalBatchSampler(
-        len(dataset), batch_size, num_processes=accelerator.num_processes,
+        len(dataset), settings.batch_size, num_processes=accelerator.num_processes,
         rank=accelerator.process_index, accumulation=accumulation, seed=seed,
         start_batch=start_batch,
     )  # fmt: skip
     loader = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=num_workers, worker_init_fn=detach_worker,
-        pin_memory=accelerator.device.type == "cuda",
+        dataset, batch_sampler=sampler, num_workers=settings.num_workers,
+        worker_init_fn=detach_worker, pin_memory=accelerator.device.type == "cuda",
     )  # fmt: skip
     # The workers start now, before there are threads that a fork could catch half-way.
     return Prefetcher(loader, accelerator.device)

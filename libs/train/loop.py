@@ -61,8 +61,8 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
         found["torch_threads"], state.precision.name, state.engine.name,
     )  # fmt: skip
     log.info("network %s, %s parameters", type(state.network).__name__, f"{parameters:,}")
-    log.info("%s images of shape %s, %d classes: %s", f"{len(dataset):,}", dataset.shape,
-             dataset.num_classes, utils.listed(names))  # fmt: skip
+    log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
+    log.info("%d classes: %s", dataset.num_classes, utils.listed(names))
     for line in (*(f"operator {line}" for line in describe_backends(accelerator.device)), *lines):
         log.info("%s", line)
     for line in utils.write_run_files(directory, config, found):
@@ -91,10 +91,9 @@ class StepLog:
         due = outcome != "ok" or step == settings.n_steps or step % settings.log_interval == 0
         if self.metrics_log and due:
             img_s = self.batches * settings.batch_size / self.seconds
-            self.metrics_log.write(step, dict(
-                batch=progress.batch, loss=stats.loss, grad_norm=stats.grad_norm, lr=stats.lr,
-                img_s=img_s, outcome=outcome,
-            ))  # fmt: skip
+            line = dict(batch=progress.batch, loss=stats.loss, grad_norm=stats.grad_norm)
+            line |= dict(lr=stats.lr, img_s=img_s, outcome=outcome)
+            self.metrics_log.write(step, line)
             self.bar.set_postfix(loss=f"{stats.loss:.4f}", img_s=f"{img_s:.0f}")
             self.batches, self.seconds = 0, 0.0
         self.bar.update(outcome == "ok")
@@ -128,15 +127,12 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
     with open_run(directory, accelerator) as stop:
         found = find_checkpoint(directory / "ckpts", accelerator)
         lines = [f"resuming from {found}"] if found else start_weights()
-        state = make_state(
-            model, accelerator, found, settings=settings, optimizer=config.optimizer,
-            max_norm=config.max_grad_norm, accumulation=accumulation,
-        )  # fmt: skip
+        optimizer, max_norm = config.optimizer, config.max_grad_norm
+        state = make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation)
         progress, codec = state.progress, codec.to(device)
         batches = make_batches(
-            dataset, accelerator, batch_size=settings.batch_size, accumulation=accumulation,
-            num_workers=settings.num_workers, seed=config.seed, start_batch=progress.batch,
-        )  # fmt: skip
+            dataset, accelerator, settings, accumulation, config.seed, progress.batch
+        )
         objective, draw = make_objective(config, process, codec, model, dataset, device)
         schedule = look_up(SCHEDULES, config.lr_scheduler.name, "lr_scheduler.name")
         with open_metrics(config, directory, accelerator, state, dataset, lines) as metrics_log:
@@ -147,13 +143,11 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
                 snapshots.make(snapshots.missing(progress.step), progress.step)
             step_log, stopping = StepLog(metrics_log, settings, progress.step), False
             while progress.step < settings.n_steps and not stopping:
-                factor = schedule(
-                    progress.step, config.lr_scheduler.warmup_steps, settings.n_steps
-                )
+                factor = schedule(progress.step, config.lr_scheduler.warmup_steps, settings.n_steps)
+                lr, draws, asked = optimizer.lr * factor, draw(progress.batch), stop.requested
                 stats = take_step(
-                    accelerator, state, objective, batches, draw(progress.batch),
-                    lr=config.optimizer.lr * factor, accumulation=accumulation, stop=stop.requested,
-                )  # fmt: skip
+                    accelerator, state, objective, batches, draws, accumulation, lr, asked
+                )
                 outcome, stopping = update(state, stats), stats.stop
                 step_log.write(progress, stats, outcome)
                 if outcome != "ok":

@@ -7,10 +7,8 @@ import torch
 
 def adamw(parameters, settings):
     """AdamW over all parameters in one group: each is decayed, as in the official runs."""
-    return torch.optim.AdamW(
-        parameters, lr=settings.lr, betas=tuple(map(float, settings.betas)), eps=settings.eps,
-        weight_decay=settings.weight_decay, fused=True,
-    )  # fmt: skip
+    betas, decay = tuple(map(float, settings.betas)), settings.weight_decay
+    return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, decay, fused=True)
 
 
 OPTIMIZERS = {"adamw": adamw}  # f(parameters, config.optimizer) -> torch.optim.Optimizer
@@ -30,6 +28,4 @@ def cosine(step, warmup_steps, n_steps):
 
 
 # f(step, warmup_steps, n_steps) -> factor of optimizer.lr; customized: the official name
-SCHEDULES = {
-    "warmup_constant": warmup_constant, "customized": warmup_constant, "cosine": cosine
-}  # fmt: skip
+SCHEDULES = {"warmup_constant": warmup_constant, "cosine": cosine, "customized": warmup_constant}

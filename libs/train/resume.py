@@ -42,15 +42,15 @@ def save(state, accelerator, directory, config):
     nnet, ema = engine.gather(state.network), engine.gather(state.ema.model)
     accelerator.wait_for_everyone()  # each has written its part of ZeRO-2's state
     if accelerator.is_main_process:
+        options = dict(config=config.to_dict(), keep_last=config.train.keep_last)
         path = checkpoint.save(
-            directory, step, nnet=nnet, ema=ema, training_state=training_state,
-            config=config.to_dict(), keep_last=config.train.keep_last,
-        )  # fmt: skip
+            directory, step, nnet=nnet, ema=ema, training_state=training_state, **options
+        )
         log.info("saved %s", path)
     wait_without_timeout(accelerator)
 
 
-def make_state(model, accelerator, found, *, settings, optimizer, max_norm, accumulation):
+def make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation):
     """The TrainState around `model`, from the checkpoint `found`, or new where that is None.
     settings, optimizer: config.train and config.optimizer, which overrules what was saved.
     """

@@ -103,10 +103,8 @@ class Snapshots:
         n, figures = self.config.train.fid_samples, None
         try:
             with whole_weights(self.image_sampler.model):
-                figures = evaluate.measure(
-                    self.image_sampler, self.features, self.real, self.accelerator, n=n,
-                    stop=self.is_stopped,
-                )  # fmt: skip
+                parts = self.image_sampler, self.features, self.real, self.accelerator
+                figures = evaluate.measure(*parts, n=n, stop=self.is_stopped)
         except UserError as error:  # on every process
             log.warning("no FID at step %d: %s", step, error)
         if figures is not None:

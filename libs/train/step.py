@@ -38,7 +38,7 @@ class StepStats:
         self.loss, self.stop = loss / self.num_processes, stops > 0
 
 
-def take_step(accelerator, state, objective, batches, draws, *, accumulation, lr, stop):
+def take_step(accelerator, state, objective, batches, draws, accumulation, lr, stop):
     """Gradients of this rank's micro-batches, and the optimizer's step; fetched StepStats.
     batches: Prefetcher of this rank's (x, y); draws: of the global batch, of which a micro-batch
     has the rows that GlobalBatchSampler deals to it; stop: whether this process was asked to.
@@ -95,8 +95,8 @@ def update(state, stats):
 def report_bad_step(outcome, progress, stats, max_bad_steps):
     """Log a step that was not made; UserError once max_bad_steps came in a row."""
     values = f"loss {stats.loss:g}, gradient norm {stats.grad_norm:g}, scale {stats.loss_scale:g}"
-    log.warning("step %d, batch %d: %s, skipped: %s", progress.step, progress.batch - 1, outcome,
-                values)  # fmt: skip
+    where = f"step {progress.step}, batch {progress.batch - 1}"
+    log.warning("%s: %s, skipped: %s", where, outcome, values)
     if progress.bad_in_a_row >= max_bad_steps:
         raise UserError(
             f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last "
