@@ -281,6 +281,27 @@ def _fold(total, part):
         part[d] = f32(0.0)
 
 
+@_inline
+def _replay_tile(h, decay, tile_rows, rows, A, x, g_y, g_z, b, start, steps, d0, d1):
+    """Fills h, decay and tile_rows of a tile, and the gradient of z."""
+    raw, y, z, bias, D = rows[4], rows[5], rows[6], rows[7], rows[8]
+    for t in range(steps):
+        row = x.order[start + t]
+        at = tile_rows[t]
+        u, delta, delta_u, slope, g = at[0], at[1], at[2], at[3], at[4]
+        _copy(u, x.u[b, row, d0:d1])
+        _copy(g, g_y[b, row, d0:d1])
+        _copy(raw, x.delta[b, row, d0:d1])
+        _delta_row(delta, raw, bias, x.delta_softplus)
+        _slope_row(slope, raw, bias, x.delta_softplus)
+        _input_row(delta_u, y, delta, u, D)
+        _replay_step(h[t], h[t + 1], decay[t], y, delta, delta_u, A, x.B[b, row], x.C[b, row])
+        if x.z.size > 0:
+            _copy(z, x.z[b, row, d0:d1])
+            _gate_row_bwd(g, z, y)
+            _copy(g_z[b, row, d0:d1], z[: d1 - d0])
+
+
 @_kernel
 def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
     """Tasks first_task .. last_task - 1. x: ScanInputs; checkpoints of `scan_fwd`; g_y (B, L, D);
@@ -305,9 +326,7 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
         tile_rows = np.zeros((TILE, 5, BLOCK), f32)  # u, delta', delta' u, slope, gradient of y
         rows = np.zeros((11, BLOCK), f32)
         g_delta_u, g_decay, g_D, g_bias = rows[0], rows[1], rows[2], rows[3]
-        raw, y, z, bias, D, g_D_tile, g_bias_tile = (
-            rows[4], rows[5], rows[6], rows[7], rows[8], rows[9], rows[10]
-        )
+        bias, D, g_D_tile, g_bias_tile = rows[7], rows[8], rows[9], rows[10]
         for n in range(states):
             _copy(A[n], x.A[n, d0:d1])
             if g_last_state.size > 0:
@@ -320,23 +339,7 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
             steps = min(TILE, length - start)
             for n in range(states):
                 _copy(h[0, n], checkpoints[b, tile, n, d0:d1])
-            for t in range(steps):
-                row = x.order[start + t]
-                at = tile_rows[t]
-                u, delta, delta_u, slope, g = at[0], at[1], at[2], at[3], at[4]
-                _copy(u, x.u[b, row, d0:d1])
-                _copy(g, g_y[b, row, d0:d1])
-                _copy(raw, x.delta[b, row, d0:d1])
-                _delta_row(delta, raw, bias, x.delta_softplus)
-                _slope_row(slope, raw, bias, x.delta_softplus)
-                _input_row(delta_u, y, delta, u, D)
-                _replay_step(
-                    h[t], h[t + 1], decay[t], y, delta, delta_u, A, x.B[b, row], x.C[b, row]
-                )
-                if x.z.size > 0:
-                    _copy(z, x.z[b, row, d0:d1])
-                    _gate_row_bwd(g, z, y)
-                    _copy(grads.z[b, row, d0:d1], z[:width])
+            _replay_tile(h, decay, tile_rows, rows, A, x, g_y, grads.z, b, start, steps, d0, d1)
             for t in range(steps - 1, -1, -1):
                 row = x.order[start + t]
                 at = tile_rows[t]
