@@ -12,10 +12,8 @@ from sde import make_process
 from utils import UserError, flatten, read_json
 
 # Keys that change the pictures, but no tensor's shape.
-_UNSEEN = (
-    "process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "nnet.heads",
-    "nnet.mixer.heads",
-)  # fmt: skip
+_UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions")
+_UNSEEN += ("nnet.heads", "nnet.mixer.heads")
 
 
 class Parts(NamedTuple):
@@ -27,8 +25,7 @@ class Parts(NamedTuple):
 
 def _name_process(flat):
     """process.name of a flat config; by default that of its kind."""
-    kind = "vpsde" if flat.get("z_shape") is None else "discrete"
-    return flat.get("process.name") or kind
+    return flat.get("process.name") or ("discrete" if flat.get("z_shape") else "vpsde")
 
 
 def open_dataset(config, *, augmented=False):
@@ -56,8 +53,7 @@ def _check_shapes(config, codec, dataset, model):
         shapes["the data are"] = codec.latent_shape(dataset.shape)
     for what, shape in shapes.items():
         if shape is not None and tuple(shape) != made_for:
-            shape = tuple(shape)
-            raise UserError(f"the network takes inputs of shape {made_for}, but {what} {shape}")
+            raise UserError(f"the network takes inputs of shape {made_for}, but {what} {(*shape,)}")
     side = (config.dataset.resolution or 0) * (config.ug_m or 1)
     if side and side != image[-1]:
         raise UserError(
@@ -101,10 +97,9 @@ def make_parts(config, *, data=None):
     evaluation, unless a statistics file or nothing stands for them; None opens no data set.
     UserError for an unknown name, a missing file, or parts that do not fit one another.
     """
-    training, flat = data == "training", flatten(config)
-    config.process.name = _name_process(flat)
+    training, config.process.name = data == "training", _name_process(flatten(config))
     if training:
-        _require_trained_labels(config, flat, "the config")
+        _require_trained_labels(config, flatten(config), "the config")
     process = make_process(**config.process)
     if config.pred not in process.predictions:
         raise UserError(f"pred is {config.pred!r}, expected one of {process.predictions}")
