@@ -1,7 +1,7 @@
 """The parts that a config names: process, codec, data set and network, fitted to one another."""
 
+from collections import namedtuple
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from configs import common
 from datasets import LATENTS, make_dataset
@@ -14,13 +14,7 @@ from utils import UserError, flatten, read_json
 # Keys that change the pictures, but no tensor's shape.
 _UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions")
 _UNSEEN += ("nnet.heads", "nnet.mixer.heads")
-
-
-class Parts(NamedTuple):
-    process: Any  # of sde
-    codec: Any  # of libs.data
-    dataset: Any  # of datasets, or None
-    model: Any  # of libs.model
+Parts = namedtuple("Parts", "process codec dataset model")  # the data set may be None
 
 
 def _name_process(flat):
