@@ -6,11 +6,11 @@
 
 import utils
 from libs.evaluate import draw_rows, make_image_sampler
-from libs.parts import load_weights, make_parts, read_config
+from libs.parts import load_weights, make_parts
 from libs.runtime import (
+    EVALUATION,
     REQUIRED,
     Precision,
-    config_file,
     file_path,
     int_list,
     make_accelerator,
@@ -19,7 +19,7 @@ from libs.runtime import (
 
 FLAGS = {
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or weights with --config"),
-    "config": (config_file, None, "needed where no config.json is beside the weights"),
+    "config": EVALUATION["config"],
     "classes": (int_list, None, "such as 3,7; else all, or none in an unconditional model"),
     "n": (int, 4, "images of each class"),
     "seed": (int, 0, "the same seed gives the same pictures"),
@@ -46,7 +46,7 @@ def set_sampling(config, args):
 
 def main(args):
     utils.file_to_write(args.out, "--out")
-    config = args.config or read_config(args.nnet_path)
+    config = args.config
     set_sampling(config, args)
     device = make_accelerator().device
     process, codec, _, model = make_parts(config)

@@ -137,7 +137,10 @@ def run_directory(config_path: str, overrides: dict, workdir: str | None) -> Pat
         f"{key}={value if re.fullmatch('[A-Za-z0-9._+]*', str(value)) else repr(value)}"
         for key, value in sorted(overrides.items())
     ]
-    return Path("workdir") / Path(config_path).stem / _make_file_name("-".join(parts) or "default")
+    path = Path(config_path)
+    # One run's config.json is told from another's by its folder.
+    name = _make_file_name(str(path.parent)) if path.suffix == ".json" else path.stem
+    return Path("workdir") / name / _make_file_name("-".join(parts) or "default")
 
 
 class RunLock:

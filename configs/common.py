@@ -3,6 +3,10 @@
 Sections and keys have the names of the official repository; `nnet` holds the keywords of the
 network's constructor. A key without a value is a typed placeholder, so that
 `--config.<key>=<value>` can set it.
+
+A section refuses keys that it lacks. `process`, `loss` and `nnet.mixer` take more keys, the
+keywords or names of what they choose. Another section is extended by giving it as a whole:
+`config.optimizer = common.d(name="sgd", lr=0.1, momentum=0.9)`.
 """
 
 import math
@@ -13,6 +17,14 @@ from ml_collections.config_dict import placeholder
 
 def d(**kwargs):
     return ml_collections.ConfigDict(initial_dictionary=kwargs)
+
+
+def _lock(config, *open_sections):
+    """`config`, where a key that it lacks is an error, but in these sections."""
+    config.lock()
+    for section in open_sections:
+        config[section].unlock()
+    return config
 
 
 # What a run would stumble over only later: key -> (lowest, highest), of each entry of a tuple.
@@ -54,7 +66,7 @@ def dim_nnet(**differences):
         skip_tuning=placeholder(tuple),  # (low, high): factors of the long skips
         freeu=placeholder(tuple),  # four factors
     )
-    nnet.update(differences)
+    _lock(nnet, "mixer").update(differences)
     return nnet
 
 
@@ -66,7 +78,7 @@ def uvit_nnet(**differences):
         qkv_bias=False, mlp_time_embed=False, final_conv=True, activation_checkpointing=False,
         **{name: placeholder(int) for name in sizes},
     )  # fmt: skip
-    nnet.update(differences)
+    _lock(nnet).update(differences)
     return nnet
 
 
@@ -150,10 +162,11 @@ def get_config():
 
     # Of sde.PROCESSES; without it discrete where there is a z_shape, else vpsde.
     config.process = d(name=placeholder(str))
+    config.nnet = d()  # dim_nnet() or uvit_nnet()
     config.loss = d(mse=1.0)  # terms of libs.train.losses by name, and their weights
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
     # Linear from 0, then constant; or cosine: times half a cosine.
     config.lr_scheduler = d(name="warmup_constant", warmup_steps=2500)
     config.train = _make_train()
     config.sample = _make_sample()
-    return config
+    return _lock(config, "process", "loss")

@@ -1,13 +1,11 @@
 """The parts that a config names: process, codec, data set and network, fitted to one another."""
 
 from collections import namedtuple
-from pathlib import Path
 
-from configs import common
 from datasets import LATENTS, make_dataset
 from libs.data import PixelCodec, make_latent_codec
 from libs.model import build_model, load_into
-from libs.runtime import check_values
+from libs.runtime import config_beside
 from sde import make_process
 from utils import UserError, flatten, read_json
 
@@ -107,32 +105,11 @@ def make_parts(config, *, data=None):
     return Parts(process, codec, dataset, model)
 
 
-def _config_path(weights):
-    return (Path(weights) if Path(weights).is_dir() else Path(weights).parent) / "config.json"
-
-
-def read_config(weights):
-    """The ConfigDict of the run that wrote `weights`, a checkpoint or a file in it, keys newer than
-    the run with their defaults; UserError without a config.json of a run."""
-    path = _config_path(weights)
-    values = read_json(path) if path.is_file() else {}
-    if not {"nnet", "pred", "sample", "train"} <= values.keys():
-        raise UserError(
-            f"there is no config.json of a run beside {weights}: give a <step>.ckpt directory, or "
-            "--config=<config file> of the model"
-        )
-    config = common.get_config()
-    config.nnet = common.NNETS[values["nnet"]["name"]]()
-    config.update(values)
-    check_values(config)
-    return config
-
-
 def load_weights(config, model, path):
     """Load the weights at `path` into `model`; returns sentences on what was changed for it.
     UserError: no weights that fit, or the config.json beside them says otherwise than `config`.
     """
-    beside = _config_path(path)
+    beside = config_beside(path)
     if beside.is_file():
         saved, own = flatten(read_json(beside)), flatten(config)
         saved["process.name"], own["process.name"] = _name_process(saved), _name_process(own)

@@ -155,9 +155,10 @@ def test_weights_that_cannot_be(refused, trained, tmp_path, script):
 def test_weights_without_a_config(refused, trained, tmp_path):
     own = tmp_path / "nnet_ema.safetensors"
     shutil.copy(trained / "ckpts" / "4.ckpt" / own.name, own)
-    refused("sample", [f"--nnet_path={own}"], "config.json", "--config=<config file>")
+    says = "config.json", "--config=<config file>"
+    refused("sample", [f"--nnet_path={own}"], *says, expected=2)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    refused("sample", [f"--nnet_path={own}"], "config.json", "--config=<config file>")
+    refused("sample", [f"--nnet_path={own}"], *says, expected=2)
 
 
 def test_a_run_of_another_network_is_not_resumed(refused, trained, tmp_path):

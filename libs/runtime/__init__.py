@@ -2,6 +2,7 @@
 
 run_main, TRAINING, EVALUATION                  call a script's main with its flags, of these kinds:
 REQUIRED, config_file, file_path, int_list      must be given; --config; a path; 3,7
+load_config, config_beside                      of a file; the config.json beside weights
 make_accelerator, Precision                     the process's part in the run; its number format
 requested_engine, ranks, wait_without_timeout   what the processes agree on
 environment, get_logger, MetricsLog             what a run says about itself
@@ -14,10 +15,11 @@ from libs.runtime.flags import (
     EVALUATION,
     REQUIRED,
     TRAINING,
-    check_values,
+    config_beside,
     config_file,
     file_path,
     int_list,
+    load_config,
     run_main,
 )
 from libs.runtime.launch import (
@@ -32,7 +34,7 @@ from libs.runtime.stop import StopRequest, detach_worker
 
 __all__ = [
     "EVALUATION", "GraphedTraining", "MetricsLog", "Precision", "REQUIRED", "SamplingNetwork",
-    "StopRequest", "TRAINING", "check_values", "config_file", "detach_worker", "environment",
-    "file_path", "get_logger", "int_list", "make_accelerator", "ranks", "requested_engine",
-    "run_main", "wait_without_timeout",
+    "StopRequest", "TRAINING", "config_beside", "config_file", "detach_worker", "environment",
+    "file_path", "get_logger", "int_list", "load_config", "make_accelerator", "ranks",
+    "requested_engine", "run_main", "wait_without_timeout",
 ]  # fmt: skip

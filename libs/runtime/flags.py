@@ -2,9 +2,12 @@
 
 import difflib
 import errno
+import functools
 import os
+import re
 import runpy
 import sys
+import traceback
 import types
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
 from configs import common
-from utils import UserError, flatten
+from utils import UserError, flatten, listed, read_json
 
 CONFIGS = Path(common.__file__).parent
 REQUIRED = object()  # the default of a flag that must be given
@@ -26,14 +29,52 @@ class FlagError(UserError):
     exit_code = 2
 
 
+def _explain_key(error):
+    """A sentence for the error of a ConfigDict that lacks a key."""
+    # An AttributeError holds the KeyError, which lists the fields of a locked section.
+    reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
+    key, hint = re.split("\n| does not exist", reason)[0], re.search("\nDid you mean .*", reason)
+    return f"the config has no key {key.removeprefix('Key ')}{hint[0] if hint else ''}"
+
+
+def config_beside(weights):
+    """The path of the config.json beside `weights`, a checkpoint or a file in it."""
+    return (Path(weights) if Path(weights).is_dir() else Path(weights).parent) / "config.json"
+
+
+def _read_json_config(path):
+    """The config of the run that wrote this config.json, keys newer than the run with defaults."""
+    values = read_json(path)
+    if not {"nnet", "pred", "sample", "train"} <= values.keys():
+        raise FlagError(f"{path} is no config.json of a run: give --config=<config file>")
+    config = common.get_config().unlock()
+    config.nnet = common.NNETS[values["nnet"]["name"]]().unlock()
+    config.update(values)
+    return config
+
+
 def load_config(path: str) -> config_dict.ConfigDict:
-    """What get_config() of the Python file `path` returns; FlagError if there is no such file."""
+    """What get_config() of the Python file `path` returns, or the config of a run's config.json;
+    FlagError if there is no such file, or it sets a key that no config has.
+    """
     if not os.path.isfile(path):
         names = sorted(file.name for file in CONFIGS.glob("*_*.py") if file.name[0] != "_")
         near = difflib.get_close_matches(Path(path).name, names, n=1, cutoff=0.5)
-        hint = f"did you mean configs/{near[0]}?" if near else f"configs/ has {', '.join(names)}"
+        folder = os.path.relpath(CONFIGS)
+        hint = f"did you mean {folder}/{near[0]}?" if near else f"{folder} has {listed(names)}"
         raise FlagError(f"config file {path} does not exist; {hint}")
-    return runpy.run_path(path)["get_config"]()
+    if path.endswith(".json"):
+        return _read_json_config(path)
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # a module beside it can be imported
+    try:
+        return runpy.run_path(path)["get_config"]()
+    except (AttributeError, KeyError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if Path(frames[-1].filename).name != "config_dict.py":
+            raise
+        others = "config_dict.py", "common.py"
+        line = [frame for frame in frames if Path(frame.filename).name not in others][-1]
+        raise FlagError(f"{line.filename}, line {line.lineno}: {_explain_key(error)}") from error
 
 
 def check_values(config) -> None:
@@ -66,6 +107,7 @@ TRAINING = {
 }
 EVALUATION = {
     **TRAINING,
+    "config": (config_file, None, "config file; otherwise the config.json beside the weights"),
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or a file with weights"),
     "output_path": (file_path, None, "json file of the result; otherwise evaluation.json"),
 }
@@ -74,6 +116,12 @@ EVALUATION = {
 class _Parser(absl_flags.ArgumentParser):
     def __init__(self, kind):
         self.parse = kind
+
+
+def _parse_last(flag, parse, word):
+    """Of a flag that is given twice, the last value counts, as of all others."""
+    flag.present = 0
+    parse(word)
 
 
 def _define_flags(spec, config, argv):
@@ -89,19 +137,35 @@ def _define_flags(spec, config, argv):
     try:
         if config is not None:
             config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-    except (AttributeError, KeyError) as error:  # ConfigDict's, one in the other
-        reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
-        raise FlagError(f"the config has no key {reason}") from error
+        for flag in (values[name] for name in values):
+            if isinstance(flag, absl_flags.MultiFlag):  # a tuple, to which a second would be added
+                flag.parse = functools.partial(_parse_last, flag, flag.parse)
+    except (AttributeError, KeyError) as error:
+        raise FlagError(_explain_key(error)) from error
     return values
 
 
-def _take_config(argv):
-    """(path given by --config or None, the other words)."""
+def _take_flag(name, argv):
+    """(path given by --name or None, the other words)."""
     values = absl_flags.FlagValues()
     values.set_gnu_getopt()
-    absl_flags.DEFINE_string("config", None, "", flag_values=values)
+    absl_flags.DEFINE_string(name, None, "", flag_values=values)
     rest = values(argv, known_only=True)
-    return values.config and file_path(values.config), rest
+    return values[name].value and file_path(values[name].value), rest
+
+
+def _take_config(spec, argv):
+    """(path of the config or None, the other words): of --config, else beside --nnet_path."""
+    path, rest = _take_flag("config", argv)
+    weights = _take_flag("nnet_path", rest)[0] if "nnet_path" in spec else None
+    if weights and not path:
+        path = str(config_beside(weights))
+        if not os.path.isfile(path):
+            raise FlagError(
+                f"there is no config.json of a run beside {weights}: give a <step>.ckpt directory, "
+                "or --config=<config file> of the model"
+            )
+    return path, rest
 
 
 def _show_help(spec, config):
@@ -119,11 +183,11 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
 
     A kind is str, int, float, bool, `int_list`, `file_path` or `config_file`. The result has one
     attribute a flag; if 'config' is among them, `config` is the locked ConfigDict with the
-    overrides applied (None without --config), `config_path` its file and `overrides` the dict
+    overrides applied (None without a config), `config_path` its file and `overrides` the dict
     {'train.batch_size': 64} of what the command line changed. FlagError for a wrong flag or value.
     """
     try:
-        path, argv = _take_config(argv) if "config" in spec else (None, argv)
+        path, argv = _take_config(spec, argv) if "config" in spec else (None, argv)
         config = load_config(path) if path else None
         if {"--help", "-h"} & set(argv):
             _show_help(spec, config)
