@@ -31,7 +31,8 @@ def _lock(config, *open_sections):
 _SOME, _ANY, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
 RANGES = {
     "gradient_accumulation_steps": _SOME, "ug_m": (2, math.inf), "dataset.p_uncond": _SHARE,
-    "optimizer.lr": _ANY, "train.n_steps": _SOME, "train.batch_size": _SOME,
+    "nnet.scan_directions": (1, 3), "optimizer.lr": _ANY, "train.n_steps": _SOME,
+    "train.batch_size": _SOME,
     "train.ema_rate": _SHARE, "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
     "train.log_interval": _SOME, "train.eval_interval": _SOME, "train.save_interval": _SOME,
     "train.keep_last": _SOME, "train.grid_samples": _ANY, "train.fid_samples": _ANY,
@@ -40,7 +41,7 @@ RANGES = {
 }  # fmt: skip
 CHOICES = {
     "train.mode": ("uncond", "cond"), "train.mixed_precision": ("no", "fp16", "bf16"),
-    "sample.labels": ("random", "balanced"),
+    "sample.labels": ("random", "balanced"), "nnet.pad_layout": ("lateral", "rho_pad"),
 }  # fmt: skip
 
 

@@ -89,7 +89,8 @@ def make_parts(config, *, data=None):
     evaluation, unless a statistics file or nothing stands for them; None opens no data set.
     UserError for an unknown name, a missing file, or parts that do not fit one another.
     """
-    training, config.process.name = data == "training", _name_process(flatten(config))
+    training = data == "training"
+    config.process.name = _name_process(flatten(config))
     if training:
         _require_trained_labels(config, flatten(config), "the config")
     process = make_process(**config.process)

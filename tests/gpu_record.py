@@ -26,9 +26,8 @@ def run_tests(report):
     """Exit status of the self-check, then of the tests, which find its kernels in the cache."""
     files = [str(f) for f in sorted(ROOT.glob("tests/test_*.py")) if "mark.cuda" in f.read_text()]
     options = ["-q", "-m", "cuda and not slow", "-n", "6", f"--junitxml={report}", "--durations=8"]
-    for module in (["libs.ops", "--check"], ["pytest", *options, *files]):
-        status = subprocess.run([sys.executable, "-m", *module], cwd=ROOT).returncode
-    return status
+    modules = (["libs.ops", "--check"], ["pytest", *options, *files])
+    return max(subprocess.run([sys.executable, "-m", *m], cwd=ROOT).returncode for m in modules)
 
 
 def main():

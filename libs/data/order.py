@@ -16,8 +16,8 @@ def keyed_words(count, seed, purpose, *, epoch, index=0):
     counter-based generator Philox. An index has four words to itself. purpose: a key of PURPOSES.
     """
     key, counter = seed + (PURPOSES[purpose] << 64), index + (epoch << 64)
-    generator = np.random.Philox(key=key, counter=counter)
-    return generator.random_raw(count)
+    rng = np.random.Philox(key=key, counter=counter)
+    return rng.random_raw(count)
 
 
 def permutation(length, *, seed, epoch):

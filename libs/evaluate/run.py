@@ -89,7 +89,7 @@ def list_batches(folder, n, m):
     return [(folder / f"{i // m:06}.npz", list(range(i, min(i + m, n)))) for i in range(0, n, m)]
 
 
-def make_batches(image_sampler, features, batches, settings, *, quiet):
+def write_batches(image_sampler, features, batches, settings, *, quiet):
     """Make the images of `batches`, and write each one's PNG files and, last, its file: features
     (B, dim) float32, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they are defined.
     """
@@ -185,7 +185,7 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
     began = time.monotonic()
     own = batches[accelerator.process_index :: accelerator.num_processes]
     own = [(path, indices) for path, indices in own if not path.exists()]
-    make_batches(image_sampler, features, own, settings, quiet=not main)
+    write_batches(image_sampler, features, own, settings, quiet=not main)
     wait_without_timeout(accelerator)
     accelerator.end_training()  # with gloo, a process that exits without it aborts now and then
     if not main:

@@ -1,7 +1,7 @@
 """A block of DiM as one operator, where it can run: on the GPU, with our kernels.
 
 Everywhere else, and with DIM_FUSED=0 or DIM_BACKEND=reference, the block is composed of its layers
-(libs/model/dim.py), which is its definition.
+(compose_block in libs/model/block.py), which is its definition.
 """
 
 import os

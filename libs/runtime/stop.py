@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 
-_PARENT = os.getppid()  # at import, the first thing that a script does: see StopRequest
+_PARENT = os.getppid()  # at import; see StopRequest
 _LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by launchers
 _SAME_KEY_PRESS_S = 1.0
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>

@@ -25,7 +25,7 @@ SAVING = ".saving-{}"  # the folder of a step's checkpoint while it is being wri
 
 
 def _write(folder, step, nnet, ema, training_state, config):
-    """All files, and manifest.json once the others are on the disk."""
+    """All files, manifest.json last, and all of them onto the disk."""
     for name, tensors in ("nnet", nnet), ("nnet_ema", ema):
         path = folder / f"{name}.safetensors"
         save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path)
@@ -35,21 +35,18 @@ def _write(folder, step, nnet, ema, training_state, config):
     write_json(folder / "config.json", config)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
         entry = {"size": path.stat().st_size, "sha256": sha256_of(path)}
         files[path.relative_to(folder).as_posix()] = entry
     write_json(folder / "manifest.json", {"format": 1, "step": step, "files": files})
+    for name in (*files, "manifest.json"):
+        with (folder / name).open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def _put_in_place(folder):
-    """Give the whole checkpoint .saving-<step> its name; the one that had it goes, but published
-    weights stay under another.
-    """
+    """Give the whole checkpoint .saving-<step> its name; the one that had it goes."""
     target = folder.with_name(f"{folder.name.split('-')[1]}.ckpt")
-    if any(target.glob("*.pth")):
-        target.rename(f"{target}.replaced")
-    elif target.exists():
+    if target.exists():
         shutil.rmtree(target)
     return folder.rename(target)
 

@@ -92,10 +92,15 @@ def _load_optimizer(engine, settings, state, path):
 
 def find_checkpoint(directory, accelerator):
     """The newest good checkpoint or None, found by the main process for all. UserError where there
-    are checkpoints, or published weights by their names, and none is good: nothing is overwritten.
+    are checkpoints, and none is good, or published weights by their names: nothing is overwritten.
     """
     found = [None]
     if accelerator.is_main_process:
+        if published := sorted(str(path) for path in directory.glob("*.ckpt/*.pth")):
+            raise UserError(
+                f"{published[0]} is not of this run, whose checkpoints would replace it: train in "
+                "another directory, --workdir=..., or move it away"
+            )
         checkpoint.clean(directory)
         found = [checkpoint.find_latest(directory)]
         damaged = sorted(path.name for path in directory.glob("*.ckpt"))

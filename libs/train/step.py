@@ -96,7 +96,8 @@ def report_bad_step(outcome, progress, stats, max_bad_steps):
     """Log a step that was not made; UserError once max_bad_steps came in a row."""
     values = f"loss {stats.loss:g}, gradient norm {stats.grad_norm:g}, scale {stats.loss_scale:g}"
     where = f"step {progress.step}, batch {progress.batch - 1}"
-    log.warning("%s: %s, skipped: %s", where, outcome, values)
+    level = logging.INFO if outcome == "overflow" else logging.WARNING  # common in fp16
+    log.log(level, "%s: %s, skipped: %s", where, outcome, values)
     if progress.bad_in_a_row >= max_bad_steps:
         raise UserError(
             f"{progress.bad_in_a_row} steps in a row had a non-finite loss or gradient, the last "

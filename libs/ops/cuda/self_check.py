@@ -31,8 +31,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def _random(seed, dtype, *shapes):
     """Random CPU tensors of these shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    options = {"generator": generator, "dtype": torch.float32, "device": "cpu"}
+    rng = torch.Generator().manual_seed(seed)
+    options = {"generator": rng, "dtype": torch.float32, "device": "cpu"}
     return [torch.randn(shape, **options).to(dtype) for shape in shapes]
 
 
