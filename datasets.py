@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.util
 import json
+import multiprocessing
 import warnings
 from pathlib import Path
 
@@ -17,14 +18,16 @@ import torch
 from torch.utils.data import Dataset
 
 from libs.data import (
+    Scaling,
     UnreadableImage,
     keyed_words,
-    label_by_directory,
+    label_images,
     list_images,
     open_latents,
+    read_sizes,
     read_square,
 )
-from utils import UserError, look_up
+from utils import UserError, listed, look_up
 
 
 class ImageDataset(Dataset):
@@ -36,11 +39,11 @@ class ImageDataset(Dataset):
     Attributes: `shape` (C, H, W); `num_classes`, 0 for none; `labels`, int64 array (length,) or
     None, known without reading an image; `preprocessing`, a note for the records of statistics;
     `latent`, whether items are an autoencoder's moments instead of images; `class_names`, by
-    number, and `files`, None where there are none.
+    number, None without; `files`, names, None without; `left_out`, counts files that are no images.
     """
 
-    needs_path, latent = False, False
-    preprocessing, class_names, files = "none", None, None
+    needs_path, latent, zips = False, False, False
+    preprocessing, class_names, files, left_out = "none", None, None, ""
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
         self.length, self.shape, self.random_flip, self.seed = length, shape, random_flip, seed
@@ -50,10 +53,16 @@ class ImageDataset(Dataset):
     def __len__(self):
         return self.length
 
-    def list_sha256(self):
-        """Of the names of files and classes: tells a folder from another without reading it."""
-        listing = json.dumps([self.files, self.class_names]).encode()
+    def list_sha256(self, *more):
+        """Of the names of files and classes: tells a folder from another without reading it; with
+        `more` = read_sizes() a folder from another of the same names.
+        """
+        listing = json.dumps([self.files, self.class_names, *more]).encode()
         return hashlib.sha256(listing).hexdigest()
+
+    def read_sizes(self):
+        """Of files, or their checksums."""
+        return ()
 
     def _read(self, epoch, index):
         """The image as float32 (C, H, W) in [-1, 1], and the index it was read from."""
@@ -141,28 +150,30 @@ class Cifar10(InMemory):
 
 # ------------------------------------------------------------ image folders
 
-MAX_UNREADABLE = 10
+MAX_UNREADABLE = 10, 0.01  # images, and share of the data set; the larger counts
 
 
 class ImageFolder(ImageDataset):
-    """Images below a directory, cropped to (3, resolution, resolution), in the centre or at random.
+    """Images below a directory or in a zip file, cropped to (3, resolution, resolution), in the
+    centre or at random, with the classes of libs.data.label_images.
 
-    The class is the first-level subdirectory. An unreadable image is named in a warning and the
-    next readable one stands in for it, label included, so that no other image changes its place;
-    more than MAX_UNREADABLE of them (in one process) raise UserError. `files` are below `root`.
+    An unreadable image is named in a warning and the next readable one stands in for it, label
+    included, so that no other image changes its place; more than MAX_UNREADABLE of them, counted
+    over all workers of a process, raise UserError.
     """
 
-    needs_path, subfolder = True, ""
+    needs_path = zips = True
+    subfolder = ""
 
     def __init__(self, *, path, resolution, labels, random_crop=False, **augmentation):
-        self.root, targets = path / self.subfolder, None
-        self.files = list_images(self.root)
+        self.root, targets = path / self.subfolder if path.is_dir() else path, None
+        self.files, self.left_out = list_images(self.root)
         self.random_crop = random_crop
-        self.unreadable = {}  # index -> reason
+        self.unreadable = multiprocessing.RawArray("b", len(self.files))  # workers share it
         crop = "random crop" if random_crop else "centre crop"
         self.preprocessing = f"RGB, {crop} to {resolution} (ADM: box halvings, then bicubic)"
         if labels:
-            targets, self.class_names = label_by_directory(self.root, self.files)
+            targets, self.class_names = label_images(self.root, self.files)
         super().__init__(
             length=len(self.files), shape=(3, resolution, resolution), labels=targets,
             num_classes=len(self.class_names or ()), **augmentation,
@@ -172,21 +183,25 @@ class ImageFolder(ImageDataset):
         """One image as uint8 (3, H, W), not flipped; UnreadableImage for a damaged file."""
         words = keyed_words(3, self.seed, "crop", epoch=epoch, index=index)
         words = words if self.random_crop else None
-        return read_square(self.root / self.files[index], self.shape[-1], words)
+        return read_square(self.root, self.files[index], self.shape[-1], words)
+
+    def read_sizes(self):
+        return (read_sizes(self.root, self.files),)
 
     def _note_unreadable(self, index, error):
-        self.unreadable[index] = str(error)
-        limit = min(MAX_UNREADABLE, self.length - 1)
-        if len(self.unreadable) > limit:
+        self.unreadable[index] = 1
+        bad = np.flatnonzero(self.unreadable)
+        limit = min(max(MAX_UNREADABLE[0], int(MAX_UNREADABLE[1] * self.length)), self.length - 1)
+        if len(bad) > limit:
             raise UserError(
-                f"more than {limit} of {self.length} images cannot be read, repair or remove "
-                f"them: {'; '.join(self.unreadable.values())}"
+                f"more than {limit} of {self.length} images in {self.root} cannot be read, repair "
+                f"or remove them: {listed(self.files[i] for i in bad)}; the last one: {error}"
             ) from error
         warnings.warn(f"unreadable image, the next stands in for it: {error}", stacklevel=2)
 
     def _read(self, epoch, index):
         while True:
-            if index not in self.unreadable:
+            if not self.unreadable[index]:
                 try:
                     return _uint8_to_float(self.pixels(epoch, index)), index
                 except UnreadableImage as error:
@@ -211,8 +226,9 @@ class FolderLatents(ImageDataset):
     Items are x float32 (2C, h, w), mean and log-variance, unscaled, and y as everywhere. With
     random_flip the record of the flipped image is read, by the same draw that flips pixels.
 
-    Further attributes: `latents`, as libs.data.open_latents gives them; `scale_factor` and
-    `autoencoder_sha256`, with which latents were made, None where the files do not say.
+    Further attributes: `latents`, as libs.data.open_latents gives them; of the autoencoder that
+    made them `autoencoder_sha256`, None where the files do not say, `scaling`, Stable Diffusion's
+    then, and `latent_format`, keywords of a LatentCodec without it.
     """
 
     needs_path = latent = True
@@ -221,7 +237,10 @@ class FolderLatents(ImageDataset):
     def __init__(self, *, path, resolution, labels, random_flip, seed):
         self.latents = latents = open_latents(path, self.known_classes)
         made_with = latents.manifest or {}
-        self.scale_factor = made_with.get("scale_factor")
+        self.scaling = Scaling(**{k: v for k, v in made_with.items() if k in Scaling._fields})
+        channels, _, side = latents.shape
+        downsample = made_with.get("resolution", 8 * side) // side
+        self.latent_format = {"latent_channels": channels // 2, "downsample": downsample}
         self.autoencoder_sha256 = made_with.get("autoencoder_sha256")
         self.preprocessing = made_with.get("crop", "unknown")
         self.class_names = made_with.get("class_names") if labels else None
@@ -243,6 +262,9 @@ class FolderLatents(ImageDataset):
         self.labelled = labels
         self.num_classes = latents.num_classes if labels else 0  # of single files, without `labels`
         self._cached = (None, None)  # (epoch, its flips)
+
+    def read_sizes(self):
+        return (self.latents.manifest,)
 
     def _flips(self, keys):
         """bool (n,): the draws of ImageDataset, an epoch at a time."""
@@ -294,8 +316,10 @@ def get_dataset(
     UserError for an unknown name and for missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
-    if getattr(kind, "needs_path", False) and not (path and Path(path).is_dir()):
-        raise UserError(f"the data set {name!r} needs its directory as dataset.path, not {path!r}")
+    found = path and (Path(path).is_dir() or kind.zips and Path(path).is_file())
+    if getattr(kind, "needs_path", False) and not found:
+        wanted = "directory or .zip" if kind.zips else "directory"
+        raise UserError(f"the data set {name!r} needs its {wanted} as dataset.path, not {path!r}")
     crop = {"random_crop": True} if random_crop else {}
     return kind(
         path=Path(path) if path else None, resolution=resolution, labels=labels,

@@ -157,7 +157,12 @@ def get_config():
     config.autoencoder = d(
         # U-ViT's autoencoder_kl_ema.pth, another LDM file, or a diffusers folder
         pretrained_path=placeholder(str),
-        scale_factor=0.18215,
+        # Of the latents that the network sees; without them, the autoencoder's own, which are
+        # 0.18215 alone for a single file.
+        scale_factor=placeholder(float),
+        shift_factor=placeholder(float),
+        latents_mean=placeholder(tuple),  # a value a channel, as latents_std
+        latents_std=placeholder(tuple),
         tiling=False,  # pictures beyond 512 px in tiles that overlap: less memory, slightly other
     )
 

@@ -83,7 +83,7 @@ def _require_trained_labels(config, saved, source):
 
 
 def make_parts(config, *, data=None):
-    """The Parts of a config, whose process.name is resolved.
+    """The Parts of a config, whose process.name and scale of latents are resolved.
 
     data: 'training' also draws the network's weights anew; 'real' opens the images of an
     evaluation, unless a statistics file or nothing stands for them; None opens no data set.
@@ -102,6 +102,7 @@ def make_parts(config, *, data=None):
     if config.z_shape is not None:
         decoding = not training or bool(config.train.grid_samples or config.train.fid_samples)
         codec = make_latent_codec(config.autoencoder, dataset, decoding=decoding)
+        config.autoencoder.update(codec.scaling.describe())
     _check_shapes(config, codec, dataset, model)
     return Parts(process, codec, dataset, model)
 

@@ -57,6 +57,7 @@ def compute(dataset, indices, features, *, stored, batch_size, num_workers):
 def main(args):
     utils.file_to_write(args.out, "--out")
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
+    print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
     features = make_features(args.features, args.weights, args.device)
     count = min(len(dataset), args.max_images or len(dataset))
     # Evenly spaced, so that a part of a folder sorted by class has every class.

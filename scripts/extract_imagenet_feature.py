@@ -45,7 +45,7 @@ FLAGS = {
     "labels": (bool, True, "whether the data set has classes"),
     "resolution": (int, 256, "side of the square that is cut from each image, in pixels"),
     "flip": (bool, False, "also encode every image flipped, for dataset.random_flip"),
-    "precision": (str, "fp32", "fp32 (torch lets GPUs convolve in TF32), bf16 or fp16"),
+    "precision": (str, "fp32", "fp32 (TF32 on GPUs), bf16, or fp16 (fp32 if force_upcast)"),
     "batch_size": (int, 32, "images a batch, per process"),
     "num_workers": (int, None, "processes that read images; if not given, the cores, at most 16"),
     "images_per_shard": (int, 4096, "a restart begins at a shard that was not finished"),
@@ -58,7 +58,7 @@ def make_settings(args, images, autoencoder):
     side = args.resolution // autoencoder.downsample
     return dict(
         record_shape=(2 * autoencoder.latent_channels, side, side),
-        scale_factor=float(autoencoder.scale_factor),
+        **autoencoder.scaling.describe(),  # not applied
         resolution=args.resolution,
         autoencoder_sha256=autoencoder.sha256,
         precision=args.precision,
@@ -154,6 +154,10 @@ def extract(args, accelerator):
         args.dataset, path=args.path, resolution=args.resolution, labels=args.labels
     )
     autoencoder = load_autoencoder(args.autoencoder)
+    if autoencoder.force_upcast and args.precision == "fp16":
+        args.precision = "fp32"
+    if accelerator.is_main_process:
+        print(f"left out: {images.left_out or 'nothing'}; encoding in {args.precision}")
     writer = LatentWriter(args.output, **make_settings(args, images, autoencoder))
     shards = deal(accelerator, writer)
     if shards is not None:

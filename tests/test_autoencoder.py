@@ -7,7 +7,7 @@ from golden_cases import assert_close, cases, det_weights, params
 from safetensors.torch import load_file, save_file
 
 from libs.data import autoencoder
-from libs.data.autoencoder import Autoencoder, load_autoencoder, sample_moments
+from libs.data.autoencoder import Autoencoder, Scaling, load_autoencoder, sample_moments
 from libs.files import sha256_of
 from utils import UserError
 
@@ -53,7 +53,7 @@ def architecture(network, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def z():
-    return autoencoder.SCALE_FACTOR * torch.randn(3, 4, 6, 5, generator=torch.manual_seed(1))
+    return torch.randn(3, 4, 6, 5, generator=torch.manual_seed(1))
 
 
 @pytest.mark.skipif(not SHAPES, reason="no golden list of the autoencoder's tensors")
@@ -63,7 +63,8 @@ def test_golden(tmp_path, case, arrays):
     state = det_weights().det_state(SHAPES[0]["state_dict"], case["weight_seed"])
     assert sum(x.size for x in state.values()) == SHAPES[0]["n_params"]
     torch.save({name: torch.from_numpy(x) for name, x in state.items()}, tmp_path / "kl.pth")
-    model = load_autoencoder(tmp_path / "kl.pth", scale_factor=case["scale_factor"])
+    model = load_autoencoder(tmp_path / "kl.pth")
+    assert model.scaling == Scaling(case["scale_factor"]) and not model.force_upcast
     assert model.latent_channels == SHAPES[0]["embed_dim"]
     assert model.downsample == SHAPES[0]["downsampling"]
     seen, network = {}, model.network
@@ -73,10 +74,11 @@ def test_golden(tmp_path, case, arrays):
     ):
         module.register_forward_hook(lambda *call, name=name: seen.update({name: call[-1]}))
     x, noise, z = (torch.from_numpy(arrays[name]) for name in ("x", "noise", "z"))
-    found = dict(moments=model.moments(x), z=model.encode(x, noise), image=model.decode(z), **seen)
+    found = {"moments": model.moments(x), "image": model.decode(model.scaling.unscale(z)), **seen}
+    found["z"] = sample_moments(found["moments"], noise, model.scaling)
     for name, actual in found.items():
         assert_close(actual, arrays[name], GOLDEN_TOLERANCE, name)
-    sampled = sample_moments(torch.from_numpy(arrays["moments"]), noise, case["scale_factor"])
+    sampled = sample_moments(torch.from_numpy(arrays["moments"]), noise, model.scaling)
     assert_close(sampled, z, GOLDEN_TOLERANCE, "z of the stored moments")
 
 
@@ -84,8 +86,9 @@ def test_sampling_clamps_the_log_variance():
     moments = torch.tensor([0.5, 0.5, 0.5, 0.0, -80.0, 80.0]).view(1, 6, 1, 1)
     noise = torch.tensor([2.0, 1e6, 1.0]).view(1, 3, 1, 1)
     std = torch.tensor([1.0, torch.tensor(-15.0).exp(), torch.tensor(10.0).exp()]).view(1, 3, 1, 1)
-    assert_close(sample_moments(moments, noise, 0.25), 0.25 * (0.5 + std * noise), 1e-6)
-    assert sample_moments(moments.half(), noise, 0.25).dtype == torch.float32
+    scaling = Scaling(0.25)
+    assert_close(sample_moments(moments, noise, scaling), 0.25 * (0.5 + std * noise), 1e-6)
+    assert sample_moments(moments.half(), noise, scaling).dtype == torch.float32
 
 
 def old_name(name):
@@ -107,7 +110,7 @@ def test_every_format_gives_the_same_network(tmp_path, network, architecture, z)
     save_file(ldm, tmp_path / "autoencoder_kl.safetensors")
     network.save_pretrained(tmp_path / "folder")
     network.save_config(tmp_path / "old")
-    safe, pickled = autoencoder.FOLDER_WEIGHTS
+    safe, pickled = (f"{autoencoder.FOLDER_WEIGHTS}.{end}" for end in ("safetensors", "bin"))
     tensors = load_file(tmp_path / "folder" / safe)
     torch.save({old_name(name): x for name, x in tensors.items()}, tmp_path / "old" / pickled)
 
@@ -131,18 +134,15 @@ def test_every_format_gives_the_same_network(tmp_path, network, architecture, z)
 ], ids=["one tensor less", "another shape", "another network", "a list"])  # fmt: skip
 def test_weights_of_another_network_are_refused(tmp_path, network, architecture, change):
     torch.save(change(to_ldm(network)), tmp_path / "x.pth")
-    with pytest.raises(UserError, match="x.pth is not Stable Diffusion's autoencoder: "):
+    with pytest.raises(UserError, match="x.pth is damaged or no KL autoencoder of Stable"):
         load_autoencoder(tmp_path / "x.pth", architecture=architecture)
 
 
-def test_missing_files_and_other_scales_are_refused(tmp_path, network):
+def test_missing_files_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("none.pth", "empty"):
         with pytest.raises(UserError, match=f"there is no autoencoder .*{name}: put Stable"):
             load_autoencoder(tmp_path / name)
-    network.save_pretrained(tmp_path / "vae")
-    with pytest.raises(UserError, match="scaling_factor 0.18215 .*scale_factor is 0.13025"):
-        load_autoencoder(tmp_path / "vae", scale_factor=0.13025)
 
 
 @pytest.mark.parametrize("images", [1, 2, 3])

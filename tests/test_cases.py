@@ -1,15 +1,305 @@
 """Inputs that once failed, by kind, and what is right."""
 
+import contextlib
+import json
 import shutil
+import zipfile
 
+import numpy as np
 import pytest
 import runs
+import torch
+import writers
+from PIL import Image, features
+from torch.utils.data import DataLoader
 
+import configs.common
 import utils
+from datasets import get_dataset
+from libs.data import load_autoencoder, make_latent_codec, open_latents
+from libs.files import read_safetensors, read_torch
+from libs.parts import make_parts
 from libs.runtime import flags
-from utils import flatten, read_json
+from utils import UserError, flatten, read_json
 
 # ---------------------------------------- files, folders and autoencoders
+
+
+def open_folder(path, **options):
+    return get_dataset("folder", path=path, **{"resolution": 8, "labels": False, **options})
+
+
+FORMATS = {
+    "a.png": "PNG", "i.JPG": "JPEG", "b.pgm": "PPM", "h.pnm": "PPM", "g.pbm": "PPM",
+    "c.jfif": "JPEG", "e.jpe": "JPEG", "d.gif": "GIF", "j.mpo": "MPO", "k.tga": "TGA",
+    "l.qoi": "QOI", "m.jp2": "JPEG2000", "n.apng": "PNG", "o.ico": "ICO", "p.dds": "DDS",
+    "q.pcx": "PCX", "r.sgi": "SGI", "s.webp": "WEBP",
+} | ({"f.avif": "AVIF"} if features.check("avif") else {})  # fmt: skip
+
+
+def test_everything_that_pillow_opens_is_an_image(tmp_path):
+    for name, kind in FORMATS.items():
+        mode = {"b.pgm": "L", "g.pbm": "1"}.get(name, "RGB")
+        writers.noise_image(0, (40, 30)).convert(mode).save(tmp_path / name, format=kind)
+    for name in ("notes.txt", "b.txt", "x.heic", "run.eps", "._a.png", "README"):
+        (tmp_path / name).write_bytes(b"%!PS-Adobe-3.0")
+    for name in ("@eaDir", ".Trash-1000"):
+        (tmp_path / name).mkdir()
+    folder = open_folder(tmp_path)
+    assert folder.files == sorted(FORMATS)
+    assert all(folder[0, i][0].shape == (3, 8, 8) for i in range(len(folder)))
+    left_out = "2 .txt, 1 @eaDir, 1 .Trash-1000, 1 .heic, 1 .eps, 1 hidden, 1 README"
+    assert sorted(folder.left_out.split(", ")) == sorted(left_out.split(", "))
+    assert not any(folder.unreadable)
+
+
+SYSTEM = (
+    "@eaDir", "lost+found", ".Trash", "#recycle", "System Volume Information", "__MACOSX",
+    "$RECYCLE.BIN", "@Recycle", "#snapshot", ".ipynb_checkpoints",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_folders_of_systems_are_no_classes(tmp_path, zipped):
+    path = tmp_path / "data"
+    writers.write_folder(path)
+    for name in SYSTEM:
+        for folder in (path / name, path / "ant" / name):
+            folder.mkdir()
+            writers.noise_image(0).save(folder / "x.png")
+    path = zip_folder(path) if zipped else path
+    folder = open_folder(path, labels=True)
+    assert folder.class_names == ["ant", "bee"] and len(folder) == 6
+    assert all(name in folder.left_out for name in SYSTEM)
+
+
+def zip_folder(path):
+    archive = path.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for found in sorted(path.rglob("*")):
+            file.write(found, found.relative_to(path))
+    return archive
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_labels_of_dataset_json(tmp_path, zipped):
+    """As EDM's and StyleGAN's dataset tools write it."""
+    path, pixels, labels = tmp_path / "data", [], [2, 0, 1, 1, 0]
+    for i in range(5):
+        file = path / "00000" / f"img{i:08}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        writers.noise_image(i).save(file)
+        pixels.append(np.asarray(Image.open(file)).transpose(2, 0, 1))
+    entries = [[f"00000/img{i:08}.png", label] for i, label in enumerate(labels)]
+    (path / "dataset.json").write_text(json.dumps({"labels": entries}))
+    path = zip_folder(path) if zipped else path
+    folder = open_folder(path, labels=True)
+    assert folder.labels.tolist() == labels and folder.class_names == ["0", "1", "2"]
+    assert folder.left_out == ""
+    for workers in (0, 2):
+        batches = [[(0, 0), (0, 3)], [(0, 4)], [(0, 1), (0, 2)]]
+        loader = DataLoader(folder, batch_sampler=batches, num_workers=workers)
+        x, y = map(torch.cat, zip(*loader, strict=True))
+        expected = np.stack([pixels[i] for i in (0, 3, 4, 1, 2)])
+        np.testing.assert_array_equal(((x + 1) * 127.5).round(), expected)
+        assert y.tolist() == [2, 1, 0, 0, 1]
+    assert len(open_folder(path)) == 5
+
+
+def test_labels_of_dataset_json_that_are_missing(tmp_path):
+    writers.write_folder(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    with pytest.raises(UserError, match="nor in a dataset.json.*, or read the images"):
+        open_folder(tmp_path, labels=True)
+    (tmp_path / "dataset.json").write_text('{"title": "of another program"}')
+    assert open_folder(tmp_path, labels=True).num_classes == 2
+
+
+@pytest.mark.parametrize("bad", [10, 12])
+def test_the_limit_of_bad_files_is_the_same_for_any_number_of_workers(tmp_path, bad):
+    writers.write_folder(tmp_path, count=60)
+    for i in range(bad):
+        (tmp_path / "ant" / f"{2 * i:02}.png").write_bytes(b"broken")
+
+    def read(workers):
+        folder = open_folder(tmp_path)
+        batches = [[(0, i)] for i in range(60)]
+        with pytest.warns(UserWarning) if not workers else contextlib.nullcontext():
+            return len(list(DataLoader(folder, batch_sampler=batches, num_workers=workers)))
+
+    for workers in (0, 2):
+        if bad == 10:
+            assert read(workers) == 60
+        else:
+            with pytest.raises(UserError, match="more than 10 of 60 images .* cannot be read"):
+                read(workers)
+
+
+def test_the_limit_of_bad_files_is_a_share(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.MAX_UNREADABLE", (1, 0.1))
+    writers.write_folder(tmp_path, count=30)
+    for i in range(4):
+        (tmp_path / "ant" / f"{i:02}.png").write_bytes(b"broken")
+    folder = open_folder(tmp_path)
+    with pytest.warns(UserWarning), pytest.raises(UserError, match="more than 3 of 30 images"):
+        folder[0, 0]
+
+
+def test_two_links_to_one_folder_are_named(tmp_path):
+    writers.write_folder(tmp_path)
+    (tmp_path / "wasp").symlink_to(tmp_path / "bee")
+    with pytest.raises(UserError, match="classes bee and wasp in .* are links to one folder"):
+        open_folder(tmp_path, labels=True)
+
+
+def test_folders_of_the_same_names_are_told_apart_by_sizes(tmp_path):
+    for name in ("one", "same", "other"):
+        writers.write_folder(tmp_path / name)
+    writers.noise_image(9, (9, 9)).save(tmp_path / "other" / "bee" / "05.png")
+    paths = [tmp_path / name for name in ("one", "same", "other")]
+    folders = [open_folder(path, labels=True) for path in (*paths, zip_folder(tmp_path / "one"))]
+    one, same, other, zipped = (x.list_sha256(*x.read_sizes()) for x in folders)
+    assert one == same == zipped != other
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+WEB = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
+
+
+@pytest.mark.parametrize("content, says", [(LFS, "is a Git LFS pointer"), (WEB, "is a web page")])
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "vae/"])
+def test_what_stands_for_a_file_is_named(tmp_path, content, says, name):
+    path = tmp_path / name
+    if name == "vae/":
+        path = writers.write_autoencoder(tmp_path / "vae") / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(content)
+    readers = [lambda: load_autoencoder(tmp_path / name)]
+    if name != "vae/":
+        readers.append(lambda: (read_torch if name == "x.pth" else read_safetensors)(path))
+    for read in readers:
+        with pytest.raises(UserError, match=f"{path} {says}"):
+            read()
+
+
+STATED = {
+    "scaling_factor": 0.3611, "shift_factor": 0.1159, "force_upcast": True,
+    "latents_mean": [0.1] * 16, "latents_std": [float(1 + i) for i in range(16)],
+}  # fmt: skip
+
+
+def write_other_autoencoder(path, variant=None, **stated):
+    """A diffusers folder of 16 channels and stride 4 whose config.json says `stated`."""
+    network = writers.make_autoencoder(widths=(32, 32, 32), layers_per_block=1, latent_channels=16)
+    network.save_pretrained(path, variant=variant)
+    config = json.loads((path / "config.json").read_text())
+    config.pop("force_upcast")
+    (path / "config.json").write_text(json.dumps(config | stated))
+    return path
+
+
+def section(**values):
+    settings = configs.common.get_config().autoencoder
+    settings.update(values)
+    return settings
+
+
+def test_scale_shift_mean_and_std_are_the_autoencoders_own(tmp_path):
+    path = str(write_other_autoencoder(tmp_path / "vae", **STATED))
+    codec, x = make_latent_codec(section(pretrained_path=path)), torch.rand(2, 3, 16, 16) * 2 - 1
+    assert codec.latent_shape((3, 16, 16)) == (16, 4, 4) and codec.image_shape((16, 4, 4))[1] == 16
+    moments, noise = codec.autoencoder.moments(x), torch.randn(2, 16, 4, 4)
+    mean, logvar = moments.chunk(2, 1)
+    raw = mean + (logvar / 2).exp() * noise
+    std = torch.arange(1.0, 17)[:, None, None]
+    z = (raw - 0.1159 - 0.1) * 0.3611 / std
+    torch.testing.assert_close(codec.encode(x, noise), z)
+    torch.testing.assert_close(codec.encode(moments, noise), z)
+    image = codec.autoencoder.network.decode(raw).sample * 0.5 + 0.5
+    torch.testing.assert_close(codec.decode(z), image.clamp(0, 1), rtol=0, atol=1e-5)
+    assert codec.describe().keys() == {"autoencoder_sha256", *STATED} - {
+        "force_upcast", "scaling_factor"} | {"scale_factor"}  # fmt: skip
+    given = section(pretrained_path=path, scale_factor=0.5, shift_factor=0.0)
+    assert make_latent_codec(given).scaling[:2] == (0.5, 0.0)
+
+
+@pytest.mark.parametrize("says, upcast", [({}, False), ({"force_upcast": True}, True),
+                                          ({"force_upcast": False}, False)])  # fmt: skip
+def test_force_upcast_and_half_precision_files(tmp_path, says, upcast):
+    path = write_other_autoencoder(tmp_path / "vae", variant="fp16", **says)
+    assert [file.name for file in path.glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    autoencoder = load_autoencoder(path)
+    assert autoencoder.force_upcast is upcast
+    assert {parameter.dtype for parameter in autoencoder.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("precision, recorded", [("fp32", "fp32"), ("bf16", "bf16"),
+                                                 ("fp16", "fp32")])  # fmt: skip
+def test_latents_of_another_autoencoder(tmp_path, in_process, capsys, precision, recorded):
+    """The moments are unscaled, say so, and bring the scale for a training without pictures."""
+    path = write_other_autoencoder(tmp_path / "vae", **STATED)
+    writers.write_folder(tmp_path / "images")
+    (tmp_path / "images" / "notes.txt").touch()
+    words = {"dataset": "folder", "path": tmp_path / "images", "autoencoder": path}
+    words |= {"output": tmp_path / "out", "resolution": 16, "num_workers": 0}
+    words = [f"--{key}={value}" for key, value in {**words, "precision": precision}.items()]
+    assert in_process("scripts.extract_imagenet_feature", words) == 0
+    assert f"left out: 1 .txt; encoding in {recorded}" in capsys.readouterr().out
+    manifest = open_latents(tmp_path / "out").manifest
+    assert manifest["scaled"] is False and manifest["precision"] == recorded
+    assert (manifest["scale_factor"], manifest["shift_factor"]) == (0.3611, 0.1159)
+    config = configs.common.get_config()
+    config.nnet = configs.common.dim_nnet(
+        input_size=4, in_channels=16, dim=16, depth=3, num_classes=2
+    )
+    config.z_shape = (16, 4, 4)
+    config.dataset.update(name="folder_features", path=str(tmp_path / "out"), resolution=16)
+    config.train.update(mode="cond", grid_samples=0, fid_samples=0)
+    without = make_parts(config.copy_and_resolve_references(), data="training")
+    config.autoencoder.pretrained_path = str(path)
+    with_it = make_parts(config, data="training")
+    assert without.codec.scaling == with_it.codec.scaling == with_it.codec.autoencoder.scaling
+    assert config.autoencoder.scale_factor == 0.3611  # what the run directory records
+    moments = with_it.dataset[0, 0][0][None]
+    expected = with_it.codec.autoencoder.moments(
+        open_folder(tmp_path / "images", resolution=16)[0, 0][0][None]
+    )
+    # bf16 has 8 bits, through some 15 layers.
+    torch.testing.assert_close(moments, expected, rtol=0, atol=0.1 if precision == "bf16" else 2e-3)
+
+
+def test_a_section_of_before_means_what_it_meant(tmp_path):
+    path = str(write_other_autoencoder(tmp_path / "vae", scaling_factor=0.13025))
+    before = section(pretrained_path=path, scale_factor=0.18215)
+    assert make_latent_codec(before).scaling == (0.18215, None, None, None)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("stated", [True, False])
+def test_an_autoencoder_beyond_float16(tmp_path, stated):
+    """Its activations reach 1e6, as some of SDXL's decoder exceed 65,504: with force_upcast it
+    decodes to pictures.
+    """
+    network = writers.make_autoencoder(widths=(32, 32), layers_per_block=1)
+    network.decoder.conv_in.weight.data *= 1e7
+    network.save_pretrained(tmp_path / "vae")
+    config = json.loads((tmp_path / "vae" / "config.json").read_text())
+    config = json.dumps(config | {"force_upcast": stated})
+    (tmp_path / "vae" / "config.json").write_text(config)
+    codec = make_latent_codec(section(pretrained_path=str(tmp_path / "vae")))
+    z, x = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 16, 16) * 2 - 1
+    noise, expected = torch.randn(2, 4, 8, 8), codec.decode(z)
+    latents = codec.encode(x, noise)
+    codec.to("cuda")
+    for dtype in (torch.float16, torch.bfloat16):  # that of a sampler around it
+        with torch.autocast("cuda", dtype):
+            image, found = codec.decode(z.cuda()).cpu(), codec.encode(x.cuda(), noise.cuda()).cpu()
+        assert image.isfinite().all() == stated
+    if stated:
+        assert expected.std() > 0.05
+        torch.testing.assert_close(image, expected, rtol=0, atol=0.01)  # TF32 has 11 bits
+        torch.testing.assert_close(found, latents, rtol=0.01, atol=0.01)
 
 
 # ---------------------------------------- command lines, configs, launchers, signals, output

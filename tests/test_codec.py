@@ -7,11 +7,11 @@ import torch
 from writers import write_autoencoder
 
 from configs import common
-from libs.data.autoencoder import load_autoencoder
+from libs.data.autoencoder import Scaling, load_autoencoder
 from libs.data.codec import LatentCodec, PixelCodec, make_latent_codec
 from utils import UserError
 
-SCALE = 0.18215
+SCALE = Scaling()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_pixels_are_what_they_are():
 
 
 def test_images_and_their_moments_give_the_same_latents(autoencoder):
-    codec = LatentCodec(autoencoder, scale_factor=SCALE)
+    codec = LatentCodec(autoencoder, scaling=SCALE)
     x, noise = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 2, 3)
     z = codec.encode(x, noise)
     assert codec.latent_shape((3, 16, 24)) == codec.latent_shape((8, 2, 3)) == z.shape[1:]
@@ -35,18 +35,18 @@ def test_images_and_their_moments_give_the_same_latents(autoencoder):
     moments = autoencoder.moments(x)
     assert torch.equal(codec.encode(moments, noise), z)
     # Cached latents need no autoencoder to be read.
-    assert torch.equal(LatentCodec(scale_factor=SCALE).encode(moments, noise), z)
+    assert torch.equal(LatentCodec(scaling=SCALE).encode(moments, noise), z)
     mean, logvar = moments.chunk(2, 1)
-    torch.testing.assert_close(z, SCALE * (mean + (logvar / 2).exp() * noise))
+    torch.testing.assert_close(z, 0.18215 * (mean + (logvar / 2).exp() * noise))
 
 
 def test_decoding_gives_images_from_0_to_1(autoencoder):
-    codec, z = LatentCodec(autoencoder, scale_factor=SCALE), 5 * torch.randn(1, 4, 2, 3)
+    codec, z = LatentCodec(autoencoder, scaling=SCALE), 5 * torch.randn(1, 4, 2, 3)
     image = codec.decode(z)
     assert image.shape == (1, 3, 16, 24) and 0 <= image.min() and image.max() <= 1
-    assert torch.equal(image, (autoencoder.decode(z) * 0.5 + 0.5).clamp(0, 1))
+    assert torch.equal(image, (autoencoder.decode(z / 0.18215) * 0.5 + 0.5).clamp(0, 1))
     described = codec.describe()
-    assert described == {"autoencoder_sha256": autoencoder.sha256, "scale_factor": SCALE}
+    assert described == {"autoencoder_sha256": autoencoder.sha256, "scale_factor": 0.18215}
 
 
 def settings(path):
@@ -56,15 +56,13 @@ def settings(path):
 
 
 def latents(**made_with):
-    return types.SimpleNamespace(latent=True, **made_with)
+    return types.SimpleNamespace(latent=True, scaling=SCALE, latent_format={}, **made_with)
 
 
 def test_latents_of_another_autoencoder_are_refused(autoencoder, tmp_path):
     path = str(write_autoencoder(tmp_path / "other", seed=1))
     with pytest.raises(UserError, match="latents were made with autoencoder_sha256"):
         make_latent_codec(settings(path), latents(autoencoder_sha256=autoencoder.sha256))
-    with pytest.raises(UserError, match="made with scale_factor 0.5, but this run has 0.18215"):
-        make_latent_codec(settings(path), latents(scale_factor=0.5))
 
 
 def test_without_an_autoencoder_latents_are_read_but_not_decoded():

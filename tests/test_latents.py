@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datasets import get_dataset
+from libs.data.autoencoder import Scaling
 from libs.data.latent_writer import LatentWriter
 from libs.data.latents import PackedLatents
 from utils import UserError
@@ -106,7 +107,8 @@ def test_the_format_of_version_0_1(tmp_path):
     write_packed(tmp_path / "now", records, labels)
     for name in ("shard-00001.bin", "labels.bin"):
         assert (tmp_path / "now" / name).read_bytes() == (tmp_path / name).read_bytes()
-    assert PackedLatents(tmp_path / "now").manifest.keys() == manifest.keys()
+    now = PackedLatents(tmp_path / "now").manifest
+    assert now.keys() - {"scaled"} == manifest.keys()
 
 
 def test_unfinished_missing_and_cut_latents(packed, tmp_path):
@@ -146,7 +148,7 @@ def test_a_shard_is_whole_or_absent(tmp_path):
 def test_items_are_moments_and_labels(packed):
     records, dataset = random_records(14), get_dataset("folder_features", path=packed)
     assert (len(dataset), dataset.shape, dataset.num_classes) == (7, SHAPE, 2)
-    assert dataset.latent and dataset.scale_factor == 0.18215
+    assert dataset.latent and dataset.scaling.scale_factor == 0.18215
     assert dataset.autoencoder_sha256 == "a" * 64 and dataset.preprocessing == "centre crop"
     for i in range(7):
         x, y = dataset[3, i]
@@ -218,7 +220,7 @@ def test_official_layouts_are_read(tmp_path, write, name):
     dataset = get_dataset(name, path=tmp_path)
     assert (len(dataset), dataset.shape) == (5, SHAPE)
     assert dataset.num_classes == (1000 if name == "imagenet256_features" else 29)
-    assert dataset.scale_factor is None and dataset.autoencoder_sha256 is None
+    assert dataset.scaling == Scaling() and dataset.autoencoder_sha256 is None
     items = dataset.__getitems__([(0, i) for i in (4, 0, 2)])
     for (x, y), i in zip(items, (4, 0, 2), strict=True):
         assert x.dtype == torch.float32 and y.dtype == np.int64 and y == labels[i]

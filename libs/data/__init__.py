@@ -2,17 +2,17 @@
 
 | name | |
 |---|---|
-| list_images, label_by_directory | the images below a directory, and their classes |
+| list_images, label_images, read_sizes | a folder's images, classes, bytes |
 | read_square, UnreadableImage | an image's pixels, cropped; a damaged image |
 | open_latents, LatentWriter | cached latents |
-| load_autoencoder | Stable Diffusion's, out of a file |
+| load_autoencoder, Scaling | a KL autoencoder out of a file; the scale of its latents |
 | PixelCodec, make_latent_codec | a data set's items, or images <-> the network's z |
 | GlobalBatchSampler, keyed_words | the item at each place of the stream, and random words for it |
 """
 
-from libs.data.autoencoder import load_autoencoder
+from libs.data.autoencoder import Scaling, load_autoencoder
 from libs.data.codec import PixelCodec, make_latent_codec
-from libs.data.images import UnreadableImage, label_by_directory, list_images, read_square
+from libs.data.images import UnreadableImage, label_images, list_images, read_sizes, read_square
 from libs.data.latent_writer import LatentWriter
 from libs.data.official_latents import open_latents
 from libs.data.order import GlobalBatchSampler, keyed_words
@@ -21,12 +21,14 @@ __all__ = [
     "GlobalBatchSampler",
     "LatentWriter",
     "PixelCodec",
+    "Scaling",
     "UnreadableImage",
     "keyed_words",
-    "label_by_directory",
+    "label_images",
     "list_images",
     "load_autoencoder",
     "make_latent_codec",
     "open_latents",
+    "read_sizes",
     "read_square",
 ]

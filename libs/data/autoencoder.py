@@ -3,18 +3,18 @@
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from libs.files import read_safetensors, read_torch, sha256_of
+from libs.files import read_safetensors, read_torch, reading, sha256_of
 from utils import UserError
 
-SCALE_FACTOR = 0.18215  # Stable Diffusion's latents get about unit variance by it
 LOGVAR_RANGE = (-30.0, 20.0)
 # The architecture of weights in a single file: a folder with diffusers' config.json.
 STABLE_DIFFUSION = Path(__file__).resolve().parents[2] / "configs" / "autoencoder_kl"
-FOLDER_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+FOLDER_WEIGHTS = "diffusion_pytorch_model"  # .safetensors, .fp16.safetensors, .bin, ...
 
 # Pixels that the network decodes at a time, and encodes.
 PIXELS_PER_PASS = 512 * 512
@@ -30,24 +30,15 @@ def _read_file(path, architecture):
     return AutoencoderKL.from_single_file(tensors, config=str(architecture), local_files_only=True)
 
 
-def _read_folder(path, scale_factor):
+def _read_folder(path, weights):
     from diffusers import AutoencoderKL
 
-    safe = (path / FOLDER_WEIGHTS[0]).is_file()
-    network = AutoencoderKL.from_pretrained(path, local_files_only=True, use_safetensors=safe)
-    settings = network.config
-    if settings.scaling_factor != scale_factor or settings.shift_factor:
-        raise ValueError(
-            f"its config.json has scaling_factor {settings.scaling_factor} and shift_factor "
-            f"{settings.shift_factor}, but autoencoder.scale_factor is {scale_factor}, without a "
-            "shift"
-        )
-    return network
+    variant, safe = weights.stem.partition(".")[2] or None, weights.suffix == ".safetensors"
+    options = dict(local_files_only=True, use_safetensors=safe, variant=variant)
+    return AutoencoderKL.from_pretrained(path, **options)
 
 
-def load_autoencoder(
-    path, *, scale_factor=SCALE_FACTOR, tiling=False, architecture=STABLE_DIFFUSION
-):
+def load_autoencoder(path, *, tiling=False, architecture=STABLE_DIFFUSION):
     """The Autoencoder at `path`, on the CPU in float32 (half precision in the file is converted).
 
     path: U-ViT's autoencoder_kl.pth or autoencoder_kl_ema.pth, any LDM checkpoint with such an
@@ -56,50 +47,82 @@ def load_autoencoder(
     of a single file. Raises UserError for a missing file and for weights of another network.
     """
     path = Path(path)
-    weights = next((path / name for name in FOLDER_WEIGHTS if (path / name).is_file()), path)
+    found = [*path.glob(FOLDER_WEIGHTS + "*.safetensors"), *path.glob(FOLDER_WEIGHTS + "*.bin")]
+    weights = min(found, key=lambda file: (file.suffix == ".bin", len(file.name)), default=path)
     if not weights.is_file():
         raise UserError(
             f"there is no autoencoder {path}: put Stable Diffusion's there, as U-ViT's "
             "autoencoder_kl.pth or autoencoder_kl_ema.pth, as .safetensors or as a diffusers folder"
         )
-    try:
-        is_file = weights == path
-        network = _read_file(path, architecture) if is_file else _read_folder(path, scale_factor)
+    with reading(weights, "KL autoencoder of Stable Diffusion's or its config.json's shape"):
+        network = _read_folder(path, weights) if found else _read_file(path, architecture)
         network.float()
-    except UserError:
-        raise
-    except Exception as error:  # diffusers raises many kinds for weights that do not fit
-        raise UserError(f"{path} is not Stable Diffusion's autoencoder: {error}") from error
     if tiling:
         network.enable_tiling()
         network.enable_slicing()
-    return Autoencoder(network, scale_factor=scale_factor, sha256=sha256_of(weights))
+    return Autoencoder(network, sha256=sha256_of(weights))
 
 
-def sample_moments(moments, noise, scale_factor):
-    """Scaled latents of moments: scale_factor * (mean + exp(logvar / 2) * noise), float32.
+class Scaling(NamedTuple):
+    """z = (latent - shift_factor - latents_mean) * scale_factor / latents_std, as diffusers has it;
+    the last two are tuples, a value a channel.
+    """
+
+    scale_factor: float = 0.18215  # Stable Diffusion's: about unit variance
+    shift_factor: float | None = None
+    latents_mean: tuple | None = None
+    latents_std: tuple | None = None
+
+    def describe(self):
+        """{key: value} of the keys that are set."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
+
+    def _scale_and_shift(self, x):
+        mean, std = (
+            v and x.new_tensor(v)[:, None, None] for v in (self.latents_mean, self.latents_std)
+        )
+        scale, shift = self.scale_factor, self.shift_factor or 0.0
+        return scale if std is None else scale / std, shift if mean is None else shift + mean
+
+    def scale(self, latents):
+        scale, shift = self._scale_and_shift(latents)
+        return scale * (latents - shift)
+
+    def unscale(self, z):
+        scale, shift = self._scale_and_shift(z)
+        return z / scale + shift
+
+
+def sample_moments(moments, noise, scaling):
+    """Scaled latents of moments: mean + exp(logvar / 2) * noise by `scaling`, float32.
 
     moments (B, 2C, h, w): mean, then log-variance, which is clamped here to [-30, 20];
     noise (B, C, h, w) standard normal -> (B, C, h, w). Needs no network.
     """
     mean, logvar = moments.float().chunk(2, 1)
-    return scale_factor * (mean + (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp() * noise.float())
+    return scaling.scale(mean + (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp() * noise.float())
 
 
 class Autoencoder(nn.Module):
-    """A frozen AutoencoderKL with a latent scale, for one device; computes without gradients.
+    """A frozen AutoencoderKL for one device; computes without gradients.
 
     `.to(torch.bfloat16)` or `.to(torch.float16)` sets the type it computes in; inputs are cast to
-    it and results are float32. latent_channels; downsample: pixels a latent's side; scale_factor;
+    it and results are float32. latent_channels; downsample: pixels a latent's side; scaling: the
+    Scaling of its config.json; force_upcast: its config.json says that float16 overflows;
     sha256: of the weights file, None for a network made otherwise.
     """
 
-    def __init__(self, network, *, scale_factor=SCALE_FACTOR, sha256=None):
+    def __init__(self, network, *, sha256=None):
         super().__init__()
         self.network = network
         self.latent_channels = network.config.latent_channels
         self.downsample = 2 ** (len(network.config.block_out_channels) - 1)
-        self.scale_factor, self.sha256 = scale_factor, sha256
+        config, self.sha256 = network.config, sha256
+        values = [config.scaling_factor, *(config.get(key) for key in Scaling._fields[1:])]
+        self.scaling = Scaling(*(tuple(x) if isinstance(x, list) else x for x in values))
+        # Without the key, as in Stable Diffusion's files, float16 does; diffusers' default is true.
+        unsaid = "force_upcast" in config.get("_use_default_values", ())
+        self.force_upcast = config.force_upcast and not unsaid
         self.eval().requires_grad_(False)
 
     def _split(self, x, images):
@@ -117,13 +140,9 @@ class Autoencoder(nn.Module):
         encoded = [self.network.encode(chunk).latent_dist.parameters for chunk in chunks]
         return torch.cat([moments.float() for moments in encoded])
 
-    def encode(self, x, noise):
-        """x (B, 3, H, W) in [-1, 1], noise (B, C, H/f, W/f) -> scaled z like noise, float32."""
-        return sample_moments(self.moments(x), noise, self.scale_factor)
-
     @torch.no_grad()
-    def decode(self, z):
-        """Scaled z (B, C, h, w) -> images float32 (B, 3, f*h, f*w), about in [-1, 1], unclamped."""
-        pixels = z.shape[-2] * z.shape[-1] * self.downsample**2
-        chunks = self._split(z / self.scale_factor, PIXELS_PER_PASS // pixels)
+    def decode(self, latents):
+        """Unscaled (B, C, h, w) -> images float32 (B, 3, f*h, f*w), about in [-1, 1], unclamped."""
+        pixels = latents.shape[-2] * latents.shape[-1] * self.downsample**2
+        chunks = self._split(latents, PIXELS_PER_PASS // pixels)
         return torch.cat([self.network.decode(chunk).sample.float() for chunk in chunks])

@@ -2,7 +2,7 @@
 
 import torch
 
-from libs.data.autoencoder import load_autoencoder, sample_moments
+from libs.data.autoencoder import Scaling, load_autoencoder, sample_moments
 from utils import UserError
 
 IMAGE_CHANNELS = 3
@@ -40,17 +40,17 @@ class PixelCodec:
 class LatentCodec:
     """The network sees scaled latents of a KL autoencoder (Rombach et al., arXiv 2112.10752).
 
-    autoencoder: libs.data.autoencoder.Autoencoder, or None, which only encodes moments. On a GPU it
-    computes in float16, as the official scripts do.
+    autoencoder: libs.data.autoencoder.Autoencoder, or None, which only encodes moments, of
+    latent_channels and downsample. On a GPU it computes in float16, as the official scripts do, or
+    in float32 where its config.json says force_upcast.
     """
 
     needs_noise = True
 
-    def __init__(self, autoencoder=None, *, scale_factor):
-        self.autoencoder, self.scale_factor = autoencoder, scale_factor
-        # Stable Diffusion's where no autoencoder says.
-        self.downsample = autoencoder.downsample if autoencoder else 8
-        self.latent_channels = autoencoder.latent_channels if autoencoder else 4
+    def __init__(self, autoencoder=None, *, scaling=None, latent_channels=4, downsample=8):
+        self.autoencoder, self.scaling = autoencoder, scaling or Scaling()
+        self.downsample = autoencoder.downsample if autoencoder else downsample
+        self.latent_channels = autoencoder.latent_channels if autoencoder else latent_channels
 
     def to(self, device):
         if self.autoencoder:
@@ -71,51 +71,52 @@ class LatentCodec:
     def encode(self, x, noise):
         """Images (B, 3, H, W) in [-1, 1] or moments (B, 2C, h, w), noise (B, C, h, w) standard
         normal -> scaled z (B, C, h, w) float32."""
-        if x.shape[1] != IMAGE_CHANNELS:
-            return sample_moments(x, noise, self.scale_factor)
-        with _float16_on_a_gpu(x.device):
-            return self.autoencoder.encode(x, noise)
+        if x.shape[1] == IMAGE_CHANNELS:
+            with self._autocast(x.device):
+                x = self.autoencoder.moments(x)
+        return sample_moments(x, noise, self.scaling)
 
     def decode(self, z):
         """Scaled z (B, C, h, w) -> images (B, 3, H, W) float32 in [0, 1]."""
-        with _float16_on_a_gpu(z.device):
-            return (self.autoencoder.decode(z) * 0.5 + 0.5).clamp(0, 1)
+        with self._autocast(z.device):
+            return (self.autoencoder.decode(self.scaling.unscale(z)) * 0.5 + 0.5).clamp(0, 1)
+
+    def _autocast(self, device):
+        on = device.type == "cuda" and not self.autoencoder.force_upcast
+        return torch.autocast(device.type, torch.float16, enabled=on)
 
     def describe(self):
         """The settings that a result depends on, for its record."""
         sha256 = self.autoencoder.sha256 if self.autoencoder else None
-        return {"autoencoder_sha256": sha256, "scale_factor": self.scale_factor}
-
-
-def _float16_on_a_gpu(device):
-    return torch.autocast(device.type, torch.float16, enabled=device.type == "cuda")
+        return {"autoencoder_sha256": sha256, **self.scaling.describe()}
 
 
 def make_latent_codec(settings, dataset=None, *, decoding=True):
     """The LatentCodec of a config's section `autoencoder`, its autoencoder loaded if it has a path.
+    The scaling is the section's, else the autoencoder's, else that of the latents' autoencoder.
 
     dataset: what is to be encoded, if anything; decoding: whether pictures are wanted.
 
     Raises:
         UserError: no such file, no path though an autoencoder is needed, or latents of `dataset`
-            made with another autoencoder or scale.
+            made with another autoencoder.
     """
-    path, scale_factor = settings.pretrained_path, settings.scale_factor
+    path, autoencoder = settings.pretrained_path, None
     if not path and (decoding or not getattr(dataset, "latent", False)):
         raise UserError(
             "this needs the autoencoder: set --config.autoencoder.pretrained_path to U-ViT's "
             "autoencoder_kl_ema.pth or to a diffusers folder (or, to train on latents without "
             "pictures, train.grid_samples and train.fid_samples to 0)"
         )
-    autoencoder = None
     if path:
-        autoencoder = load_autoencoder(path, scale_factor=scale_factor, tiling=settings.tiling)
-    codec = LatentCodec(autoencoder, scale_factor=scale_factor)
-    made_with = {key: getattr(dataset, key, None) for key in codec.describe()}
-    for key, used in codec.describe().items():
-        if None not in (made_with[key], used) and made_with[key] != used:
+        autoencoder = load_autoencoder(path, tiling=settings.tiling)
+        made_with = getattr(dataset, "autoencoder_sha256", None)
+        if made_with not in (None, autoencoder.sha256):
             raise UserError(
-                f"the latents were made with {key} {made_with[key]}, but this run has {used}: use "
-                "the same autoencoder and autoencoder.scale_factor"
+                f"the latents were made with autoencoder_sha256 {made_with}, but this run has "
+                f"{autoencoder.sha256}: use the same autoencoder"
             )
-    return codec
+    own = autoencoder.scaling if autoencoder else dataset.scaling
+    given = {key: settings[key] for key in Scaling._fields if settings[key] is not None}
+    shape = {} if autoencoder else dataset.latent_format
+    return LatentCodec(autoencoder, scaling=own._replace(**given), **shape)

@@ -1,22 +1,147 @@
-"""Image files: the files below a directory, their classes, and their pixels as squares."""
+"""Image files in a directory or a zip file: names, classes, and pixels as squares."""
 
+import collections
+import contextlib
+import functools
+import io
+import json
 import math
 import os
+import zipfile
 
 import numpy as np
 from PIL import Image
 
+from libs.files import reading
 from utils import PASSING_ERRORS, UserError
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-# PIL's decoders of those, and of GIF, which often has another's name; of any other file PIL would
-# try them all, Ghostscript among them, which runs PostScript.
+# Decoders tried beside that of the suffix, since many files have another's; and never: EPS, which
+# runs Ghostscript, and formats that Pillow only writes or leaves to other programs.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+NEVER_READ = {"EPS", "PDF", "PALM", "MPEG", "BUFR", "GRIB", "HDF5", "WMF"}
+# What Synology, QNAP, NetApp, macOS, Windows and Linux leave in a folder, besides hidden names.
+SYSTEM_FOLDERS = set(
+    "@eadir @tmp @recycle @recently-snapshot @sharebin @transcode @__thumb #recycle #snapshot "
+    "~snapshot __macosx $recycle.bin recycler lost+found".split()
+) | {"system volume information", "network trash folder", "temporary items"}
+LABELS = "dataset.json"  # of EDM's and StyleGAN's tools: {"labels": [[file, class], ...]}
 MIN_CROP_SHARE = 0.8  # a random crop has this share of the short side, or more
 
 
 class UnreadableImage(ValueError):
     """A damaged image file; the text names it."""
+
+
+# ------------------------------------------------------------ files
+
+
+@functools.lru_cache(maxsize=4)
+def _open_zip(root, process):
+    """The zip file `root`; each process opens it, as handles share their place after a fork."""
+    with reading(root, "zip file"):
+        return None if root.is_dir() else zipfile.ZipFile(root)
+
+
+def _open(root, name):
+    archive = _open_zip(root, os.getpid())
+    return io.BytesIO(archive.read(name)) if archive else open(root / name, "rb")
+
+
+@functools.cache
+def list_formats():
+    """{suffix: decoder} of the images that Pillow reads by itself; MPO's is JPEG's."""
+    found = Image.registered_extensions().items()
+    return {s: f if f in Image.OPEN else "JPEG" for s, f in found if f not in NEVER_READ}
+
+
+def _suffix(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def _is_left_out(folder):
+    return folder.startswith(".") or folder.lower() in SYSTEM_FOLDERS
+
+
+def _list_files(root):
+    """Paths below `root`, with a slash at the end of folders."""
+
+    def refuse(error):  # else its images would be missing without a word
+        raise error
+
+    if archive := _open_zip(root, os.getpid()):
+        yield from archive.namelist()
+        return
+    for directory, subdirectories, files in os.walk(root, onerror=refuse, followlinks=True):
+        relative = os.path.relpath(directory, root)
+        prefix = "" if relative == os.curdir else relative + "/"
+        yield from (f"{prefix}{name}/" for name in subdirectories)
+        yield from (prefix + name for name in files)
+        subdirectories[:] = sorted(name for name in subdirectories if not _is_left_out(name))
+
+
+def list_images(root):
+    """Names of the images below `root`, a directory or zip file, sorted, and a text that counts
+    what is left out: other files, hidden and systems' names.
+
+    Links are followed. Raises UserError if there are none. ImageNet's 1.28 million take about four
+    seconds.
+    """
+    found, skipped, known = [], collections.Counter(), list_formats()
+    for path in _list_files(root):
+        *folders, name = path.split("/")
+        if left_out := [folder for folder in folders if _is_left_out(folder)]:
+            skipped[left_out[0]] += 1
+        elif name.startswith("."):
+            skipped["hidden"] += 1
+        elif _suffix(name) in known:
+            found.append(path)
+        elif name and path != LABELS:
+            skipped[_suffix(name) or name] += 1
+    left_out = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
+    if not found:
+        raise UserError(f"no images ({', '.join(known)}) in {root}; left out: {left_out}")
+    return sorted(found), left_out
+
+
+def read_sizes(root, files):
+    """Bytes of some 10,000 of the files, evenly spaced."""
+    archive, some = _open_zip(root, os.getpid()), files[:: max(1, len(files) // 10_000)]
+    if archive:
+        return [archive.getinfo(name).file_size for name in some]
+    return [os.stat(root / name).st_size for name in some]
+
+
+def _find_labels(root, files):
+    """A label or None for each file, and the names of the classes."""
+    with contextlib.suppress(FileNotFoundError, KeyError), _open(root, LABELS) as file:
+        number = dict(json.load(file)["labels"] or ())
+        return [number.get(file) for file in files], range(max(number.values(), default=-1) + 1)
+    classes = sorted({file.split("/")[0] for file in files if "/" in file})
+    if root.is_dir():
+        entries = [entry for entry in os.scandir(root) if not _is_left_out(entry.name)]
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+    places = {}
+    for name in classes:
+        if (first := places.setdefault(os.path.realpath(root / name), name)) != name:
+            raise UserError(f"the classes {first} and {name} in {root} are links to one folder")
+    number = {name: i for i, name in enumerate(classes)}
+    return [number.get(file.split("/")[0]) for file in files], classes
+
+
+def label_images(root, files):
+    """int64 labels (n,) of `files`, names below `root`, and the names of the classes: by
+    dataset.json, else the first-level folders, sorted, without what list_images leaves out.
+
+    Raises UserError for an image without a class, and for two links to one folder.
+    """
+    labels, classes = _find_labels(root, files)
+    if None in labels:
+        raise UserError(
+            f"{files[labels.index(None)]} in {root} is in no class directory (nor in a "
+            f"{LABELS}): put every image into a subdirectory named as its class, or read the "
+            "images without labels"
+        )
+    return np.array(labels, np.int64), list(map(str, classes))
 
 
 # ------------------------------------------------------------ pixels
@@ -56,14 +181,15 @@ def random_crop(image, resolution, words):
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def read_square(path, resolution, words=None):
-    """A square of the image file as uint8 (3, resolution, resolution), RGB: the central one, or,
-    with the words of `random_crop`, a random one.
+def read_square(root, name, resolution, words=None):
+    """A square of the image `name` below `root` as uint8 (3, resolution, resolution), RGB: the
+    central one, or, with the words of `random_crop`, a random one.
 
     Alpha is dropped, not composited, as ADM and pytorch-fid do. UnreadableImage for a damaged file.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        formats = (*FORMATS, list_formats().get(_suffix(name), "PNG"))
+        with _open(root, name) as file, Image.open(file, formats=formats) as image:
             image = image.convert("RGB")
         if words is None:
             image = center_crop(image, resolution)
@@ -73,52 +199,5 @@ def read_square(path, resolution, words=None):
         not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
         if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:
             raise
-        raise UnreadableImage(f"{path}: {error}") from error
+        raise UnreadableImage(f"{root / name}: {error}") from error
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-
-
-# ------------------------------------------------------------ files
-
-
-def _is_image(name):
-    return name.lower().endswith(IMAGE_EXTENSIONS) and not name.startswith(".")
-
-
-def list_images(root):
-    """Paths of the images below `root`, relative to it and sorted; hidden names are left out.
-
-    Links are followed. Raises UserError if there are none. ImageNet's 1.28 million take about two
-    seconds.
-    """
-
-    def refuse(error):  # else its images would be missing without a word
-        raise error
-
-    found = []
-    for directory, subdirectories, files in os.walk(root, onerror=refuse, followlinks=True):
-        subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        relative = os.path.relpath(directory, root)
-        prefix = "" if relative == os.curdir else relative + os.sep
-        found += [prefix + name for name in files if _is_image(name)]
-    if not found:
-        raise UserError(f"no images ({', '.join(IMAGE_EXTENSIONS)}) in {root}")
-    return sorted(found)
-
-
-def label_by_directory(root, files):
-    """int64 labels (n,) of `files`, paths below `root`, and the names of the classes: the
-    first-level subdirectories, sorted; hidden names are left out.
-
-    Raises UserError for an image in none of them.
-    """
-    entries = [entry for entry in os.scandir(root) if not entry.name.startswith(".")]
-    classes = sorted(entry.name for entry in entries if entry.is_dir())
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [number.get(file.split(os.sep)[0]) for file in files]
-    if None in labels:
-        file = files[labels.index(None)]
-        raise UserError(
-            f"{file} in {root} is in no class directory: put every image into a subdirectory "
-            "named as its class, or read the folder without labels"
-        )
-    return np.array(labels, np.int64), classes

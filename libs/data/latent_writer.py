@@ -24,7 +24,7 @@ class LatentWriter:
     """A folder of latents that is being made, a shard at a time.
 
     settings: record_shape (2C, h, w), num_images, images_per_shard, flips, class_names or None, and
-    what else tells these latents from others: scale_factor, resolution, autoencoder_sha256, crop...
+    what else tells these latents from others: scaling, resolution, autoencoder_sha256, crop...
     One process calls `begin` before and `finish` after everything else.
     """
 
@@ -92,5 +92,5 @@ class LatentWriter:
         for number in range(self.num_shards):
             records = len(self.images(number)) * flips
             shards.append({**self._describe(shard_name(number)), "records": records})
-        results = {"labels": entry, "stand_ins": {}, "shards": shards}
+        results = {"labels": entry, "stand_ins": {}, "shards": shards, "scaled": False}
         write_json(self.folder / MANIFEST, {**self.settings, **results})
