@@ -39,11 +39,12 @@ class ImageDataset(Dataset):
     Attributes: `shape` (C, H, W); `num_classes`, 0 for none; `labels`, int64 array (length,) or
     None, known without reading an image; `preprocessing`, a note for the records of statistics;
     `latent`, whether items are an autoencoder's moments instead of images; `class_names`, by
-    number, None without; `files`, names, None without; `left_out`, counts files that are no images.
+    number, and `files`, None where there are none, `sizes` of files, and `left_out`, a text that
+    counts files that are no images.
     """
 
-    needs_path, latent, zips = False, False, False
-    preprocessing, class_names, files, left_out = "none", None, None, ""
+    needs_path, latent = False, False
+    preprocessing, class_names, files, sizes, left_out = "none", None, None, (), ""
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
         self.length, self.shape, self.random_flip, self.seed = length, shape, random_flip, seed
@@ -53,16 +54,10 @@ class ImageDataset(Dataset):
     def __len__(self):
         return self.length
 
-    def list_sha256(self, *more):
-        """Of the names of files and classes: tells a folder from another without reading it; with
-        `more` = read_sizes() a folder from another of the same names.
-        """
-        listing = json.dumps([self.files, self.class_names, *more]).encode()
+    def list_sha256(self, *sizes):
+        """Of the names of files and classes, and `sizes`: tells a folder without reading it."""
+        listing = json.dumps([self.files, self.class_names, *sizes]).encode()
         return hashlib.sha256(listing).hexdigest()
-
-    def read_sizes(self):
-        """Of files, or their checksums."""
-        return ()
 
     def _read(self, epoch, index):
         """The image as float32 (C, H, W) in [-1, 1], and the index it was read from."""
@@ -162,8 +157,7 @@ class ImageFolder(ImageDataset):
     over all workers of a process, raise UserError.
     """
 
-    needs_path = zips = True
-    subfolder = ""
+    needs_path, subfolder = True, ""
 
     def __init__(self, *, path, resolution, labels, random_crop=False, **augmentation):
         self.root, targets = path / self.subfolder if path.is_dir() else path, None
@@ -185,8 +179,9 @@ class ImageFolder(ImageDataset):
         words = words if self.random_crop else None
         return read_square(self.root, self.files[index], self.shape[-1], words)
 
-    def read_sizes(self):
-        return (read_sizes(self.root, self.files),)
+    @property
+    def sizes(self):
+        return read_sizes(self.root, self.files)
 
     def _note_unreadable(self, index, error):
         self.unreadable[index] = 1
@@ -242,6 +237,7 @@ class FolderLatents(ImageDataset):
         downsample = made_with.get("resolution", 8 * side) // side
         self.latent_format = {"latent_channels": channels // 2, "downsample": downsample}
         self.autoencoder_sha256 = made_with.get("autoencoder_sha256")
+        self.files = [shard["sha256"] for shard in made_with.get("shards", ())]
         self.preprocessing = made_with.get("crop", "unknown")
         self.class_names = made_with.get("class_names") if labels else None
         if labels and not latents.num_classes:
@@ -262,9 +258,6 @@ class FolderLatents(ImageDataset):
         self.labelled = labels
         self.num_classes = latents.num_classes if labels else 0  # of single files, without `labels`
         self._cached = (None, None)  # (epoch, its flips)
-
-    def read_sizes(self):
-        return (self.latents.manifest,)
 
     def _flips(self, keys):
         """bool (n,): the draws of ImageDataset, an epoch at a time."""
@@ -316,10 +309,9 @@ def get_dataset(
     UserError for an unknown name and for missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
-    found = path and (Path(path).is_dir() or kind.zips and Path(path).is_file())
-    if getattr(kind, "needs_path", False) and not found:
-        wanted = "directory or .zip" if kind.zips else "directory"
-        raise UserError(f"the data set {name!r} needs its {wanted} as dataset.path, not {path!r}")
+    if getattr(kind, "needs_path", False) and not (path and Path(path).exists()):
+        where = "its directory (a zip file, of images)"
+        raise UserError(f"the data set {name!r} needs {where} as dataset.path, not {path!r}")
     crop = {"random_crop": True} if random_crop else {}
     return kind(
         path=Path(path) if path else None, resolution=resolution, labels=labels,

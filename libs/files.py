@@ -35,14 +35,6 @@ def sha256_of(path):
     return digest.hexdigest()
 
 
-# What may stand under the name of a file, by its first bytes in lower case.
-STAND_INS = {
-    b"version https://git-lfs": "a Git LFS pointer: fetch the file itself, with `git lfs pull`",
-    b"<html": "a web page, not the file: download it again",
-    b"<!doctype html": "a web page, not the file: download it again",
-}
-
-
 @contextlib.contextmanager
 def reading(path, kind):
     """UserError that names the file, for what libraries raise for broken files: almost any kind."""
@@ -57,10 +49,12 @@ def reading(path, kind):
             asked = re.search(r"GLOBAL (\S+)", str(error))
             reason = f"{asked[1] + ': ' if asked else ''}no code from files is run"
         with open(path, "rb") as file:
-            start = file.read(100).strip().lower()
-        what = [text for mark, text in STAND_INS.items() if start.startswith(mark)]
-        what = what or [f"damaged or no {kind} ({reason})"]
-        raise UserError(f"{path} is {what[0]}") from error
+            start = file.read(100).strip()
+        if start.startswith((b"<", b"version https://git-lfs")):
+            page = "a web page: download the file again"
+            pointer = "a Git LFS pointer: fetch the file with `git lfs pull`"
+            raise UserError(f"{path} is {page if start[:1] == b'<' else pointer}") from error
+        raise UserError(f"{path} is damaged or no {kind} ({reason})") from error
 
 
 def read_safetensors(path):

@@ -109,7 +109,7 @@ def test_labels_of_dataset_json(tmp_path, zipped):
 def test_labels_of_dataset_json_that_are_missing(tmp_path):
     writers.write_folder(tmp_path)
     (tmp_path / "dataset.json").write_text('{"labels": null}')
-    with pytest.raises(UserError, match="nor in a dataset.json.*, or read the images"):
+    with pytest.raises(UserError, match="nor in a dataset.json.*"):
         open_folder(tmp_path, labels=True)
     (tmp_path / "dataset.json").write_text('{"title": "of another program"}')
     assert open_folder(tmp_path, labels=True).num_classes == 2
@@ -158,7 +158,7 @@ def test_folders_of_the_same_names_are_told_apart_by_sizes(tmp_path):
     writers.noise_image(9, (9, 9)).save(tmp_path / "other" / "bee" / "05.png")
     paths = [tmp_path / name for name in ("one", "same", "other")]
     folders = [open_folder(path, labels=True) for path in (*paths, zip_folder(tmp_path / "one"))]
-    one, same, other, zipped = (x.list_sha256(*x.read_sizes()) for x in folders)
+    one, same, other, zipped = (x.list_sha256(*x.sizes) for x in folders)
     assert one == same == zipped != other
 
 

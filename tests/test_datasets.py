@@ -54,8 +54,8 @@ def test_import_is_cheap():
     "name, options, says",
     [
         ("mnist", {}, "dataset.name is 'mnist', expected one of digits, cifar10, folder"),
-        ("folder", {"path": "nowhere"}, "needs its directory or .zip as dataset.path, not 'no"),
-        ("imagenet256_features", {}, "needs its directory as dataset.path, not None"),
+        ("folder", {"path": "nowhere"}, "needs its directory .* as dataset.path, not 'nowhere'"),
+        ("imagenet256_features", {}, "needs its directory .* as dataset.path, not None"),
     ],
 )
 def test_wrong_requests_are_refused(name, options, says):

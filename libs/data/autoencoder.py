@@ -77,19 +77,20 @@ class Scaling(NamedTuple):
         """{key: value} of the keys that are set."""
         return {key: value for key, value in self._asdict().items() if value is not None}
 
-    def _scale_and_shift(self, x):
-        mean, std = (
-            v and x.new_tensor(v)[:, None, None] for v in (self.latents_mean, self.latents_std)
-        )
+    def _get(self, x):
         scale, shift = self.scale_factor, self.shift_factor or 0.0
-        return scale if std is None else scale / std, shift if mean is None else shift + mean
+        if self.latents_std:
+            scale = scale / x.new_tensor(self.latents_std)[:, None, None]
+        if self.latents_mean:
+            shift = shift + x.new_tensor(self.latents_mean)[:, None, None]
+        return scale, shift
 
     def scale(self, latents):
-        scale, shift = self._scale_and_shift(latents)
+        scale, shift = self._get(latents)
         return scale * (latents - shift)
 
     def unscale(self, z):
-        scale, shift = self._scale_and_shift(z)
+        scale, shift = self._get(z)
         return z / scale + shift
 
 

@@ -1,7 +1,6 @@
 """Image files in a directory or a zip file: names, classes, and pixels as squares."""
 
 import collections
-import contextlib
 import functools
 import io
 import json
@@ -54,10 +53,6 @@ def list_formats():
     return {s: f if f in Image.OPEN else "JPEG" for s, f in found if f not in NEVER_READ}
 
 
-def _suffix(name):
-    return os.path.splitext(name)[1].lower()
-
-
 def _is_left_out(folder):
     return folder.startswith(".") or folder.lower() in SYSTEM_FOLDERS
 
@@ -89,14 +84,15 @@ def list_images(root):
     found, skipped, known = [], collections.Counter(), list_formats()
     for path in _list_files(root):
         *folders, name = path.split("/")
+        suffix = os.path.splitext(name)[1].lower()
         if left_out := [folder for folder in folders if _is_left_out(folder)]:
             skipped[left_out[0]] += 1
         elif name.startswith("."):
             skipped["hidden"] += 1
-        elif _suffix(name) in known:
+        elif suffix in known:
             found.append(path)
         elif name and path != LABELS:
-            skipped[_suffix(name) or name] += 1
+            skipped[suffix or name] += 1
     left_out = ", ".join(f"{number} {kind}" for kind, number in skipped.most_common())
     if not found:
         raise UserError(f"no images ({', '.join(known)}) in {root}; left out: {left_out}")
@@ -106,26 +102,18 @@ def list_images(root):
 def read_sizes(root, files):
     """Bytes of some 10,000 of the files, evenly spaced."""
     archive, some = _open_zip(root, os.getpid()), files[:: max(1, len(files) // 10_000)]
-    if archive:
-        return [archive.getinfo(name).file_size for name in some]
-    return [os.stat(root / name).st_size for name in some]
+    sizes = map(archive.getinfo, some) if archive else (os.stat(root / name) for name in some)
+    return [size.file_size if archive else size.st_size for size in sizes]
 
 
-def _find_labels(root, files):
-    """A label or None for each file, and the names of the classes."""
-    with contextlib.suppress(FileNotFoundError, KeyError), _open(root, LABELS) as file:
-        number = dict(json.load(file)["labels"] or ())
-        return [number.get(file) for file in files], range(max(number.values(), default=-1) + 1)
-    classes = sorted({file.split("/")[0] for file in files if "/" in file})
-    if root.is_dir():
-        entries = [entry for entry in os.scandir(root) if not _is_left_out(entry.name)]
-        classes = sorted(entry.name for entry in entries if entry.is_dir())
+def _list_classes(root):
+    """The first-level folders, sorted; UserError where two of them are links to one."""
+    entries = [entry for entry in os.scandir(root) if not _is_left_out(entry.name)]
     places = {}
-    for name in classes:
+    for name in sorted(entry.name for entry in entries if entry.is_dir()):
         if (first := places.setdefault(os.path.realpath(root / name), name)) != name:
             raise UserError(f"the classes {first} and {name} in {root} are links to one folder")
-    number = {name: i for i, name in enumerate(classes)}
-    return [number.get(file.split("/")[0]) for file in files], classes
+    return list(places.values())
 
 
 def label_images(root, files):
@@ -134,14 +122,21 @@ def label_images(root, files):
 
     Raises UserError for an image without a class, and for two links to one folder.
     """
-    labels, classes = _find_labels(root, files)
+    try:
+        with _open(root, LABELS) as file:
+            number = dict(json.load(file)["labels"] or ())
+        classes, keys = [str(i) for i in range(max(number.values(), default=-1) + 1)], files
+    except (FileNotFoundError, KeyError):
+        keys = [file.rpartition("/")[0] and file.split("/")[0] for file in files]
+        classes = _list_classes(root) if root.is_dir() else sorted({*keys} - {""})
+        number = {name: i for i, name in enumerate(classes)}
+    labels = [number.get(key) for key in keys]
     if None in labels:
         raise UserError(
-            f"{files[labels.index(None)]} in {root} is in no class directory (nor in a "
-            f"{LABELS}): put every image into a subdirectory named as its class, or read the "
-            "images without labels"
+            f"{files[labels.index(None)]} in {root} is in no class directory (nor in a {LABELS}): "
+            "put every image into a subdirectory named as its class, or read them without labels"
         )
-    return np.array(labels, np.int64), list(map(str, classes))
+    return np.array(labels, np.int64), classes
 
 
 # ------------------------------------------------------------ pixels
@@ -188,7 +183,7 @@ def read_square(root, name, resolution, words=None):
     Alpha is dropped, not composited, as ADM and pytorch-fid do. UnreadableImage for a damaged file.
     """
     try:
-        formats = (*FORMATS, list_formats().get(_suffix(name), "PNG"))
+        formats = (*FORMATS, list_formats().get(os.path.splitext(name)[1].lower(), "PNG"))
         with _open(root, name) as file, Image.open(file, formats=formats) as image:
             image = image.convert("RGB")
         if words is None:

@@ -147,7 +147,7 @@ def _measure(dataset, name, features, device):
         if classify:
             labels = torch.tensor([int(y) for _, y in items])
             agreeing += (classify(images).cpu() == labels).sum().item()
-    identity = {"dataset": name, "list_sha256": dataset.list_sha256(*dataset.read_sizes())}
+    identity = {"dataset": name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
     source = {"file": None, "count": len(dataset), "known": True, "images": identity}
     agreement = agreeing / len(dataset) if classify else None
     return make_feature_set(torch.cat(rows).numpy(), device, agreement=agreement, source=source)

@@ -53,7 +53,7 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     names = dataset.class_names or ()
     classes = {name: number for number, name in enumerate(names)}
     found = environment() | {"images": len(dataset), "classes": classes}
-    found["images_sha256"] = dataset.list_sha256(*dataset.read_sizes())
+    found["images_sha256"] = dataset.list_sha256(*dataset.sizes)
     packages = ", ".join(map(" ".join, found["packages"].items()))
     log.info("run directory %s; commit %s; packages %s", directory, found["commit"], packages)
     log.info(
@@ -62,8 +62,8 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
         found["torch_threads"], state.precision.name, state.engine.name,
     )  # fmt: skip
     log.info("network %s, %s parameters", type(state.network).__name__, f"{parameters:,}")
-    left_out = dataset.left_out or "nothing"
-    log.info("%s images of shape %s; left out: %s", f"{len(dataset):,}", dataset.shape, left_out)
+    log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
+    log.info("left out: %s", dataset.left_out or "nothing")
     log.info("%d classes: %s", dataset.num_classes, utils.listed(names))
     for line in (*(f"operator {line}" for line in describe_backends(accelerator.device)), *lines):
         log.info("%s", line)
