@@ -11,13 +11,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import utils
 from datasets import get_dataset
 from libs.evaluate import FEATURES, Moments, make_features, save_statistics
-from libs.runtime import REQUIRED, file_path, run_main
+from libs.runtime import REQUIRED, file_path, read_batches, run_main
 
 FLAGS = {
     "dataset": (str, REQUIRED, "a data set of images: digits, cifar10, imagenet or folder"),
@@ -45,8 +44,8 @@ def choose_stored(count, stored):
 def compute(dataset, indices, features, *, stored, batch_size, num_workers):
     """(Moments of all images `indices`, features (m, dim) of those that `stored` (n,) marks)."""
     moments, rows, keys = Moments(features.dim), [], [(0, index) for index in indices]
-    loader = DataLoader(dataset, batch_size, sampler=keys, num_workers=num_workers)
-    for (images, _), chosen in zip(tqdm(loader), stored.split(batch_size), strict=True):
+    loader = read_batches(dataset, batch_size=batch_size, sampler=keys, num_workers=num_workers)
+    for (images, _), chosen in zip(loader, tqdm(stored.split(batch_size)), strict=True):
         # The values that pytorch-fid has from an 8-bit file, free of the rounding of [-1, 1].
         found = features(((images + 1) * 127.5).round() / 255).cpu()
         moments.update(found)

@@ -21,13 +21,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 import utils
 from datasets import get_dataset
 from libs.data import LatentWriter, load_autoencoder, open_latents
-from libs.runtime import REQUIRED, file_path, make_accelerator, run_main, wait_without_timeout
+from libs.runtime import (
+    REQUIRED,
+    file_path,
+    make_accelerator,
+    read_batches,
+    run_main,
+    wait_without_timeout,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLAGS = {
@@ -73,13 +80,13 @@ def make_settings(args, images, autoencoder):
 
 
 class Pixels(Dataset):
-    """image -> uint8 (3, H, W)."""
+    """image -> (uint8 (3, H, W),)."""
 
     def __init__(self, images):
         self.images = images
 
     def __getitem__(self, image):
-        return torch.from_numpy(self.images.pixels(0, image))
+        return (torch.from_numpy(self.images.pixels(0, image)),)
 
 
 def split_batches(images, batch_size):
@@ -88,21 +95,21 @@ def split_batches(images, batch_size):
 
 
 def make_loader(args, images, batches, device):
-    """Iterator over the pixels (b, 3, H, W) of the batches, in their order."""
+    """Iterator over the pixels [(b, 3, H, W)] of the batches, in their order."""
     on_gpu, workers = device.type == "cuda", args.num_workers
     if workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         workers = min(16, max(1, cores)) if on_gpu else 1  # a CPU needs its cores to encode
-    return iter(
-        DataLoader(Pixels(images), batch_sampler=batches, num_workers=workers, pin_memory=on_gpu)
+    return read_batches(
+        Pixels(images), batch_sampler=batches, num_workers=workers, pin_memory=on_gpu
     )
 
 
 def encode(autoencoder, batches, device, flip):
-    """Yields float16 records (n, 2C, h, w) of each batch of pixels; with flip, n is twice as large,
+    """Yields float16 records (n, 2C, h, w) of each batch [pixels]; with flip, n is twice as large,
     the flipped image after each image.
     """
-    for pixels in batches:
+    for (pixels,) in batches:
         x = pixels.to(device, non_blocking=True).float() / 127.5 - 1
         if flip:
             x = torch.stack([x, x.flip(-1)], 1).flatten(0, 1)

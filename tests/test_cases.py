@@ -2,7 +2,12 @@
 
 import contextlib
 import json
+import os
 import shutil
+import signal
+import tempfile
+import time
+import types
 import zipfile
 
 import numpy as np
@@ -19,7 +24,7 @@ from datasets import get_dataset
 from libs.data import load_autoencoder, make_latent_codec, open_latents
 from libs.files import read_safetensors, read_torch
 from libs.parts import make_parts
-from libs.runtime import flags
+from libs.runtime import flags, read_batches
 from utils import UserError, flatten, read_json
 
 # ---------------------------------------- files, folders and autoencoders
@@ -394,3 +399,118 @@ def test_the_config_beside_weights_takes_changes(tmp_path):
 
 
 # ---------------------------------------- weights, classes, loaders, training and evaluation
+
+
+class Reading:
+    """Of items whose reading is a call of `act`."""
+
+    def __init__(self, act):
+        self.act = act
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return (self.act(),)
+
+
+@pytest.fixture
+def long_tmpdir(monkeypatch, tmp_path):
+    """A TMPDIR whose sockets have names that are too long; data loader workers inherit it."""
+    folder = tmp_path / ("d" * 60) / ("e" * 60)
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+
+
+@pytest.mark.parametrize("script", ["train", "extract_imagenet_feature", "compute_fid_stats"])
+def test_workers_that_cannot_pass_on_their_batches_end_the_run(
+    script, in_process, long_tmpdir, capsys, tmp_path, monkeypatch
+):
+    images, out = tmp_path / "images", tmp_path / "out"
+    data = [f"--path={images}", "--dataset=folder", "--num_workers=1", "--resolution=32"]
+    writers.write_folder(images)
+    writers.write_autoencoder(tmp_path / "vae")
+    words = {
+        "train": runs.arguments(out, train__num_workers=1),
+        "extract_imagenet_feature": [
+            *data, f"--output={out}", f"--autoencoder={tmp_path / 'vae'}",
+        ],
+        "compute_fid_stats": [*data, f"--out={out}.npz"],
+    }[script]  # fmt: skip
+    features = types.SimpleNamespace(dim=1)
+    monkeypatch.setattr("scripts.compute_fid_stats.make_features", lambda *names: features)
+    status = in_process(script if script == "train" else f"scripts.{script}", words)
+    said = "".join(capsys.readouterr())
+    runs.assert_one_sentence(status, said, "AF_UNIX path too long", "TMPDIR", "/dev/shm")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting asks for root")
+def test_a_small_dev_shm_ends_the_run(tmp_path):
+    words = ["sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"', "sh"]
+    words = ["unshare", "-m", *words, *runs.launcher(0), "train.py", *runs.arguments(tmp_path)]
+    runs.assert_one_sentence(*runs.finish(runs._start(words, {})), "shared memory", "--shm-size")
+
+
+def test_a_wait_for_workers_ends_by_time_or_request(monkeypatch):
+    monkeypatch.setattr("libs.runtime.workers._POLL_S", 0.1)
+    monkeypatch.setenv("DIM_TIMEOUT_S", "1")
+    with pytest.raises(UserError, match="no batch came .* for 0.5 s"):
+        next(read_batches(Reading(lambda: time.sleep(60)), num_workers=1))
+    sleeping = read_batches(Reading(lambda: time.sleep(60)), num_workers=1, is_stopped=lambda: True)
+    assert [next(sleeping) for _ in range(3)] == [None] * 3
+
+
+def test_a_killed_worker_is_one_sentence():
+    with pytest.raises(RuntimeError) as raised:
+        batches = read_batches(
+            Reading(lambda: os.kill(os.getpid(), signal.SIGKILL)), num_workers=1
+        )
+        next(batches)
+    assert "memory ran out, or /dev/shm is small" in flags._explain_shortage(raised.value)
+
+
+STALLING = '''
+import os, sys, time
+sys.path.insert(0, {root!r})
+import datasets, train
+from libs.runtime import flags
+
+read, count = datasets.Digits._read, 0
+
+def stall(self, epoch, index):
+    global count
+    count += 1
+    if count > {reads} and os.environ.get("RANK", "0") == {rank!r}:
+        time.sleep(600)
+    return read(self, epoch, index)
+
+datasets.Digits._read = stall
+flags.run_main(train.main, train.FLAGS)
+'''
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_sigterm_while_waiting_saves_and_the_next_start_goes_on(tmp_path, in_process, processes):
+    """After five steps, the workers of the last rank, two, read no more."""
+
+    def words(run):
+        changes = dict(train__n_steps=7, train__save_interval=100, train__grid_samples=0)
+        return runs.arguments(tmp_path / run, **changes)
+
+    script = tmp_path / "stalling.py"
+    reads, rank = (10, "1") if processes else (20, "0")
+    script.write_text(STALLING.format(root=str(runs.ROOT), reads=reads, rank=rank))
+    stalled = runs.start(str(script), *words("run"), num_processes=processes)
+    runs.wait_for_step(stalled, tmp_path / "run", 4)
+    time.sleep(1)
+    began = time.monotonic()
+    stalled.terminate()
+    status, output = runs.finish(stalled)
+    assert time.monotonic() - began < 10 and "stopped at step 5" in output, output
+    assert processes or status == 143
+    assert [path.name for path in (tmp_path / "run" / "ckpts").iterdir()] == ["5.ckpt"]
+    assert [in_process("train", words(run)) for run in ("run", "whole")] == [0, 0]
+    whole, found = (runs.numbers(tmp_path / run) for run in ("whole", "run"))
+    # On two processes rounding is another.
+    assert np.allclose(found, whole, rtol=1e-5, atol=0) if processes else found == whole

@@ -176,7 +176,8 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
         with no_synchronisation() if k > 1 else contextlib.nullcontext():
             draws = draw_randomly(k, 8)
             stats = take_step(
-                accelerator, state, objective, batches, draws, accumulation=2, lr=1e-4, stop=False
+                accelerator, state, objective, batches, draws, accumulation=2, lr=1e-4,
+                stop=types.SimpleNamespace(requested=False),
             )
             finite = max(stats.loss, stats.grad_norm) < float("inf")
             if not finite:  # an overflow is rare, and may ask for the new loss scale

@@ -207,7 +207,9 @@ def test_a_gradient_that_overflows_at_every_scale_counts_once_the_scale_is_below
         scale = scaler.get_scale()
         scaler.scale(weight.sum() * float("inf")).backward()
         scaler.unscale_(optimizer)
-        stats = types.SimpleNamespace(loss=1.0, grad_norm=float("inf"), loss_scale=scale)
+        stats = types.SimpleNamespace(
+            loss=1.0, grad_norm=float("inf"), loss_scale=scale, stop=False
+        )
         outcomes.append(update(state, stats))
     assert outcomes == ["overflow", "overflow", "bad", "bad"]  # scales 2, 1, 0.5, 0.25
     assert state.progress == Progress(step=0, batch=4, bad_in_a_row=2)

@@ -312,7 +312,7 @@ def test_an_engine_needs_two_processes_and_its_package(monkeypatch, fresh_accele
 
 LAUNCHED = '''
 import os, time
-from libs.runtime import StopRequest, detach_worker, make_accelerator, run_main
+from libs.runtime import StopRequest, make_accelerator, read_batches, run_main
 from libs.runtime import wait_without_timeout
 import torch
 
@@ -321,9 +321,8 @@ def main(args):
     if accelerator.is_main_process:
         time.sleep(4)
     wait_without_timeout(accelerator)
-    loader = torch.utils.data.DataLoader(range(10**6), num_workers=1, worker_init_fn=detach_worker)
     with StopRequest() as stop:
-        batches = iter(loader)
+        batches = read_batches(range(10**6), num_workers=1)
         next(batches)
         os.write(1, b"ready\\n")  # at once, between the lines of the other rank
         while not stop.requested:

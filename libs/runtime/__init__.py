@@ -6,7 +6,8 @@ load_config, config_beside                      of a file; the config.json besid
 make_accelerator, Precision                     the process's part in the run; its number format
 requested_engine, ranks, wait_without_timeout   what the processes agree on
 environment, get_logger, MetricsLog             what a run says about itself
-StopRequest, detach_worker                      how a run stops, and its data loader workers
+StopRequest                                     how a run stops
+read_batches                                    a data set's batches out of worker processes
 SamplingNetwork, GraphedTraining                a network replayed from CUDA graphs
 """
 
@@ -30,11 +31,12 @@ from libs.runtime.launch import (
     wait_without_timeout,
 )
 from libs.runtime.logs import MetricsLog, environment, get_logger
-from libs.runtime.stop import StopRequest, detach_worker
+from libs.runtime.stop import StopRequest
+from libs.runtime.workers import read_batches
 
 __all__ = [
     "EVALUATION", "GraphedTraining", "MetricsLog", "Precision", "REQUIRED", "SamplingNetwork",
-    "StopRequest", "TRAINING", "config_beside", "config_file", "detach_worker", "environment",
-    "file_path", "get_logger", "int_list", "load_config", "make_accelerator", "ranks",
+    "StopRequest", "TRAINING", "config_beside", "config_file", "environment", "file_path",
+    "get_logger", "int_list", "load_config", "make_accelerator", "ranks", "read_batches",
     "requested_engine", "run_main", "wait_without_timeout",
 ]  # fmt: skip

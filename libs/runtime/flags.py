@@ -215,6 +215,8 @@ def _explain_shortage(error):
     """A sentence for a full disk or memory that ran out; None for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot write {error.filename or ''}: {error.strerror}; make room"
+    if str(error).startswith("DataLoader worker"):
+        return f"{error}; memory ran out, or /dev/shm is small: give more, or lower num_workers"
     shortages = (torch.OutOfMemoryError, MemoryError)
     if isinstance(error, shortages) or "can't allocate memory" in str(error):
         return (

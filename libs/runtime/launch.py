@@ -34,6 +34,11 @@ def _hidden_from_accelerate(names):
         os.environ.update(requests)
 
 
+def get_timeout():
+    """Seconds after which what the processes do together has failed."""
+    return float(os.environ.get("DIM_TIMEOUT_S") or TIMEOUT_S)
+
+
 def make_accelerator():
     """The Accelerator of this process: gloo on the CPU where no GPU is visible.
 
@@ -49,7 +54,7 @@ def make_accelerator():
         raise UserError('ZeRO-2 needs DeepSpeed: pip install -e ".[deepspeed]", or use fsdp2.yaml')
     if on_cpu:  # else every process of `accelerate launch --multi_gpu` would be a run of its own
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    timeout = datetime.timedelta(seconds=float(os.environ.get("DIM_TIMEOUT_S") or TIMEOUT_S))
+    timeout = datetime.timedelta(seconds=get_timeout())
     with _hidden_from_accelerate(ENGINES if on_cpu else ()):
         accelerator = Accelerator(
             mixed_precision="no",

@@ -1,15 +1,12 @@
-"""How a run is asked to stop, and data loader workers that leave the answer to it."""
+"""How a run is asked to stop."""
 
-import ctypes
 import os
 import signal
-import sys
 import time
 
 _PARENT = os.getppid()  # at import; see StopRequest
 _LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by launchers
 _SAME_KEY_PRESS_S = 1.0
-_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
 class StopRequest:
@@ -43,13 +40,3 @@ class StopRequest:
     def __exit__(self, *exception):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-def detach_worker(worker_id: int) -> None:
-    """worker_init_fn of a DataLoader. torchrun's SIGTERM and a terminal's Ctrl-C go to the whole
-    process group; a worker that died of them would break the training step before the last
-    checkpoint is saved. So workers leave the group, and end with their parent.
-    """
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

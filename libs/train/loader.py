@@ -1,23 +1,26 @@
 """Micro-batches from the data set to the device, one ahead of the network."""
 
-from torch.utils.data import DataLoader
+import torch
 
 from libs.data import GlobalBatchSampler
-from libs.runtime import detach_worker
+from libs.runtime import read_batches
 
 
 class Prefetcher:
-    """Iterator over the micro-batches of `batches`, tuples of tensors, on `device`."""
+    """Iterator over the micro-batches of `batches`, tuples of tensors, on `device`; substitute: for
+    one that is None.
+    """
 
-    def __init__(self, batches, device):
-        self.batches, self.device, self._ahead = iter(batches), device, None
+    def __init__(self, batches, device, substitute=None):
+        self.batches, self.device, self.substitute = iter(batches), device, substitute
+        self._ahead = None
 
     def prefetch(self):
         """Take the next micro-batch from the loader; call this once the work on the present one is
         queued, so that the device need not wait for the host.
         """
         if self._ahead is None:
-            batch = next(self.batches)
+            batch = next(self.batches) or self.substitute
             self._ahead = tuple(x.to(self.device, non_blocking=True) for x in batch)
 
     def __next__(self):
@@ -26,18 +29,22 @@ class Prefetcher:
         return batch
 
 
-def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch):
+def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch, is_stopped=bool):
     """Endless Prefetcher of this rank's micro-batches (x, y) from global batch `start_batch` on;
     settings: config.train. Our sampler shards and resumes: the loader is not given to accelerate.
+    A batch that does not come while is_stopped() holds is NaN, so that the step is made by none.
     """
+    processes, device = accelerator.num_processes, accelerator.device
     sampler = GlobalBatchSampler(
-        len(dataset), settings.batch_size, num_processes=accelerator.num_processes,
+        len(dataset), settings.batch_size, num_processes=processes,
         rank=accelerator.process_index, accumulation=accumulation, seed=seed,
         start_batch=start_batch,
     )  # fmt: skip
-    loader = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=settings.num_workers,
-        worker_init_fn=detach_worker, pin_memory=accelerator.device.type == "cuda",
-    )  # fmt: skip
     # The workers start now, before there are threads that a fork could catch half-way.
-    return Prefetcher(loader, accelerator.device)
+    batches = read_batches(
+        dataset, batch_sampler=sampler, num_workers=settings.num_workers,
+        pin_memory=device.type == "cuda", is_stopped=is_stopped,
+    )  # fmt: skip
+    rows = settings.batch_size // (processes * accumulation)
+    nothing = torch.full((rows, *dataset.shape), torch.nan), torch.zeros(rows, dtype=torch.int64)
+    return Prefetcher(batches, device, nothing)

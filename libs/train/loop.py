@@ -133,8 +133,9 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
         state = make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation)
         progress, codec = state.progress, codec.to(device)
         batches = make_batches(
-            dataset, accelerator, settings, accumulation, config.seed, progress.batch
-        )
+            dataset, accelerator, settings, accumulation, config.seed, progress.batch,
+            lambda: stop.requested,
+        )  # fmt: skip
         objective, draw = make_objective(config, process, codec, model, dataset, device)
         schedule = look_up(SCHEDULES, config.lr_scheduler.name, "lr_scheduler.name")
         with open_metrics(config, directory, accelerator, state, dataset, lines) as metrics_log:
@@ -146,13 +147,14 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
             step_log, stopping = StepLog(metrics_log, settings, progress.step), False
             while progress.step < settings.n_steps and not stopping:
                 factor = schedule(progress.step, config.lr_scheduler.warmup_steps, settings.n_steps)
-                lr, draws, asked = optimizer.lr * factor, draw(progress.batch), stop.requested
+                lr, draws = optimizer.lr * factor, draw(progress.batch)
                 stats = take_step(
-                    accelerator, state, objective, batches, draws, accumulation, lr, asked
+                    accelerator, state, objective, batches, draws, accumulation, lr, stop
                 )
                 outcome, stopping = update(state, stats), stats.stop
-                step_log.write(progress, stats, outcome)
-                if outcome != "ok":
+                if outcome:
+                    step_log.write(progress, stats, outcome)
+                if outcome in ("overflow", "bad"):
                     report_bad_step(outcome, progress, stats, settings.max_bad_steps)
                 due = snapshots.due(progress.step) if outcome == "ok" else ()
                 if stopping or "save" in due:

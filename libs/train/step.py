@@ -41,7 +41,7 @@ class StepStats:
 def take_step(accelerator, state, objective, batches, draws, accumulation, lr, stop):
     """Gradients of this rank's micro-batches, and the optimizer's step; fetched StepStats.
     batches: Prefetcher of this rank's (x, y); draws: of the global batch, of which a micro-batch
-    has the rows that GlobalBatchSampler deals to it; stop: whether this process was asked to.
+    has the rows that GlobalBatchSampler deals to it; stop: this process's StopRequest.
     """
     engine, began = state.engine, time.monotonic()
     for group in engine.optimizer.param_groups:
@@ -59,7 +59,7 @@ def take_step(accelerator, state, objective, batches, draws, accumulation, lr, s
             loss = losses.mean() / accumulation
             engine.backward(loss)
         total += loss.detach()
-    stats = StepStats(accelerator, state.precision, total, engine.clip(), stop)
+    stats = StepStats(accelerator, state.precision, total, engine.clip(), stop.requested)
     engine.step(stats.found_inf)
     batches.prefetch()
     stats.fetch()
@@ -69,15 +69,19 @@ def take_step(accelerator, state, objective, batches, draws, accumulation, lr, s
 
 def update(state, stats):
     """What follows from a step with these fetched StepStats: if loss and gradient are finite, the
-    optimizer has made it, and average and counters follow; returns 'ok', 'overflow' or 'bad'.
+    optimizer has made it, and average and counters follow; returns 'ok', 'overflow' or 'bad'; or
+    None for a step that is not finite in a run that stops: the next start makes it.
 
     Under fp16 a gradient that overflows while the loss is finite halves the loss scale, is not
     counted, and moves nothing but the data, as long as the scale stays at 1 or above; below it, and
     for any non-finite loss, the step counts as bad.
     """
     progress, scaler = state.progress, state.precision.scaler
+    finite = math.isfinite(stats.loss) and math.isfinite(stats.grad_norm)
+    if stats.stop and not finite:
+        return None
     progress.batch += 1
-    if math.isfinite(stats.loss) and math.isfinite(stats.grad_norm):
+    if finite:
         scaler.update()
         state.ema.update(state.network)
         progress.step += 1

@@ -1,0 +1,114 @@
+"""Batches out of worker processes: a failure of theirs is said, and no wait is without end."""
+
+import contextlib
+import ctypes
+import itertools
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from multiprocessing.reduction import ForkingPickler
+
+from torch.utils.data import DataLoader, default_collate, get_worker_info
+
+from libs.runtime.launch import get_timeout
+from utils import UserError
+
+_POLL_S = 2  # between two looks at a request to stop
+_PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
+
+
+def detach_worker(worker_id: int) -> None:
+    """worker_init_fn of a DataLoader. torchrun's SIGTERM and a terminal's Ctrl-C go to the whole
+    process group; a worker that died of them would break the training step before the last
+    checkpoint is saved. So workers leave the group, and end with their parent.
+    """
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _passing():
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"a process that reads data cannot pass them on ({error}): enlarge /dev/shm (docker "
+            "run --shm-size=8g), give a shorter TMPDIR, raise ulimit -n, or set num_workers to 0"
+        ) from error
+
+
+class _Parcel:
+    """A batch on its way out of a worker, pickled by the worker's own thread: torch passes on what
+    fails there, while of a failure in multiprocessing's thread the batch would never come.
+    """
+
+    def __init__(self, batch):
+        self._pickled = bytes(ForkingPickler.dumps(batch))
+
+    def open(self):
+        with _passing():
+            return ForkingPickler.loads(self._pickled)
+
+    def pin_memory(self):
+        """As the DataLoader asks for it in its thread."""
+        return [tensor.pin_memory() for tensor in self.open()]
+
+
+def _collate(items):
+    if get_worker_info() is None:
+        return default_collate(items)
+    with _passing():
+        return _Parcel(default_collate(items))
+
+
+def _kill_workers():
+    """At once: the loader would wait five seconds for each."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker dies
+    for worker in (workers := multiprocessing.active_children()):
+        worker.kill()
+    for worker in workers:
+        worker.join(1)
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def _receive(loader, is_stopped):
+    while True:
+        began = time.monotonic()
+        while True:
+            try:
+                batch = next(loader)
+            except StopIteration:
+                return
+            except RuntimeError as error:  # its workers live: the same call may be made again
+                if not str(error).startswith("DataLoader timed out"):
+                    raise
+            else:
+                break
+            if is_stopped():
+                _kill_workers()
+                yield from itertools.repeat(None)
+            if time.monotonic() - began > get_timeout() / 2:
+                _kill_workers()
+                raise UserError(
+                    f"no batch came from the processes that read data for {get_timeout() / 2:g} s "
+                    "(half of DIM_TIMEOUT_S): see their errors above, and whether the data's disk "
+                    "answers; num_workers=0 reads without them"
+                )
+        yield batch.open() if isinstance(batch, _Parcel) else batch
+
+
+def read_batches(dataset, *, num_workers, pin_memory=False, is_stopped=bool, **order):
+    """Iterator over batches of `dataset`, whose items are tuples, as lists of tensors.
+
+    num_workers: processes that read, started now; order: of the DataLoader's, as batch_sampler.
+    While is_stopped() holds, a batch that does not come is None. UserError: a worker cannot pass on
+    its batch, or none came for half of DIM_TIMEOUT_S, before other processes would give up.
+    """
+    loader = DataLoader(
+        dataset, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_collate,
+        worker_init_fn=detach_worker, timeout=_POLL_S if num_workers else 0, **order,
+    )  # fmt: skip
+    return _receive(iter(loader), is_stopped)
