@@ -148,6 +148,9 @@ class Cifar10(InMemory):
 MAX_UNREADABLE = 10, 0.01  # images, and share of the data set; the larger counts
 
 
+_SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
+
+
 class ImageFolder(ImageDataset):
     """Images below a directory or in a zip file, cropped to (3, resolution, resolution), in the
     centre or at random, with the classes of libs.data.label_images.
@@ -162,6 +165,10 @@ class ImageFolder(ImageDataset):
     def __init__(self, *, path, resolution, labels, random_crop=False, **augmentation):
         self.root, targets = path / self.subfolder if path.is_dir() else path, None
         self.files, self.left_out = list_images(self.root)
+        splits = _SPLITS & {file.split("/")[0].lower() for file in self.files}
+        if len(splits) > 1:
+            said = f"all images of {self.root} are read, those of {', '.join(sorted(splits))}"
+            warnings.warn(f"{said} alike: to read one, name it in the path", stacklevel=2)
         self.random_crop = random_crop
         self.unreadable = multiprocessing.RawArray("b", len(self.files))  # workers share it
         crop = "random crop" if random_crop else "centre crop"

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import pickle
 import re
 import zipfile
@@ -33,6 +34,11 @@ def sha256_of(path):
         while chunk := file.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+# In names of tensors: of DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_COUNTER = "n_averaged"  # of torch's AveragedModel
 
 
 @contextlib.contextmanager
@@ -67,6 +73,32 @@ def read_torch(path):
     """What torch.save wrote, tensors on the CPU (zip files are mapped) and plain values."""
     with reading(path, "torch file of plain tensors and values"):
         return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def _holds_tensors(value):
+    return isinstance(value, dict) and any(isinstance(x, torch.Tensor) for x in value.values())
+
+
+def unwrap(content):
+    """(name -> tensor, sentences) of a network's weights in the content of a weights file: out of a
+    training's checkpoint the averaged ones, if there are, and names as the network gives them.
+    """
+    tensors, said = content, []
+    while inner := [
+        name for name, value in tensors.items()
+        if isinstance(value, dict) and not str(name).startswith("opt")
+        and (_holds_tensors(value) or any(map(_holds_tensors, value.values())))
+    ]:  # fmt: skip
+        name = next((name for name in inner if "ema" in name.lower()), inner[0])
+        said.append(f"of {', '.join(map(str, tensors))} in the file, {name} is read")
+        tensors = tensors[name]
+    tensors = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor) and k != _COUNTER}
+    names = [re.sub(_WRAPPERS, "", name) for name in tensors]
+    shared = os.path.commonprefix(names).rfind(".") + 1
+    names = [name[shared:] for name in names]
+    if changed := [pair for pair in zip(tensors, names, strict=True) if pair[0] != pair[1]]:
+        said.append("wrappers' parts of names are left out: {} -> {}".format(*changed[0]))
+    return dict(zip(names, tensors.values(), strict=True)), said
 
 
 def load_strict(module, tensors, source):

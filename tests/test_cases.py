@@ -23,8 +23,11 @@ import utils
 from datasets import get_dataset
 from libs.data import load_autoencoder, make_latent_codec, open_latents
 from libs.files import read_safetensors, read_torch
+from libs.model import DiM, load_into, start_from, to_official
 from libs.parts import make_parts
 from libs.runtime import flags, read_batches
+from libs.train import checkpoint
+from libs.train.resume import find_best
 from utils import UserError, flatten, read_json
 
 # ---------------------------------------- files, folders and autoencoders
@@ -514,3 +517,91 @@ def test_a_sigterm_while_waiting_saves_and_the_next_start_goes_on(tmp_path, in_p
     whole, found = (runs.numbers(tmp_path / run) for run in ("whole", "run"))
     # On two processes rounding is another.
     assert np.allclose(found, whole, rtol=1e-5, atol=0) if processes else found == whole
+
+
+WRAPPED = {
+    "module": lambda state: {f"module.{name}": x for name, x in state.items()},
+    "_orig_mod": lambda state: {f"_orig_mod.{name}": x for name, x in state.items()},
+    "inside": lambda state: {n.replace("cks.", "cks._orig_mod."): x for n, x in state.items()},
+    "lightning": lambda state: {"state_dict": {f"net.{n}": x for n, x in state.items()}, "step": 3},
+    "averaged": lambda state: {"n_averaged": torch.tensor(5)}
+    | {f"module.{name}": x for name, x in state.items()},
+    "ema": lambda state: {
+        "model": {name: x + 1 for name, x in state.items()}, "ema": {"shadow": state, "decay": 0.9},
+        "opt": {"state": {0: {"exp_avg": torch.ones(3)}}}, "step": torch.tensor(7),
+    },
+    "model": lambda state: {"model": state, "optimizer": {"state": {}, "param_groups": []}},
+    "attribute": None,
+}  # fmt: skip
+
+
+def make_small(num_classes=3, seed=0):
+    torch.manual_seed(seed)
+    return DiM(input_size=8, in_channels=1, dim=8, depth=3, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("official", [False, True])
+def test_weights_of_others_are_read_and_said(tmp_path, kind, official):
+    state = to_official(make_small()) if official else make_small().state_dict()
+    if kind == "attribute":
+        content = {name: torch.nn.Parameter(x) for name, x in state.items()}
+        for parameter in content.values():
+            parameter._no_weight_decay = True
+    else:
+        content = WRAPPED[kind](state)
+    torch.save(content, tmp_path / "x.pth")
+    for load in load_into, start_from:
+        model = make_small(seed=1)
+        said = load(model, tmp_path / "x.pth")[load is start_from :]
+        own = make_small().state_dict()
+        assert all(torch.equal(x, own[name]) for name, x in model.state_dict().items())
+        assert len(said) == {"attribute": 0, "ema": 2, "lightning": 2}.get(kind, 1), said
+        assert kind != "ema" or "ema is read" in said[0]
+
+
+def test_fine_tuning_for_other_classes_starts_label_tables_anew(tmp_path):
+    torch.save(make_small().state_dict(), tmp_path / "x.pth")
+    model, fresh, source = make_small(12, seed=1), make_small(12, seed=1), make_small()
+    said = " ".join(start_from(model, tmp_path / "x.pth"))
+    assert said.count("3 -> 12 classes") == 2 and "kept" in said
+    for name, x in model.state_dict().items():
+        before = fresh if "label_embed" in name else source
+        assert torch.equal(x, before.state_dict()[name]), name
+    with pytest.raises(UserError, match="of the wrong shape: .*label_embed"):
+        load_into(model, tmp_path / "x.pth")
+
+
+def test_a_class_more_at_resume_is_refused_and_splits_are_warned_of(tmp_path, in_process, capsys):
+    images, out = tmp_path / "images", tmp_path / "run"
+    writers.write_folder(images)
+    changes = dict(
+        dataset__name="folder", dataset__path=images, nnet__in_channels=3, train__num_workers=0,
+        train__grid_samples=0, train__fid_samples=0, train__n_steps=1,
+    )  # fmt: skip
+    assert in_process("train", runs.arguments(out, **changes)) == 0
+    (images / "ape").mkdir()
+    writers.noise_image(9).save(images / "ape" / "a.png")
+    before = runs.snapshot(out)
+    capsys.readouterr()
+    status = in_process("train", runs.arguments(out, **changes | {"train__n_steps": 2}))
+    said = "".join(capsys.readouterr())
+    runs.assert_one_sentence(status, said, "new: ape; gone: none", "--workdir")
+    runs.assert_nothing_lost(before)
+    with pytest.warns(UserWarning, match="test, train alike"):
+        for name in "train", "test":
+            writers.write_folder(tmp_path / "splits" / name, 2)
+        open_folder(tmp_path / "splits")
+
+
+def test_the_checkpoint_with_the_best_fid_stays(tmp_path):
+    lines = [(1, 9.0), (2, 3.0), (3, "NaN"), (4, 5.0)]
+    metrics = [{"step": step, "frechet_distance": fid} for step, fid in lines] + [{"step": 5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    best = find_best(tmp_path / "metrics.jsonl")
+    assert best == 2 and find_best(tmp_path / "absent.jsonl") is None
+    for step in range(1, 7):
+        parts = dict(nnet={}, ema={}, training_state={}, config={}, keep_last=2, best=best)
+        checkpoint.save(tmp_path / "ckpts", step, **parts)
+    found = sorted(path.name for path in (tmp_path / "ckpts").iterdir())
+    assert found == ["2.ckpt", "5.ckpt", "6.ckpt"]

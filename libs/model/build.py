@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from libs.files import load_strict, read_safetensors, read_torch, weights_file
+from libs.files import load_strict, read_safetensors, read_torch, unwrap, weights_file
 from libs.model.dim import DiM
 from libs.model.layers import EXTRA_TOKENS, interpolate_positions
 from libs.model.published import from_official
@@ -53,12 +53,13 @@ def resize_state(state_dict, model):
     return tensors, changes
 
 
-def load_into(model, path):
+def load_into(model, path, *, new_labels=False):
     """Load weights into `model`, strictly; those of a DiM for another resolution or patch size are
     fitted (resize_state). Returns sentences on what was changed.
 
     path: a `<step>.ckpt` directory, whose averaged weights are read, a .safetensors file, or an
-    official .pth. UserError: there are no weights, or those of another network.
+    official .pth, wrapped or not (files.unwrap). new_labels: label tables of another number of
+    classes stay as the model has them. UserError: no weights, or those of another network.
     """
     file = weights_file(path)
     if not file.is_file():
@@ -67,9 +68,16 @@ def load_into(model, path):
             "or an official .pth"
         )
     tensors = (read_safetensors if file.suffix == ".safetensors" else read_torch)(file)
-    tensors, changes = from_official(model, tensors), []
+    tensors, changes = unwrap(tensors)
+    tensors = from_official(model, tensors)
+    for name, own in model.state_dict().items() if new_labels else ():
+        if name in tensors and "label_embed" in name and len(own) != len(tensors[name]):
+            classes = f"{len(tensors[name]) - 1} -> {len(own) - 1} classes"
+            changes.append(f"{classes}: {name} starts anew, the other tensors are kept")
+            tensors[name] = own
     if isinstance(model, DiM):
-        tensors, changes = resize_state(tensors, model)
+        tensors, resized = resize_state(tensors, model)
+        changes += resized
     load_strict(model, tensors, path)
     return changes
 
@@ -80,4 +88,4 @@ def start_from(model, path):
     """
     if not path:
         return ["starting from scratch"]
-    return [f"starting from {path}", *load_into(model, path)]
+    return [f"starting from {path}", *load_into(model, path, new_labels=True)]

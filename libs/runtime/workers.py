@@ -58,10 +58,9 @@ class _Parcel:
 
 
 def _collate(items):
-    if get_worker_info() is None:
-        return default_collate(items)
     with _passing():
-        return _Parcel(default_collate(items))
+        batch = default_collate(items)
+        return batch if get_worker_info() is None else _Parcel(batch)
 
 
 def _kill_workers():
@@ -75,29 +74,27 @@ def _kill_workers():
 
 
 def _receive(loader, is_stopped):
+    began = time.monotonic()
     while True:
-        began = time.monotonic()
-        while True:
-            try:
-                batch = next(loader)
-            except StopIteration:
-                return
-            except RuntimeError as error:  # its workers live: the same call may be made again
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-            else:
-                break
-            if is_stopped():
-                _kill_workers()
-                yield from itertools.repeat(None)
-            if time.monotonic() - began > get_timeout() / 2:
-                _kill_workers()
+        try:
+            batch = next(loader)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader timed out"):
+                raise
+            limit = get_timeout() / 2
+            if not is_stopped() and time.monotonic() - began < limit:
+                continue  # the workers live: the same call may be made again
+            _kill_workers()
+            if not is_stopped():
                 raise UserError(
-                    f"no batch came from the processes that read data for {get_timeout() / 2:g} s "
-                    "(half of DIM_TIMEOUT_S): see their errors above, and whether the data's disk "
-                    "answers; num_workers=0 reads without them"
-                )
+                    f"no batch came from the processes that read data for {limit:g} s (half of "
+                    "DIM_TIMEOUT_S): see their errors above, and whether the disk answers"
+                ) from error
+            yield from itertools.repeat(None)
         yield batch.open() if isinstance(batch, _Parcel) else batch
+        began = time.monotonic()
 
 
 def read_batches(dataset, *, num_workers, pin_memory=False, is_stopped=bool, **order):

@@ -56,12 +56,13 @@ def _get_steps(directory):
     return sorted(int(path.stem) for path in directory.glob("*.ckpt") if path.stem.isdigit())
 
 
-def save(directory, step, *, nnet, ema, training_state, config, keep_last):
+def save(directory, step, *, nnet, ema, training_state, config, keep_last, best=None):
     """Save a checkpoint and return its path, directory/<step>.ckpt.
 
     nnet, ema: name -> tensor, any device and dtype. training_state: nested dicts and lists of
     tensors and plain values. config: a dict for JSON. keep_last: how many checkpoints to keep, this
-    one included, or None for all. UserError if the disk is full or cannot be written.
+    one included, or None for all; best: a step whose checkpoint stays, too. UserError if the disk
+    is full or cannot be written.
     """
     directory = Path(directory)
     folder = directory / SAVING.format(step)
@@ -77,7 +78,7 @@ def save(directory, step, *, nnet, ema, training_state, config, keep_last):
             "checkpoints are as they were"
         ) from error
     target = _put_in_place(folder)
-    older = [old for old in _get_steps(directory) if old < step]
+    older = [old for old in _get_steps(directory) if old < step and old != best]
     for old in older[: max(0, len(older) + 1 - (keep_last or len(older) + 1))]:
         shutil.rmtree(directory / f"{old}.ckpt", ignore_errors=True)
     return target

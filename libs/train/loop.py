@@ -40,6 +40,18 @@ def open_run(directory, accelerator):
         yield stop
 
 
+def check_classes(directory, classes):
+    """UserError where the classes {name: number} are not those that the run began with."""
+    path = directory / "environment.json"
+    before = utils.read_json(path).get("classes") if path.exists() else None
+    if before and classes and before != classes:
+        new, gone = utils.listed(classes.keys() - before), utils.listed(before.keys() - classes)
+        raise utils.UserError(
+            f"the run began with other classes (new: {new or 'none'}; gone: {gone or 'none'}): "
+            "restore the data, or go on in another --workdir with nnet.pretrained_path"
+        )
+
+
 @contextlib.contextmanager
 def open_metrics(config, directory, accelerator, state, dataset, lines):
     """The MetricsLog of this start, None on all processes but the main one; the log says what the
@@ -54,6 +66,8 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     classes = {name: number for number, name in enumerate(names)}
     found = environment() | {"images": len(dataset), "classes": classes}
     found["images_sha256"] = dataset.list_sha256(*dataset.sizes)
+    if state.progress.batch:
+        check_classes(directory, classes)
     packages = ", ".join(map(" ".join, found["packages"].items()))
     log.info("run directory %s; commit %s; packages %s", directory, found["commit"], packages)
     log.info(

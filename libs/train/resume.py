@@ -1,5 +1,6 @@
 """What a run needs to go on as if it had never stopped."""
 
+import json
 import logging
 from collections import namedtuple
 from dataclasses import asdict, dataclass
@@ -31,6 +32,13 @@ class Progress:
 TrainState = namedtuple("TrainState", "network ema engine precision progress")
 
 
+def find_best(metrics):
+    """The step of the best FID in a metrics.jsonl; None without one."""
+    lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
+    found = [(line.get("frechet_distance"), line["step"]) for line in lines]
+    return min((pair for pair in found if isinstance(pair[0], float)), default=(0, None))[1]
+
+
 def save(state, accelerator, directory, config):
     """Write <directory>/<step>.ckpt; all processes must call it, and the main one writes."""
     step, engine = state.progress.step, state.engine
@@ -42,7 +50,8 @@ def save(state, accelerator, directory, config):
     nnet, ema = engine.gather(state.network), engine.gather(state.ema.model)
     accelerator.wait_for_everyone()  # each has written its part of ZeRO-2's state
     if accelerator.is_main_process:
-        options = dict(config=config.to_dict(), keep_last=config.train.keep_last)
+        best = find_best(directory.parent / "metrics.jsonl")
+        options = dict(config=config.to_dict(), keep_last=config.train.keep_last, best=best)
         path = checkpoint.save(
             directory, step, nnet=nnet, ema=ema, training_state=training_state, **options
         )

@@ -134,6 +134,7 @@ def _mixer_backward(g_branch, saved, weights, i):
     }  # fmt: skip
 
 
+@torch.autocast("cuda", enabled=False)  # which may be another than the forward's
 def _backward(g_out, *rest):
     saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) : -1])
     weights = Matrices(*(
