@@ -38,7 +38,6 @@ def sha256_of(path):
 
 # In names of tensors: of DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = r"(?<![^.])(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-_COUNTER = "n_averaged"  # of torch's AveragedModel
 
 
 @contextlib.contextmanager
@@ -75,30 +74,30 @@ def read_torch(path):
         return torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
-def _holds_tensors(value):
-    return isinstance(value, dict) and any(isinstance(x, torch.Tensor) for x in value.values())
+def _list_states(content):
+    """Names of the dicts of tensors in `content`, one or two deep, an optimizer's aside."""
+    for name, value in content.items():
+        inner = [value, *value.values()] if isinstance(value, dict) else []
+        leaves = [x for table in inner if isinstance(table, dict) for x in table.values()]
+        if any(map(torch.is_tensor, leaves)) and not str(name).startswith("opt"):
+            yield name
 
 
 def unwrap(content):
-    """(name -> tensor, sentences) of a network's weights in the content of a weights file: out of a
-    training's checkpoint the averaged ones, if there are, and names as the network gives them.
+    """({name: tensor}, sentences): a network's weights out of a weights file's content, the
+    averaged ones of a training's checkpoint, without what wrappers add to names.
     """
-    tensors, said = content, []
-    while inner := [
-        name for name, value in tensors.items()
-        if isinstance(value, dict) and not str(name).startswith("opt")
-        and (_holds_tensors(value) or any(map(_holds_tensors, value.values())))
-    ]:  # fmt: skip
-        name = next((name for name in inner if "ema" in name.lower()), inner[0])
-        said.append(f"of {', '.join(map(str, tensors))} in the file, {name} is read")
-        tensors = tensors[name]
-    tensors = {k: x for k, x in tensors.items() if isinstance(x, torch.Tensor) and k != _COUNTER}
-    names = [re.sub(_WRAPPERS, "", name) for name in tensors]
-    shared = os.path.commonprefix(names).rfind(".") + 1
-    names = [name[shared:] for name in names]
-    if changed := [pair for pair in zip(tensors, names, strict=True) if pair[0] != pair[1]]:
-        said.append("wrappers' parts of names are left out: {} -> {}".format(*changed[0]))
-    return dict(zip(names, tensors.values(), strict=True)), said
+    said = []
+    while states := list(_list_states(content)):
+        name = next((name for name in states if "ema" in name.lower()), states[0])
+        said.append(f"of {', '.join(map(str, content))} in the file, {name} is read")
+        content = content[name]
+    names = {k: re.sub(_WRAPPERS, "", k) for k, x in content.items() if torch.is_tensor(x)}
+    names.pop("n_averaged", None)  # of torch's AveragedModel
+    shared = os.path.commonprefix(list(names.values())).rfind(".") + 1
+    if changed := [f"{k} -> {name[shared:]}" for k, name in names.items() if k != name[shared:]]:
+        said.append(f"wrappers' parts of names are left out: {changed[0]}")
+    return {name[shared:]: content[k] for k, name in names.items()}, said
 
 
 def load_strict(module, tensors, source):

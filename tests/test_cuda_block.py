@@ -131,6 +131,19 @@ def test_gradients_are_bit_equal():
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_a_backward_inside_autocast_computes_as_the_forward_did():
+    """A float32 island in bf16 autocast."""
+    block, (x, modulation, order, _, g) = make_block(64), make_inputs(2, 61, 64)
+    found = []
+    for autocast in (False, True):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            with torch.autocast("cuda", enabled=False):
+                out = fused(block, leaf, modulation, order, None)
+            found.append(torch.autograd.grad(out, [leaf, *block.parameters()], g))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_opcheck():
     block, (x, modulation, order, keep, _) = make_block(16), make_inputs(2, 9, 16, keep=True)
     from libs.ops.cuda import mamba_block

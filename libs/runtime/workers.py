@@ -1,6 +1,5 @@
 """Batches out of worker processes: a failure of theirs is said, and no wait is without end."""
 
-import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -29,48 +28,31 @@ def detach_worker(worker_id: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-@contextlib.contextmanager
-def _passing():
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"a process that reads data cannot pass them on ({error}): enlarge /dev/shm (docker "
-            "run --shm-size=8g), give a shorter TMPDIR, raise ulimit -n, or set num_workers to 0"
-        ) from error
-
-
 class _Parcel:
-    """A batch on its way out of a worker, pickled by the worker's own thread: torch passes on what
-    fails there, while of a failure in multiprocessing's thread the batch would never come.
+    """A batch, pickled by the worker's own thread: torch passes on what fails there, while of a
+    failure in multiprocessing's thread the batch would never come.
     """
 
     def __init__(self, batch):
         self._pickled = bytes(ForkingPickler.dumps(batch))
 
     def open(self):
-        with _passing():
-            return ForkingPickler.loads(self._pickled)
+        return ForkingPickler.loads(self._pickled)
 
-    def pin_memory(self):
-        """As the DataLoader asks for it in its thread."""
+    def pin_memory(self):  # for the DataLoader's thread
         return [tensor.pin_memory() for tensor in self.open()]
 
 
 def _collate(items):
-    with _passing():
-        batch = default_collate(items)
-        return batch if get_worker_info() is None else _Parcel(batch)
-
-
-def _kill_workers():
-    """At once: the loader would wait five seconds for each."""
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker dies
-    for worker in (workers := multiprocessing.active_children()):
-        worker.kill()
-    for worker in workers:
-        worker.join(1)
-    signal.signal(signal.SIGCHLD, handler)
+    if get_worker_info() is None:
+        return default_collate(items)
+    try:
+        return _Parcel(default_collate(items))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"a process that reads data cannot pass them on ({error}): enlarge /dev/shm (docker "
+            "run --shm-size=8g), give a shorter TMPDIR, raise ulimit -n, or set num_workers to 0"
+        ) from error
 
 
 def _receive(loader, is_stopped):
@@ -80,13 +62,16 @@ def _receive(loader, is_stopped):
             batch = next(loader)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except RuntimeError as error:  # of a time-out: the same call may be made again
             if not str(error).startswith("DataLoader timed out"):
                 raise
             limit = get_timeout() / 2
             if not is_stopped() and time.monotonic() - began < limit:
-                continue  # the workers live: the same call may be made again
-            _kill_workers()
+                continue
+            # The loader would wait for each worker at its end; torch's handler raises.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for worker in multiprocessing.active_children():
+                worker.kill()
             if not is_stopped():
                 raise UserError(
                     f"no batch came from the processes that read data for {limit:g} s (half of "
@@ -100,9 +85,9 @@ def _receive(loader, is_stopped):
 def read_batches(dataset, *, num_workers, pin_memory=False, is_stopped=bool, **order):
     """Iterator over batches of `dataset`, whose items are tuples, as lists of tensors.
 
-    num_workers: processes that read, started now; order: of the DataLoader's, as batch_sampler.
-    While is_stopped() holds, a batch that does not come is None. UserError: a worker cannot pass on
-    its batch, or none came for half of DIM_TIMEOUT_S, before other processes would give up.
+    num_workers: processes that read, started now; order: words for the DataLoader. While
+    is_stopped() holds, a batch that does not come is None. UserError: a worker cannot pass on its
+    batch, or none came for half of DIM_TIMEOUT_S, before other ranks would give up.
     """
     loader = DataLoader(
         dataset, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_collate,

@@ -40,10 +40,9 @@ def open_run(directory, accelerator):
         yield stop
 
 
-def check_classes(directory, classes):
-    """UserError where the classes {name: number} are not those that the run began with."""
-    path = directory / "environment.json"
-    before = utils.read_json(path).get("classes") if path.exists() else None
+def check_classes(path, classes):
+    """UserError where the classes {name: number} are not those of the environment.json `path`."""
+    before = utils.read_json(path).get("classes")
     if before and classes and before != classes:
         new, gone = utils.listed(classes.keys() - before), utils.listed(before.keys() - classes)
         raise utils.UserError(
@@ -66,8 +65,8 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     classes = {name: number for number, name in enumerate(names)}
     found = environment() | {"images": len(dataset), "classes": classes}
     found["images_sha256"] = dataset.list_sha256(*dataset.sizes)
-    if state.progress.batch:
-        check_classes(directory, classes)
+    if state.progress.batch and (path := directory / "environment.json").exists():
+        check_classes(path, classes)
     packages = ", ".join(map(" ".join, found["packages"].items()))
     log.info("run directory %s; commit %s; packages %s", directory, found["commit"], packages)
     log.info(
