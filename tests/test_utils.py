@@ -76,7 +76,7 @@ def test_ranges_and_choices_are_of_keys_and_allow_the_configs():
     for file in (runs.ROOT / "configs").glob("[a-z]*_*.py"):
         config = flags.load_config(str(file))
         flags.check_values(config)
-        known = utils.flatten(config).keys()
+        known = utils.flatten(config).keys() | {f"nnet.{key}" for key in flags.common.dim_nnet()}
         assert {*flags.common.RANGES, *flags.common.CHOICES} <= known
 
 
