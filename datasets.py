@@ -24,7 +24,6 @@ from libs.data import (
     label_images,
     list_images,
     open_latents,
-    read_sizes,
     read_square,
 )
 from utils import UserError, listed, look_up
@@ -59,6 +58,10 @@ class ImageDataset(Dataset):
         listing = json.dumps([self.files, self.class_names, *sizes]).encode()
         return hashlib.sha256(listing).hexdigest()
 
+    def _is_flipped(self, epoch, index):
+        draw = functools.partial(keyed_words, 1, self.seed, "flip")
+        return self.random_flip and draw(epoch=epoch, index=index)[0] & 1
+
     def _read(self, epoch, index):
         """The image as float32 (C, H, W) in [-1, 1], and the index it was read from."""
         raise NotImplementedError
@@ -67,8 +70,7 @@ class ImageDataset(Dataset):
         """(epoch, index) -> x float32 (C, H, W) in [-1, 1], y int64 (0 if there are no classes)."""
         epoch, index = key
         x, source = self._read(epoch, index)
-        if self.random_flip and keyed_words(1, self.seed, "flip", epoch=epoch, index=index)[0] & 1:
-            x = x.flip(-1)
+        x = x.flip(-1) if self._is_flipped(epoch, index) else x
         y = np.int64(0) if self.labels is None else self.labels[source]
         return x, y
 
@@ -188,7 +190,9 @@ class ImageFolder(ImageDataset):
 
     @property
     def sizes(self):
-        return read_sizes(self.root, self.files)
+        some = self.files[:: max(1, len(self.files) // 10_000)]
+        paths = [self.root / name for name in some] if self.root.is_dir() else [self.root]
+        return [path.stat().st_size for path in paths]
 
     def _note_unreadable(self, index, error):
         self.unreadable[index] = 1
@@ -228,9 +232,8 @@ class FolderLatents(ImageDataset):
     Items are x float32 (2C, h, w), mean and log-variance, unscaled, and y as everywhere. With
     random_flip the record of the flipped image is read, by the same draw that flips pixels.
 
-    Further attributes: `latents`, as libs.data.open_latents gives them; of the autoencoder that
-    made them `autoencoder_sha256`, None where the files do not say, `scaling`, Stable Diffusion's
-    then, and `latent_format`, keywords of a LatentCodec without it.
+    Further attributes: `latents`, as libs.data.open_latents gives them; those of the Autoencoder
+    that made them, or, where the files do not say, of Stable Diffusion's without a checksum.
     """
 
     needs_path = latent = True
@@ -240,9 +243,8 @@ class FolderLatents(ImageDataset):
         self.latents = latents = open_latents(path, self.known_classes)
         made_with = latents.manifest or {}
         self.scaling = Scaling(**{k: v for k, v in made_with.items() if k in Scaling._fields})
-        channels, _, side = latents.shape
-        downsample = made_with.get("resolution", 8 * side) // side
-        self.latent_format = {"latent_channels": channels // 2, "downsample": downsample}
+        self.latent_channels = latents.shape[0] // 2
+        self.downsample = made_with.get("resolution", 8 * latents.shape[-1]) // latents.shape[-1]
         self.autoencoder_sha256 = made_with.get("autoencoder_sha256")
         self.files = [shard["sha256"] for shard in made_with.get("shards", ())]
         self.preprocessing = made_with.get("crop", "unknown")
@@ -264,24 +266,11 @@ class FolderLatents(ImageDataset):
         )  # fmt: skip
         self.labelled = labels
         self.num_classes = latents.num_classes if labels else 0  # of single files, without `labels`
-        self._cached = (None, None)  # (epoch, its flips)
-
-    def _flips(self, keys):
-        """bool (n,): the draws of ImageDataset, an epoch at a time."""
-        if not self.random_flip:
-            return np.zeros(len(keys), bool)
-        return np.array([self._epoch_flips(epoch)[index] for epoch, index in keys])
-
-    def _epoch_flips(self, epoch):
-        if self._cached[0] != epoch:
-            # Four words an index: the first is the draw of one image.
-            words = keyed_words(4 * self.length, self.seed, "flip", epoch=epoch)[::4]
-            self._cached = epoch, (words & 1).astype(bool)
-        return self._cached[1]
 
     def __getitems__(self, keys):
         """Many keys at once, as a DataLoader asks for a batch: a list of (x, y)."""
-        x, y = self.latents.read_labelled([index for _, index in keys], self._flips(keys))
+        flips = np.array([self._is_flipped(*key) for key in keys], bool)
+        x, y = self.latents.read_labelled([index for _, index in keys], flips)
         y = y if self.labelled else np.zeros(len(keys), np.int64)
         return list(zip(torch.from_numpy(x).float(), y, strict=True))
 

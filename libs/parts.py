@@ -102,7 +102,7 @@ def make_parts(config, *, data=None):
     if config.z_shape is not None:
         decoding = not training or bool(config.train.grid_samples or config.train.fid_samples)
         codec = make_latent_codec(config.autoencoder, dataset, decoding=decoding)
-        config.autoencoder.update(codec.scaling.describe())
+        config.autoencoder.update(codec.scaling._asdict())
     _check_shapes(config, codec, dataset, model)
     return Parts(process, codec, dataset, model)
 

@@ -65,7 +65,7 @@ def make_settings(args, images, autoencoder):
     side = args.resolution // autoencoder.downsample
     return dict(
         record_shape=(2 * autoencoder.latent_channels, side, side),
-        **autoencoder.scaling.describe(),  # not applied
+        **autoencoder.scaling._asdict(),  # not applied
         resolution=args.resolution,
         autoencoder_sha256=autoencoder.sha256,
         precision=args.precision,

@@ -156,7 +156,7 @@ def test_the_limit_of_bad_files_is_a_share(tmp_path, monkeypatch):
 def test_two_links_to_one_folder_are_named(tmp_path):
     writers.write_folder(tmp_path)
     (tmp_path / "wasp").symlink_to(tmp_path / "bee")
-    with pytest.raises(UserError, match="classes bee and wasp in .* are links to one folder"):
+    with pytest.raises(UserError, match="another class is a link to the same folder: bee"):
         open_folder(tmp_path, labels=True)
 
 
@@ -164,10 +164,9 @@ def test_folders_of_the_same_names_are_told_apart_by_sizes(tmp_path):
     for name in ("one", "same", "other"):
         writers.write_folder(tmp_path / name)
     writers.noise_image(9, (9, 9)).save(tmp_path / "other" / "bee" / "05.png")
-    paths = [tmp_path / name for name in ("one", "same", "other")]
-    folders = [open_folder(path, labels=True) for path in (*paths, zip_folder(tmp_path / "one"))]
-    one, same, other, zipped = (x.list_sha256(*x.sizes) for x in folders)
-    assert one == same == zipped != other
+    folders = [open_folder(tmp_path / name, labels=True) for name in ("one", "same", "other")]
+    one, same, other = (folder.list_sha256(*folder.sizes) for folder in folders)
+    assert one == same != other
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"

@@ -35,7 +35,7 @@ def test_images_and_their_moments_give_the_same_latents(autoencoder):
     moments = autoencoder.moments(x)
     assert torch.equal(codec.encode(moments, noise), z)
     # Cached latents need no autoencoder to be read.
-    assert torch.equal(LatentCodec(scaling=SCALE).encode(moments, noise), z)
+    assert torch.equal(LatentCodec(None, scaling=SCALE).encode(moments, noise), z)
     mean, logvar = moments.chunk(2, 1)
     torch.testing.assert_close(z, 0.18215 * (mean + (logvar / 2).exp() * noise))
 
@@ -56,12 +56,13 @@ def settings(path):
 
 
 def latents(**made_with):
-    return types.SimpleNamespace(latent=True, scaling=SCALE, latent_format={}, **made_with)
+    format = dict(latent=True, scaling=SCALE, latent_channels=4, downsample=8)
+    return types.SimpleNamespace(**format, **made_with)
 
 
 def test_latents_of_another_autoencoder_are_refused(autoencoder, tmp_path):
     path = str(write_autoencoder(tmp_path / "other", seed=1))
-    with pytest.raises(UserError, match="latents were made with autoencoder_sha256"):
+    with pytest.raises(UserError, match="latents were made with autoencoder"):
         make_latent_codec(settings(path), latents(autoencoder_sha256=autoencoder.sha256))
 
 

@@ -2,7 +2,7 @@
 
 | name | |
 |---|---|
-| list_images, label_images, read_sizes | a folder's images, classes, bytes |
+| list_images, label_images | the images of a folder or zip file, and their classes |
 | read_square, UnreadableImage | an image's pixels, cropped; a damaged image |
 | open_latents, LatentWriter | cached latents |
 | load_autoencoder, Scaling | a KL autoencoder out of a file; the scale of its latents |
@@ -12,7 +12,7 @@
 
 from libs.data.autoencoder import Scaling, load_autoencoder
 from libs.data.codec import PixelCodec, make_latent_codec
-from libs.data.images import UnreadableImage, label_images, list_images, read_sizes, read_square
+from libs.data.images import UnreadableImage, label_images, list_images, read_square
 from libs.data.latent_writer import LatentWriter
 from libs.data.official_latents import open_latents
 from libs.data.order import GlobalBatchSampler, keyed_words
@@ -29,6 +29,5 @@ __all__ = [
     "load_autoencoder",
     "make_latent_codec",
     "open_latents",
-    "read_sizes",
     "read_square",
 ]

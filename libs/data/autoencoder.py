@@ -73,10 +73,6 @@ class Scaling(NamedTuple):
     latents_mean: tuple | None = None
     latents_std: tuple | None = None
 
-    def describe(self):
-        """{key: value} of the keys that are set."""
-        return {key: value for key, value in self._asdict().items() if value is not None}
-
     def _get(self, x):
         scale, shift = self.scale_factor, self.shift_factor or 0.0
         if self.latents_std:

@@ -40,17 +40,15 @@ class PixelCodec:
 class LatentCodec:
     """The network sees scaled latents of a KL autoencoder (Rombach et al., arXiv 2112.10752).
 
-    autoencoder: libs.data.autoencoder.Autoencoder, or None, which only encodes moments, of
-    latent_channels and downsample. On a GPU it computes in float16, as the official scripts do, or
-    in float32 where its config.json says force_upcast.
+    autoencoder: libs.data.autoencoder.Autoencoder, or None, which only encodes moments. On a GPU it
+    computes in float16, as the official scripts do, or in float32 if its config.json says so.
     """
 
     needs_noise = True
 
-    def __init__(self, autoencoder=None, *, scaling=None, latent_channels=4, downsample=8):
-        self.autoencoder, self.scaling = autoencoder, scaling or Scaling()
-        self.downsample = autoencoder.downsample if autoencoder else downsample
-        self.latent_channels = autoencoder.latent_channels if autoencoder else latent_channels
+    def __init__(self, autoencoder, *, scaling, latent_channels=4, downsample=8):
+        self.autoencoder, self.scaling = autoencoder, scaling
+        self.latent_channels, self.downsample = latent_channels, downsample
 
     def to(self, device):
         if self.autoencoder:
@@ -88,7 +86,8 @@ class LatentCodec:
     def describe(self):
         """The settings that a result depends on, for its record."""
         sha256 = self.autoencoder.sha256 if self.autoencoder else None
-        return {"autoencoder_sha256": sha256, **self.scaling.describe()}
+        scaling = {k: v for k, v in self.scaling._asdict().items() if v is not None}
+        return {"autoencoder_sha256": sha256, **scaling}
 
 
 def make_latent_codec(settings, dataset=None, *, decoding=True):
@@ -110,13 +109,10 @@ def make_latent_codec(settings, dataset=None, *, decoding=True):
         )
     if path:
         autoencoder = load_autoencoder(path, tiling=settings.tiling)
-        made_with = getattr(dataset, "autoencoder_sha256", None)
-        if made_with not in (None, autoencoder.sha256):
-            raise UserError(
-                f"the latents were made with autoencoder_sha256 {made_with}, but this run has "
-                f"{autoencoder.sha256}: use the same autoencoder"
-            )
-    own = autoencoder.scaling if autoencoder else dataset.scaling
+        used, made_with = autoencoder.sha256, getattr(dataset, "autoencoder_sha256", None)
+        if made_with not in (None, used):
+            raise UserError(f"the latents were made with autoencoder {made_with}, not with {used}")
+    made = autoencoder or dataset
     given = {key: settings[key] for key in Scaling._fields if settings[key] is not None}
-    shape = {} if autoencoder else dataset.latent_format
-    return LatentCodec(autoencoder, scaling=own._replace(**given), **shape)
+    shape = dict(latent_channels=made.latent_channels, downsample=made.downsample)
+    return LatentCodec(autoencoder, scaling=made.scaling._replace(**given), **shape)

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from libs.files import reading
-from utils import PASSING_ERRORS, UserError
+from utils import PASSING_ERRORS, UserError, listed
 
 # Decoders tried beside that of the suffix, since many files have another's; and never: EPS, which
 # runs Ghostscript, and formats that Pillow only writes or leaves to other programs.
@@ -35,15 +35,10 @@ class UnreadableImage(ValueError):
 
 
 @functools.lru_cache(maxsize=4)
-def _open_zip(root, process):
-    """The zip file `root`; each process opens it, as handles share their place after a fork."""
+def _mount(root, process):
+    """A directory or zip file as a Path; after a fork handles would share their place in it."""
     with reading(root, "zip file"):
-        return None if root.is_dir() else zipfile.ZipFile(root)
-
-
-def _open(root, name):
-    archive = _open_zip(root, os.getpid())
-    return io.BytesIO(archive.read(name)) if archive else open(root / name, "rb")
+        return root if root.is_dir() else zipfile.Path(root)
 
 
 @functools.cache
@@ -63,9 +58,8 @@ def _list_files(root):
     def refuse(error):  # else its images would be missing without a word
         raise error
 
-    if archive := _open_zip(root, os.getpid()):
-        yield from archive.namelist()
-        return
+    if not root.is_dir():
+        return (yield from _mount(root, os.getpid()).root.namelist())
     for directory, subdirectories, files in os.walk(root, onerror=refuse, followlinks=True):
         relative = os.path.relpath(directory, root)
         prefix = "" if relative == os.curdir else relative + "/"
@@ -78,8 +72,7 @@ def list_images(root):
     """Names of the images below `root`, a directory or zip file, sorted, and a text that counts
     what is left out: other files, hidden and systems' names.
 
-    Links are followed. Raises UserError if there are none. ImageNet's 1.28 million take about four
-    seconds.
+    Links are followed. Raises UserError if there are none. ImageNet's 1.28 million: four seconds.
     """
     found, skipped, known = [], collections.Counter(), list_formats()
     for path in _list_files(root):
@@ -99,37 +92,25 @@ def list_images(root):
     return sorted(found), left_out
 
 
-def read_sizes(root, files):
-    """Bytes of some 10,000 of the files, evenly spaced."""
-    archive, some = _open_zip(root, os.getpid()), files[:: max(1, len(files) // 10_000)]
-    sizes = map(archive.getinfo, some) if archive else (os.stat(root / name) for name in some)
-    return [size.file_size if archive else size.st_size for size in sizes]
-
-
-def _list_classes(root):
-    """The first-level folders, sorted; UserError where two of them are links to one."""
-    entries = [entry for entry in os.scandir(root) if not _is_left_out(entry.name)]
-    places = {}
-    for name in sorted(entry.name for entry in entries if entry.is_dir()):
-        if (first := places.setdefault(os.path.realpath(root / name), name)) != name:
-            raise UserError(f"the classes {first} and {name} in {root} are links to one folder")
-    return list(places.values())
-
-
 def label_images(root, files):
     """int64 labels (n,) of `files`, names below `root`, and the names of the classes: by
     dataset.json, else the first-level folders, sorted, without what list_images leaves out.
 
     Raises UserError for an image without a class, and for two links to one folder.
     """
-    try:
-        with _open(root, LABELS) as file:
-            number = dict(json.load(file)["labels"] or ())
-        classes, keys = [str(i) for i in range(max(number.values(), default=-1) + 1)], files
-    except (FileNotFoundError, KeyError):
-        keys = [file.rpartition("/")[0] and file.split("/")[0] for file in files]
-        classes = _list_classes(root) if root.is_dir() else sorted({*keys} - {""})
-        number = {name: i for i, name in enumerate(classes)}
+    folder, found = _mount(root, os.getpid()), {}
+    if (folder / LABELS).is_file():
+        found = json.loads((folder / LABELS).read_text())
+    if "labels" in found:
+        number, keys = dict(found["labels"] or ()), files
+        classes = [str(i) for i in range(max(number.values(), default=-1) + 1)]
+    else:
+        entries = [entry for entry in folder.iterdir() if not _is_left_out(entry.name)]
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
+        number, keys = {name: i for i, name in enumerate(classes)}, [f.split("/")[0] for f in files]
+    places = {os.path.realpath(root / name): name for name in classes}
+    if doubles := set(classes) - set(places.values()):
+        raise UserError(f"in {root} another class is a link to the same folder: {listed(doubles)}")
     labels = [number.get(key) for key in keys]
     if None in labels:
         raise UserError(
@@ -183,8 +164,9 @@ def read_square(root, name, resolution, words=None):
     Alpha is dropped, not composited, as ADM and pytorch-fid do. UnreadableImage for a damaged file.
     """
     try:
-        formats = (*FORMATS, list_formats().get(os.path.splitext(name)[1].lower(), "PNG"))
-        with _open(root, name) as file, Image.open(file, formats=formats) as image:
+        file = io.BytesIO((_mount(root, os.getpid()) / name).read_bytes())
+        own = list_formats().get(os.path.splitext(name)[1].lower(), "PNG")
+        with Image.open(file, formats=(*FORMATS, own)) as image:
             image = image.convert("RGB")
         if words is None:
             image = center_crop(image, resolution)
@@ -194,5 +176,5 @@ def read_square(root, name, resolution, words=None):
         not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
         if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:
             raise
-        raise UnreadableImage(f"{root / name}: {error}") from error
+        raise UnreadableImage(f"{root / name}: {str(error).split(' <')[0]}") from error
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
