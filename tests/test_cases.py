@@ -169,6 +169,21 @@ def test_folders_of_the_same_names_are_told_apart_by_sizes(tmp_path):
     assert one == same != other
 
 
+def test_a_training_says_what_is_left_out_and_that_its_images_changed(tmp_path, in_process):
+    images, run = tmp_path / "images", tmp_path / "run"
+    writers.write_folder(images)
+    (images / "notes.txt").touch()
+    changes = {"dataset__name": "folder", "dataset__path": images, "nnet__in_channels": 3}
+    changes |= {"train__mode": "uncond", "train__grid_samples": 0, "train__fid_samples": 0}
+    for steps in (1, 2):
+        words = runs.arguments(run, **changes, train__n_steps=steps, train__num_workers=0)
+        assert in_process("train", words) == 0
+        log = (run / "output.log").read_text()
+        assert "left out: 1 .txt" in log
+        assert ("changed since this run began: environment: images_sha256" in log) == (steps == 2)
+        writers.noise_image(9, (9, 9)).save(images / "bee" / "05.png")
+
+
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 WEB = b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n"
 
