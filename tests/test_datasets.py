@@ -171,7 +171,7 @@ def test_center_crop_is_adms(size):
     image = noise_image(0, size)
     expected = adm_center_crop(image, 16)
     assert expected.shape == (16, 16, 3)
-    np.testing.assert_array_equal(np.asarray(images.center_crop(image, 16)), expected)
+    np.testing.assert_array_equal(np.asarray(images.crop_square(image, 16)), expected)
 
 
 @pytest.mark.parametrize("size", [(50, 37), (37, 50), (10, 7), (16, 16), (67, 131), (33, 32)])
@@ -188,7 +188,7 @@ def test_random_crop_is_adms(size, words):
     left, top = words[1] % (pixels.shape[1] - 15), words[2] % (pixels.shape[0] - 15)
     expected = pixels[top : top + 16, left : left + 16]
     assert expected.shape == (16, 16, 3)
-    np.testing.assert_array_equal(np.asarray(images.random_crop(image, 16, words)), expected)
+    np.testing.assert_array_equal(np.asarray(images.crop_square(image, 16, words)), expected)
 
 
 def encoded(image, kind="png"):

@@ -123,43 +123,29 @@ def label_images(root, files):
 # ------------------------------------------------------------ pixels
 
 
-def _resize(image, short_side):
-    """PIL image -> its short side at `short_side`: halvings by box filter, then bicubic."""
+def crop_square(image, resolution, words=None):
+    """PIL image -> a square of it, resized to `resolution`: halvings by box filter, then bicubic.
+
+    ADM's `center_crop_arr` (Dhariwal & Nichol 2021, guided_diffusion/image_datasets.py), with which
+    ImageNet figures are made; with words, three random integers of 64 bits, its `random_crop_arr`:
+    the short side becomes any length from resolution to resolution / 0.8, the square is anywhere.
+    """
+    size, *places = (0, None, None) if words is None else map(int, words)
+    short_side = resolution + size % (math.ceil(resolution / MIN_CROP_SHARE) - resolution + 1)
     while min(image.size) >= 2 * short_side:
         image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
     scale = short_side / min(image.size)
-    size = [round(side * scale) for side in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC)
-
-
-def center_crop(image, resolution):
-    """PIL image -> its central square, resized to `resolution`.
-
-    ADM's `center_crop_arr` (Dhariwal & Nichol 2021, guided_diffusion/image_datasets.py), with
-    which ImageNet figures are made.
-    """
-    image = _resize(image, resolution)
-    left, top = ((side - resolution) // 2 for side in image.size)
-    return image.crop((left, top, left + resolution, top + resolution))
-
-
-def random_crop(image, resolution, words):
-    """PIL image -> a square of it, resized to `resolution`.
-
-    ADM's `random_crop_arr`: the short side becomes any length from resolution to resolution / 0.8,
-    and the square is anywhere in the result. words: three random integers of 64 bits, for length,
-    left edge and upper edge.
-    """
-    longest = math.ceil(resolution / MIN_CROP_SHARE)
-    size, x, y = map(int, words)
-    image = _resize(image, resolution + size % (longest - resolution + 1))
-    left, top = (w % (side - resolution + 1) for w, side in zip((x, y), image.size, strict=True))
+    image = image.resize([round(x * scale) for x in image.size], Image.Resampling.BICUBIC)
+    left, top = (
+        (side - resolution) // 2 if place is None else place % (side - resolution + 1)
+        for place, side in zip(places, image.size, strict=True)
+    )
     return image.crop((left, top, left + resolution, top + resolution))
 
 
 def read_square(root, name, resolution, words=None):
     """A square of the image `name` below `root` as uint8 (3, resolution, resolution), RGB: the
-    central one, or, with the words of `random_crop`, a random one.
+    central one, or, with the words of `crop_square`, a random one.
 
     Alpha is dropped, not composited, as ADM and pytorch-fid do. UnreadableImage for a damaged file.
     """
@@ -167,11 +153,7 @@ def read_square(root, name, resolution, words=None):
         file = io.BytesIO((_mount(root, os.getpid()) / name).read_bytes())
         own = list_formats().get(os.path.splitext(name)[1].lower(), "PNG")
         with Image.open(file, formats=(*FORMATS, own)) as image:
-            image = image.convert("RGB")
-        if words is None:
-            image = center_crop(image, resolution)
-        else:
-            image = random_crop(image, resolution, words)
+            image = crop_square(image.convert("RGB"), resolution, words)
     except Exception as error:  # PIL raises many kinds
         not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
         if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:

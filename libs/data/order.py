@@ -26,15 +26,6 @@ def permutation(length, *, seed, epoch):
     return np.argsort(keyed_words(length, seed, "permutation", epoch=epoch), kind="stable")
 
 
-def _require_divisible(batch_size, num_processes, accumulation):
-    parts = num_processes * accumulation
-    if batch_size < 1 or batch_size % parts:
-        raise UserError(
-            f"train.batch_size {batch_size} is not divisible by {num_processes} processes x "
-            f"{accumulation} accumulation steps = {parts}"
-        )
-
-
 class GlobalBatchSampler(Sampler):
     """Batch sampler of one rank over an endless stream that is the same for any number of ranks.
 
@@ -48,7 +39,11 @@ class GlobalBatchSampler(Sampler):
     def __init__(
         self, length, batch_size, *, num_processes, rank, accumulation, seed, start_batch=0
     ):
-        _require_divisible(batch_size, num_processes, accumulation)
+        if batch_size % (parts := num_processes * accumulation):
+            raise UserError(
+                f"train.batch_size {batch_size} is not divisible by {num_processes} processes x "
+                f"{accumulation} accumulation steps = {parts}"
+            )
         self.length, self.batch_size, self.start_batch = length, batch_size, start_batch
         self.num_processes, self.rank = num_processes, rank
         self.accumulation, self.seed = accumulation, seed
