@@ -5,12 +5,15 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 import types
 import zipfile
 
 import numpy as np
+import psutil
 import pytest
 import runs
 import torch
@@ -21,14 +24,15 @@ from torch.utils.data import DataLoader
 import configs.common
 import utils
 from datasets import get_dataset
+from libs import evaluate
 from libs.data import load_autoencoder, make_latent_codec, open_latents
 from libs.files import read_safetensors, read_torch
 from libs.model import DiM, load_into, start_from, to_official
 from libs.parts import make_parts
-from libs.runtime import flags, read_batches
+from libs.runtime import MetricsLog, StopRequest, flags, launch, read_batches
 from libs.train import checkpoint
 from libs.train.resume import find_best
-from utils import UserError, flatten, read_json
+from utils import UserError, flatten, read_json, write_json
 
 # ---------------------------------------- files, folders and autoencoders
 
@@ -413,6 +417,154 @@ def test_the_config_beside_weights_takes_changes(tmp_path):
         parse(f"--nnet_path={weights}", "--config.sample.sample_steps=0")
     names = {utils.run_directory(str(tmp_path / n / "config.json"), {}, None) for n in "ab"}
     assert len(names) == 2
+
+
+def test_fp8_where_it_cannot_be(in_process, capsys, tmp_path):
+    weights = shutil.copytree(RELEASE / "8.ckpt", tmp_path / "8.ckpt")
+    config = read_json(weights / "config.json")
+    config["sample"] |= {"fp8": True, "sample_steps": 2}
+    config["train"]["mixed_precision"] = "bf16"
+    write_json(weights / "config.json", config)
+    words = [f"--nnet_path={weights}", "--classes=1", "--n=1", f"--out={tmp_path / 'x.png'}"]
+    assert in_process("sample", words) == 1
+    runs.assert_one_sentence(1, capsys.readouterr().err, "GPU", "--config.sample.fp8=False")
+    assert in_process("sample", [*words, "--config.sample.fp8=False"]) == 0
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """launched(**environment): (variables that accelerate sees, its number format)."""
+    seen = {}
+
+    def construct(**keywords):
+        seen.clear()
+        seen.update(os.environ)
+        return types.SimpleNamespace(num_processes=1)
+
+    def call(**environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        launch.make_accelerator()
+        assert environment.items() <= os.environ.items()
+        return {name for name in environment if name in seen}
+
+    monkeypatch.setattr(launch, "Accelerator", construct)
+    return call
+
+
+def test_what_a_launcher_asks_for_in_vain(launched, caplog):
+    """Of accelerate launch --dynamo_backend inductor, --zero_stage 3, or a default_config.yaml."""
+    used = dict(ACCELERATE_MIXED_PRECISION="bf16", FSDP_OFFLOAD_PARAMS="false")
+    unused = dict(ACCELERATE_DYNAMO_BACKEND="INDUCTOR", ACCELERATE_DEEPSPEED_ZERO_STAGE="3",
+                  ACCELERATE_USE_MEGATRON_LM="true", ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")
+    assert launched(**used, ACCELERATE_DYNAMO_BACKEND="NO") == {*used, "ACCELERATE_DYNAMO_BACKEND"}
+    assert not caplog.records
+    assert launched(**used, **unused) == set(used)
+    (record,) = caplog.records
+    assert all(f"{name}={value}" in record.getMessage() for name, value in unused.items())
+
+
+def test_one_process_of_a_launcher_is_as_plain_python(launched):
+    torchrun = dict(RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    assert launched(**torchrun, WORLD_SIZE="1") == {"MASTER_ADDR", "MASTER_PORT"}
+    assert launched(**torchrun, WORLD_SIZE="2") == {*torchrun, "WORLD_SIZE"}
+
+
+def test_every_signal_of_a_scheduler_asks_to_stop():
+    for name in "TERM", "INT", "USR1", "USR2", "XCPU":
+        with StopRequest() as stop:
+            os.kill(os.getpid(), getattr(signal, f"SIG{name}"))
+            assert stop.requested, name
+
+
+@pytest.mark.parametrize("number", [
+    signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])  # fmt: skip
+def test_a_signal_to_every_process_of_a_run(tmp_path, number):
+    """As SLURM sends it, data loader workers included; the bar writes a line every half minute."""
+    process = runs.start("train.py", *runs.arguments(tmp_path, train__n_steps=10**6))
+    runs.wait_for_step(process, tmp_path, 10)
+    every = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    assert len(every) == 3  # two workers
+    for one in every:
+        one.send_signal(number)
+    began = time.monotonic()
+    status, output = runs.finish(process)
+    assert status == 143 and time.monotonic() - began < 10, output
+    (last,) = [line for line in output.splitlines() if "stopped at step" in line]
+    step = last.partition("step ")[2].partition(";")[0]
+    assert (tmp_path / "ckpts" / f"{step}.ckpt" / "manifest.json").is_file()
+    assert output.count("step/s") < 4
+
+
+WRITER = """import sys, time
+from pathlib import Path
+from libs.runtime import get_logger, run_main
+
+def main(args):
+    log = get_logger(".", 0)
+    print("first", flush=True)
+    while Path("reading").exists():
+        time.sleep(0.01)
+    for name in "\\xe9", "\\u65e5", "\\udcff":
+        for _ in range(9000):
+            print(name)
+        log.info("%s", name)
+    Path("done").touch()
+
+run_main(main, {})
+"""
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_output_that_nobody_can_take(tmp_path, leaves):
+    """An encoding without the characters of a name; a reader that leaves, such as head."""
+    (tmp_path / "reading").touch()
+    variables = {"PYTHONPATH": str(runs.ROOT), "PYTHONIOENCODING": "ascii"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER], cwd=tmp_path, env=runs.environment(**variables),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "first\n"
+    if leaves:
+        process.stdout.close()
+    (tmp_path / "reading").unlink()
+    said = "" if leaves else process.stdout.read()
+    assert process.wait(60) == 0, said
+    assert (tmp_path / "done").exists() and "rror" not in said
+    assert leaves or {"\\xe9", "\\u65e5", "\\udcff"} <= set(said.splitlines())
+    assert "\xe9" in (tmp_path / "output.log").read_text(encoding="utf-8")
+
+
+def test_fid_is_tried_again(in_process, monkeypatch, tmp_path, capsys):
+    """It cannot be had at the start, which is said then, and can be at step 2."""
+    found = iter([UserError("no network"), object(), object()])
+
+    def make_features(*arguments):
+        if isinstance(features := next(found), UserError):
+            raise features
+        return features
+
+    monkeypatch.setattr(evaluate, "make_features", make_features)
+    monkeypatch.setattr(evaluate, "load_real", lambda *arguments, **keywords: object())
+    monkeypatch.setattr(evaluate, "measure", lambda *a, **k: {"frechet_distance": 1.5})
+    changes = dict(train__n_steps=4, train__save_interval=2, train__grid_samples=0)
+    words = runs.arguments(tmp_path, **changes, train__fid_samples=4, train__num_workers=0)
+    assert in_process("train", words) == 0
+    log = (tmp_path / "output.log").read_text()
+    assert log.index("no FID until this is mended: no network") < log.index("saved")
+    lines = [line for line in runs.steps_logged(tmp_path) if "frechet_distance" in line]
+    assert [line["step"] for line in lines] == [2, 4]
+
+
+def test_metrics_of_a_run_whose_checkpoints_are_gone_stay(tmp_path):
+    for start in 0, 1:
+        log = MetricsLog(tmp_path)
+        log.truncate_after(0)
+        log.write(1, {"loss": start})
+        log.close()
+    (old,) = tmp_path.glob("metrics.*-*.jsonl")
+    assert json.loads(old.read_text()) == {"step": 1, "loss": 0}
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": 1}
 
 
 # ---------------------------------------- weights, classes, loaders, training and evaluation

@@ -313,11 +313,12 @@ def test_fid_at_intervals_and_after_a_kill_that_prevented_it(tmp_path, monkeypat
     assert "real_halves" in (tmp_path / "output.log").read_text()
 
 
-def test_fid_that_cannot_be_made_is_noted_at_the_start_and_does_not_stop_the_run(tmp_path):
+def test_fid_that_cannot_be_made_is_noted_at_the_start_and_tried_again(tmp_path):
     """Unknown features do."""
     absent = str(tmp_path / "absent.npz")
     train(tmp_path / "run", make_config(**FID, dataset__fid_stats=absent))
     log = (tmp_path / "run" / "output.log").read_text()
-    assert log.count("no FID in this run") == 1 and absent in log and "finished 4 steps" in log
+    assert log.count("no FID until this is mended") > 1 and absent in log
+    assert "finished 4 steps" in log
     with pytest.raises(UserError, match="sample.features is 'digits', expected one of"):
         train(tmp_path / "other", make_config(**FID, sample__features="digits"))

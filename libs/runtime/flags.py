@@ -1,5 +1,6 @@
 """Command lines: `--config=FILE --config.<key>=<value>` and flags, by absl and ml_collections."""
 
+import contextlib
 import difflib
 import errno
 import functools
@@ -16,6 +17,7 @@ from absl import flags as absl_flags
 from ml_collections import config_dict, config_flags
 
 from configs import common
+from libs.runtime.logs import Output
 from utils import UserError, flatten, listed, read_json
 
 CONFIGS = Path(common.__file__).parent
@@ -240,6 +242,17 @@ def run_main(main, spec: dict) -> None:
     out is one line on stderr and exit status 1, 2 for a FlagError; Ctrl-C is 130. Other exceptions
     keep their traceback.
     """
+    with (
+        contextlib.redirect_stdout(Output(sys.stdout)) as out,
+        contextlib.redirect_stderr(Output(sys.stderr)),
+    ):
+        try:
+            _run(main, spec)
+        finally:
+            out.flush()
+
+
+def _run(main, spec):
     try:
         main(parse_flags(sys.argv, spec))
     except UserError as error:

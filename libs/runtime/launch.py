@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import importlib.util
+import logging
 import os
 
 import torch
@@ -10,9 +11,22 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGr
 
 from utils import UserError
 
+log = logging.getLogger("dim")
+
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 # How `accelerate launch` passes on the engine that its words or its configuration file ask for.
 ENGINES = {"ACCELERATE_USE_DEEPSPEED": "zero2", "ACCELERATE_USE_FSDP": "fsdp2"}
+# What else its words or its default_config.yaml may ask for, with the value that asks for nothing.
+UNUSED = {
+    "ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_GRADIENT_CLIPPING": "none", "ACCELERATE_USE_MEGATRON_LM": "false",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "false", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none", "FSDP_ACTIVATION_CHECKPOINTING": "false",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none", "FSDP_OFFLOAD_PARAMS": "false",
+    "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
+}  # fmt: skip
+# Of torchrun, whose single process runs as one without it: accelerate would wrap its network.
+RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 TIMEOUT_S = 1800  # of what the processes do together, unless DIM_TIMEOUT_S says otherwise
 
 _patient_group = None  # of all processes, on gloo, with a time-out that no work reaches
@@ -26,7 +40,7 @@ def requested_engine():
 
 @contextlib.contextmanager
 def _hidden_from_accelerate(names):
-    """Hide requests that libs.train.engine serves where accelerate does not: on the CPU."""
+    """Hide variables from accelerate, which would obey them."""
     requests = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
@@ -42,8 +56,8 @@ def get_timeout():
 def make_accelerator():
     """The Accelerator of this process: gloo on the CPU where no GPU is visible.
 
-    Precision is ours (see Precision), so that fp16 also runs on the CPU and an overflow is told
-    from a broken step.
+    A warning names what `accelerate launch` was asked for in vain. Precision is ours (see
+    Precision), so that fp16 also runs on the CPU and an overflow is told from a broken step.
 
     Raises:
         UserError: an engine is asked for that lacks its package or a second process.
@@ -54,8 +68,15 @@ def make_accelerator():
         raise UserError('ZeRO-2 needs DeepSpeed: pip install -e ".[deepspeed]", or use fsdp2.yaml')
     if on_cpu:  # else every process of `accelerate launch --multi_gpu` would be a run of its own
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    unused = [n for n, none in UNUSED.items() if os.environ.get(n, none).lower() != none]
+    if unused and os.environ.get("RANK", "0") == "0":
+        asked = ", ".join(f"{name}={os.environ[name]}" for name in unused)
+        log.warning("accelerate launch asks for %s, which DiM does not use", asked)
+    alone = os.environ.get("WORLD_SIZE") == "1"
     timeout = datetime.timedelta(seconds=get_timeout())
-    with _hidden_from_accelerate(ENGINES if on_cpu else ()):
+    # On the CPU, libs.train.engine serves engines that accelerate does not.
+    hidden = (*unused, *(ENGINES if on_cpu or alone else ()), *(RANK if alone else ()))
+    with _hidden_from_accelerate(hidden):
         accelerator = Accelerator(
             mixed_precision="no",
             kwargs_handlers=[

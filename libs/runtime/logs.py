@@ -1,5 +1,6 @@
 """What a run says about itself: environment, log, metrics."""
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -10,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -60,11 +62,42 @@ def environment() -> dict:
     }  # fmt: skip
 
 
+if not (sys.stderr and sys.stderr.isatty()):  # in a file, a bar is a line every half minute
+    _LINE = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
+    tqdm.__init__ = functools.partialmethod(
+        tqdm.__init__, mininterval=30, miniters=1, bar_format=_LINE
+    )
+
+
+class Output:
+    """A standard stream that escapes what its encoding lacks, and whose reader may leave."""
+
+    def __init__(self, stream):
+        self._stream = stream
+        stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        self._try(self._stream.write, text)
+
+    def flush(self):
+        self._try(self._stream.flush)
+
+    def _try(self, function, *arguments):
+        try:
+            function(*arguments)
+        except BrokenPipeError:  # as of `| head`: what is buffered and what comes go nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+
+
 class _ConsoleHandler(logging.Handler):
-    """Writes above a tqdm progress bar instead of through it."""
+    """Writes above a progress bar on a terminal instead of through it."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stderr)
+        write = tqdm.write if sys.stderr.isatty() else print
+        write(self.format(record), file=sys.stderr)
 
 
 def get_logger(directory, rank: int) -> logging.Logger:
@@ -76,7 +109,8 @@ def get_logger(directory, rank: int) -> logging.Logger:
         handler.close()
     mark = f"rank {rank} " if rank else ""
     formatter = logging.Formatter(f"%(asctime)s {mark}%(levelname)s %(message)s")
-    file = logging.FileHandler(Path(directory) / "output.log", encoding="utf-8")
+    path = Path(directory) / "output.log"
+    file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     for handler in file, _ConsoleHandler():
         handler.setFormatter(formatter)
         log.addHandler(handler)
@@ -143,6 +177,9 @@ class MetricsLog:
     def truncate_after(self, step: int, batch: float = math.inf) -> None:
         """At each start: drop lines of later steps or batches, and one that a kill cut short."""
         self.close()
+        if self._path.exists() and not step:  # of a run whose checkpoints are gone
+            end = time.strftime("%Y%m%d-%H%M%S", time.localtime(self._path.stat().st_mtime))
+            self._path.rename(self._path.with_name(f"metrics.until-{end}.jsonl"))
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
             before = [line + "\n" for line in lines if _is_before(line, step, batch)]

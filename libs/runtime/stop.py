@@ -9,8 +9,13 @@ _LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by laun
 _SAME_KEY_PRESS_S = 1.0
 
 
+# What schedulers send before they kill: SLURM the signal that --signal names, often USR1; submitit
+# USR2; SGE either with -notify, and XCPU at a soft limit; LSF USR2 at its run limit.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
+
 class StopRequest:
-    """Context in which SIGTERM and SIGINT set `requested` instead of ending the process.
+    """Context in which SIGNALS set `requested` instead of ending the process.
 
     A second SIGINT raises KeyboardInterrupt, unless it comes within a second of the first:
     terminal and launcher both pass on the same Ctrl-C. `accelerate launch` with one process dies
@@ -33,8 +38,7 @@ class StopRequest:
                 raise KeyboardInterrupt
 
     def __enter__(self):
-        numbers = signal.SIGTERM, signal.SIGINT
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception):

@@ -1,5 +1,6 @@
 """Batches out of worker processes: a failure of theirs is said, and no wait is without end."""
 
+import atexit
 import ctypes
 import itertools
 import multiprocessing
@@ -12,6 +13,7 @@ from multiprocessing.reduction import ForkingPickler
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from libs.runtime.launch import get_timeout
+from libs.runtime.stop import SIGNALS
 from utils import UserError
 
 _POLL_S = 2  # between two looks at a request to stop
@@ -24,6 +26,8 @@ def detach_worker(worker_id: int) -> None:
     checkpoint is saved. So workers leave the group, and end with their parent.
     """
     os.setpgid(0, 0)
+    for number in SIGNALS:  # schedulers send them to every process of a job
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -55,6 +59,15 @@ def _collate(items):
         ) from error
 
 
+def _kill_workers():
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+atexit.register(_kill_workers)  # Python itself would send SIGTERM, which they ignore, and wait
+
+
 def _receive(loader, is_stopped):
     began = time.monotonic()
     while True:
@@ -68,10 +81,7 @@ def _receive(loader, is_stopped):
             limit = get_timeout() / 2
             if not is_stopped() and time.monotonic() - began < limit:
                 continue
-            # The loader would wait for each worker at its end; torch's handler raises.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for worker in multiprocessing.active_children():
-                worker.kill()
+            _kill_workers()  # the loader would wait for each at its end
             if not is_stopped():
                 raise UserError(
                     f"no batch came from the processes that read data for {limit:g} s (half of "

@@ -109,7 +109,7 @@ class StepLog:
             line = dict(batch=progress.batch, loss=stats.loss, grad_norm=stats.grad_norm)
             line |= dict(lr=stats.lr, img_s=img_s, outcome=outcome)
             self.metrics_log.write(step, line)
-            self.bar.set_postfix(loss=f"{stats.loss:.4f}", img_s=f"{img_s:.0f}")
+            self.bar.set_postfix(loss=f"{stats.loss:.4f}", img_s=f"{img_s:.0f}", refresh=False)
             self.batches, self.seconds = 0, 0.0
         self.bar.update(outcome == "ok")
 

@@ -31,13 +31,15 @@ class Snapshots:
             config, state.ema.model, process, codec, precision=state.precision, seed=config.seed
         )
         self.features = self.real = None
-        if config.train.fid_samples and config.sample.features != "none":
+        self.wants_fid = bool(config.train.fid_samples and config.sample.features != "none")
+        if self.wants_fid:
             look_up(evaluate.FEATURES, config.sample.features, "sample.features")
             self.prepare_fid()
 
     def prepare_fid(self):
         """The feature network, and on the main process the real side, as eval.py opens it, without
-        the augmentation of training; no FID in this run, with a warning, where they cannot be had.
+        the augmentation of training. A warning says where they cannot be had; the next FID tries
+        again.
         """
         config, device = self.config, self.accelerator.device
         try:
@@ -51,7 +53,7 @@ class Snapshots:
                     config.dataset, self.features, images, side=side, device=device
                 )
         except UserError as error:
-            log.warning("no FID in this run: %s", error)
+            log.warning("no FID until this is mended: %s", error)
             self.features = None
         wait_without_timeout(self.accelerator)
         if not all(gather_object([self.features is not None])):
@@ -64,7 +66,7 @@ class Snapshots:
         settings, last = self.config.train, step == self.config.train.n_steps
         due = {"save", "fid"} if last or step % settings.save_interval == 0 else set()
         due |= {"grid"} if last or step % settings.eval_interval == 0 else set()
-        return due - {"grid" if not settings.grid_samples else "", "" if self.features else "fid"}
+        return due - {"" if settings.grid_samples else "grid", "" if self.wants_fid else "fid"}
 
     def missing(self, step):
         """What is due at `step` and was not made, since the run ended after its save; all processes
@@ -101,6 +103,10 @@ class Snapshots:
     def measure_fid(self, step):
         """The figures of train.fid_samples images, in the log."""
         n, figures = self.config.train.fid_samples, None
+        if self.features is None:
+            self.prepare_fid()
+        if self.features is None:  # on every process
+            return
         try:
             with whole_weights(self.image_sampler.model):
                 parts = self.image_sampler, self.features, self.real, self.accelerator

@@ -58,7 +58,8 @@ def require_fp8(device, widths):
     """UserError where products of these widths cannot run in fp8."""
     reason = unsupported(torch.device(device), widths)
     if reason:
-        raise UserError(f"matrix products in fp8 are asked for, but {reason}")
+        keys = "--config.sample.fp8=False, or train.fp8 in training, does without"
+        raise UserError(f"matrix products in fp8 are asked for, but {reason}; {keys}")
 
 
 def turn_on_fp8(network, dtype, key):
@@ -67,7 +68,10 @@ def turn_on_fp8(network, dtype, key):
     if not hasattr(network, "use_fp8"):
         raise UserError(f"{key} is for DiM, not for {type(network).__name__}: leave it out")
     if dtype is None:
-        raise UserError(f"{key} replaces products in half precision: add --mixed_precision bf16")
+        raise UserError(
+            f"{key} replaces products in half precision: add --mixed_precision bf16 to accelerate "
+            f"launch, or --config.{key}=False"
+        )
     network.use_fp8(next(network.parameters()).device)
 
 
