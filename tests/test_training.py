@@ -94,7 +94,7 @@ def test_terms_are_added_by_weight_and_may_ask_for_hidden_activations(monkeypatc
     inner = 4 * z_t.square().flatten(1).mean(1) + 5 * z_t.flatten(1).mean(1) * torch.arange(4)
     torch.testing.assert_close(loss(mse=1.0), mse, rtol=0, atol=0)
     torch.testing.assert_close(loss(mse=0.5, size=0.25), 0.5 * mse + 0.25 * inner)
-    with pytest.raises(UserError, match="loss is 'huber', expected one of mse, size"):
+    with pytest.raises(UserError, match="loss is 'huber', expected one of mse"):
         loss(huber=1.0)
 
 
