@@ -623,7 +623,7 @@ def test_a_small_dev_shm_ends_the_run(tmp_path):
 
 def test_a_wait_for_workers_ends_by_time_or_request(monkeypatch):
     monkeypatch.setattr("libs.runtime.workers._POLL_S", 0.1)
-    monkeypatch.setenv("DIM_TIMEOUT_S", "1")
+    monkeypatch.setattr("libs.runtime.workers.TIMEOUT_S", 1)
     with pytest.raises(UserError, match="no batch came .* for 0.5 s"):
         next(read_batches(Reading(lambda: time.sleep(60)), num_workers=1))
     sleeping = read_batches(Reading(lambda: time.sleep(60)), num_workers=1, is_stopped=lambda: True)

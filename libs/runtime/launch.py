@@ -27,7 +27,7 @@ UNUSED = {
 }  # fmt: skip
 # Of torchrun, whose single process runs as one without it: accelerate would wrap its network.
 RANK = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-TIMEOUT_S = 1800  # of what the processes do together, unless DIM_TIMEOUT_S says otherwise
+TIMEOUT_S = float(os.environ.get("DIM_TIMEOUT_S") or 1800)  # of what the processes do together
 
 _patient_group = None  # of all processes, on gloo, with a time-out that no work reaches
 
@@ -46,11 +46,6 @@ def _hidden_from_accelerate(names):
         yield
     finally:
         os.environ.update(requests)
-
-
-def get_timeout():
-    """Seconds after which what the processes do together has failed."""
-    return float(os.environ.get("DIM_TIMEOUT_S") or TIMEOUT_S)
 
 
 def make_accelerator():
@@ -73,7 +68,7 @@ def make_accelerator():
         asked = ", ".join(f"{name}={os.environ[name]}" for name in unused)
         log.warning("accelerate launch asks for %s, which DiM does not use", asked)
     alone = os.environ.get("WORLD_SIZE") == "1"
-    timeout = datetime.timedelta(seconds=get_timeout())
+    timeout = datetime.timedelta(seconds=TIMEOUT_S)
     # On the CPU, libs.train.engine serves engines that accelerate does not.
     hidden = (*unused, *(ENGINES if on_cpu or alone else ()), *(RANK if alone else ()))
     with _hidden_from_accelerate(hidden):

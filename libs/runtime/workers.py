@@ -12,7 +12,7 @@ from multiprocessing.reduction import ForkingPickler
 
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
-from libs.runtime.launch import get_timeout
+from libs.runtime.launch import TIMEOUT_S
 from libs.runtime.stop import SIGNALS
 from utils import UserError
 
@@ -68,7 +68,7 @@ def _kill_workers():
 atexit.register(_kill_workers)  # Python itself would send SIGTERM, which they ignore, and wait
 
 
-def _receive(loader, is_stopped):
+def _receive(loader, is_stopped, substitute):
     began = time.monotonic()
     while True:
         try:
@@ -78,7 +78,7 @@ def _receive(loader, is_stopped):
         except RuntimeError as error:  # of a time-out: the same call may be made again
             if not str(error).startswith("DataLoader timed out"):
                 raise
-            limit = get_timeout() / 2
+            limit = TIMEOUT_S / 2
             if not is_stopped() and time.monotonic() - began < limit:
                 continue
             _kill_workers()  # the loader would wait for each at its end
@@ -87,20 +87,22 @@ def _receive(loader, is_stopped):
                     f"no batch came from the processes that read data for {limit:g} s (half of "
                     "DIM_TIMEOUT_S): see their errors above, and whether the disk answers"
                 ) from error
-            yield from itertools.repeat(None)
+            yield from itertools.repeat(substitute)
         yield batch.open() if isinstance(batch, _Parcel) else batch
         began = time.monotonic()
 
 
-def read_batches(dataset, *, num_workers, pin_memory=False, is_stopped=bool, **order):
+def read_batches(
+    dataset, *, num_workers, pin_memory=False, is_stopped=bool, substitute=None, **order
+):
     """Iterator over batches of `dataset`, whose items are tuples, as lists of tensors.
 
-    num_workers: processes that read, started now; order: words for the DataLoader. While
-    is_stopped() holds, a batch that does not come is None. UserError: a worker cannot pass on its
-    batch, or none came for half of DIM_TIMEOUT_S, before other ranks would give up.
+    num_workers: processes that read, started now; order: words for the DataLoader. `substitute`
+    stands for a batch that does not come while is_stopped() holds. UserError: a worker cannot pass
+    on its batch, or none came for half of DIM_TIMEOUT_S, before other ranks would give up.
     """
     loader = DataLoader(
         dataset, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_collate,
         worker_init_fn=detach_worker, timeout=_POLL_S if num_workers else 0, **order,
     )  # fmt: skip
-    return _receive(iter(loader), is_stopped)
+    return _receive(iter(loader), is_stopped, substitute)

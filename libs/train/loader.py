@@ -7,20 +7,17 @@ from libs.runtime import read_batches
 
 
 class Prefetcher:
-    """Iterator over the micro-batches of `batches`, tuples of tensors, on `device`; substitute: for
-    one that is None.
-    """
+    """Iterator over the micro-batches of `batches`, tuples of tensors, on `device`."""
 
-    def __init__(self, batches, device, substitute=None):
-        self.batches, self.device, self.substitute = iter(batches), device, substitute
-        self._ahead = None
+    def __init__(self, batches, device):
+        self.batches, self.device, self._ahead = iter(batches), device, None
 
     def prefetch(self):
         """Take the next micro-batch from the loader; call this once the work on the present one is
         queued, so that the device need not wait for the host.
         """
         if self._ahead is None:
-            batch = next(self.batches) or self.substitute
+            batch = next(self.batches)
             self._ahead = tuple(x.to(self.device, non_blocking=True) for x in batch)
 
     def __next__(self):
@@ -40,11 +37,11 @@ def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch
         rank=accelerator.process_index, accumulation=accumulation, seed=seed,
         start_batch=start_batch,
     )  # fmt: skip
+    rows = settings.batch_size // (processes * accumulation)
+    nothing = torch.full((rows, *dataset.shape), torch.nan), torch.zeros(rows, dtype=torch.int64)
     # The workers start now, before there are threads that a fork could catch half-way.
     batches = read_batches(
         dataset, batch_sampler=sampler, num_workers=settings.num_workers,
-        pin_memory=device.type == "cuda", is_stopped=is_stopped,
+        pin_memory=device.type == "cuda", is_stopped=is_stopped, substitute=nothing,
     )  # fmt: skip
-    rows = settings.batch_size // (processes * accumulation)
-    nothing = torch.full((rows, *dataset.shape), torch.nan), torch.zeros(rows, dtype=torch.int64)
-    return Prefetcher(batches, device, nothing)
+    return Prefetcher(batches, device)
