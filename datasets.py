@@ -17,20 +17,13 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from libs.data import (
-    Scaling,
-    UnreadableImage,
-    keyed_words,
-    label_images,
-    list_images,
-    open_latents,
-    read_square,
-)
+from libs import data
 from utils import UserError, listed, look_up
 
 
 class ImageDataset(Dataset):
-    """Base of the data sets: labels and keyed augmentation. Subclasses give `_read(epoch, index)`.
+    """Base of the data sets: labels and keyed augmentation. Subclasses give `_read(epoch, index)`:
+    the image as float32 (C, H, W) in [-1, 1], and the index it was read from.
 
     A subclass is constructed with path (a Path or None), resolution (or None), labels (False: no
     classes), random_flip and seed, and, if it crops and it is asked for, random_crop=True.
@@ -59,12 +52,8 @@ class ImageDataset(Dataset):
         return hashlib.sha256(listing).hexdigest()
 
     def _is_flipped(self, epoch, index):
-        draw = functools.partial(keyed_words, 1, self.seed, "flip")
+        draw = functools.partial(data.keyed_words, 1, self.seed, "flip")
         return self.random_flip and draw(epoch=epoch, index=index)[0] & 1
-
-    def _read(self, epoch, index):
-        """The image as float32 (C, H, W) in [-1, 1], and the index it was read from."""
-        raise NotImplementedError
 
     def __getitem__(self, key):
         """(epoch, index) -> x float32 (C, H, W) in [-1, 1], y int64 (0 if there are no classes)."""
@@ -145,11 +134,7 @@ class Cifar10(InMemory):
         return _uint8_to_float(self.images[index]), index
 
 
-# ------------------------------------------------------------ image folders
-
 MAX_UNREADABLE = 10, 0.01  # images, and share of the data set; the larger counts
-
-
 _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
@@ -166,7 +151,7 @@ class ImageFolder(ImageDataset):
 
     def __init__(self, *, path, resolution, labels, random_crop=False, **augmentation):
         self.root, targets = path / self.subfolder if path.is_dir() else path, None
-        self.files, self.left_out = list_images(self.root)
+        self.files, self.left_out = data.list_images(self.root)
         splits = _SPLITS & {file.split("/")[0].lower() for file in self.files}
         if len(splits) > 1:
             said = f"all images of {self.root} are read, those of {', '.join(sorted(splits))}"
@@ -176,7 +161,7 @@ class ImageFolder(ImageDataset):
         crop = "random crop" if random_crop else "centre crop"
         self.preprocessing = f"RGB, {crop} to {resolution} (ADM: box halvings, then bicubic)"
         if labels:
-            targets, self.class_names = label_images(self.root, self.files)
+            targets, self.class_names = data.label_images(self.root, self.files)
         super().__init__(
             length=len(self.files), shape=(3, resolution, resolution), labels=targets,
             num_classes=len(self.class_names or ()), **augmentation,
@@ -184,9 +169,9 @@ class ImageFolder(ImageDataset):
 
     def pixels(self, epoch, index):
         """One image as uint8 (3, H, W), not flipped; UnreadableImage for a damaged file."""
-        words = keyed_words(3, self.seed, "crop", epoch=epoch, index=index)
+        words = data.keyed_words(3, self.seed, "crop", epoch=epoch, index=index)
         words = words if self.random_crop else None
-        return read_square(self.root, self.files[index], self.shape[-1], words)
+        return data.read_square(self.root, self.files[index], self.shape[-1], words)
 
     @property
     def sizes(self):
@@ -210,7 +195,7 @@ class ImageFolder(ImageDataset):
             if not self.unreadable[index]:
                 try:
                     return _uint8_to_float(self.pixels(epoch, index)), index
-                except UnreadableImage as error:
+                except data.UnreadableImage as error:
                     self._note_unreadable(index, error)
             index = (index + 1) % self.length
 
@@ -221,9 +206,6 @@ class ImageNet(ImageFolder):
     """
 
     subfolder = "train"
-
-
-# ------------------------------------------------------------ latents
 
 
 class FolderLatents(ImageDataset):
@@ -240,9 +222,10 @@ class FolderLatents(ImageDataset):
     known_classes = None  # how many, where single files need not be read for it
 
     def __init__(self, *, path, resolution, labels, random_flip, seed):
-        self.latents = latents = open_latents(path, self.known_classes)
+        self.latents = latents = data.open_latents(path, self.known_classes)
         made_with = latents.manifest or {}
-        self.scaling = Scaling(**{k: v for k, v in made_with.items() if k in Scaling._fields})
+        scaling = {k: v for k, v in made_with.items() if k in data.Scaling._fields}
+        self.scaling = data.Scaling(**scaling)
         self.latent_channels = latents.shape[0] // 2
         self.downsample = made_with.get("resolution", 8 * latents.shape[-1]) // latents.shape[-1]
         self.autoencoder_sha256 = made_with.get("autoencoder_sha256")

@@ -44,11 +44,11 @@ def network():
     return writers.make_autoencoder(widths=(32, 64), layers_per_block=1)
 
 
-@pytest.fixture(scope="module")
-def architecture(network, tmp_path_factory):
+@pytest.fixture
+def architecture(network, tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("architecture")
     network.save_config(folder)
-    return folder
+    monkeypatch.setattr(autoencoder, "STABLE_DIFFUSION", folder)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_every_format_gives_the_same_network(tmp_path, network, architecture, z)
     paths = sorted(tmp_path.iterdir())
     assert len(paths) == 7
     for path in paths:
-        model = load_autoencoder(path, architecture=architecture)
+        model = load_autoencoder(path)
         assert torch.equal(model.decode(z), expected), path.name
         assert model.sha256 == sha256_of(next(path.glob("diff*")) if path.is_dir() else path)
         assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
@@ -135,7 +135,7 @@ def test_every_format_gives_the_same_network(tmp_path, network, architecture, z)
 def test_weights_of_another_network_are_refused(tmp_path, network, architecture, change):
     torch.save(change(to_ldm(network)), tmp_path / "x.pth")
     with pytest.raises(UserError, match="x.pth is damaged or no KL autoencoder of Stable"):
-        load_autoencoder(tmp_path / "x.pth", architecture=architecture)
+        load_autoencoder(tmp_path / "x.pth")
 
 
 def test_missing_files_are_refused(tmp_path):

@@ -21,7 +21,7 @@ PIXELS_PER_PASS = 512 * 512
 ENCODED_PER_PASS = 4 * PIXELS_PER_PASS  # 16 images of 256x256: 22 to 60% faster than 4 (H200)
 
 
-def _read(path, weights, architecture):
+def _read(path, weights):
     """AutoencoderKL of a folder, or of a file with LDM's names, at the top or in 'state_dict'."""
     from diffusers import AutoencoderKL  # seconds to import
 
@@ -32,16 +32,17 @@ def _read(path, weights, architecture):
         return AutoencoderKL.from_pretrained(path, **options)
     tensors = read_safetensors(path) if safe else read_torch(path)
     tensors = tensors.get("state_dict", tensors)
-    return AutoencoderKL.from_single_file(tensors, config=str(architecture), local_files_only=True)
+    config = str(STABLE_DIFFUSION)
+    return AutoencoderKL.from_single_file(tensors, config=config, local_files_only=True)
 
 
-def load_autoencoder(path, *, tiling=False, architecture=STABLE_DIFFUSION):
+def load_autoencoder(path, *, tiling=False):
     """The Autoencoder at `path`, on the CPU in float32 (half precision in the file is converted).
 
     path: U-ViT's autoencoder_kl.pth or autoencoder_kl_ema.pth, any LDM checkpoint with such an
     autoencoder (nested in 'state_dict', under 'first_stage_model.'), the same in .safetensors, or a
-    diffusers folder (config.json beside the weights). architecture: a folder with the config.json
-    of a single file. Raises UserError for a missing file and for weights of another network.
+    diffusers folder (config.json beside the weights). Raises UserError for a missing file and for
+    weights of another network.
     """
     path = Path(path)
     found = [*path.glob(FOLDER_WEIGHTS + "*.safetensors"), *path.glob(FOLDER_WEIGHTS + "*.bin")]
@@ -52,7 +53,7 @@ def load_autoencoder(path, *, tiling=False, architecture=STABLE_DIFFUSION):
             "autoencoder_kl.pth or autoencoder_kl_ema.pth, as .safetensors or as a diffusers folder"
         )
     with reading(weights, "KL autoencoder of Stable Diffusion's or its config.json's shape"):
-        network = _read(path, weights, architecture).float()
+        network = _read(path, weights).float()
     if tiling:
         network.enable_tiling()
         network.enable_slicing()

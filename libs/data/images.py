@@ -31,9 +31,6 @@ class UnreadableImage(ValueError):
     """A damaged image file; the text names it."""
 
 
-# ------------------------------------------------------------ files
-
-
 @functools.lru_cache(maxsize=4)
 def _mount(root, process):
     """A directory or zip file as a Path; after a fork handles would share their place in it."""
@@ -118,9 +115,6 @@ def label_images(root, files):
             "put every image into a subdirectory named as its class, or read them without labels"
         )
     return np.array(labels, np.int64), classes
-
-
-# ------------------------------------------------------------ pixels
 
 
 def crop_square(image, resolution, words=None):

@@ -7,17 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+import utils
 from libs.data.latents import DTYPE, FORMAT, LABELS, MANIFEST, shard_name
 from libs.files import sha256_of
-from utils import (
-    UserError,
-    listed,
-    make_directory,
-    read_json,
-    remove_leftovers,
-    replacing,
-    write_json,
-)
 
 
 class LatentWriter:
@@ -48,29 +40,29 @@ class LatentWriter:
 
         Raises UserError if the folder holds other files, or latents of other settings.
         """
-        make_directory(self.folder)
+        utils.make_directory(self.folder)
         path, begun = self.folder / MANIFEST, {}
         if path.is_file():
-            begun = read_json(path)
+            begun = utils.read_json(path)
             other = [key for key, value in self.settings.items() if begun.get(key) != value]
         else:
             other = [file.name for file in self.folder.iterdir() if file.name[0] != "."]
         if other:
-            raise UserError(
+            raise utils.UserError(
                 f"{self.folder} holds other files, or latents begun with other settings "
-                f"({listed(other)}): give another folder, or the former settings"
+                f"({utils.listed(other)}): give another folder, or the former settings"
             )
-        remove_leftovers(self.folder)
+        utils.remove_leftovers(self.folder)
         if "shards" in begun and not self.missing():
             return True
-        write_json(path, self.settings)
+        utils.write_json(path, self.settings)
         return False
 
     def write(self, number, batches):
         """Write a shard of batches, float16 (n, 2C, h, w) each: all of it or, if they end by an
         exception, nothing.
         """
-        with replacing(self.folder / shard_name(number)) as temporary:
+        with utils.replacing(self.folder / shard_name(number)) as temporary:
             with open(temporary, "wb") as file:
                 for records in batches:
                     file.write(np.ascontiguousarray(records, DTYPE))
@@ -85,7 +77,7 @@ class LatentWriter:
         """Write labels (num_images,) or None, then the whole manifest; every shard is there."""
         entry = None
         if labels is not None:
-            with replacing(self.folder / LABELS) as temporary:
+            with utils.replacing(self.folder / LABELS) as temporary:
                 labels.astype("<i8").tofile(temporary)
             entry = self._describe(LABELS)
         flips, shards = 1 + self.settings["flips"], []
@@ -93,4 +85,4 @@ class LatentWriter:
             records = len(self.images(number)) * flips
             shards.append({**self._describe(shard_name(number)), "records": records})
         results = {"labels": entry, "stand_ins": {}, "shards": shards, "scaled": False}
-        write_json(self.folder / MANIFEST, {**self.settings, **results})
+        utils.write_json(self.folder / MANIFEST, {**self.settings, **results})

@@ -59,18 +59,15 @@ class LatentFiles:
         moments, label = self._read(0)
         self.shape, self.labels, self.num_classes = moments.shape, None, 0
         if label is not None:
-            self.num_classes = num_classes or self._read_labels()
+            if not num_classes:
+                self.labels = np.array([self._read(i)[1] for i in range(len(self))], np.int64)
+            self.num_classes = num_classes or int(self.labels.max()) + 1
 
     def __len__(self):
         return self.num_images
 
     def _read(self, image):
         return read_latent_file(self.folder / f"{image}{self.layout}")
-
-    def _read_labels(self):
-        """All of them; returns the number of classes."""
-        self.labels = np.array([self._read(i)[1] for i in range(self.num_images)], np.int64)
-        return int(self.labels.max()) + 1
 
     def read_labelled(self, images, flipped):
         """images (n,) integers -> float32 (n, 2C, h, w), int64 (n,) or None without labels."""

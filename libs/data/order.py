@@ -1,5 +1,6 @@
 """The order in which training reads a data set, and the keyed random streams of augmentation."""
 
+import functools
 import itertools
 
 import numpy as np
@@ -20,6 +21,7 @@ def keyed_words(count, seed, purpose, *, epoch, index=0):
     return rng.random_raw(count)
 
 
+@functools.lru_cache(maxsize=1)  # the epochs of a stream only rise
 def permutation(length, *, seed, epoch):
     """The order of one epoch, int64 (length,), the same on every machine and numpy version."""
     # numpy keeps raw Philox words stable over its versions, not Generator.permutation (NEP 19).
@@ -47,17 +49,12 @@ class GlobalBatchSampler(Sampler):
         self.length, self.batch_size, self.start_batch = length, batch_size, start_batch
         self.num_processes, self.rank = num_processes, rank
         self.accumulation, self.seed = accumulation, seed
-        self._cached = (None, None)  # (epoch, its permutation); positions only rise: one is enough
-
-    def _permutation(self, epoch):
-        if self._cached[0] != epoch:
-            self._cached = epoch, permutation(self.length, seed=self.seed, epoch=epoch)
-        return self._cached[1]
 
     def _keys(self, start, stop):
         """(epoch, index) of the stream positions [start, stop), which may cross epochs."""
         places = (divmod(position, self.length) for position in range(start, stop))
-        return [(epoch, int(self._permutation(epoch)[offset])) for epoch, offset in places]
+        order = functools.partial(permutation, self.length, seed=self.seed)
+        return [(epoch, int(order(epoch=epoch)[offset])) for epoch, offset in places]
 
     def __iter__(self):
         mini_batch_size = self.batch_size // (self.num_processes * self.accumulation)

@@ -1,17 +1,7 @@
 """Pictures from a trained network, and their figures."""
 
-from libs.evaluate.features import (
-    FEATURES,
-    DigitsClassifier,
-    load_real,
-    make_features,
-)
-from libs.evaluate.generate import (
-    draw_rows,
-    make_grid_images,
-    make_image_sampler,
-    measure,
-)
+from libs.evaluate.features import FEATURES, DigitsClassifier, load_real, make_features
+from libs.evaluate.generate import draw_rows, make_grid_images, make_image_sampler, measure
 from libs.evaluate.metrics import METRICS, Moments, save_statistics
 from libs.evaluate.run import run_evaluation
 

@@ -89,8 +89,13 @@ class ImageSampler:
         `get_labels`; on_step(i, n) is called after network call i of n.
         """
         labels = self.get_labels(indices) if labels is None else labels
+        y, settings = None if labels is None else labels.to(self.device), self.settings
+        noise = ImageNoise(self.seed, indices, self.z_shape)
+        given = dict(pred=self.pred, algorithm=settings.algorithm, steps=settings.sample_steps)
+        given |= dict(noise=noise, on_step=on_step)
         with self._network.ready() as network, self.precision.autocast():
-            return self.codec.decode(self._draw(network, indices, labels, on_step))
+            output, z_T = self._guide(network, y), noise.initial().to(self.device)
+            return self.codec.decode(sample(output, self.process, z_T, **given))
 
     def __enter__(self):
         return self
@@ -102,14 +107,6 @@ class ImageSampler:
         """output(x, t) of the guided network for labels y."""
         given = dict(pred=self.pred, null_label=self.model.num_classes, settings=self.settings)
         return make_guided(network, self.process, y, upsample=self.upsample, **given)
-
-    def _draw(self, network, indices, labels, on_step=None):
-        """z (B, *z_shape) of `indices`."""
-        y, settings = None if labels is None else labels.to(self.device), self.settings
-        noise = ImageNoise(self.seed, indices, self.z_shape)
-        given = dict(pred=self.pred, algorithm=settings.algorithm, steps=settings.sample_steps)
-        output, z_T = self._guide(network, y), noise.initial().to(self.device)
-        return sample(output, self.process, z_T, noise=noise, on_step=on_step, **given)
 
 
 def make_image_sampler(config, model, process, codec, *, precision, seed):
@@ -153,35 +150,28 @@ def _deal_indices(n, mini_batch_size, accelerator):
     return [list(indices[i : i + mini_batch_size]) for i in range(0, len(indices), mini_batch_size)]
 
 
-def accumulate_features(image_sampler, features, accelerator, *, n, stop):
-    """The FeatureSet of images 0..n-1, made on all processes: sums alone leave a process. None if
-    stop() came true.
+def measure(image_sampler, features, real, accelerator, *, n, stop=lambda: False):
+    """The figures of images 0..n-1, made on all processes, sums alone leave a process: dict for the
+    log of a training. None if stop() came true, and on processes without `real`. UserError on every
+    process if an image contains NaN.
     """
     moments, agreement = Moments(features.dim, accelerator.device), None
     agreeing = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     batches = _deal_indices(n, image_sampler.settings.mini_batch_size, accelerator)
     quiet = not accelerator.is_main_process
     made = iter_features(image_sampler, features, batches, quiet=quiet, stop=stop)
-    for _, _, rows, correct in made:
-        moments.update(rows)
-        agreeing += 0 if correct is None else correct.sum()
+    with image_sampler:
+        for _, _, rows, correct in made:
+            moments.update(rows)
+            agreeing += 0 if correct is None else correct.sum()
     for tensor in (moments.count, moments.sum, moments.outer, agreeing):
         tensor.copy_(accelerator.reduce(tensor, "sum"))
     if moments.count.item() < n:
         return None
     if hasattr(features, "classify") and image_sampler.conditional:
         agreement = agreeing.item() / n
-    return FeatureSet(*moments.mean_and_covariance(), agreement=agreement)
-
-
-def measure(image_sampler, features, real, accelerator, *, n, stop=lambda: False):
-    """The figures of images 0..n-1, made on all processes: dict for the log of a training. None if
-    stop() came true, and on processes without `real`. UserError on every process if an image
-    contains NaN.
-    """
-    with image_sampler:
-        generated = accumulate_features(image_sampler, features, accelerator, n=n, stop=stop)
-    return compute_metrics(generated, real, IN_TRAINING) if generated and real else None
+    generated = FeatureSet(*moments.mean_and_covariance(), agreement=agreement)
+    return compute_metrics(generated, real, IN_TRAINING) if real else None
 
 
 def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
