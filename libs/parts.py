@@ -28,14 +28,6 @@ def open_dataset(config, *, augmented=False):
     )  # fmt: skip
 
 
-def _open_data(config, data):
-    if data == "training":
-        return open_dataset(config, augmented=True)
-    wanted = data == "real" and config.sample.features != "none"
-    stored = config.dataset.fid_stats or config.dataset.name in LATENTS
-    return open_dataset(config) if wanted and not stored else None
-
-
 def _check_shapes(config, codec, dataset, model):
     """UserError where the network's input is not what the config, the data or the codec have."""
     made_for = (model.in_channels, *model.input_size)
@@ -96,7 +88,9 @@ def make_parts(config, *, data=None):
     process = make_process(**config.process)
     if config.pred not in process.predictions:
         raise UserError(f"pred is {config.pred!r}, expected one of {process.predictions}")
-    dataset = _open_data(config, data)
+    stored = config.dataset.fid_stats or config.dataset.name in LATENTS
+    measured = data == "real" and config.sample.features != "none" and not stored
+    dataset = open_dataset(config, augmented=training) if training or measured else None
     model = build_model(config.nnet, seed=config.seed if training else None)
     codec = PixelCodec()
     if config.z_shape is not None:

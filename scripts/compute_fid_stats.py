@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 import utils
 from datasets import get_dataset
-from libs.evaluate import FEATURES, Moments, make_features, save_statistics
-from libs.runtime import REQUIRED, file_path, read_batches, run_main
+from libs.evaluate import FEATURES, Moments, extract_features, make_features, save_statistics
+from libs.runtime import REQUIRED, file_path, run_main
 
 FLAGS = {
     "dataset": (str, REQUIRED, "a data set of images: digits, cifar10, imagenet or folder"),
@@ -41,18 +41,6 @@ def choose_stored(count, stored):
     return chosen
 
 
-def compute(dataset, indices, features, *, stored, batch_size, num_workers):
-    """(Moments of all images `indices`, features (m, dim) of those that `stored` (n,) marks)."""
-    moments, rows, keys = Moments(features.dim), [], [(0, index) for index in indices]
-    loader = read_batches(dataset, batch_size=batch_size, sampler=keys, num_workers=num_workers)
-    for (images, _), chosen in zip(loader, tqdm(stored.split(batch_size)), strict=True):
-        # The values that pytorch-fid has from an 8-bit file, free of the rounding of [-1, 1].
-        found = features(((images + 1) * 127.5).round() / 255).cpu()
-        moments.update(found)
-        rows.append(found[chosen])
-    return moments, torch.cat(rows)
-
-
 def main(args):
     utils.file_to_write(args.out, "--out")
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
@@ -63,12 +51,17 @@ def main(args):
     indices = [i * len(dataset) // count for i in range(count)]
     stored = choose_stored(count, args.kept_features)
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
-    moments, rows = compute(dataset, indices, features, stored=stored, **loading)
+    batches = extract_features(dataset, indices, features, **loading)
+    moments, rows = Moments(features.dim), []
+    for (found, *_), chosen in zip(batches, tqdm(stored.split(args.batch_size)), strict=True):
+        moments.update(found)
+        rows.append(found[chosen])
     mu, sigma = moments.mean_and_covariance()
     record = {"count": count, "extractor": features.name, "resolution": args.resolution}
     images = f"{args.dataset}, {count} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
     record["preprocessing"] = images
-    save_statistics(args.out, mu=mu, sigma=sigma, features=rows if len(rows) else None, **record)
+    rows = torch.cat(rows) if stored.any() else None
+    save_statistics(args.out, mu=mu, sigma=sigma, features=rows, **record)
     print(f"wrote {args.out}: {record}")
 
 

@@ -21,21 +21,6 @@ PIXELS_PER_PASS = 512 * 512
 ENCODED_PER_PASS = 4 * PIXELS_PER_PASS  # 16 images of 256x256: 22 to 60% faster than 4 (H200)
 
 
-def _read(path, weights):
-    """AutoencoderKL of a folder, or of a file with LDM's names, at the top or in 'state_dict'."""
-    from diffusers import AutoencoderKL  # seconds to import
-
-    safe = weights.suffix == ".safetensors"
-    if path.is_dir():
-        variant = weights.stem.partition(".")[2] or None
-        options = dict(local_files_only=True, use_safetensors=safe, variant=variant)
-        return AutoencoderKL.from_pretrained(path, **options)
-    tensors = read_safetensors(path) if safe else read_torch(path)
-    tensors = tensors.get("state_dict", tensors)
-    config = str(STABLE_DIFFUSION)
-    return AutoencoderKL.from_single_file(tensors, config=config, local_files_only=True)
-
-
 def load_autoencoder(path, *, tiling=False):
     """The Autoencoder at `path`, on the CPU in float32 (half precision in the file is converted).
 
@@ -52,8 +37,20 @@ def load_autoencoder(path, *, tiling=False):
             f"there is no autoencoder {path}: put Stable Diffusion's there, as U-ViT's "
             "autoencoder_kl.pth or autoencoder_kl_ema.pth, as .safetensors or as a diffusers folder"
         )
+    safe = weights.suffix == ".safetensors"
     with reading(weights, "KL autoencoder of Stable Diffusion's or its config.json's shape"):
-        network = _read(path, weights).float()
+        from diffusers import AutoencoderKL  # seconds to import
+
+        options = dict(local_files_only=True)
+        if path.is_dir():
+            options |= dict(use_safetensors=safe, variant=weights.stem.partition(".")[2] or None)
+            network = AutoencoderKL.from_pretrained(path, **options)
+        else:
+            tensors = read_safetensors(path) if safe else read_torch(path)
+            tensors = tensors.get("state_dict", tensors)
+            config = str(STABLE_DIFFUSION)
+            network = AutoencoderKL.from_single_file(tensors, config=config, **options)
+        network.float()
     if tiling:
         network.enable_tiling()
         network.enable_slicing()

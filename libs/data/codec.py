@@ -84,7 +84,6 @@ class LatentCodec:
         return torch.autocast(device.type, torch.float16, enabled=on)
 
     def describe(self):
-        """The settings that a result depends on, for its record."""
         sha256 = self.autoencoder.sha256 if self.autoencoder else None
         scaling = {k: v for k, v in self.scaling._asdict().items() if v is not None}
         return {"autoencoder_sha256": sha256, **scaling}
@@ -94,11 +93,8 @@ def make_latent_codec(settings, dataset=None, *, decoding=True):
     """The LatentCodec of a config's section `autoencoder`, its autoencoder loaded if it has a path.
     The scaling is the section's, else the autoencoder's, else that of the latents' autoencoder.
 
-    dataset: what is to be encoded, if anything; decoding: whether pictures are wanted.
-
-    Raises:
-        UserError: no such file, no path though an autoencoder is needed, or latents of `dataset`
-            made with another autoencoder.
+    dataset: what is to be encoded, if anything; decoding: whether pictures are wanted. UserError:
+    no such file, no path though an autoencoder is needed, or latents of another autoencoder.
     """
     path, autoencoder = settings.pretrained_path, None
     if not path and (decoding or not getattr(dataset, "latent", False)):

@@ -60,11 +60,8 @@ class LatentFiles:
         self.shape, self.labels, self.num_classes = moments.shape, None, 0
         if label is not None:
             if not num_classes:
-                self.labels = np.array([self._read(i)[1] for i in range(len(self))], np.int64)
+                self.labels = np.array([self._read(i)[1] for i in range(self.num_images)], np.int64)
             self.num_classes = num_classes or int(self.labels.max()) + 1
-
-    def __len__(self):
-        return self.num_images
 
     def _read(self, image):
         return read_latent_file(self.folder / f"{image}{self.layout}")

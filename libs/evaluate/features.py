@@ -4,13 +4,13 @@ import hashlib
 from pathlib import Path
 from unittest import mock
 
-import safetensors
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from libs.evaluate.metrics import load_statistics, make_feature_set
 from libs.files import load_strict, read_safetensors, read_torch, sha256_of
+from libs.runtime import read_batches
 from utils import UserError, look_up
 
 # As in the published file's name, pt_inception-2015-12-05-6726825d.pth.
@@ -86,7 +86,7 @@ class DigitsClassifier(nn.Module):
 
 class DigitsClassifierFeatures:
     """Features (48) and classes by the classifier that scripts/train_digits_classifier.py wrote;
-    UserError without it. `metadata` (strings) holds its held-out accuracy, seed and split.
+    UserError without it.
     """
 
     dim = DigitsClassifier.dim
@@ -97,8 +97,6 @@ class DigitsClassifierFeatures:
             raise UserError(f"there is no {path}: run scripts/train_digits_classifier.py")
         self.network, self.device = DigitsClassifier(), device
         load_strict(self.network, read_safetensors(path), path)
-        with safetensors.safe_open(path, "pt") as file:
-            self.metadata = file.metadata()
         # Of the tensors: safetensors writes its metadata in random order, so files differ.
         weights = b"".join(x.numpy().tobytes() for x in self.network.state_dict().values())
         self.name = f"digits_classifier-{hashlib.sha256(weights).hexdigest()[:8]}"
@@ -136,16 +134,24 @@ def round_to_8_bit(images):
     return (images * 255).round() / 255
 
 
+def extract_features(dataset, indices, features, *, batch_size=BATCH, num_workers=0):
+    """For each batch of the images `indices` of a data set: features (B, dim), images (B, C, H, W)
+    as 8-bit files hold them, and labels (B,), all on the CPU.
+    """
+    order = dict(batch_size=batch_size, sampler=[(0, index) for index in indices])
+    rng = torch.Generator()  # a DataLoader draws; not from the training's stream
+    for x, y in read_batches(dataset, num_workers=num_workers, generator=rng, **order):
+        images = round_to_8_bit(x * 0.5 + 0.5)
+        yield features(images).cpu(), images, y
+
+
 def _measure(dataset, name, features, device):
-    """The FeatureSet of all images of a data set, as 8-bit files hold them."""
+    """The FeatureSet of all images of a data set."""
     classify = getattr(features, "classify", None) if dataset.num_classes else None
     rows, agreeing = [], 0
-    for start in range(0, len(dataset), BATCH):
-        items = [dataset[(0, i)] for i in range(start, min(start + BATCH, len(dataset)))]
-        images = round_to_8_bit(torch.stack([x for x, _ in items]).mul(0.5).add(0.5))
-        rows.append(features(images).cpu())
+    for found, images, labels in extract_features(dataset, range(len(dataset)), features):
+        rows.append(found)
         if classify:
-            labels = torch.tensor([int(y) for _, y in items])
             agreeing += (classify(images).cpu() == labels).sum().item()
     identity = {"dataset": name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
     source = {"file": None, "count": len(dataset), "known": True, "images": identity}
@@ -156,10 +162,8 @@ def _measure(dataset, name, features, device):
 def load_real(settings, features, dataset, *, side, device):
     """The FeatureSet of the real images: of the statistics file dataset.fid_stats if it is given,
     else of `dataset`, not augmented or None, measured here. settings: config.dataset; side: of the
-    generated images in pixels.
-
-    Raises:
-        UserError: neither a file nor a data set of few images; they do not fit the generated ones.
+    generated images in pixels. UserError: neither a file nor a data set of few images; they do not
+    fit the generated ones.
     """
     if settings.fid_stats:
         return load_statistics(

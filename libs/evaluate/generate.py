@@ -32,8 +32,7 @@ class ImageSampler:
         settings: config.sample; upsample: keywords of upsampling guidance, or None.
         precision: libs.runtime.Precision; seed: keys noise and random labels, with the index.
 
-    Raises:
-        UserError: a class that the model does not have; an algorithm that cannot be.
+    UserError: a class that the model does not have; an algorithm that cannot be.
     """
 
     def __init__(
@@ -192,10 +191,8 @@ def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
 
 def draw_rows(image_sampler, classes, n):
     """n images each of `classes`, or of all classes, on the CPU, (rows x n, C, H, W), with a
-    progress bar; one row of an unconditional model.
-
-    Raises:
-        UserError: a class that the model does not have; an image contains NaN.
+    progress bar; one row of an unconditional model. UserError: a class that the model does not
+    have; an image contains NaN.
     """
     num_classes = image_sampler.model.num_classes if image_sampler.conditional else 0
     for label in classes or ():

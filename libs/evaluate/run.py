@@ -84,11 +84,6 @@ def claim_places(output_path, folder, settings, spec):
         utils.remove_leftovers(settings.path)
 
 
-def list_batches(folder, n, m):
-    """For each batch of m of n images, the path of its file and its image indices."""
-    return [(folder / f"{i // m:06}.npz", list(range(i, min(i + m, n)))) for i in range(0, n, m)]
-
-
 def write_batches(image_sampler, features, batches, settings, *, quiet):
     """Make the images of `batches`, and write each one's PNG files and, last, its file: features
     (B, dim) float32, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they are defined.
@@ -156,9 +151,8 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
         model: the network with the weights of nnet_path; changes: sentences on these.
         process, codec: of training; dataset: of real images, or None with dataset.fid_stats.
 
-    Raises:
-        UserError: no statistics that fit; files of another evaluation; a path that cannot be
-            written; images that are not finite.
+    UserError: no statistics that fit; files of another evaluation; a path that cannot be written;
+    images that are not finite.
     """
     settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
@@ -175,7 +169,9 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
     )
     side, all_ranks = image_sampler.image_shape[-1], ranks(accelerator)
 
-    batches = list_batches(folder, settings.n_samples, settings.mini_batch_size)
+    n, m = settings.n_samples, settings.mini_batch_size
+    parts = [list(range(i, min(i + m, n))) for i in range(0, n, m)]
+    batches = [(folder / f"{k:06}.npz", indices) for k, indices in enumerate(parts)]
     if main:
         real = features and load_real(config.dataset, features, dataset, side=side, device=device)
         spec = evaluation_spec(image_sampler, features, real, config, args.nnet_path, changes)
