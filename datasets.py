@@ -70,9 +70,7 @@ def _uint8_to_float(image):
 
 
 class InMemory(ImageDataset):
-    """Ten classes of images that fit into memory. Subclasses give `_load(path)`: (images
-    (n, C, H, W), labels (n,)), and `_read`.
-    """
+    """Ten classes in memory. Subclasses give `_read`, `_load(path)`: (n, C, H, W) and labels."""
 
     def __init__(self, *, path, resolution, labels, **augmentation):
         self.images, targets = self._load(path)
@@ -89,9 +87,7 @@ class Digits(InMemory):
     @staticmethod
     @functools.cache
     def _load(path):
-        """From scikit-learn's file, without its load_digits: importing that takes 1.5 s, a fifth of
-        a short run.
-        """
+        """From scikit-learn's file: importing its load_digits takes a fifth of a short run."""
         (package,) = importlib.util.find_spec("sklearn").submodule_search_locations
         table = np.loadtxt(Path(package, "datasets", "data", "digits.csv.gz"), delimiter=",")
         pixels = table[:, :-1].astype(np.float32).reshape(-1, 1, 8, 8)
@@ -201,9 +197,7 @@ class ImageFolder(ImageDataset):
 
 
 class ImageNet(ImageFolder):
-    """ImageNet (ILSVRC 2012) as it is unpacked, or a part of it: `train/<wnid>/*.JPEG` below
-    `path`, classes sorted by wnid.
-    """
+    """ImageNet (ILSVRC 2012), unpacked, or a part of it: `train/<wnid>/*.JPEG` below `path`."""
 
     subfolder = "train"
 

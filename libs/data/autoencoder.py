@@ -11,7 +11,6 @@ from torch import nn
 from libs.files import read_safetensors, read_torch, reading, sha256_of
 from utils import UserError
 
-LOGVAR_RANGE = (-30.0, 20.0)
 # The architecture of weights in a single file: a folder with diffusers' config.json.
 STABLE_DIFFUSION = Path(__file__).resolve().parents[2] / "configs" / "autoencoder_kl"
 FOLDER_WEIGHTS = "diffusion_pytorch_model"  # .safetensors, .fp16.safetensors, .bin, ...
@@ -41,15 +40,15 @@ def load_autoencoder(path, *, tiling=False):
     with reading(weights, "KL autoencoder of Stable Diffusion's or its config.json's shape"):
         from diffusers import AutoencoderKL  # seconds to import
 
-        options = dict(local_files_only=True)
         if path.is_dir():
-            options |= dict(use_safetensors=safe, variant=weights.stem.partition(".")[2] or None)
+            variant = weights.stem.partition(".")[2] or None
+            options = dict(local_files_only=True, use_safetensors=safe, variant=variant)
             network = AutoencoderKL.from_pretrained(path, **options)
         else:
             tensors = read_safetensors(path) if safe else read_torch(path)
             tensors = tensors.get("state_dict", tensors)
-            config = str(STABLE_DIFFUSION)
-            network = AutoencoderKL.from_single_file(tensors, config=config, **options)
+            options = dict(local_files_only=True, config=str(STABLE_DIFFUSION))
+            network = AutoencoderKL.from_single_file(tensors, **options)
         network.float()
     if tiling:
         network.enable_tiling()
@@ -91,7 +90,7 @@ def sample_moments(moments, noise, scaling):
     noise (B, C, h, w) standard normal -> (B, C, h, w). Needs no network.
     """
     mean, logvar = moments.float().chunk(2, 1)
-    return scaling.scale(mean + (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp() * noise.float())
+    return scaling.scale(mean + (0.5 * logvar.clamp(-30.0, 20.0)).exp() * noise.float())
 
 
 class Autoencoder(nn.Module):

@@ -59,15 +59,13 @@ class LatentWriter:
         return False
 
     def write(self, number, batches):
-        """Write a shard of batches, float16 (n, 2C, h, w) each: all of it or, if they end by an
-        exception, nothing.
-        """
-        with utils.replacing(self.folder / shard_name(number)) as temporary:
-            with open(temporary, "wb") as file:
-                for records in batches:
-                    file.write(np.ascontiguousarray(records, DTYPE))
-                file.flush()
-                os.fsync(file.fileno())  # or a loss of power could leave its name and not its data
+        """Write a shard of batches, float16 (n, 2C, h, w) each: all, or nothing if they raise."""
+        path = self.folder / shard_name(number)
+        with utils.replacing(path) as temporary, open(temporary, "wb") as file:
+            for records in batches:
+                file.write(np.ascontiguousarray(records, DTYPE))
+            file.flush()
+            os.fsync(file.fileno())  # or a loss of power could leave its name and not its data
 
     def _describe(self, name):
         path = self.folder / name

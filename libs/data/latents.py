@@ -55,17 +55,14 @@ class PackedLatents:
         return self.num_images * (1 + self.flips)
 
     def _map(self, number, entry):
-        """The records of a shard: nothing is read before it is used, nothing written ever.
-
-        By torch, since numpy's map keeps a file open for each shard.
-        """
+        """The records of a shard: nothing is read before it is used, nothing written ever."""
         path = self.folder / shard_name(number)
         size = path.stat().st_size
         if size != entry["bytes"]:
             raise UserError(
                 f"{path} has {size} bytes, but {MANIFEST} says {entry['bytes']}: copy it again"
             )
-        numbers = size // DTYPE.itemsize
+        numbers = size // DTYPE.itemsize  # by torch: numpy's map keeps a file open for each shard
         flat = torch.from_file(str(path), shared=False, size=numbers, dtype=torch.float16)
         return flat.numpy().reshape(-1, *self.shape)
 
@@ -85,8 +82,7 @@ class PackedLatents:
 
     def find_damage(self):
         """Yields the files whose SHA-256 is not the manifest's."""
-        shards = enumerate(self.manifest["shards"])
-        entries = {shard_name(number): entry for number, entry in shards}
+        entries = {shard_name(i): entry for i, entry in enumerate(self.manifest["shards"])}
         if self.labels is not None:
             entries[LABELS] = self.manifest["labels"]
         for name, entry in entries.items():

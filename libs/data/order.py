@@ -17,8 +17,7 @@ def keyed_words(count, seed, purpose, *, epoch, index=0):
     counter-based generator Philox. An index has four words to itself. purpose: a key of PURPOSES.
     """
     key, counter = seed + (PURPOSES[purpose] << 64), index + (epoch << 64)
-    rng = np.random.Philox(key=key, counter=counter)
-    return rng.random_raw(count)
+    return np.random.Philox(key=key, counter=counter).random_raw(count)
 
 
 @functools.lru_cache(maxsize=1)  # the epochs of a stream only rise

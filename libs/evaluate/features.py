@@ -85,9 +85,7 @@ class DigitsClassifier(nn.Module):
 
 
 class DigitsClassifierFeatures:
-    """Features (48) and classes by the classifier that scripts/train_digits_classifier.py wrote;
-    UserError without it.
-    """
+    """Features (48) and classes by scripts/train_digits_classifier.py's file, else UserError."""
 
     dim = DigitsClassifier.dim
 
@@ -119,9 +117,7 @@ FEATURES = {"inception": InceptionFeatures, "digits_classifier": DigitsClassifie
 
 
 def make_features(name, path, device):
-    """The feature network of that name in FEATURES, else UserError; None of 'none'. path None: its
-    usual place.
-    """
+    """The feature network of that name in FEATURES, None of 'none'; path None: its usual place."""
     return None if name == "none" else look_up(FEATURES, name, "sample.features")(path, device)
 
 
@@ -145,20 +141,6 @@ def extract_features(dataset, indices, features, *, batch_size=BATCH, num_worker
         yield features(images).cpu(), images, y
 
 
-def _measure(dataset, name, features, device):
-    """The FeatureSet of all images of a data set."""
-    classify = getattr(features, "classify", None) if dataset.num_classes else None
-    rows, agreeing = [], 0
-    for found, images, labels in extract_features(dataset, range(len(dataset)), features):
-        rows.append(found)
-        if classify:
-            agreeing += (classify(images).cpu() == labels).sum().item()
-    identity = {"dataset": name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
-    source = {"file": None, "count": len(dataset), "known": True, "images": identity}
-    agreement = agreeing / len(dataset) if classify else None
-    return make_feature_set(torch.cat(rows).numpy(), device, agreement=agreement, source=source)
-
-
 def load_real(settings, features, dataset, *, side, device):
     """The FeatureSet of the real images: of the statistics file dataset.fid_stats if it is given,
     else of `dataset`, not augmented or None, measured here. settings: config.dataset; side: of the
@@ -179,4 +161,13 @@ def load_real(settings, features, dataset, *, side, device):
             f"the images of the data set {settings.name} are {dataset.shape[-1]} pixels wide, but "
             f"the generated images {side}: give dataset.resolution or dataset.fid_stats that fit"
         )
-    return _measure(dataset, settings.name, features, device)
+    classify = getattr(features, "classify", None) if dataset.num_classes else None
+    rows, agreeing = [], 0
+    for found, images, labels in extract_features(dataset, range(len(dataset)), features):
+        rows.append(found)
+        if classify:
+            agreeing += (classify(images).cpu() == labels).sum().item()
+    identity = {"dataset": settings.name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
+    source = {"file": None, "count": len(dataset), "known": True, "images": identity}
+    agreement = agreeing / len(dataset) if classify else None
+    return make_feature_set(torch.cat(rows).numpy(), device, agreement=agreement, source=source)

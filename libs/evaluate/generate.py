@@ -174,9 +174,7 @@ def measure(image_sampler, features, real, accelerator, *, n, stop=lambda: False
 
 
 def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
-    """Images 0..n-1 on every process, (n, C, H, W), each made on one of them; None if stop() came
-    true. For small n.
-    """
+    """Images 0..n-1 (n, C, H, W) on every process, each made on one; None if stop() came true."""
     images = torch.zeros(n, *image_sampler.image_shape, device=accelerator.device)
     made = torch.zeros((), device=accelerator.device)
     with image_sampler:

@@ -143,10 +143,6 @@ def _frechet_distance(generated, real):
     return {"frechet_distance": distance}
 
 
-def _class_agreement(generated, real):
-    return {"class_agreement": generated.agreement}
-
-
 def _real_halves(generated, real):
     """How two random halves of the real images compare, the floor for generated images."""
     if real.source["file"] or len(real.features) < 4:  # a half needs a covariance
@@ -154,7 +150,7 @@ def _real_halves(generated, real):
     order = torch.randperm(len(real.features), generator=torch.Generator().manual_seed(1234))
     halves = np.split(real.features[order.numpy()], [len(order) // 2])
     first, second = (make_feature_set(half, real.mu.device) for half in halves)
-    return {"real_halves": _frechet_distance(first, second) | _class_agreement(real, real)}
+    return {"real_halves": {**_frechet_distance(first, second), "class_agreement": real.agreement}}
 
 
 def _precision_recall(generated, real):
@@ -168,7 +164,7 @@ def _precision_recall(generated, real):
 # name -> f(generated, real) -> {figure: value for json}; FeatureSets, real.features may be None.
 METRICS = {
     "frechet_distance": _frechet_distance,
-    "class_agreement": _class_agreement,
+    "class_agreement": lambda generated, real: {"class_agreement": generated.agreement},
     "real_halves": _real_halves,
     "precision_recall": _precision_recall,
 }

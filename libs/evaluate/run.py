@@ -41,9 +41,7 @@ def evaluation_spec(image_sampler, features, real, config, nnet_path, changes):
 
 
 def require_same_spec(path, spec, flag):
-    """UserError naming the first difference if the json file `path` is not of this evaluation.
-    Names of files may differ: hashes count.
-    """
+    """UserError if the json file `path` differs, but for names of files: their hashes count."""
     found = utils.read_json(path)
     found, own = (
         {key: x for key, x in utils.flatten(values).items() if not key.endswith(".file")}
@@ -56,9 +54,7 @@ def require_same_spec(path, spec, flag):
 
 
 def claim_folder(folder, spec, flag):
-    """Make `folder` this evaluation's, or find it as this evaluation left it; UserError if it
-    belongs to another evaluation, or holds files of none.
-    """
+    """Make `folder` this evaluation's; UserError if it is another's, or holds files of none."""
     record = utils.make_directory(folder) / RECORD
     if record.exists():
         require_same_spec(record, spec, flag)
@@ -68,9 +64,7 @@ def claim_folder(folder, spec, flag):
 
 
 def claim_places(output_path, folder, settings, spec):
-    """Make sure, before the first image, that every file can be written, and that none of another
-    evaluation is replaced.
-    """
+    """UserError where a file cannot be written, or another evaluation's would be replaced."""
     utils.file_to_write(output_path, "--output_path")
     if output_path.exists():
         require_same_spec(output_path, spec, "--output_path")
