@@ -137,8 +137,7 @@ def run_directory(config_path: str, overrides: dict, workdir: str | None) -> Pat
         f"{key}={value if re.fullmatch('[A-Za-z0-9._+]*', str(value)) else repr(value)}"
         for key, value in sorted(overrides.items())
     ]
-    path = Path(config_path)
-    # One run's config.json is told from another's by its folder.
+    path = Path(config_path)  # one run's config.json is told from another's by its folder
     name = _make_file_name(str(path.parent)) if path.suffix == ".json" else path.stem
     return Path("workdir") / name / _make_file_name("-".join(parts) or "default")
 
@@ -157,9 +156,8 @@ class RunLock:
             self._file.seek(0)
             holder = self._file.read() or "another process"
             self._file.close()
-            raise UserError(
-                f"{directory} is in use by {holder}; wait for it, stop it, or give another {flag}"
-            ) from None
+            text = f"{directory} is in use by {holder}; wait for it, or give another {flag}"
+            raise UserError(text) from None
         except OSError as error:  # some cluster file systems have no locks
             logging.getLogger("dim").warning("cannot lock %s: %s", directory, error.strerror)
         self._file.truncate(0)

@@ -239,8 +239,7 @@ def _fail(text, status):
 
 def run_main(main, spec: dict) -> None:
     """Call main(flags) with the parsed command line. A UserError, a full disk or memory that ran
-    out is one line on stderr and exit status 1, 2 for a FlagError; Ctrl-C is 130. Other exceptions
-    keep their traceback.
+    out is one line on stderr and exit status 1, 2 for a FlagError; Ctrl-C is 130.
     """
     with (
         contextlib.redirect_stdout(Output(sys.stdout)) as out,

@@ -14,7 +14,6 @@ from utils import UserError
 log = logging.getLogger("dim")
 
 PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
-# How `accelerate launch` passes on the engine that its words or its configuration file ask for.
 ENGINES = {"ACCELERATE_USE_DEEPSPEED": "zero2", "ACCELERATE_USE_FSDP": "fsdp2"}
 # What else its words or its default_config.yaml may ask for, with the value that asks for nothing.
 UNUSED = {
@@ -53,9 +52,7 @@ def make_accelerator():
 
     A warning names what `accelerate launch` was asked for in vain. Precision is ours (see
     Precision), so that fp16 also runs on the CPU and an overflow is told from a broken step.
-
-    Raises:
-        UserError: an engine is asked for that lacks its package or a second process.
+    UserError for an engine that lacks its package or a second process.
     """
     global _patient_group
     engine, on_cpu = requested_engine(), not torch.cuda.is_available()

@@ -50,9 +50,7 @@ def _name_cpu() -> str:
 
 
 def environment() -> dict:
-    """Commit, versions, devices, torch's threads; no path, command line or host, since results are
-    published.
-    """
+    """What results are published with: no path, command line or host."""
     versions = {name: importlib.metadata.version(name) for name in _PACKAGES}
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
@@ -64,9 +62,8 @@ def environment() -> dict:
 
 if not (sys.stderr and sys.stderr.isatty()):  # in a file, a bar is a line every half minute
     _LINE = "{l_bar}{n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]\n"
-    tqdm.__init__ = functools.partialmethod(
-        tqdm.__init__, mininterval=30, miniters=1, bar_format=_LINE
-    )
+    _RARE = dict(mininterval=30, miniters=1, bar_format=_LINE)
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, **_RARE)
 
 
 class Output:
@@ -101,8 +98,8 @@ class _ConsoleHandler(logging.Handler):
 
 
 def get_logger(directory, rank: int) -> logging.Logger:
-    """Logger to the console and, appending, to directory/output.log; warnings go there, too. Rank 0
-    logs from INFO up, other ranks warnings alone, marked with their rank.
+    """Logger to the console and, appending, to directory/output.log, of Python's warnings, too.
+    Rank 0 logs from INFO up, other ranks warnings alone, marked.
     """
     for handler in list(log.handlers):
         log.removeHandler(handler)

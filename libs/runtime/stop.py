@@ -7,8 +7,6 @@ import time
 _PARENT = os.getppid()  # at import; see StopRequest
 _LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by launchers
 _SAME_KEY_PRESS_S = 1.0
-
-
 # What schedulers send before they kill: SLURM the signal that --signal names, often USR1; submitit
 # USR2; SGE either with -notify, and XCPU at a soft limit; LSF USR2 at its run limit.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)

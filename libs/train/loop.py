@@ -76,7 +76,8 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     )  # fmt: skip
     log.info("network %s, %s parameters", type(state.network).__name__, f"{parameters:,}")
     log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
-    log.info("left out: %s", dataset.left_out or "nothing")
+    if dataset.left_out:
+        log.info("left out: %s", dataset.left_out)
     log.info("%d classes: %s", dataset.num_classes, utils.listed(names))
     for line in (*(f"operator {line}" for line in describe_backends(accelerator.device)), *lines):
         log.info("%s", line)
