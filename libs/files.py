@@ -27,7 +27,7 @@ def weights_file(path):
     return ours if path.suffix == ".pth" and not path.exists() and ours.is_file() else path
 
 
-def sha256_of(path):
+def hash_file(path):
     """Hexadecimal SHA-256 of a file of any size."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

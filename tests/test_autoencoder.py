@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from libs.data import autoencoder
 from libs.data.autoencoder import Autoencoder, Scaling, load_autoencoder, sample_moments
-from libs.files import sha256_of
+from libs.files import hash_file
 from utils import UserError
 
 GOLDEN_TOLERANCE = 1e-5  # the official numbers: room for another summation order
@@ -120,7 +120,7 @@ def test_every_format_gives_the_same_network(tmp_path, network, architecture, z)
     for path in paths:
         model = load_autoencoder(path)
         assert torch.equal(model.decode(z), expected), path.name
-        assert model.sha256 == sha256_of(next(path.glob("diff*")) if path.is_dir() else path)
+        assert model.sha256 == hash_file(next(path.glob("diff*")) if path.is_dir() else path)
         assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float32, False)}
         assert not any(module.training for module in model.modules())
     assert (model.latent_channels, model.downsample) == (4, 2)

@@ -21,7 +21,7 @@ from libs.evaluate import features as features_module
 from libs.evaluate import generate, metrics
 from libs.evaluate.features import DigitsClassifier, DigitsClassifierFeatures, load_real
 from libs.evaluate.run import run_evaluation
-from libs.files import sha256_of
+from libs.files import hash_file
 from libs.model.build import build_model
 from libs.parts import open_dataset
 from libs.runtime import flags
@@ -246,7 +246,7 @@ def test_the_npz_of_adm_has_the_pictures(undisturbed):
 
 def test_the_record_is_whole(undisturbed, files):
     folder, result = undisturbed
-    assert result["weights"]["sha256"] == sha256_of(files / "a.safetensors")
+    assert result["weights"]["sha256"] == hash_file(files / "a.safetensors")
     images = result["statistics"]["images"]
     assert images["dataset"] == "digits" and len(images["list_sha256"]) == 64
     assert result["statistics"]["file"] is None and result["statistics"]["count"] == 1797

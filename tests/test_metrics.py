@@ -24,7 +24,7 @@ from libs.evaluate.features import (
     make_features,
 )
 from libs.evaluate.metrics import Moments, frechet_distance, load_statistics, save_statistics
-from libs.files import sha256_of
+from libs.files import hash_file
 from utils import UserError
 
 
@@ -117,7 +117,7 @@ def test_statistics_come_back_as_written(tmp_path):
     assert found.mu.tolist() == [0, 1, 2] and torch.equal(found.sigma, sigma)
     assert found.features.dtype == np.float32 and (found.features == rows.numpy()).all()
     assert found.source == {
-        "file": str(path), "sha256": sha256_of(path), "count": 9, "known": True,
+        "file": str(path), "sha256": hash_file(path), "count": 9, "known": True,
     }  # fmt: skip
     with np.load(path) as file:  # as pytorch-fid reads it
         assert file["mu"].shape == (3,) and file["sigma"].dtype == np.float64
@@ -173,7 +173,7 @@ def test_inception_features_are_pytorch_fids(inception_weights, tmp_path, monkey
         expected = InceptionV3([3]).eval()(images)[0][:, :, 0, 0]  # its own reading of the cache
     with pytest.raises(UserError, match="sha256 starts with .*, expected 6726825d"):
         make_features("inception", None, "cpu")
-    digest = sha256_of(inception_weights)[:8]
+    digest = hash_file(inception_weights)[:8]
     monkeypatch.setattr(features_module, "INCEPTION_SHA256_PREFIX", digest)
     features = make_features("inception", inception_weights, "cpu")
     found = features(images)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from libs.files import read_safetensors, read_torch, reading, sha256_of
+from libs.files import hash_file, read_safetensors, read_torch, reading
 from utils import UserError
 
 # The architecture of weights in a single file: a folder with diffusers' config.json.
@@ -53,7 +53,7 @@ def load_autoencoder(path, *, tiling=False):
     if tiling:
         network.enable_tiling()
         network.enable_slicing()
-    return Autoencoder(network, sha256=sha256_of(weights))
+    return Autoencoder(network, sha256=hash_file(weights))
 
 
 class Scaling(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 
 import utils
 from libs.data.latents import DTYPE, FORMAT, LABELS, MANIFEST, shard_name
-from libs.files import sha256_of
+from libs.files import hash_file
 
 
 class LatentWriter:
@@ -69,7 +69,7 @@ class LatentWriter:
 
     def _describe(self, name):
         path = self.folder / name
-        return {"file": name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        return {"file": name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
     def finish(self, labels):
         """Write labels (num_images,) or None, then the whole manifest; every shard is there."""

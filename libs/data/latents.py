@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from libs.files import sha256_of
+from libs.files import hash_file
 from utils import UserError, read_json
 
 MANIFEST, LABELS = "manifest.json", "labels.bin"
@@ -86,5 +86,5 @@ class PackedLatents:
         if self.labels is not None:
             entries[LABELS] = self.manifest["labels"]
         for name, entry in entries.items():
-            if sha256_of(self.folder / name) != entry["sha256"]:
+            if hash_file(self.folder / name) != entry["sha256"]:
                 yield self.folder / name

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from libs.evaluate.metrics import load_statistics, make_feature_set
-from libs.files import load_strict, read_safetensors, read_torch, sha256_of
+from libs.files import hash_file, load_strict, read_safetensors, read_torch
 from libs.runtime import read_batches
 from utils import UserError, look_up
 
@@ -45,7 +45,7 @@ class InceptionFeatures:
         from pytorch_fid import inception
 
         path = path or _find_inception_weights()
-        digest = sha256_of(path)
+        digest = hash_file(path)
         if not digest.startswith(INCEPTION_SHA256_PREFIX):
             expected = f"with {digest[:8]}, expected {INCEPTION_SHA256_PREFIX}"
             raise UserError(f"{path} has not pytorch-fid's weights: its sha256 starts {expected}")

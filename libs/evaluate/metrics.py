@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from libs.files import read_arrays, sha256_of
+from libs.files import hash_file, read_arrays
 from utils import UserError, replacing
 
 BLOCK = 5000  # rows of features at a time; 5,000 x 5,000 distances in float64 are 200 MB
@@ -205,7 +205,7 @@ def load_statistics(path, *, extractor, resolution, dim):
         if found != expected:
             raise UserError(f"{path} was made with {name} {found}, expected {expected}")
     count = arrays["count"].item() if "count" in arrays else None
-    source = {"file": str(path), "sha256": sha256_of(path), "count": count}
+    source = {"file": str(path), "sha256": hash_file(path), "count": count}
     source["known"] = arrays.keys() >= {"count", "extractor", "resolution", "preprocessing"}
     mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     return FeatureSet(mu, sigma, arrays.get("features"), source=source)

@@ -16,7 +16,7 @@ import utils
 from libs.evaluate.features import load_real, make_features
 from libs.evaluate.generate import iter_features, make_image_sampler, require_finite
 from libs.evaluate.metrics import compute_metrics, make_feature_set
-from libs.files import sha256_of, weights_file
+from libs.files import hash_file, weights_file
 from libs.runtime import Precision, environment, ranks, wait_without_timeout
 from utils import UserError
 
@@ -34,7 +34,7 @@ def evaluation_spec(image_sampler, features, real, config, nnet_path, changes):
         "statistics": real and real.source,
         **image_sampler.sampling_spec(),
         "mini_batch_size": settings.mini_batch_size,
-        "weights": {"file": str(file), "sha256": sha256_of(file), "changes": list(changes)},
+        "weights": {"file": str(file), "sha256": hash_file(file), "changes": list(changes)},
         "nnet": nnet,
         "pictures": {"path": settings.path, "adm_npz": settings.adm_npz},
     }

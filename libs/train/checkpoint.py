@@ -16,7 +16,7 @@ from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from libs.files import read_safetensors, read_torch, sha256_of
+from libs.files import hash_file, read_safetensors, read_torch
 from utils import UserError, write_json
 
 log = logging.getLogger("dim")
@@ -35,7 +35,7 @@ def _write(folder, step, nnet, ema, training_state, config):
     write_json(folder / "config.json", config)
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        entry = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        entry = {"size": path.stat().st_size, "sha256": hash_file(path)}
         files[path.relative_to(folder).as_posix()] = entry
     write_json(folder / "manifest.json", {"format": 1, "step": step, "files": files})
     for name in (*files, "manifest.json"):
@@ -104,7 +104,7 @@ def find_latest(directory):
         try:
             files = json.loads((path / "manifest.json").read_text())["files"]
             for name, entry in files.items():
-                found = (path / name).stat().st_size, sha256_of(path / name)
+                found = (path / name).stat().st_size, hash_file(path / name)
                 if found != (entry["size"], entry["sha256"]):
                     raise ValueError(f"size or SHA-256 of {name} is another")
             return path

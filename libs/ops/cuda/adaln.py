@@ -69,7 +69,7 @@ def _run(plan_of, adaln, x_dtype, out_dtype, rows, outputs=None):
     first = next(iter(rows.values()))
     batch, length, dim = first.shape
     dtype = rows["n" if "n" in rows else "branch"].dtype
-    shape = (batch, length, dim, launch.name_of(x_dtype), launch.name_of(out_dtype))
+    shape = (batch, length, dim, launch.spell_dtype(x_dtype), launch.spell_dtype(out_dtype))
     prepared = launch.prepared(first.device.index, plan_of, AdalnParams, shape, dtype)
     scalars = {"batch": batch, "length": length, "dim": dim, **adaln._asdict()}
     launch.run(prepared, first.device, rows, scalars, outputs)

@@ -131,7 +131,7 @@ def prepared(index, plan_of, slots, shape, dtype, check=True):
     if key not in gpu.prepared:
         if check and dtype not in gpu.checked:
             importlib.import_module("libs.ops.cuda.self_check").require_checked(gpu, dtype)
-        plan = plan_of(*shape, name_of(dtype), gpu.multiprocessors)
+        plan = plan_of(*shape, spell_dtype(dtype), gpu.multiprocessors)
         gpu.prepared[key] = prepare(plan, slots, index)
     return gpu.prepared[key]
 
@@ -242,7 +242,7 @@ def one_dtype(*tensors):
     return [x if x is None or x.dtype == dtype else x.to(dtype) for x in tensors]
 
 
-def name_of(dtype):
+def spell_dtype(dtype):
     return str(dtype).removeprefix("torch.")
 
 

@@ -60,7 +60,7 @@ def check_scan(gpu, dtype):
     g_D, g_z, g_bias = rest
     gradients = g_u, g_delta, g_A, torch.stack([g_B, g_C]), g_D, g_z, g_bias
     x = selective_scan.Inputs(*(t.to(gpu.device) for t in (*tensors, order)), True)
-    shape = (*sequence, 16, launch.name_of(dtype), gpu.multiprocessors)
+    shape = (*sequence, 16, launch.spell_dtype(dtype), gpu.multiprocessors)
 
     def prepare(plan_of, variant, **options):
         plan = plan_of(*shape, variant=variant, **options)
@@ -99,7 +99,7 @@ def check_adaln(gpu, dtype):
     sequence, shapes = (BATCH, LENGTH, CHANNELS), ((BATCH, 3, CHANNELS), (3, CHANNELS), CHANNELS)
     parameters = _random(0, torch.float32, *shapes, BATCH)
     at = adaln.Adaln(*(t.to(gpu.device) for t in parameters))
-    for x_dtype, out_dtype in streams(launch.name_of(dtype)):
+    for x_dtype, out_dtype in streams(launch.spell_dtype(dtype)):
         x_dtype, out_dtype = DTYPES[x_dtype], DTYPES[out_dtype]
         (x,), (branch, g_n), (g_out,) = (
             _random(seed, kind, *[sequence] * count)
@@ -151,7 +151,7 @@ def worst_errors(gpu, dtype):
 def check(gpu, dtype):
     """Lines for people; UserError if a kernel computes wrong numbers."""
     gpu.checked.add(dtype)  # the problems use the kernels as a model does
-    kernels = kernels_of_configs(launch.name_of(dtype), gpu.arch)
+    kernels = kernels_of_configs(launch.spell_dtype(dtype), gpu.arch)
     compiler.compile_all(kernels, gpu.arch)
     lines = []
     with torch.cuda.device(gpu.index):
