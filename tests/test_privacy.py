@@ -75,7 +75,7 @@ def test_what_wandb_gets_is_all_that_it_uploads(logged):
 
 
 def test_what_a_run_records_of_its_machine(monkeypatch):
-    """No command line, home directory or host: results are published."""
-    monkeypatch.setattr(sys, "argv", ["/srv/ada/train.py", f"--x={HUB_TOKEN}", "--seed=1"])
+    """No command line, home directory or host: results are published. (A commit has no z.)"""
+    monkeypatch.setattr(sys, "argv", ["/srv/zoe/train.py", f"--x={HUB_TOKEN}", "--seed=1"])
     found = json.dumps(environment())
-    assert not [word for word in ("ada", HUB_TOKEN, "seed", socket.gethostname()) if word in found]
+    assert not [word for word in ("zoe", HUB_TOKEN, "seed", socket.gethostname()) if word in found]
