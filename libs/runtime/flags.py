@@ -18,7 +18,7 @@ from ml_collections import config_dict, config_flags
 
 from configs import common
 from libs.runtime.logs import Output
-from utils import UserError, flatten, listed, read_json
+from utils import UserError, flatten, listed, look_up, read_json
 
 CONFIGS = Path(common.__file__).parent
 REQUIRED = object()  # the default of a flag that must be given
@@ -50,7 +50,7 @@ def _read_json_config(path):
     if not {"nnet", "pred", "sample", "train"} <= values.keys():
         raise FlagError(f"{path} is no config.json of a run: give --config=<config file>")
     config = common.get_config().unlock()
-    config.nnet = common.NNETS[values["nnet"]["name"]]().unlock()
+    config.nnet = look_up(common.NNETS, values["nnet"]["name"], "nnet.name")().unlock()
     config.update(values)
     return config
 
