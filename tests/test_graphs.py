@@ -12,17 +12,21 @@ from libs.runtime.cuda_graphs import MAX_GRAPHS, GraphedTraining, SamplingNetwor
 
 
 class Network(nn.Module):
-    """Counts its calls."""
+    """Counts its calls. It has tokens, those "after block 0", and a head, "internal"."""
 
     def __init__(self):
         super().__init__()
         self.conv, self.embed, self.calls = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(11, 1), 0
+        self.head = nn.Conv2d(1, 1, 1)
 
-    def forward(self, x, t, y=None, drop_path_draw=None):
+    def forward(self, x, t, y=None, drop_path_draw=None, hidden=()):
         self.calls += 1
         label = 0 if y is None else self.embed(y)[:, :, None, None]
         scale = t if drop_path_draw is None else t * (drop_path_draw < 0.8).sum(1)
-        return self.conv(x) * scale[:, None, None, None] / 1000 + label
+        tokens = self.conv(x)
+        out = tokens * scale[:, None, None, None] / 1000 + label
+        found = {"internal": self.head(tokens), 0: tokens.flatten(2).mT}
+        return (out, {key: x for key, x in found.items() if key in hidden}) if hidden else out
 
 
 def make_inputs(batch=3, labels=True):
@@ -51,7 +55,8 @@ def test_half_matrices_change_no_bit_of_the_output(dtype):
         with SamplingNetwork(model, dtype, graphs=False).ready() as network:
             found = network(*make_inputs())
             half = {name for name, p in model.named_parameters() if p.dtype == dtype}
-    assert network is model and torch.equal(found, expected) and half == {"conv.weight"}
+    assert network is model and torch.equal(found, expected)
+    assert half == {"conv.weight", "head.weight"}
     for name, p in model.named_parameters():
         assert p is parameters[name] and torch.equal(p, before[name])
 
@@ -75,10 +80,10 @@ def test_half_matrices_follow_at_the_same_addresses_and_leave_the_network_as_it_
 
 
 def traced(call):
-    """(replay, output) of a call, as CudaCapture gives them."""
+    """(replay, outputs) of a call, as CudaCapture gives them."""
     trace = make_fx(call)()
-    output = trace().clone()
-    return lambda: output.copy_(trace()), output
+    outputs = [x.clone() for x in trace()]
+    return lambda: torch._foreach_copy_(outputs, trace()), outputs
 
 
 def graphed(dtype=None):
@@ -86,9 +91,9 @@ def graphed(dtype=None):
     network = make_network()
     sampling = SamplingNetwork(network, dtype, graphs=True, capture=traced)
 
-    def call(*inputs):
+    def call(*inputs, **options):
         with sampling.ready() as fast:
-            return fast(*inputs)
+            return fast(*inputs, **options)
 
     return network, call, sampling
 
@@ -124,6 +129,22 @@ def test_a_graph_for_each_signature_up_to_a_bound():
     assert not sampling._graphs and network.calls == calls + 1
 
 
+@torch.no_grad()
+def test_inner_outputs_are_captured_for_each_choice_of_them():
+    """And belong to the caller, as the output does."""
+    network, fast, sampling = graphed()
+    choices = [(), ("internal",), (0, "internal"), ("internal", 0)]
+    kept = [fast(*make_inputs(), hidden=hidden) for hidden in choices * 3]
+    calls = network.calls
+    fast(*(x + 1 for x in make_inputs()), hidden=choices[-1])
+    assert network.calls == calls and len(sampling._graphs) == len(choices)
+    for hidden, found in zip(choices * 3, kept, strict=True):
+        out, inner = found if hidden else (found, {})
+        expected, expected_inner = network(*make_inputs(), hidden=(0, "internal"))
+        assert torch.equal(out, expected) and inner.keys() == set(hidden)
+        assert all(torch.equal(inner[key], expected_inner[key]) for key in hidden)
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @torch.no_grad()
 def test_a_graph_follows_the_weights(dtype):
@@ -147,27 +168,29 @@ def test_a_graph_follows_the_weights(dtype):
 
 def repeated(call, parameters):
     """What CudaCapture.both_ways gives: here a replay computes anew, into the same tensors."""
-    output = call().detach().clone()
-    g_output, gradients, saved = torch.zeros_like(output), [], []
-    for x in torch.autograd.grad(call(), parameters, g_output, allow_unused=True):
+    outputs = [x.detach().clone() for x in call()]
+    g_outputs, gradients, saved = [torch.zeros_like(x) for x in outputs], [], []
+    for x in torch.autograd.grad(call(), parameters, g_outputs, allow_unused=True):
         gradients.append(None if x is None else torch.full_like(x, torch.nan))
 
     def forward():
         with torch.enable_grad():
             saved[:] = [call()]
-        output.copy_(saved[0].detach())
+        torch._foreach_copy_(outputs, [x.detach() for x in saved[0]])
 
     def backward():
-        found = torch.autograd.grad(saved.pop(), parameters, g_output, allow_unused=True)
+        found = torch.autograd.grad(saved.pop(), parameters, g_outputs, allow_unused=True)
         for static, x in zip(gradients, found, strict=True):
             if x is not None:
                 static.copy_(x)
 
-    return forward, output, backward, g_output, gradients
+    return forward, outputs, backward, g_outputs, gradients
 
 
-def trained(capture):
-    """(weights of a Network after some steps, its GraphedTraining or itself)."""
+def trained(capture, hidden=(), used=()):
+    """(weights of a Network after some steps, its GraphedTraining or itself). The loss reads the
+    inner outputs `used` of `hidden`.
+    """
     network = make_network()
     network.unused = nn.Parameter(torch.ones(3))
     called = GraphedTraining(network, capture) if capture else network
@@ -179,7 +202,10 @@ def trained(capture):
             x, t, y = make_inputs()
             x = x + torch.randn(x.shape, generator=generator)
             draw = torch.rand(3, 5, generator=generator)
-            (called(x, t, y, drop_path_draw=draw) - x).square().mean().backward()
+            out = called(x, t, y, drop_path_draw=draw, **({"hidden": hidden} if hidden else {}))
+            out, inner = out if hidden else (out, {})
+            terms = [(out - x).square().mean(), *(inner[key].square().mean() for key in used)]
+            sum(terms).backward()
         optimizer.step()
     return {name: p.detach().clone() for name, p in network.named_parameters()}, called
 
@@ -199,3 +225,15 @@ def test_training_by_graphs_makes_the_eager_steps():
     with pytest.raises(RuntimeError, match="before the next forward"):
         first.sum().backward()
     second.sum().backward()
+
+
+@pytest.mark.parametrize("used", [(0, "internal"), ("internal",), ()])
+def test_training_with_inner_outputs_makes_the_eager_steps(used):
+    """An inner output that the loss leaves out gives its parameters the gradient zero."""
+    hidden = ("internal", 0)
+    found, called = trained(repeated, hidden, used)
+    expected, _ = trained(None, hidden, used)
+    moved = not torch.equal(found["head.weight"], make_network().head.weight)
+    assert len(called._graphs) == 1 and moved == ("internal" in used)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name

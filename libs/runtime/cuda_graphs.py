@@ -8,15 +8,17 @@ import functools
 import torch
 from torch import nn
 
-# Signatures that are captured: two of guidance times two of upsampling, full and last batch.
-MAX_GRAPHS = 8
+# Signatures that are captured: two of classifier-free times two of internal guidance times two of
+# upsampling, full and last batch.
+MAX_GRAPHS = 16
 
 _get_stream = functools.cache(torch.cuda.Stream)  # cuBLAS has a workspace for each stream
 
 
 class CudaCapture:
     """Captures calls that have run once before into graphs that share a memory pool: the graphs are
-    replayed one after another, their outputs copied out before the next replay.
+    replayed one after another, their outputs copied out before the next replay. A call returns a
+    tuple of tensors.
     """
 
     def __init__(self, device):
@@ -24,28 +26,28 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def forward(self, call):
-        """(replay, output) of call()."""
+        """(replay, outputs) of call()."""
         self._warm_up(call)
         return self._record(call)
 
     def both_ways(self, call, leaves):
-        """(replay of call(), its output, replay of the backward, the output's gradient that the
+        """(replay of call(), its outputs, replay of the backward, the outputs' gradients that the
         backward reads, the gradients of `leaves` that it writes: None for unused leaves).
         """
 
-        def differentiate(output, g_output):
+        def differentiate(outputs, g_outputs):
             with torch.autocast(self.device.type, enabled=False):  # as around an eager backward
-                return torch.autograd.grad(output, leaves, g_output, allow_unused=True)
+                return torch.autograd.grad(outputs, leaves, g_outputs, allow_unused=True)
 
         def rehearse():
-            output = call()
-            differentiate(output, torch.zeros_like(output))
+            outputs = call()
+            differentiate(outputs, [torch.zeros_like(x) for x in outputs])
 
         self._warm_up(rehearse)
-        forward, output = self._record(call)
-        g_output = torch.zeros_like(output)
-        backward, gradients = self._record(lambda: differentiate(output, g_output))
-        return forward, output.detach(), backward, g_output, gradients
+        forward, outputs = self._record(call)
+        g_outputs = [torch.zeros_like(x) for x in outputs]
+        backward, gradients = self._record(lambda: differentiate(outputs, g_outputs))
+        return forward, [x.detach() for x in outputs], backward, g_outputs, gradients
 
     def _warm_up(self, call):
         """Allocates what belongs to the stream, such as workspaces, outside of the pool."""
@@ -59,13 +61,20 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # only this thread's calls count: data loaders pin memory in others
         with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
-            output = call()
-        return graph.replay, output
+            outputs = call()
+        return graph.replay, outputs
+
+
+def _pack(outputs, hidden):
+    """(out, *inner) as a network returns them: out, or with `hidden` (out, {key: inner})."""
+    out, *inner = outputs
+    return (out, dict(zip(hidden, inner, strict=True))) if hidden else out
 
 
 class _Graphs(dict):
-    """What `capture(call)` returned, by the signature of the inputs of network(*inputs): shapes and
-    dtypes, which inputs are None, and the autocast state.
+    """What `capture(call)` returned, by the signature of network(*inputs, hidden=hidden): `hidden`,
+    shapes and dtypes of the inputs, which of them are None, and the autocast state. The call gives
+    (out, *inner), the inner outputs as `hidden` names them.
 
     The first call of a signature is eager, as it compiles and plans; the second is captured. Each
     graph holds memory: signatures beyond MAX_GRAPHS stay eager.
@@ -75,59 +84,65 @@ class _Graphs(dict):
         super().__init__()
         self.network, self.capture, self._seen = network, capture, set()
 
-    def find(self, *inputs):
+    def find(self, hidden, *inputs):
         """The captured parts, with `inputs` copied in, or None where the call is to be eager."""
         kind = inputs[0].device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        signature = (*(None if x is None else (tuple(x.shape), x.dtype) for x in inputs), autocast)
+        tensors = (None if x is None else (tuple(x.shape), x.dtype) for x in inputs)
+        signature = (hidden, *tensors, autocast)
         if signature not in self:
             if signature not in self._seen or len(self) >= MAX_GRAPHS:
                 self._seen.add(signature)
                 return None
-            self[signature] = self._capture(inputs, kind, autocast)
+            self[signature] = self._capture(hidden, inputs, kind, autocast)
         static, parts = self[signature]
         for x, given in zip(static, inputs, strict=True):
             if given is not None:
                 x.copy_(given)
         return parts
 
-    def _capture(self, inputs, kind, autocast):
+    def _capture(self, hidden, inputs, kind, autocast):
         with torch.inference_mode(False):  # inference tensors could not be written in other modes
             static = tuple(None if x is None else x.clone() for x in inputs)
 
         def call():
             # Casts that autocast caches until its context ends would be gone at a later replay.
             with torch.autocast(kind, autocast or None, bool(autocast), cache_enabled=False):
-                return self.network(*static)
+                if not hidden:
+                    return (self.network(*static),)
+                out, inner = self.network(*static, hidden=hidden)
+                return (out, *(inner[key] for key in hidden))
 
         return static, self.capture(call)
 
 
 class _Replay(torch.autograd.Function):
-    """The output of a graph and, in the backward, the parameters' gradients; all are copies."""
+    """The outputs of a graph and, in the backward, the parameters' gradients; all are copies. The
+    gradient of an output that the loss leaves out is zero.
+    """
 
     @staticmethod
     def forward(ctx, owner, parts, *parameters):
         owner.replays += 1
         ctx.owner, ctx.parts, ctx.number = owner, parts, owner.replays
-        forward, output, *_ = parts
+        forward, outputs, *_ = parts
         forward()
-        return output.clone()
+        return tuple(x.clone() for x in outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
+    def backward(ctx, *given):
         if ctx.number != ctx.owner.replays:
             raise RuntimeError("CUDA graphs: a backward must come before the next forward")
-        _, _, backward, g_output, gradients = ctx.parts
-        g_output.copy_(g)
+        _, _, backward, g_outputs, gradients = ctx.parts
+        torch._foreach_copy_(g_outputs, given)
         backward()
         copies = iter(torch._foreach_mul([x for x in gradients if x is not None], 1))
         return None, None, *(None if x is None else next(copies) for x in gradients)
 
 
 class GraphedTraining(nn.Module):
-    """network(x, t, y, drop_path_draw=) in training, forward and backward a graph each.
+    """network(x, t, y, drop_path_draw=, hidden=) in training, forward and backward a graph each.
 
     Gradients reach the parameters as usual, all at once, so that DistributedDataParallel around
     this sees them; no gradient reaches x. The backward of a call must come before the next call.
@@ -146,17 +161,17 @@ class GraphedTraining(nn.Module):
         leaves = tuple(self._leaves.values())
         self._graphs = _Graphs(self._call_leaves, lambda call: capture(call, leaves))
 
-    def _call_leaves(self, x, t, y, draw):
-        options = {} if draw is None else {"drop_path_draw": draw}
+    def _call_leaves(self, x, t, y, draw, **options):
+        options |= {} if draw is None else {"drop_path_draw": draw}
         return torch.func.functional_call(self.network, self._leaves, (x, t, y), options)
 
     def forward(self, x, t, y=None, **options):
-        """network(x, t, y, drop_path_draw=); another option, as `hidden`, makes the call eager."""
-        if options.keys() <= {"drop_path_draw"}:
-            parts = self._graphs.find(x, t, y, options.get("drop_path_draw"))
-            if parts is not None:
-                return _Replay.apply(self, parts, *self._named.values())
-        return self.network(x, t, y, **options)
+        """As the network's; options: drop_path_draw and hidden."""
+        hidden = options.get("hidden", ())
+        parts = self._graphs.find(hidden, x, t, y, options.get("drop_path_draw"))
+        if parts is None:
+            return self.network(x, t, y, **options)
+        return _pack(_Replay.apply(self, parts, *self._named.values()), hidden)
 
 
 class SamplingNetwork:
@@ -166,7 +181,7 @@ class SamplingNetwork:
     would cast them in every call: the outputs stay the same, bit for bit. Everything else stays
     float32. The casts keep their addresses, which CUDA graphs read.
     dtype: of autocast, or None; graphs: whether to capture, on a GPU; capture: call -> (replay,
-    output), CudaCapture.forward by default.
+    outputs), CudaCapture.forward by default.
     """
 
     def __init__(self, network, dtype, *, graphs, capture=None):
@@ -202,15 +217,16 @@ class SamplingNetwork:
 
     @torch.no_grad()
     def _replay(self, x, t, y=None, **options):
-        """network(x, t, y); an option, as `hidden`, makes the call eager."""
+        """As the network's; option: hidden."""
         if self._graphs is None:
             self._graphs = _Graphs(self.network, self.capture or CudaCapture(self.device).forward)
-        parts = None if options else self._graphs.find(x, t, y)
+        hidden = options.get("hidden", ())
+        parts = self._graphs.find(hidden, x, t, y)
         if parts is None:
             return self.network(x, t, y, **options)
-        replay, output = parts
+        replay, outputs = parts
         replay()
-        return output.clone()  # the next replay writes it again
+        return _pack([x.clone() for x in outputs], hidden)  # the next replay writes them again
 
     def release(self):
         """Give graphs and casts back; the next `ready` makes them again."""
