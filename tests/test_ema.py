@@ -57,3 +57,21 @@ def test_the_average_is_a_frozen_float32_copy():
     change = ema.model[0].weight - before
     # bfloat16, with 8 bits, would lose so small a change
     torch.testing.assert_close(change, torch.full_like(change, 1e-3), rtol=1e-2, atol=0)
+
+
+def test_the_average_has_the_heads_that_sampling_needs():
+    """And follows the others by name: the heads lie before the last layer."""
+    model = torch.nn.Module()
+    model.heads = torch.nn.ModuleDict({"repa": torch.nn.Linear(2, 3), "internal": make_model()})
+    model.last = torch.nn.Linear(2, 3)
+    model.heads["repa"].sampled, model.heads["internal"].sampled = False, True
+    ema = EMA(model, 0.5)
+    before = ema.model.state_dict()
+    assert before.keys() == {n for n in model.state_dict() if not n.startswith("heads.repa")}
+    assert {name.split(".")[0] for name in before} == {"heads", "last"}
+    expected = {name: average.clone() for name, average in ema.model.named_parameters()}
+    randomise(model, 3)
+    ema.update(model)
+    for name, average in ema.model.named_parameters():
+        mean = (expected[name] + model.get_parameter(name)) / 2
+        torch.testing.assert_close(average, mean, rtol=1e-6, atol=1e-6)  # float32

@@ -162,10 +162,10 @@ def _shard(network, average, device, num_processes):
     for block in network.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(network, mesh=mesh)
-    parts = {
-        name: distribute_tensor(average.get_parameter(name).data, p.device_mesh, p.placements)
-        for name, p in network.named_parameters()
-    }
+    parts = {}
+    for name, whole in average.named_parameters():  # it may lack heads that the network has
+        part = network.get_parameter(name)
+        parts[name] = distribute_tensor(whole.data, part.device_mesh, part.placements)
     average.load_state_dict(parts, strict=False, assign=True)
 
 
