@@ -1,9 +1,11 @@
 """Processes and losses beyond the golden numbers: exact times, conversions, velocities."""
 
+import itertools
+
 import pytest
 import torch
 
-from sde import PROCESSES, VPSDE, DiscreteSchedule, make_process
+from sde import PROCESSES, VPSDE, DiscreteSchedule, Flow, make_process
 from utils import UserError
 
 BOTH = pytest.mark.parametrize("process", [VPSDE(), DiscreteSchedule()])
@@ -42,8 +44,10 @@ def test_float64_schedule(process):
     torch.testing.assert_close(process.inverse_half_log_snr(lam), t, rtol=1e-10, atol=0)
 
 
-@BOTH
-@pytest.mark.parametrize("pred", ["noise_pred", "x0_pred"])
+@pytest.mark.parametrize("process, pred", [
+    *itertools.product([VPSDE(), DiscreteSchedule()], ["noise_pred", "x0_pred"]),
+    *itertools.product([Flow(shift=3.0)], Flow.predictions),
+])
 @pytest.mark.parametrize("time", [torch.tensor(0.2505), torch.tensor([0.2505, 0.4995])])
 def test_conversions_undo_the_mixing(process, pred, time):
     time = time.double()
@@ -55,7 +59,8 @@ def test_conversions_undo_the_mixing(process, pred, time):
 
     x_t, out = path(time), process.target(pred, x0, eps, time)
     found = process.to_x0_eps(pred, out, x_t, time)
-    assert any(z is out for z in found)  # the predicted one costs no arithmetic
+    if pred != "velocity_pred":
+        assert any(z is out for z in found)  # the predicted one costs no arithmetic
     for z, expected in zip(found, (x0, eps), strict=True):
         torch.testing.assert_close(z, expected, rtol=0, atol=1e-11)
     h = 1e-6  # the times lie between steps, where the discrete schedule is smooth
@@ -64,8 +69,63 @@ def test_conversions_undo_the_mixing(process, pred, time):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
+# --- flow ---
+
+
+@pytest.mark.parametrize("pred", Flow.predictions)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_ends_of_flow_stay_finite(pred, dtype):
+    """At t = 1 x_t is the noise, at t = 0 the data; what the output cannot say there is 0."""
+    process, t = Flow(), torch.tensor([0.0, 1.0], dtype=dtype)
+    x0, eps = torch.randn(2, 2, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x_t, out = process.mix(x0, eps, t), process.target(pred, x0, eps, t)
+    assert torch.equal(x_t, torch.stack([x0[0], eps[1]]))
+    found_x0, found_eps = process.to_x0_eps(pred, out, x_t, t)
+    expected_x0 = x0 * (t < 1)[:, None] if pred == "noise_pred" else x0
+    expected_eps = eps * (t > 0)[:, None] if pred == "x0_pred" else eps
+    tolerance = dict(rtol=0, atol=8 * torch.finfo(dtype).eps)  # two sums of numbers below 4
+    torch.testing.assert_close(found_x0, expected_x0, **tolerance)
+    torch.testing.assert_close(found_eps, expected_eps, **tolerance)
+    velocity = process.velocity(pred, out, x_t, t)
+    torch.testing.assert_close(velocity, expected_eps - expected_x0, **tolerance)
+
+
+def test_the_shift_is_more_noise():
+    """s times as much noise at the unshifted time has the same signal-to-noise ratio; the ends and
+    s = 1 are exact.
+    """
+    even = torch.linspace(0, 1, 1001)
+    for s in (1.0, 1.7, 2.0, 3.0):
+        process = Flow(shift=s)
+        t = process.shift_time(even)
+        assert t[0] == 0 and t[-1] == 1 and (t.diff() > 0).all()
+        inside, before = t[1:-5].double(), even[1:-5].double()
+        torch.testing.assert_close(inside, s * before / (1 + (s - 1) * before), rtol=1e-6, atol=0)
+        # float32 rounds t to 6e-8, 4e-5 of the least 1 - t
+        log_snr = process.half_log_snr(inside) + torch.tensor(s).log()
+        torch.testing.assert_close(log_snr, Flow().half_log_snr(before), rtol=0, atol=1e-4)
+    assert torch.equal(Flow().shift_time(even), even)
+    u = torch.rand(100, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Flow().train_time(u), u)
+
+
+@pytest.mark.parametrize("mean, std, shift", [(0.0, 1.0, 1.0), (-0.4, 0.8, 2.0)])
+def test_logit_normal_times(mean, std, shift):
+    """Quantiles of sigmoid(N(mean, std^2)), shifted; finite for every u that a draw may be."""
+    process = Flow("logit_normal", mean=mean, std=std, shift=shift)
+    logit = mean + std * torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor([0.1, 0.5, 0.9]))
+    expected = 1 / (1 + (-logit).exp() / shift)
+    u = (torch.arange(100_000) + 0.5) / 100_000
+    found = process.train_time(u).quantile(torch.tensor([0.1, 0.5, 0.9]))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    ends = process.train_time(torch.tensor([0.0, 1 - 2**-24]))
+    assert 0 < ends[0] < 0.03 and 0.97 < ends[1] < 1
+
+
 def test_processes_by_name():
-    assert {"vpsde", "discrete"} <= PROCESSES.keys()
+    assert {"vpsde", "discrete", "flow"} <= PROCESSES.keys()
+    with pytest.raises(UserError, match="process.times is 'normal', expected.*uniform, logit_n"):
+        make_process("flow", times="normal")
     assert make_process("vpsde", beta_max=10.0).g2(torch.tensor(1.0)) == 10
     with pytest.raises(UserError, match="process.name is 'vp'.*vpsde, discrete"):
         make_process("vp")
