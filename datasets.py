@@ -1,4 +1,4 @@
-"""Data sets by name: digits, CIFAR-10, image folders, ImageNet, latents. Each is a class.
+"""Data sets by name: digits, Fashion-MNIST, CIFAR-10, image folders, ImageNet, latents; classes.
 
 Importing this module reads nothing and imports neither torchvision nor scikit-learn: accelerate may
 look for Hugging Face's package of the same name and find this file.
@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import Dataset
 
 from libs import data
+from libs.files import read_idx
 from utils import UserError, listed, look_up
 
 
@@ -69,16 +70,38 @@ def _uint8_to_float(image):
     return torch.from_numpy(image.astype(np.float32) / 127.5 - 1)
 
 
+def _open_torchvision(name, root, what, *, download):
+    """torchvision's data set `name` in `root`. UserError if it is not there nor to be had."""
+    import torchvision
+
+    kind = getattr(torchvision.datasets, name)
+    try:
+        if not download:
+            return kind(root)
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / ".download", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait for the first
+            return kind(root, download=True)
+    except (RuntimeError, OSError) as error:
+        text = f"{root} has no {what}, and they could not be downloaded ({error})"
+        raise UserError(text) from error
+
+
 class InMemory(ImageDataset):
-    """Ten classes in memory. Subclasses give `_read`, `_load(path)`: (n, C, H, W) and labels."""
+    """Ten classes in memory. Subclasses give `_load(path, resolution)`: uint8 (n, C, H, W) and
+    labels.
+    """
 
     def __init__(self, *, path, resolution, labels, **augmentation):
-        self.images, targets = self._load(path)
+        self.images, targets = self._load(path, resolution)
         targets = np.array(targets, np.int64) if labels else None
         length, *shape = self.images.shape
         super().__init__(
             length=length, shape=tuple(shape), labels=targets, num_classes=10, **augmentation
         )
+
+    def _read(self, epoch, index):
+        return _uint8_to_float(self.images[index]), index
 
 
 class Digits(InMemory):
@@ -86,7 +109,7 @@ class Digits(InMemory):
 
     @staticmethod
     @functools.cache
-    def _load(path):
+    def _load(path, resolution):
         """From scikit-learn's file: importing its load_digits takes a fifth of a short run."""
         (package,) = importlib.util.find_spec("sklearn").submodule_search_locations
         table = np.loadtxt(Path(package, "datasets", "data", "digits.csv.gz"), delimiter=",")
@@ -105,29 +128,52 @@ class Cifar10(InMemory):
     """
 
     @staticmethod
-    def _load(path):
-        """uint8 images and labels. torchvision checks the md5 before it unpickles."""
-        from torchvision.datasets import CIFAR10
-
-        root = path or Path("assets/datasets/cifar10")
-        root = root.parent if root.name == CIFAR10.base_folder else root
-        lock = root / ".download"
-        try:
-            if lock.exists() or not (root / CIFAR10.base_folder).exists():
-                root.mkdir(parents=True, exist_ok=True)
-                with open(lock, "w") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait for the first
-                    CIFAR10(root, download=True)
-            files = CIFAR10(root)
-        except (RuntimeError, OSError) as error:
-            raise UserError(
-                f"{root} has no {CIFAR10.base_folder} with CIFAR-10's published files, and they "
-                f"could not be downloaded ({error})"
-            ) from error
+    def _load(path, resolution):
+        """torchvision checks the md5 before it unpickles."""
+        root, folder = path or Path("assets/datasets/cifar10"), "cifar-10-batches-py"
+        root = root.parent if root.name == folder else root
+        download = (root / ".download").exists() or not (root / folder).exists()
+        what = f"{folder} with CIFAR-10's published files"
+        files = _open_torchvision("CIFAR10", root, what, download=download)
         return np.ascontiguousarray(files.data.transpose(0, 3, 1, 2)), files.targets
 
-    def _read(self, epoch, index):
-        return _uint8_to_float(self.images[index]), index
+
+class FashionMnist(InMemory):
+    """Fashion-MNIST's 60,000 images for training (Xiao et al., arXiv 1708.07747): (1, 28, 28),
+    padded with -1 to `resolution`, 32 if it is not given.
+
+    `path`, or its FashionMNIST/raw, holds the idx files, gzipped or not; where there are none, they
+    are downloaded into it. Files that are there need not have the published bytes.
+    """
+
+    part = "train"
+    class_names = (
+        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+        "ankle boot",
+    )  # fmt: skip
+
+    @classmethod
+    def _find(cls, root, kind):
+        names = [f"{cls.part}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
+        found = [folder / name for folder in (root, root / "FashionMNIST/raw") for name in names]
+        return next((path for path in found if path.is_file()), None)
+
+    @classmethod
+    def _load(cls, path, resolution):
+        root, kinds = path or Path("assets/datasets/fashion_mnist"), ("images-idx3", "labels-idx1")
+        if (root / ".download").exists() or not all(cls._find(root, kind) for kind in kinds):
+            what = f"files {cls.part}-images-idx3-ubyte.gz and so on of Fashion-MNIST"
+            _open_torchvision("FashionMNIST", root, what, download=True)
+        images, labels = (read_idx(cls._find(root, kind)) for kind in kinds)
+        edge = (resolution or 32) - images.shape[-1]
+        sides = (edge // 2, edge - edge // 2)
+        return np.pad(images, ((0, 0), sides, sides))[:, None], labels
+
+
+class FashionMnistTest(FashionMnist):
+    """Its 10,000 images for tests."""
+
+    part = "t10k"
 
 
 MAX_UNREADABLE = 10, 0.01  # images, and share of the data set; the larger counts
@@ -263,6 +309,8 @@ class ImageNetLatents(FolderLatents):
 
 DATASETS = {
     "digits": Digits,
+    "fashion_mnist": FashionMnist,
+    "fashion_mnist_test": FashionMnistTest,
     "cifar10": Cifar10,
     "folder": ImageFolder,
     "imagenet": ImageNet,

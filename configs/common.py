@@ -124,8 +124,8 @@ def _make_sample():
         cuda_graphs=True,  # on a GPU: replay the network's kernels, for some memory
         path=placeholder(str),  # folder that keeps the PNG files
         adm_npz=placeholder(str),  # file of all images for ADM's evaluation suite
-        features="inception",  # or digits_classifier, or none: pictures without figures
-        fid_weights_path=placeholder(str),  # pytorch-fid's weights; without it, its download
+        features="inception",  # of libs.evaluate.FEATURES, or none: pictures without figures
+        fid_weights_path=placeholder(str),  # the feature network's file, else its usual one
     )
 
 

@@ -1,6 +1,7 @@
 """Tensors and arrays out of files, without running code from them, and into modules, strictly."""
 
 import contextlib
+import gzip
 import hashlib
 import os
 import pickle
@@ -125,6 +126,17 @@ def read_arrays(path):
     """{name: array} of a .npz file; UserError if it is damaged, none or holds pickled objects."""
     with reading(path, ".npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
+
+
+def read_idx(path):
+    """The uint8 array of an idx file, gzipped if its name ends so: two zeros, the type 8, the rank,
+    the shape as big-endian integers of four bytes, the values.
+    """
+    with reading(path, "idx file of bytes"):
+        opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+        with opened as file:
+            shape = np.frombuffer(file.read(4 * file.read(4)[3]), ">u4")
+            return np.frombuffer(file.read(), np.uint8).reshape(shape)
 
 
 class _Pickled:

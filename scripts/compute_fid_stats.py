@@ -19,7 +19,7 @@ from libs.evaluate import FEATURES, Moments, extract_features, make_features, sa
 from libs.runtime import REQUIRED, file_path, run_main
 
 FLAGS = {
-    "dataset": (str, REQUIRED, "a data set of images: digits, cifar10, imagenet or folder"),
+    "dataset": (str, REQUIRED, "a data set of images: cifar10, fashion_mnist_test, imagenet..."),
     "path": (file_path, None, "the data set's directory; images of a folder may lie at any depth"),
     "resolution": (int, REQUIRED, "side of the images in pixels"),
     "features": (str, "inception", f"one of {', '.join(FEATURES)}"),
@@ -43,23 +43,29 @@ def choose_stored(count, stored):
 
 def main(args):
     utils.file_to_write(args.out, "--out")
-    dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution, labels=False)
-    print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
     features = make_features(args.features, args.weights, args.device)
+    classify = getattr(features, "classify", None)
+    dataset = get_dataset(
+        args.dataset, path=args.path, resolution=args.resolution, labels=bool(classify)
+    )
+    print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
     count = min(len(dataset), args.max_images or len(dataset))
     # Evenly spaced, so that a part of a folder sorted by class has every class.
     indices = [i * len(dataset) // count for i in range(count)]
     stored = choose_stored(count, args.kept_features)
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
     batches = extract_features(dataset, indices, features, **loading)
-    moments, rows = Moments(features.dim), []
-    for (found, *_), chosen in zip(batches, tqdm(stored.split(args.batch_size)), strict=True):
+    moments, rows, agreeing = Moments(features.dim), [], 0
+    parts = tqdm(stored.split(args.batch_size))
+    for (found, pixels, labels), chosen in zip(batches, parts, strict=True):
         moments.update(found)
+        agreeing += (classify(pixels).cpu() == labels).sum().item() if classify else 0
         rows.append(found[chosen])
     mu, sigma = moments.mean_and_covariance()
     record = {"count": count, "extractor": features.name, "resolution": args.resolution}
     images = f"{args.dataset}, {count} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
     record["preprocessing"] = images
+    record |= {"class_agreement": agreeing / count} if classify else {}
     rows = torch.cat(rows) if stored.any() else None
     save_statistics(args.out, mu=mu, sigma=sigma, features=rows, **record)
     print(f"wrote {args.out}: {record}")

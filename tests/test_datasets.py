@@ -16,7 +16,7 @@ import torch
 import torchvision.datasets
 from PIL import Image
 from torch.utils.data import DataLoader
-from writers import TRAIN_FILES, noise_image, write_folder
+from writers import TRAIN_FILES, noise_image, write_fashion_mnist, write_folder
 
 import datasets
 from datasets import get_dataset
@@ -53,7 +53,7 @@ def test_import_is_cheap():
 @pytest.mark.parametrize(
     "name, options, says",
     [
-        ("mnist", {}, "dataset.name is 'mnist', expected one of digits, cifar10, folder"),
+        ("mnist", {}, "dataset.name is 'mnist', expected one of digits, "),
         ("folder", {"path": "nowhere"}, "needs its directory .* as dataset.path, not 'nowhere'"),
         ("imagenet256_features", {}, "needs its directory .* as dataset.path, not None"),
     ],
@@ -96,6 +96,41 @@ def test_cifar10_is_fetched_where_it_is_not(tmp_path, cifar10, monkeypatch):
     )
     with pytest.raises(UserError, match="other has no cifar-10-batches-py .*no network"):
         get_dataset("cifar10", path=tmp_path / "other")
+
+
+# ------------------------------------------------------------ Fashion-MNIST
+
+
+def test_fashion_mnist_is_its_idx_files(tmp_path, monkeypatch):
+    """Gzipped or not, in the folder or where torchvision has them; none is downloaded."""
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", Mock(side_effect=AssertionError))
+    pixels, labels = write_fashion_mnist(tmp_path, "train", 7, gz=True)
+    write_fashion_mnist(tmp_path / "FashionMNIST" / "raw", "t10k", 5, gz=False)
+    train = get_dataset("fashion_mnist", path=tmp_path, resolution=33)
+    assert (len(train), train.shape, train.num_classes) == (7, (1, 33, 33), 10)
+    assert train.labels.tolist() == labels.tolist() and train.class_names[9] == "ankle boot"
+    for i in range(7):
+        x, y = train[0, i]
+        expected = np.zeros((33, 33), np.uint8)
+        expected[2:30, 2:30] = pixels[i]  # (33 - 28) // 2 before, the rest behind
+        np.testing.assert_array_equal(pixels_of(x)[0], expected)
+        assert x.dtype == torch.float32 and y == labels[i] and x[0, 0, 0] == -1
+    assert get_dataset("fashion_mnist_test", path=tmp_path).shape == (1, 32, 32)
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(b"<html>")
+    with pytest.raises(UserError, match="train-labels-idx1-ubyte.gz is a web page"):
+        get_dataset("fashion_mnist", path=tmp_path)
+
+
+def test_fashion_mnist_is_fetched_where_it_is_not(tmp_path, monkeypatch):
+    def download(root, download):
+        write_fashion_mnist(root / "FashionMNIST" / "raw", "t10k", 5, gz=False)
+
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", download)
+    assert len(get_dataset("fashion_mnist_test", path=tmp_path)) == 5
+    fail = Mock(side_effect=RuntimeError("no network"))
+    monkeypatch.setattr(torchvision.datasets, "FashionMNIST", fail)
+    with pytest.raises(UserError, match="other has no files t10k-images.* downloaded .no network"):
+        get_dataset("fashion_mnist_test", path=tmp_path / "other")
 
 
 # ------------------------------------------------------------ image folders

@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import runs
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from datasets import get_dataset
 from libs.evaluate import features as features_module
 from libs.evaluate.features import (
+    Classifier,
     DigitsClassifier,
     DigitsClassifierFeatures,
     make_features,
@@ -194,6 +197,52 @@ def test_a_failed_download_says_where_the_weights_go(tmp_path, monkeypatch):
         make_features("inception", None, "cpu")
 
 
+# ------------------------------------------------------------ our own classifier
+
+
+def classify_by_hand(tensors, images):
+    """Feature map and logits by the names of the tensors, in float64."""
+    x, tensors = 2 * images.double() - 1, {k: v.double() for k, v in tensors.items()}
+    for i, stride in enumerate((1, 2, 1, 2, 1)):
+        convolution, norm = (f"f.{i}.{j}." for j in (0, 1))
+        weight, bias = tensors[convolution + "weight"], tensors[convolution + "bias"]
+        x = F.conv2d(x, weight, bias, stride, padding=1)
+        mean, variance, scale, shift = (
+            tensors[norm + name][:, None, None]
+            for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        x = (scale * (x - mean) / (variance + 1e-5).sqrt() + shift).relu()
+    return x, x.mean((2, 3)) @ tensors["h.weight"].T + tensors["h.bias"]
+
+
+def test_classifier_features_are_those_of_its_tensors(tmp_path):
+    """Widths, channels and classes come from the file, .safetensors or .npz of any origin."""
+    network = Classifier(channels=2, num_classes=3, widths=(4, 5, 6, 7, 8))
+    rng = torch.Generator().manual_seed(0)
+    tensors = {k: torch.rand(v.shape, generator=rng) + 0.1 for k, v in network.state_dict().items()}
+    tensors |= {k: torch.tensor(5) for k in tensors if k.endswith("tracked")}
+    tensors |= {k: v - 0.6 for k, v in tensors.items() if k.endswith("0.weight")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    np.savez(tmp_path / "a.npz", **{k: v.numpy() for k, v in tensors.items()})
+    features = make_features("classifier", tmp_path / "a.safetensors", "cpu")
+    assert features.name == make_features("classifier", tmp_path / "a.npz", "cpu").name
+    images = torch.rand(6, 2, 8, 12, generator=rng)
+    grid, logits = classify_by_hand(tensors, images)
+    with torch.autocast("cpu", torch.bfloat16):  # float32 all the same: rounding of 1e-6
+        tokens = features.tokens(images)
+    close = dict(rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(tokens.double(), grid.permute(0, 2, 3, 1).flatten(1, 2), **close)
+    torch.testing.assert_close(features(images).double(), grid.mean((2, 3)), **close)
+    assert tokens.shape == (6, 2 * 3, features.dim) and grid.std() > 0.01
+    assert torch.equal(features.classify(images), logits.argmax(1)) and not tokens.requires_grad
+    del tensors["h.bias"]
+    save_file(tensors, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="b.safetensors is .* no file of scripts/train_classifier"):
+        make_features("classifier", tmp_path / "b.safetensors", "cpu")
+    with pytest.raises(UserError, match="no classifier None: .* as sample.fid_weights_path"):
+        make_features("classifier", None, "cpu")
+
+
 # ------------------------------------------------------------ scripts and the digits classifier
 
 
@@ -269,6 +318,9 @@ def test_compute_fid_stats_command(digits_classifier, tmp_path):
     np.testing.assert_allclose(found.sigma, np.cov(values.T), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.features, values, rtol=1e-4, atol=1e-4)  # all of them
     assert found.source["known"] and found.source["count"] == 100
+    chosen = digits.labels[[i * 1797 // 100 for i in range(100)]]
+    agreement = (features.classify(images).numpy() == chosen).mean()
+    assert found.source["class_agreement"] == agreement > 0.95
     with np.load(path) as file:
         assert "100 of 1797" in str(file["preprocessing"])
 

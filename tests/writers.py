@@ -1,7 +1,9 @@
 """Small files in the formats that users have: CIFAR-10, image folders, ImageNet, an autoencoder."""
 
+import gzip
 import hashlib
 import pickle
+import struct
 
 import numpy as np
 import torch
@@ -102,6 +104,20 @@ def cifar10_environment(parent):
     lines += [f"CIFAR10.{name} = {value!r}" for name, value in cifar10_lists(parent).items()]
     (site / "sitecustomize.py").write_text("\n".join(lines) + "\n")
     return {"PYTHONPATH": str(site)}
+
+
+def write_fashion_mnist(folder, part, count, *, gz):
+    """The idx files of a part, train or t10k, as published; returns their pixels and labels."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
+    labels = rng.integers(10, size=count, dtype=np.uint8)
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, array in ("images-idx3", pixels), ("labels-idx1", labels):
+        header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+        content = header + array.tobytes()
+        name = f"{part}-{kind}-ubyte" + ".gz" * gz
+        (folder / name).write_bytes(gzip.compress(content) if gz else content)
+    return pixels, labels
 
 
 def place_of_everything(folder, classes=4):

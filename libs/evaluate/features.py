@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from libs.evaluate.metrics import load_statistics, make_feature_set
-from libs.files import hash_file, load_strict, read_safetensors, read_torch
+from libs.files import (
+    hash_file,
+    load_strict,
+    read_arrays,
+    read_safetensors,
+    read_torch,
+    reading,
+)
 from libs.runtime import read_batches
 from utils import UserError, look_up
 
@@ -111,9 +118,94 @@ class DigitsClassifierFeatures:
         return self.network(images.to(self.device, torch.float32)).argmax(1)
 
 
+class Classifier(nn.Module):
+    """A small convolutional classifier; its files have the names of its tensors.
+
+    channels: of the images; num_classes; widths: channels of the five convolutions.
+    """
+
+    strides = (1, 2, 1, 2, 1)
+
+    def __init__(self, *, channels, num_classes, widths=(32, 64, 64, 128, 128)):
+        super().__init__()
+        layers = zip((channels, *widths), widths, self.strides, strict=False)
+        self.f = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(inputs, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()
+                )
+                for inputs, width, stride in layers
+            )
+        )
+        self.h = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, images):
+        """(B, C, H, W) in [-1, 1] -> logits (B, classes) of the features' average over places."""
+        return self.h(self.f(images).mean((2, 3)))  # (B, D, H/4, W/4) -> (B, D)
+
+
+def read_classifier(path):
+    """The Classifier of a .safetensors file of scripts/train_classifier.py, or of an .npz with the
+    same tensors; UserError if it is damaged or none.
+    """
+    with reading(path, "file of scripts/train_classifier.py"):
+        arrays = read_arrays if Path(path).suffix == ".npz" else read_safetensors
+        tensors = {name: torch.as_tensor(x) for name, x in arrays(path).items()}
+        widths = [tensors[f"f.{i}.0.bias"].numel() for i in range(len(Classifier.strides))]
+        channels, num_classes = tensors["f.0.0.weight"].shape[1], tensors["h.bias"].numel()
+    network = Classifier(channels=channels, num_classes=num_classes, widths=widths)
+    load_strict(network, tensors, path)
+    return network
+
+
+class ClassifierFeatures:
+    """Features and classes by a file of scripts/train_classifier.py; UserError without one."""
+
+    kind, path = "classifier", None
+
+    def __init__(self, path=None, device="cpu"):
+        path = path or self.path
+        if not (path and Path(path).is_file()):
+            raise UserError(
+                f"there is no classifier {path}: make one with scripts/train_classifier.py, and "
+                "give it as sample.fid_weights_path (--weights of compute_fid_stats.py)"
+            )
+        self.network, self.device = read_classifier(path).eval().to(device), device
+        self.network.requires_grad_(False)
+        self.dim = self.network.h.in_features
+        # Of the tensors: safetensors writes its metadata in random order, so files differ.
+        weights = b"".join(x.cpu().numpy().tobytes() for x in self.network.state_dict().values())
+        self.name = f"{self.kind}-{hashlib.sha256(weights).hexdigest()[:8]}"
+
+    @torch.no_grad()
+    def _map(self, images):
+        """images (B, C, H, W) in [0, 1] -> float32 (B, dim, h, w), also inside autocast."""
+        with torch.autocast(torch.device(self.device).type, enabled=False):
+            return self.network.f(2 * images.to(self.device, torch.float32) - 1)
+
+    def __call__(self, images):
+        """images float32 (B, C, H, W) in [0, 1] -> float32 (B, dim)."""
+        return self._map(images).mean((2, 3))
+
+    def tokens(self, images):
+        """images float32 (B, C, H, W) in [0, 1] -> float32 (B, h w, dim), in raster order, where
+        h and w are a quarter of H and W.
+        """
+        return self._map(images).flatten(2).mT
+
+    def classify(self, images):
+        """images float32 (B, C, H, W) in [0, 1] -> int64 (B,), the most likely class."""
+        return self.network.h(self(images)).argmax(1)
+
+
 # name -> class(path or None, device) with `name`, `dim`, a call images (B, C, H, W) in [0, 1] ->
-# (B, dim) and, if it knows classes, `classify`: images -> labels (B,).
-FEATURES = {"inception": InceptionFeatures, "digits_classifier": DigitsClassifierFeatures}
+# (B, dim) and, if it knows classes, `classify`: images -> labels (B,); if it has a grid of tokens,
+# `tokens`: images -> float32 (B, N, dim).
+FEATURES = {
+    "inception": InceptionFeatures,
+    "digits_classifier": DigitsClassifierFeatures,
+    "classifier": ClassifierFeatures,
+}
 
 
 def make_features(name, path, device):

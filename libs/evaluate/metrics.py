@@ -180,7 +180,7 @@ def compute_metrics(generated, real, names=METRICS):
 
 def save_statistics(path, *, mu, sigma, features=None, **record):
     """Write an .npz that pytorch-fid reads too. features: (m, dim) of some random images; record:
-    count, extractor, resolution and preprocessing of all.
+    count, extractor, resolution and preprocessing of all, class_agreement where it is known.
     """
     arrays = {"mu": np.asarray(mu, np.float64), "sigma": np.asarray(sigma, np.float64), **record}
     if features is not None:
@@ -207,5 +207,7 @@ def load_statistics(path, *, extractor, resolution, dim):
     count = arrays["count"].item() if "count" in arrays else None
     source = {"file": str(path), "sha256": hash_file(path), "count": count}
     source["known"] = arrays.keys() >= {"count", "extractor", "resolution", "preprocessing"}
+    if "class_agreement" in arrays:  # of the real images: the ceiling of generated ones
+        source["class_agreement"] = arrays["class_agreement"].item()
     mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
     return FeatureSet(mu, sigma, arrays.get("features"), source=source)
