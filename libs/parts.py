@@ -4,7 +4,7 @@ from collections import namedtuple
 
 from datasets import LATENTS, make_dataset
 from libs.data import PixelCodec, make_latent_codec
-from libs.model import build_model, load_into
+from libs.model import add_heads, build_model, load_into
 from libs.runtime import config_beside
 from sde import make_process
 from utils import UserError, flatten, read_json
@@ -92,6 +92,7 @@ def make_parts(config, *, data=None):
     measured = data == "real" and config.sample.features != "none" and not stored
     dataset = open_dataset(config, augmented=training) if training or measured else None
     model = build_model(config.nnet, seed=config.seed if training else None)
+    add_heads(model, config.loss, training=training)
     codec = PixelCodec()
     if config.z_shape is not None:
         decoding = not training or bool(config.train.grid_samples or config.train.fid_samples)

@@ -1,6 +1,7 @@
 """Networks by name, as the `nnet` section of a config gives them, and weights for them."""
 
 import math
+import re
 
 import torch
 
@@ -43,7 +44,7 @@ def resize_state(state_dict, model):
     old, new = weight.shape[-1], model.patch_size
     if old != new:
         tensors["patch_embed.weight"] = weight[:, :, :1, :1].repeat(1, 1, new, new)
-        for name in ("head.weight", "head.bias"):
+        for name in [n for n in tensors if re.match(r"(head|heads\.internal\.linear)\.", n)]:
             tensors[name] = torch.cat([tensors[name][: model.in_channels]] * new**2)
         changes.append(f"patch size {old} -> {new}: patch_embed and head repeat their [0, 0] tap")
     side, (h, w) = math.isqrt(table.shape[1] - EXTRA_TOKENS), model.native_grid
@@ -53,13 +54,26 @@ def resize_state(state_dict, model):
     return tensors, changes
 
 
-def load_into(model, path, *, new_labels=False):
+def fit_heads(state_dict, model, *, new):
+    """(weights without heads that `model` lacks, sentences); new: and with the model's own weights
+    of heads that the state_dict lacks.
+    """
+    own = {k: x for k, x in model.state_dict().items() if k.startswith("heads.")}
+    tensors = {k: x for k, x in state_dict.items() if k in own or not k.startswith("heads.")}
+    missing = {k: x for k, x in own.items() if k not in tensors and new}
+    changed = {"is left out": state_dict.keys() - tensors.keys(), "starts anew": missing.keys()}
+    heads = {said: sorted({name.split(".")[1] for name in k}) for said, k in changed.items()}
+    return tensors | missing, [f"head {name} {said}" for said in heads for name in heads[said]]
+
+
+def load_into(model, path, *, new=False):
     """Load weights into `model`, strictly; those of a DiM for another resolution or patch size are
     fitted (resize_state). Returns sentences on what was changed.
 
     path: a `<step>.ckpt` directory, whose averaged weights are read, a .safetensors file, or an
-    official .pth, wrapped or not (files.unwrap). new_labels: label tables of another number of
-    classes stay as the model has them. UserError: no weights, or those of another network.
+    official .pth, wrapped or not (files.unwrap). Heads that the model lacks are left out. new: the
+    model keeps its own label tables, where they have another number of classes, and its own heads,
+    where the weights have none. UserError: no weights, or those of another network.
     """
     file = weights_file(path)
     if not file.is_file():
@@ -70,14 +84,15 @@ def load_into(model, path, *, new_labels=False):
     tensors = (read_safetensors if file.suffix == ".safetensors" else read_torch)(file)
     tensors, changes = unwrap(tensors)
     tensors = from_official(model, tensors)
-    for name, own in model.state_dict().items() if new_labels else ():
+    for name, own in model.state_dict().items() if new else ():
         if name in tensors and "label_embed" in name and len(own) != len(tensors[name]):
             classes = f"{len(tensors[name]) - 1} -> {len(own) - 1} classes"
             changes.append(f"{classes}: {name} starts anew, the other tensors are kept")
             tensors[name] = own
     if isinstance(model, DiM):
+        tensors, heads = fit_heads(tensors, model, new=new)
         tensors, resized = resize_state(tensors, model)
-        changes += resized
+        changes += heads + resized
     load_strict(model, tensors, path)
     return changes
 
@@ -88,4 +103,4 @@ def start_from(model, path):
     """
     if not path:
         return ["starting from scratch"]
-    return [f"starting from {path}", *load_into(model, path, new_labels=True)]
+    return [f"starting from {path}", *load_into(model, path, new=True)]

@@ -90,6 +90,7 @@ class DiM(nn.Module):
         self.norm_out = layers.RMSNorm(dim)
         self.head_modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, patch_size**2 * in_channels)
+        self.heads = nn.ModuleDict()  # further ones, see libs.model.heads
         self.reset_parameters()
 
     def use_fp8(self, device):
@@ -123,8 +124,9 @@ class DiM(nn.Module):
             x: (B, C, H, W) float32, H and W divisible by the patch size, square or not.
             t: (B,) network time, 0..1000, may be fractional.
             y: (B,) int64 labels in 0..num_classes; None for num_classes, the null class.
-            hidden: numbers of blocks, counted from 0; with them the result is (prediction,
-                {number: tokens after that block (B, L, dim)}), in raster order, with padding.
+            hidden: numbers of blocks, counted from 0, and names of heads; with them the result is
+                (prediction, {number: tokens after that block (B, L, dim), in raster order, with
+                padding; name: what the head makes of the image tokens after its block}).
             drop_path_draw: (B, depth) uniform in [0, 1), of stochastic depth; None draws here.
         """
         _, (h, w) = layers.fit_patches(x.shape[2:], self.patch_size)
@@ -135,14 +137,16 @@ class DiM(nn.Module):
         modulation = self.modulation(t, y)                                        # (B, 3, dim)
         tokens = self.embed(x, time, label, (h, w))                               # (B, L, dim)
         scales = self.drop_path_scales(tokens, drop_path_draw)
-        tokens, found = self.run_blocks(tokens, t, modulation, (h, w), scales, hidden)
-        image = tokens[:, EXTRA_TOKENS + self.pad :].unflatten(1, (h + self.pad, w + self.pad))
-        image = self.smooth(self.last_smoother, image[:, :h, :w]).flatten(1, 2)   # (B, h*w, dim)
-        head_modulation = self.head_modulation(F.silu(time + label))[:, None]
-        shift, scale = head_modulation.chunk(2, dim=-1)                           # (B, 1, dim)
-        patches = self.head(self.norm_out(image) * (1 + scale) + shift)           # (B, h*w, p*p*C)
-        out = layers.unpatchify(patches, (h, w), self.patch_size)                 # (B, C, H, W)
-        return (out, found) if hidden else out
+        blocks = {k: self.heads[k].block if isinstance(k, str) else k for k in hidden}
+        tokens, found = self.run_blocks(tokens, t, modulation, (h, w), scales, blocks.values())
+        image = self.smooth(self.last_smoother, self.crop(tokens, (h, w)))        # (B, h, w, dim)
+        condition = F.silu(time + label)                                          # (B, dim)
+        own = self.norm_out, self.head_modulation, self.head, self.patch_size
+        out = layers.predict_image(image, condition, *own)                        # (B, C, H, W)
+        inner = {k: found[block] for k, block in blocks.items()}
+        for name in (name for name in self.heads if name in inner):
+            inner[name] = self.heads[name](self.crop(inner[name], (h, w)), condition)
+        return (out, inner) if hidden else out
 
     def embed(self, x, time, label, grid):
         """[time, label, split tokens, padded grid]: (B, 2 + pad + (h+pad)*(w+pad), dim)."""
@@ -155,6 +159,12 @@ class DiM(nn.Module):
         index = pad_index(self.pad_layout, h, w, self.pad, x.device)
         right, bottom = self.pad_tokens[index[:h, w:]], self.pad_tokens[index[h:]]
         return layers.pad_sequence(image, extra, self.split_tokens, right, bottom)
+
+    def crop(self, tokens, grid):
+        """The image tokens (B, h, w, dim) of a sequence."""
+        h, w = grid
+        image = tokens[:, EXTRA_TOKENS + self.pad :].unflatten(1, (h + self.pad, w + self.pad))
+        return image[:, :h, :w]
 
     def smooth(self, smoother, image):
         """A depthwise 3x3 convolution over image tokens (B, h, w, dim)."""
@@ -174,8 +184,8 @@ class DiM(nn.Module):
         return scales
 
     def run_blocks(self, x, t, modulation, grid, drop_path_scales, hidden):
-        """(tokens after all blocks, {number: tokens after that block} of `hidden`). Blocks 1..K
-        save their output, the last K take the outputs back, the latest first.
+        """(tokens after all blocks, {number: tokens after that block} of the numbers `hidden`).
+        Blocks 1..K save their output, the last K take the outputs back, the latest first.
         """
         front = EXTRA_TOKENS + self.pad
         orders = [sequence_order(p, *grid, self.pad, front, x.device) for p in self.patterns]

@@ -83,6 +83,15 @@ def unpatchify(patches, grid, patch_size):
     return rearrange(patches, "b (h w) (p q c) -> b c (h p) (w q)", h=h, w=w, p=p, q=p)
 
 
+def predict_image(image, condition, norm, modulation, linear, patch_size):
+    """An output head: normed tokens (B, h, w, dim), scaled and shifted by what `modulation` makes
+    of time and class (B, dim), become patches of the image (B, C, H, W).
+    """
+    shift, scale = modulation(condition)[:, None].chunk(2, dim=-1)            # (B, 1, dim)
+    patches = linear(norm(image.flatten(1, 2)) * (1 + scale) + shift)         # (B, h*w, p*p*C)
+    return unpatchify(patches, image.shape[1:3], patch_size)
+
+
 def make_time_mlp(in_dim, hidden_dim, out_dim):
     """Linear, SiLU, Linear on a time embedding (B, in_dim) -> (B, out_dim)."""
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, out_dim))

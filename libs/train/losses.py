@@ -3,11 +3,13 @@
 from collections import namedtuple
 
 import torch
+import torch.nn.functional as F
 
 import utils
+from libs.model import split_weight
 from utils import look_up
 
-LOSSES = {}  # name, whose weight is config.loss.<name> -> f(output, target, hidden, batch)
+LOSSES = {}  # name, chosen by config.loss.<name> -> f(output, target, hidden, batch)
 
 
 # What a loss term may ask of a micro-batch: clean z, noise eps and their mixture z_t, each
@@ -24,7 +26,8 @@ def loss_term(name, hidden=()):
     """Decorator: f(output, target, hidden, batch) -> (B,) float32 becomes config.loss.<name>.
 
     output, target (B, C, H, W): of the network and of the process; hidden: number of a block ->
-    tokens (B, L, D), of the blocks that the decorator names; batch: a Batch.
+    tokens (B, L, D), name of a head -> its output, of those that the decorator names; batch: a
+    Batch.
     """
 
     def enter(function):
@@ -41,6 +44,22 @@ def mse(output, target, hidden, batch):
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
+@loss_term("direction")
+def direction(output, target, hidden, batch):
+    """1 - cos(output, target) over the channels, averaged over H, W (arXiv 2501.01423). Of a single
+    channel the cosine is a sign, without a gradient: there it goes over the whole image.
+    """
+    pair = output.float(), target.float()
+    pair = [x.flatten(1)[..., None] if x.shape[1] == 1 else x for x in pair]
+    return 1 - F.cosine_similarity(*pair, dim=1).flatten(1).mean(1)
+
+
+@loss_term("internal", hidden=("internal",))
+def internal(output, target, hidden, batch):
+    """The squared error of the head `internal` (arXiv 2512.24176)."""
+    return mse(hidden["internal"], target, hidden, batch)
+
+
 def make_draws(seed, batch, *, size, shape, depth, encoding, device):
     """The Draws of global batch number `batch`, of this size, the same on every rank. shape:
     (C, H, W) of z; depth: of a network with stochastic depth, else 0; encoding: the codec draws.
@@ -55,15 +74,17 @@ def make_draws(seed, batch, *, size, shape, depth, encoding, device):
 class Objective:
     """The losses of a micro-batch.
 
-    pred: what the network predicts; weights: by the names of loss terms; p_uncond: share of labels
-    that are dropped to the class null_label, None for a network that is given no labels.
+    pred: what the network predicts; weights: config.loss, of terms by name; p_uncond: share of
+    labels that are dropped to the class null_label, None for a network that is given no labels.
     """
 
     def __init__(self, process, codec, *, pred, weights, p_uncond, null_label):
         self.process, self.codec, self.pred = process, codec, pred
         self.p_uncond, self.null_label = p_uncond, null_label
-        self.terms = [(weight, look_up(LOSSES, name, "loss")) for name, weight in weights.items()]
-        self.hidden = tuple(sorted({block for _, term in self.terms for block in term.hidden}))
+        names = {name: look_up(LOSSES, name, "loss") for name in weights}
+        self.terms = [(split_weight(weights[name])[0], term) for name, term in names.items()]
+        hidden = {key for _, term in self.terms for key in term.hidden}
+        self.hidden = tuple(sorted(hidden, key=str))
 
     def __call__(self, model, x, y, draws):
         """Losses (B,) float32 of `model` on x (B, ...) and y (B,), as the data set has them, with
