@@ -33,7 +33,8 @@ RANGES = {
     "gradient_accumulation_steps": _SOME, "ug_m": (2, math.inf), "dataset.p_uncond": _SHARE,
     "nnet.scan_directions": (1, 3), "optimizer.lr": _ANY, "train.n_steps": _SOME,
     "train.batch_size": _SOME,
-    "train.ema_rate": _SHARE, "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
+    "train.ema_rate": _SHARE, "train.ema_rates": _SHARE, "train.ema_lengths": (0.001, 0.28),
+    "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
     "train.log_interval": _SOME, "train.eval_interval": _SOME, "train.save_interval": _SOME,
     "train.keep_last": _SOME, "train.grid_samples": _ANY, "train.fid_samples": _ANY,
     "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
@@ -95,6 +96,9 @@ def _make_train():
         fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
         cuda_graphs=False,  # on a GPU, one process or DDP: for small networks, bound by Python
         ema_rate=0.9999,
+        ema_rates=placeholder(tuple),  # of further averages
+        # sigma_rel, 0.001 to 0.28, of further averages that grow with the run (arXiv 2312.02696)
+        ema_lengths=placeholder(tuple),
         num_workers=8,  # processes that read data, of each training process; 0 for none
         max_bad_steps=10,  # non-finite steps in a row that end the run
         log_interval=10,

@@ -15,14 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 240
 
 # Every source of randomness is on: label dropout, stochastic depth, accumulation, data loader
-# workers.
+# workers; and every kind of average.
 TINY = {
     "nnet.dim": 16, "nnet.depth": 5, "nnet.drop_path": 0.2, "gradient_accumulation_steps": 2,
     "train.batch_size": 8, "train.n_steps": 12, "train.num_workers": 2, "train.log_interval": 1,
     "train.eval_interval": 1000, "train.save_interval": 4, "sample.sample_steps": 2,
     "sample.mini_batch_size": 50, "lr_scheduler.name": "customized",
     "lr_scheduler.warmup_steps": 3, "optimizer.lr": 0.001, "train.keep_last": 5,
-    "train.grid_samples": 20,
+    "train.grid_samples": 20, "train.ema_rates": (0.9,), "train.ema_lengths": (0.05, 0.1),
 }  # fmt: skip
 
 
@@ -115,9 +115,9 @@ def wait_for_step(process, workdir, step):
 
 
 def weights(workdir, step):
-    """(network, average) of a checkpoint, name -> tensor."""
-    folder = Path(workdir) / "ckpts" / f"{step}.ckpt"
-    return load_file(folder / "nnet.safetensors"), load_file(folder / "nnet_ema.safetensors")
+    """[network, average, further averages] of a checkpoint, name -> tensor."""
+    files = (Path(workdir) / "ckpts" / f"{step}.ckpt").glob("nnet*.safetensors")
+    return [load_file(file) for file in sorted(files, key=lambda file: file.stem)]
 
 
 def numbers(workdir):

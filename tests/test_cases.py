@@ -767,7 +767,7 @@ def test_the_checkpoint_with_the_best_fid_stays(tmp_path):
     best = find_best(tmp_path / "metrics.jsonl")
     assert best == 2 and find_best(tmp_path / "absent.jsonl") is None
     for step in range(1, 7):
-        parts = dict(nnet={}, ema={}, training_state={}, config={}, keep_last=2, best=best)
+        parts = dict(weights={}, training_state={}, config={}, keep_last=2, best=best)
         checkpoint.save(tmp_path / "ckpts", step, **parts)
     found = sorted(path.name for path in (tmp_path / "ckpts").iterdir())
     assert found == ["2.ckpt", "5.ckpt", "6.ckpt"]

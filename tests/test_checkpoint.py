@@ -28,16 +28,15 @@ directory = Path(sys.argv[1])
 
 def save(step, keep_last=2):
     weights = {"w": torch.full((300,), float(step)), "b": torch.arange(7.0)}
-    checkpoint.save(directory, step, nnet=weights, ema=weights, config={"lr": 1e-4},
+    checkpoint.save(directory, step, weights={"nnet": weights, "nnet_ema": weights},
                     training_state={"step": step, "m": torch.full((400,), float(step))},
-                    keep_last=keep_last)
+                    config={"lr": 1e-4}, keep_last=keep_last)
 
 def found():
     """Step of the checkpoint that a start finds, which is whole."""
     checkpoint.clean(directory)
     path = checkpoint.find_latest(directory)
-    nnet, _, state = checkpoint.load(path)
-    step = state["step"]
+    nnet, step = checkpoint.load_weights(path, "nnet"), checkpoint.load_state(path)["step"]
     assert path.name == f"{step}.ckpt" and torch.equal(nnet["w"], torch.full((300,), float(step)))
     assert all(name.endswith(".ckpt") for name in os.listdir(directory))
     return step
@@ -55,8 +54,7 @@ def run_helper(code, *arguments):
 
 def save_step(directory, step, keep_last=None, **changes):
     values = {
-        "nnet": {"w": torch.arange(6.0).reshape(2, 3) + step},
-        "ema": {"w": torch.arange(6.0).reshape(2, 3) - step},
+        "weights": {"nnet": {"w": torch.arange(6.0)}, "nnet_ema": {"w": torch.arange(6.0) - step}},
         "training_state": {"step": step, "rng": torch.arange(5, dtype=torch.uint8)},
         "config": {"optimizer": {"lr": 1e-4, "betas": (0.9, 0.99)}},
         **changes,
@@ -75,12 +73,13 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
         "scalar": torch.tensor(3), "empty": torch.zeros(0, 2),
         "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
     }  # fmt: skip
-    ema = {name: tensor * 2 for name, tensor in nnet.items()}
+    weights = {"nnet": nnet, "nnet_ema": {name: tensor * 2 for name, tensor in nnet.items()}}
     state = {"scaler": None, "lr": 0.1 + 0.2, "list": [1, (2.5, "x")], "a.weight": base[0]}
-    path = save_step(tmp_path, 3, nnet=nnet, ema=ema, training_state=state)
-    *weights, found = checkpoint.load(path)
+    path = save_step(tmp_path, 3, weights=weights, training_state=state)
+    found = checkpoint.load_state(path)
     assert path == tmp_path / "3.ckpt" and names(path) == sorted((*FILES, "manifest.json"))
-    for saved, read in zip((nnet, ema), weights, strict=True):
+    for file, saved in weights.items():
+        read = checkpoint.load_weights(path, file)
         assert saved.keys() == read.keys()
         for name in saved:
             assert read[name].dtype == saved[name].dtype
@@ -94,9 +93,10 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
 @pytest.mark.cuda
 def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path):
     tensors = {"w": torch.ones(3, device="cuda")}
-    path = save_step(tmp_path, 1, nnet=tensors, training_state={"optimizer": [tensors]})
+    state = {"optimizer": [tensors]}
+    path = save_step(tmp_path, 1, weights={"nnet": tensors}, training_state=state)
     assert torch.load(path / "training.pt")["optimizer"][0]["w"].device.type == "cpu"
-    assert checkpoint.load(path)[0]["w"].device.type == "cpu"
+    assert checkpoint.load_weights(path, "nnet")["w"].device.type == "cpu"
 
 
 def test_the_newest_is_found_and_keep_last_counts(tmp_path):
@@ -108,9 +108,9 @@ def test_the_newest_is_found_and_keep_last_counts(tmp_path):
     # After falling back behind a later one, the checkpoint just written is never the one deleted.
     save_step(tmp_path, 50, keep_last=1)
     assert names(tmp_path) == ["100.ckpt", "50.ckpt"]
-    save_step(tmp_path, 50, nnet={"other": torch.ones(2)})
+    save_step(tmp_path, 50, weights={"nnet": {"other": torch.ones(2)}})
     assert names(tmp_path) == ["100.ckpt", "50.ckpt"]
-    assert list(checkpoint.load(tmp_path / "50.ckpt")[0]) == ["other"]
+    assert list(checkpoint.load_weights(tmp_path / "50.ckpt", "nnet")) == ["other"]
 
 
 def flip(path):
@@ -160,7 +160,7 @@ def test_a_full_disk_in_any_file_leaves_the_checkpoint_before(tmp_path):
         def attempt(nnet=9, state=9, text=9):
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, resource.RLIM_INFINITY))
             try:
-                checkpoint.save(directory, 2, nnet={"w": torch.zeros(nnet)}, ema={},
+                checkpoint.save(directory, 2, weights={"nnet": {"w": torch.zeros(nnet)}},
                                 training_state={"m": torch.zeros(state)},
                                 config={"text": "x" * text}, keep_last=1)
             except UserError as error:

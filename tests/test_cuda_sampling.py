@@ -169,7 +169,7 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     called = GraphedTraining(model) if graphed else model
     engine = Engine("one process", called, model, optimizer, precision.scaler, 1.0)
-    state, outcomes = TrainState(model, ema, engine, precision, Progress()), []
+    state, outcomes = TrainState(model, {"nnet_ema": ema}, engine, precision, Progress()), []
     batches = Prefetcher(pinned_batches(), GPU)
     objective = make_objective(0.1)
     for k in itertools.count():

@@ -231,7 +231,7 @@ def test_attention_is_trained_for_two_steps(in_process, tmp_path):
         train__num_workers=0, train__fid_samples=0, train__grid_samples=0,
     )  # fmt: skip
     assert in_process("train", runs.arguments(tmp_path / "run", **changes)) == 0
-    network, average = runs.weights(tmp_path / "run", 2)
+    network, average, *_ = runs.weights(tmp_path / "run", 2)
     name = "blocks.0.mixer.qkv.weight"
     assert network[name].isfinite().all() and not torch.equal(network[name], average[name])
 

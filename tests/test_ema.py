@@ -34,10 +34,10 @@ def test_average_is_the_weighted_sum():
 
 def test_only_parameters_follow():
     model = make_model()
-    ema = EMA(model, 0.5)
+    ema = EMA(model, 0)
     model(torch.randn(8, 3))
     randomise(model, 1)
-    ema.update(model, rate=0)
+    ema.update(model)
     for average, parameter in zip(ema.model.parameters(), model.parameters(), strict=True):
         assert torch.equal(average, parameter)
     assert torch.equal(ema.model[1].running_mean, torch.zeros(4))

@@ -14,7 +14,6 @@ import pytest
 import runs
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
 from libs.train.engine import ZeroEngine, make_engine
 from utils import UserError
@@ -63,13 +62,13 @@ def train(workdir, name, device, steps, expected=0, **changes):
 
 
 def read_tensors(workdir, step):
-    """Every tensor of a checkpoint: network, average, and the optimizer's state where it is whole.
+    """Every tensor of a checkpoint: network, averages, and the optimizer's state where it is whole.
     """
     folder = workdir / "ckpts" / f"{step}.ckpt"
     tensors = {
         f"{part}.{name}": tensor
-        for part in ("nnet", "nnet_ema")
-        for name, tensor in load_file(folder / f"{part}.safetensors").items()
+        for part, weights in enumerate(runs.weights(workdir, step))
+        for name, tensor in weights.items()
     }
     state = torch.load(folder / "training.pt", weights_only=True)["optimizer"]
     for name, entry in state["state"].items() if state else ():
@@ -167,8 +166,8 @@ device = accelerator.device
 for nnet in config.nnet, U_VIT:
     network, copy = (build_model(nnet, seed=1).to(device) for _ in "ab")
     ema = EMA(network, 0.5)
-    engine = make_engine(accelerator, network, ema.model, config.optimizer, Precision("no", device),
-                         max_norm=None, accumulation=1, graphed=False)
+    engine = make_engine(accelerator, network, [ema.model], config.optimizer,
+                         Precision("no", device), max_norm=None, accumulation=1, graphed=False)
     parts = [*network.parameters(), *ema.model.parameters(),
              *engine.optimizer.param_groups[0]["params"]]
     x, t = torch.randn(2, 1, 8, 8, device=device), torch.tensor([3.0, 700.0], device=device)

@@ -179,14 +179,15 @@ def test_ema(case, arrays):
     model.lin = torch.nn.Linear(3, 2)
     model.register_buffer("count", torch.full((2,), 9.0))
     det_input = golden_cases.det_weights().det_input
-    ema = EMA(model, 0.9999)
+    rates = [0, 0.9999, 0.9999, 0.9999, 0.9, 0.9]
+    ema = EMA(model, rates.__getitem__)
     model.count.fill_(1.0)
     trajectory = arrays["ema_trajectory/lin.weight"]
-    for stage, rate in enumerate([0, 0.9999, 0.9999, 0.9999, 0.9, 0.9]):
+    for stage in range(len(rates)):
         for name, parameter in model.named_parameters():
             value = det_input(f"ema{stage}/{name}", parameter.shape, case["seed"])
             parameter.data.copy_(torch.from_numpy(value))
-        ema.update(model, rate)
+        ema.update(model, stage)
         expected = trajectory[stage - 1] if stage else arrays["ema_after_init/lin.weight"]
         assert_close(ema.model.lin.weight, expected, 1e-6, f"stage {stage}")
     assert torch.equal(ema.model.count, tensors(arrays, "ema_buffer_after")[0])

@@ -50,7 +50,7 @@ def alive(process):
 
 
 def test_the_run_trains(undisturbed):
-    network, average = runs.weights(undisturbed, STEPS)
+    network, average, *_ = runs.weights(undisturbed, STEPS)
     lines = runs.numbers(undisturbed)
     assert [line[0] for line in lines] == list(range(1, STEPS + 1))
     assert lines[0][3] == 0 and lines[3][3] == pytest.approx(0.001)  # warm-up over 3 steps

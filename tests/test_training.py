@@ -163,8 +163,8 @@ def test_a_step_that_is_not_finite_is_skipped_logged_and_survived(tmp_path):
     assert [line["step"] for line in bad] == [2, 2]
     assert all(line["loss"] == line["grad_norm"] == "NaN" for line in bad)
     assert [line["step"] for line in lines if line["outcome"] == "ok"] == [1, 2, 3, 4, 5, 6]
-    network, average = runs.weights(tmp_path, 6)
-    assert all(tensor.isfinite().all() for tensor in [*network.values(), *average.values()])
+    weights = runs.weights(tmp_path, 6)
+    assert all(tensor.isfinite().all() for file in weights for tensor in file.values())
 
 
 def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_path):
@@ -172,7 +172,7 @@ def test_too_many_in_a_row_stop_the_run_and_leave_the_last_good_checkpoint(tmp_p
     with pytest.raises(UserError, match="3 steps in a row .* last at step 5"):
         train(tmp_path, make_config(**changes), codec=Broken(range(5, 100)))
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
-    network, _ = runs.weights(tmp_path, 4)
+    network, *_ = runs.weights(tmp_path, 4)
     assert all(tensor.isfinite().all() for tensor in network.values())
 
 
@@ -238,7 +238,7 @@ def test_settings_of_the_optimizer_are_the_config_s(tmp_path):
     changes = {"optimizer__weight_decay": 0.5, "optimizer__betas": (0.0, 0.5)}
     train(tmp_path, make_config(**changes))
     assert "optimizer.weight_decay: 0.03 -> 0.5" in (tmp_path / "output.log").read_text()
-    state = checkpoint.load(tmp_path / "ckpts" / "4.ckpt")[2]["optimizer"]
+    state = checkpoint.load_state(tmp_path / "ckpts" / "4.ckpt")["optimizer"]
     (group,) = state["param_groups"]
     assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0, 0.5)
     assert state["state"]["head.weight"]["step"] == 4

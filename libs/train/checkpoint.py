@@ -24,9 +24,9 @@ log = logging.getLogger("dim")
 SAVING = ".saving-{}"  # the folder of a step's checkpoint while it is being written
 
 
-def _write(folder, step, nnet, ema, training_state, config):
+def _write(folder, step, weights, training_state, config):
     """All files, manifest.json last, and all of them onto the disk."""
-    for name, tensors in ("nnet", nnet), ("nnet_ema", ema):
+    for name, tensors in weights.items():
         path = folder / f"{name}.safetensors"
         save_file({key: x.detach().cpu().contiguous() for key, x in tensors.items()}, path)
         path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files for the owner alone
@@ -56,19 +56,19 @@ def _get_steps(directory):
     return sorted(int(path.stem) for path in directory.glob("*.ckpt") if path.stem.isdigit())
 
 
-def save(directory, step, *, nnet, ema, training_state, config, keep_last, best=None):
+def save(directory, step, *, weights, training_state, config, keep_last, best=None):
     """Save a checkpoint and return its path, directory/<step>.ckpt.
 
-    nnet, ema: name -> tensor, any device and dtype. training_state: nested dicts and lists of
-    tensors and plain values. config: a dict for JSON. keep_last: how many checkpoints to keep, this
-    one included, or None for all; best: a step whose checkpoint stays, too. UserError if the disk
-    is full or cannot be written.
+    weights: name of a file -> {name: tensor}, any device and dtype. training_state: nested dicts
+    and lists of tensors and plain values. config: a dict for JSON. keep_last: how many checkpoints
+    to keep, this one included, or None for all; best: a step whose checkpoint stays, too. UserError
+    if the disk is full or cannot be written.
     """
     directory = Path(directory)
     folder = directory / SAVING.format(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder, step, nnet, ema, training_state, config)
+        _write(folder, step, weights, training_state, config)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         # torch makes a RuntimeError of an OSError
@@ -113,9 +113,13 @@ def find_latest(directory):
     return None
 
 
-def load(path):
-    """(weights, average, training_state) of a checkpoint, tensors on the CPU; `find_latest` has
-    verified it, and no code in its files is run.
+def load_weights(path, name):
+    """{name: CPU tensor} of a file with weights in a checkpoint, which `find_latest` has verified:
+    nnet, nnet_ema or a further average.
     """
-    weights = (read_safetensors(path / f"{name}.safetensors") for name in ("nnet", "nnet_ema"))
-    return *weights, read_torch(path / "training.pt")
+    return read_safetensors(path / f"{name}.safetensors")
+
+
+def load_state(path):
+    """The training_state of a checkpoint, tensors on the CPU; no code in its file is run."""
+    return read_torch(path / "training.pt")

@@ -149,8 +149,8 @@ def _make_zero(network, optimizer, scaler, max_norm, accumulation):
     return ZeroEngine("DeepSpeed ZeRO-2", model, network, optimizer, scaler, max_norm)
 
 
-def _shard(network, average, device, num_processes):
-    """Make the parameters of `network` and its average DTensors, in place. A block gathers its
+def _shard(network, averages, device, num_processes):
+    """Make the parameters of `network` and its averages DTensors, in place. A block gathers its
     weights while it computes, the network the others.
     """
     from torch.distributed.device_mesh import init_device_mesh
@@ -162,11 +162,12 @@ def _shard(network, average, device, num_processes):
     for block in network.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(network, mesh=mesh)
-    parts = {}
-    for name, whole in average.named_parameters():  # it may lack heads that the network has
-        part = network.get_parameter(name)
-        parts[name] = distribute_tensor(whole.data, part.device_mesh, part.placements)
-    average.load_state_dict(parts, strict=False, assign=True)
+    for average in averages:
+        parts = {}
+        for name, whole in average.named_parameters():  # it may lack heads that the network has
+            part = network.get_parameter(name)
+            parts[name] = distribute_tensor(whole.data, part.device_mesh, part.placements)
+        average.load_state_dict(parts, strict=False, assign=True)
 
 
 @contextlib.contextmanager
@@ -184,15 +185,15 @@ def whole_weights(model):
 
 
 def make_engine(
-    accelerator, network, average, settings, precision, *, max_norm, accumulation, graphed
+    accelerator, network, averages, settings, precision, *, max_norm, accumulation, graphed
 ):
     """The Engine that `accelerate launch` asks for, with a new optimizer, around a network and its
-    average, which have their weights. settings: config.optimizer; max_norm: of the gradients, or
+    averages, which have their weights. settings: config.optimizer; max_norm: of the gradients, or
     None; graphed: by CUDA graphs, in one process or DDP on a GPU. UserError for ZeRO-2 in fp16.
     """
     requested, max_norm = requested_engine(), max_norm or float("inf")
     if requested == "fsdp2":
-        _shard(network, average, accelerator.device, accelerator.num_processes)
+        _shard(network, averages, accelerator.device, accelerator.num_processes)
     make_optimizer = look_up(OPTIMIZERS, settings.name, "optimizer.name")
     optimizer, scaler = make_optimizer(network.parameters(), settings), precision.scaler
     if requested == "fsdp2":

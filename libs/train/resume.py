@@ -11,7 +11,7 @@ from libs.files import load_strict
 from libs.ops import turn_on_fp8
 from libs.runtime import Precision, wait_without_timeout
 from libs.train import checkpoint
-from libs.train.ema import EMA
+from libs.train.ema import make_averages
 from libs.train.engine import ZeroEngine, make_engine
 from utils import UserError, listed
 
@@ -27,9 +27,9 @@ class Progress:
     bad_in_a_row: int = 0  # non-finite steps since the last good one
 
 
-# Everything that changes in training; all of it is in a checkpoint. The engine has the optimizer,
-# the Precision the loss scaler.
-TrainState = namedtuple("TrainState", "network ema engine precision progress")
+# Everything that changes in training; all of it is in a checkpoint. averages: as of make_averages;
+# the engine has the optimizer, the Precision the loss scaler.
+TrainState = namedtuple("TrainState", "network averages engine precision progress")
 
 
 def find_best(metrics):
@@ -47,16 +47,25 @@ def save(state, accelerator, directory, config):
         "scaler": state.precision.scaler.state_dict(),
         "progress": asdict(state.progress),
     }
-    nnet, ema = engine.gather(state.network), engine.gather(state.ema.model)
+    weights = {"nnet": engine.gather(state.network)}
+    weights |= {name: engine.gather(average.model) for name, average in state.averages.items()}
     accelerator.wait_for_everyone()  # each has written its part of ZeRO-2's state
     if accelerator.is_main_process:
         best = find_best(directory.parent / "metrics.jsonl")
         options = dict(config=config.to_dict(), keep_last=config.train.keep_last, best=best)
         path = checkpoint.save(
-            directory, step, nnet=nnet, ema=ema, training_state=training_state, **options
+            directory, step, weights=weights, training_state=training_state, **options
         )
         log.info("saved %s", path)
     wait_without_timeout(accelerator)
+
+
+def _load_average(average, name, path):
+    """Of a checkpoint that lacks it, the usual average is where it starts."""
+    if not (path / f"{name}.safetensors").is_file():
+        log.info("%s is not in %s: it starts from nnet_ema", name, path)
+        name = "nnet_ema"
+    load_strict(average.model, checkpoint.load_weights(path, name), path)
 
 
 def make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation):
@@ -65,15 +74,17 @@ def make_state(model, accelerator, found, settings, optimizer, max_norm, accumul
     """
     precision = Precision(settings.mixed_precision, accelerator.device)
     network = model.to(accelerator.device).train()
-    ema = EMA(network, settings.ema_rate)
+    averages = make_averages(network, settings)
     if settings.fp8:
         turn_on_fp8(network, precision.dtype, "train.fp8")
     if found:
-        weights, average, saved = checkpoint.load(found)
-        load_strict(network, weights, found)
-        load_strict(ema.model, average, found)
+        saved = checkpoint.load_state(found)
+        load_strict(network, checkpoint.load_weights(found, "nnet"), found)
+        for name, average in averages.items():
+            _load_average(average, name, found)
+    copies = [average.model for average in averages.values()]
     engine = make_engine(
-        accelerator, network, ema.model, optimizer, precision, max_norm=max_norm,
+        accelerator, network, copies, optimizer, precision, max_norm=max_norm,
         accumulation=accumulation, graphed=settings.cuda_graphs,
     )  # fmt: skip
     progress = Progress()
@@ -82,7 +93,7 @@ def make_state(model, accelerator, found, settings, optimizer, max_norm, accumul
         if precision.scaler.is_enabled() and saved["scaler"]:
             precision.scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
-    return TrainState(network, ema, engine, precision, progress)
+    return TrainState(network, averages, engine, precision, progress)
 
 
 def _load_optimizer(engine, settings, state, path):

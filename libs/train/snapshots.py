@@ -27,8 +27,9 @@ class Snapshots:
     def __init__(self, config, directory, accelerator, state, process, codec, metrics_log, stop):
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.metrics_log, self.is_stopped = metrics_log, lambda: stop.requested
+        average = state.averages["nnet_ema"].model
         self.image_sampler = evaluate.make_image_sampler(
-            config, state.ema.model, process, codec, precision=state.precision, seed=config.seed
+            config, average, process, codec, precision=state.precision, seed=config.seed
         )
         self.features = self.real = None
         self.wants_fid = bool(config.train.fid_samples and config.sample.features != "none")

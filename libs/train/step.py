@@ -83,8 +83,9 @@ def update(state, stats):
     progress.batch += 1
     if finite:
         scaler.update()
-        state.ema.update(state.network)
         progress.step += 1
+        for average in state.averages.values():
+            average.update(state.network, progress.step)
         progress.bad_in_a_row = 0
         return "ok"
     if scaler.is_enabled():
