@@ -14,6 +14,7 @@ from configs.common import d
 from libs.data.codec import PixelCodec
 from libs.diffusion import ImageNoise, make_guided, sample
 from libs.model.dim import DiM
+from libs.model.heads import add_heads
 from libs.runtime.cuda_graphs import GraphedTraining, SamplingNetwork
 from libs.runtime.launch import Precision
 from libs.train.ema import EMA
@@ -27,11 +28,13 @@ from sde import VPSDE, make_process
 pytestmark = pytest.mark.cuda
 GPU = torch.device("cuda", 0)
 CLASSES = 10
+LOSSES = [{"mse": 1.0}, {"mse": 1.0, "internal": 0.5}]
 
 
 def make_dim():
     torch.manual_seed(0)
     model = DiM(input_size=16, in_channels=3, dim=128, depth=5, num_classes=CLASSES)
+    add_heads(model, {"internal": d(weight=0.5, block=1)}, training=True)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
     return model.to(GPU).eval()
@@ -68,20 +71,23 @@ def test_graphs_are_the_eager_average_bit_for_bit(dtype, frozen):
     ema.model.requires_grad_(not frozen)
     fast = SamplingNetwork(ema.model, dtype, graphs=True)
     shapes = [(2, 16, True), (2, 16, False), (3, 16, True), (2, 24, True)]
+    calls = list(itertools.product(shapes, [(), ("internal",), (3, "internal")]))
     for repeat in range(4):
         for parameter in model.parameters():
             parameter.data += 0.01 * torch.randn_like(parameter)
         ema.update(model)
-        for shape in shapes:
+        for shape, hidden in calls:
             inputs = make_inputs(*shape, seed=repeat)
             with autocast(dtype):
-                expected = ema.model(*inputs)
+                expected, expected_inner = ema.model(*inputs, hidden=(3, "internal"))
             with fast.ready() as network, autocast(dtype):
-                found = network(*inputs)
+                found = network(*inputs, **({"hidden": hidden} if hidden else {}))
+            found, inner = found if hidden else (found, {})
             assert found.dtype == expected.dtype and torch.equal(found, expected)
+            assert all(torch.equal(inner[key], expected_inner[key]) for key in hidden)
             filler = torch.full((1 << 22,), float("nan"), device=GPU)  # over memory that was freed
             del filler
-    assert len(fast._graphs) == len(shapes)
+    assert len(fast._graphs) == len(calls)
 
 
 @torch.no_grad()
@@ -149,9 +155,9 @@ def draw_randomly(k, size):
     return make_draws(1, k, size=size, shape=(3, 16, 16), depth=5, encoding=False, device=GPU)
 
 
-def make_objective(p_uncond):
+def make_objective(p_uncond, weights):
     return Objective(
-        VPSDE(), PixelCodec(), pred="noise_pred", weights={"mse": 1.0}, p_uncond=p_uncond,
+        VPSDE(), PixelCodec(), pred="noise_pred", weights=weights, p_uncond=p_uncond,
         null_label=CLASSES,
     )  # fmt: skip
 
@@ -171,7 +177,7 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
     engine = Engine("one process", called, model, optimizer, precision.scaler, 1.0)
     state, outcomes = TrainState(model, {"nnet_ema": ema}, engine, precision, Progress()), []
     batches = Prefetcher(pinned_batches(), GPU)
-    objective = make_objective(0.1)
+    objective = make_objective(0.1, LOSSES[1])
     for k in itertools.count():
         with no_synchronisation() if k > 1 else contextlib.nullcontext():
             draws = draw_randomly(k, 8)
@@ -191,9 +197,9 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
         assert len(engine.model._graphs) == 1
 
 
-def trained(dtype, graphed, uncond):
+def trained(dtype, graphed, uncond, weights):
     """(losses, weights) of some AdamW steps with stochastic depth and clipping."""
-    model, objective = make_dim().train(), make_objective(None if uncond else 0.1)
+    model, objective = make_dim().train(), make_objective(None if uncond else 0.1, weights)
     model.drop_path = 0.2
     called = GraphedTraining(model) if graphed else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
@@ -215,11 +221,14 @@ def trained(dtype, graphed, uncond):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("uncond", [False, True])
-def test_training_by_graphs_makes_the_eager_steps(dtype, uncond):
+@pytest.mark.parametrize("weights", LOSSES)
+def test_training_by_graphs_makes_the_eager_steps(dtype, uncond, weights):
     """Up to what atomic sums of embeddings and products of another workspace leave."""
-    found, weights = trained(dtype, True, uncond)
-    expected, weights_expected = trained(dtype, False, uncond)
+    found, trained_weights = trained(dtype, True, uncond, weights)
+    expected, expected_weights = trained(dtype, False, uncond, weights)
     assert ((found - expected).abs() <= 1e-4 * expected.abs()).all(), (found, expected)
-    apart = max((weights[n] - w).abs().max().item() for n, w in weights_expected.items())
-    moved = (weights["head.weight"] - make_dim().head.weight).abs().max().item()
+    apart = max((trained_weights[n] - w).abs().max().item() for n, w in expected_weights.items())
+    names = ["head.weight", *(["heads.internal.linear.weight"] if "internal" in weights else ())]
+    untrained = dict(make_dim().named_parameters())
+    moved = min((trained_weights[n] - untrained[n]).abs().max().item() for n in names)
     assert apart <= 0.05 * moved
