@@ -11,6 +11,7 @@ A process is a class in PROCESSES, chosen by `config.process.name`. Process time
     train_time(u)                training times from u uniform on [0, 1)
     model_time(t)                the time that the network is given
     shift_time(t)                if it has one: from an even grid in [0, 1] to a sampler's times
+    model_input(x, t)            if it has one: from x_t to the input that the network is given
 
 x0, eps, x_t and out are (B, ...), t is (B,) or 0-dim; results have the shape and dtype of x_t.
 What a process lacks, a log-SNR say, its class does not define: a sampler or guidance that needs
@@ -310,12 +311,62 @@ class Flow:
         return eps - x0
 
 
+class FlowFromDiscrete(Flow):
+    """Flow for a network that comes from a DiscreteSchedule and predicts its noise: the network is
+    given x_t scaled as there, and the step with the signal-to-noise ratio of t.
+
+    The two processes have the same probability flow up to `end` = 0.936, the flow's time of step
+    1000, where alpha is still 0.068. At later times the network is given step 1000, and its output
+    stands for the x0 that it implies there; x_t and x0 give the noise and a velocity
+    (x_t - x0) / t, finite at t = 1 too.
+    """
+
+    predictions = ("noise_pred",)
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.schedule, last = DiscreteSchedule(), torch.ones((), dtype=torch.float64)
+        alpha, sigma = self.schedule.alpha(last), self.schedule.sigma(last)
+        self.end = (sigma / (alpha + sigma)).item()
+
+    def model_time(self, t):
+        step = self.schedule.inverse_half_log_snr(self.half_log_snr(t)).clamp(max=1)
+        return self.schedule.model_time(step)
+
+    def model_input(self, x, t):
+        """x_t (B, ...) as the network is given it: alpha^2 + sigma^2 = 1."""
+        t = per_sample(t, x)
+        return x / (t.square() + (1 - t).square()).sqrt()
+
+    def _view(self, x_t, t):
+        """(t, that time or `end`, what the network is given as an x_t of that time)."""
+        t = per_sample(t, x_t)
+        known = t.clamp(max=self.end)
+        return t, known, self.model_input(x_t, t) * (known.square() + (1 - known).square()).sqrt()
+
+    def target(self, pred, x0, eps, t):
+        """The noise; beyond `end` what x_t holds beside x0 there."""
+        t, known, x_t = self._view(self.mix(x0, eps, t), t)
+        return torch.where(t > known, (x_t - (1 - known) * x0) / known, eps)
+
+    def to_x0_eps(self, pred, out, x_t, t):
+        t, known, seen = self._view(x_t, t)
+        x0 = (seen - known * out) / (1 - known)
+        return x0, torch.where(t > known, (x_t - (1 - t) * x0) / t, out)
+
+
 PROCESSES = {"vpsde": VPSDE, "discrete": DiscreteSchedule, "flow": Flow}
+PROCESSES["flow_from_discrete"] = FlowFromDiscrete
 
 
 def make_process(name, **settings):
     """The process of this name in PROCESSES; settings are keywords of its class."""
     return look_up(PROCESSES, name, "process.name")(**settings)
+
+
+def make_input(process, x, t):
+    """x_t (B, ...) at times t as a network is given it: x_t itself for most processes."""
+    return process.model_input(x, t) if hasattr(process, "model_input") else x
 
 
 def require_offered(process, names, user):

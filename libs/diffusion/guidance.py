@@ -7,7 +7,7 @@ A new guidance is a function in GUIDANCE, chosen by `config.sample.guidance`.
 import torch
 import torch.nn.functional as F
 
-from sde import require_offered
+from sde import make_input, require_offered
 from utils import look_up
 
 
@@ -20,6 +20,7 @@ def at_process_time(network, process):
         time = process.model_time(t)
         if time.dim() == 0:  # filled in: copying t to the device would make the host wait for it
             time = torch.full((len(x),), float(time), device=x.device)
+        x = make_input(process, x, t)
         if not hidden:
             return network(x, time, y).to(x.dtype)
         out, inner = network(x, time, y, hidden=hidden)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 import utils
 from libs.model import split_weight
+from sde import make_input
 from utils import look_up
 
 LOSSES = {}  # name, chosen by config.loss.<name> -> f(output, target, hidden, batch)
@@ -97,7 +98,8 @@ class Objective:
         z_t = self.process.mix(z, eps, t)
         options = {"drop_path_draw": draws.drop_path} if draws.drop_path.shape[1] else {}
         options |= {"hidden": self.hidden} if self.hidden else {}
-        output = model(z_t, self.process.model_time(t), y, **options)
+        z_in = make_input(self.process, z_t, t)
+        output = model(z_in, self.process.model_time(t), y, **options)
         output, hidden = output if self.hidden else (output, {})
         target, batch = self.process.target(self.pred, z, eps, t), Batch(z, eps, z_t, t, y)
         return sum(weight * term(output, target, hidden, batch) for weight, term in self.terms)
