@@ -23,7 +23,7 @@ from PIL import Image
 import utils
 from libs.runtime import flags, launch, logs
 
-SPEC = {"config": (flags.config_file, None, "config file"),
+SPEC = {"config": (flags.file_path, None, "config file"),
         "workdir": (flags.file_path, None, "run directory"), "n": (int, 4, "images a class"),
         "classes": (flags.int_list, None, "classes"), "use_ema": (bool, True, "use the EMA")}
 

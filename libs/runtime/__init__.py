@@ -1,7 +1,7 @@
 """Around every script: command lines, processes, logs, CUDA graphs.
 
 run_main, TRAINING, EVALUATION                  call a script's main with its flags, of these kinds:
-REQUIRED, config_file, file_path, int_list      must be given; --config; a path; 3,7
+REQUIRED, file_path, int_list                   must be given; a path; 3,7
 load_config, config_beside                      of a file; the config.json beside weights
 make_accelerator, Precision                     the process's part in the run; its number format
 requested_engine, ranks, wait_without_timeout   what the processes agree on
@@ -17,7 +17,6 @@ from libs.runtime.flags import (
     REQUIRED,
     TRAINING,
     config_beside,
-    config_file,
     file_path,
     int_list,
     load_config,
@@ -36,7 +35,7 @@ from libs.runtime.workers import read_batches
 
 __all__ = [
     "EVALUATION", "GraphedTraining", "MetricsLog", "Precision", "REQUIRED", "SamplingNetwork",
-    "StopRequest", "TRAINING", "config_beside", "config_file", "environment", "file_path",
+    "StopRequest", "TRAINING", "config_beside", "environment", "file_path",
     "get_logger", "int_list", "load_config", "make_accelerator", "ranks", "read_batches",
     "requested_engine", "run_main", "wait_without_timeout",
 ]  # fmt: skip

@@ -1,6 +1,5 @@
 """Command lines: `--config=FILE --config.<key>=<value>` and flags, by absl and ml_collections."""
 
-import contextlib
 import difflib
 import errno
 import functools
@@ -10,6 +9,7 @@ import runpy
 import sys
 import traceback
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from utils import UserError, flatten, listed, look_up, read_json
 
 CONFIGS = Path(common.__file__).parent
 REQUIRED = object()  # the default of a flag that must be given
-config_file = object()  # kind of the flag --config
 
 
 class FlagError(UserError):
@@ -42,6 +41,16 @@ def _explain_key(error):
 def config_beside(weights):
     """The path of the config.json beside `weights`, a checkpoint or a file in it."""
     return (Path(weights) if Path(weights).is_dir() else Path(weights).parent) / "config.json"
+
+
+def _find_config(weights):
+    """The path of the config beside `weights`; None for None."""
+    if weights and not (path := config_beside(weights)).is_file():
+        raise FlagError(
+            f"there is no config.json of a run beside {weights}: give a <step>.ckpt directory, or "
+            "--config=<config file> of the model"
+        )
+    return str(path) if weights else None
 
 
 def _read_json_config(path):
@@ -104,12 +113,12 @@ def int_list(text: str) -> tuple[int, ...]:
 
 # Flags of the training and of the evaluation scripts: name -> (kind, default, help).
 TRAINING = {
-    "config": (config_file, REQUIRED, "config file; --config.<key>=<value> changes one value"),
+    "config": (file_path, REQUIRED, "config file; --config.<key>=<value> changes one value"),
     "workdir": (file_path, None, "run directory; otherwise workdir/<config>/<changed values>"),
 }
 EVALUATION = {
     **TRAINING,
-    "config": (config_file, None, "config file; otherwise the config.json beside the weights"),
+    "config": (file_path, None, "config file; otherwise the config.json beside the weights"),
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or a file with weights"),
     "output_path": (file_path, None, "json file of the result; otherwise evaluation.json"),
 }
@@ -120,54 +129,40 @@ class _Parser(absl_flags.ArgumentParser):
         self.parse = kind
 
 
+def _define_flags(spec):
+    values = absl_flags.FlagValues()
+    values.set_gnu_getopt()
+    for name, (kind, default, text) in spec.items():
+        default = None if default is REQUIRED else default
+        if kind is bool:
+            absl_flags.DEFINE_boolean(name, default, text, flag_values=values)
+        else:
+            absl_flags.DEFINE(_Parser(kind), name, default, text, flag_values=values)
+    return values
+
+
 def _parse_last(flag, parse, word):
     """Of a flag that is given twice, the last value counts, as of all others."""
     flag.present = 0
     parse(word)
 
 
-def _define_flags(spec, config, argv):
-    values = absl_flags.FlagValues()
-    for name, (kind, default, text) in spec.items():
-        default = None if default is REQUIRED else default
-        if kind is bool:
-            absl_flags.DEFINE_boolean(name, default, text, flag_values=values)
-        elif kind is not config_file:
-            flag = absl_flags.Flag(_Parser(kind), absl_flags.ArgumentSerializer(), name, None, text)
-            flag.value = default
-            absl_flags.DEFINE_flag(flag, flag_values=values)
+def _override(config, values, words):
+    """Change `config` as --config.<key>=<value> in `words` says; {key: value}, other words."""
+    delattr(values, "config")  # its path
     try:
-        if config is not None:
-            config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        for flag in (values[name] for name in values):
-            if isinstance(flag, absl_flags.MultiFlag):  # a tuple, to which a second would be added
-                flag.parse = functools.partial(_parse_last, flag, flag.parse)
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
     except (AttributeError, KeyError) as error:
         raise FlagError(_explain_key(error)) from error
-    return values
-
-
-def _take_flag(name, argv):
-    """(path given by --name or None, the other words)."""
-    values = absl_flags.FlagValues()
-    values.set_gnu_getopt()
-    absl_flags.DEFINE_string(name, None, "", flag_values=values)
-    rest = values(argv, known_only=True)
-    return values[name].value and file_path(values[name].value), rest
-
-
-def _take_config(spec, argv):
-    """(path of the config or None, the other words): of --config, else beside --nnet_path."""
-    path, rest = _take_flag("config", argv)
-    weights = _take_flag("nnet_path", rest)[0] if "nnet_path" in spec else None
-    if weights and not path:
-        path = str(config_beside(weights))
-        if not os.path.isfile(path):
-            raise FlagError(
-                f"there is no config.json of a run beside {weights}: give a <step>.ckpt directory, "
-                "or --config=<config file> of the model"
-            )
-    return path, rest
+    for flag in (values[name] for name in values):
+        if isinstance(flag, absl_flags.MultiFlag):  # a tuple, to which a second would be added
+            flag.parse = functools.partial(_parse_last, flag, flag.parse)
+    words = values(words)
+    check_values(config)
+    for key, value in flatten(config).items():
+        if isinstance(value, str) and value.startswith("~"):
+            config.update_from_flattened_dict({key: file_path(value)})
+    return config_flags.get_override_values(values["config"]), words
 
 
 def _show_help(spec, config):
@@ -183,33 +178,28 @@ def _show_help(spec, config):
 def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
     """Parse a command line; `spec` is {name: (kind, default, help)}.
 
-    A kind is str, int, float, bool, `int_list`, `file_path` or `config_file`. The result has one
-    attribute a flag; if 'config' is among them, `config` is the locked ConfigDict with the
-    overrides applied (None without a config), `config_path` its file and `overrides` the dict
-    {'train.batch_size': 64} of what the command line changed. FlagError for a wrong flag or value.
+    A kind is str, int, float, bool, `int_list` or `file_path`. The result has one attribute a flag;
+    if 'config' is among them, `config` is the locked ConfigDict with the overrides applied (None
+    without a config), `config_path` its file and `overrides` the dict {'train.batch_size': 64} of
+    what the command line changed. FlagError for a wrong flag or value.
     """
+    values, config, overrides = _define_flags(spec), None, {}
     try:
-        path, argv = _take_config(spec, argv) if "config" in spec else (None, argv)
+        words = values(argv, known_only=True)
+        parsed = {name: values[name].value for name in spec}
+        path = parsed.get("config") or _find_config(parsed.get("nnet_path"))
         config = load_config(path) if path else None
-        if {"--help", "-h"} & set(argv):
+        if {"--help", "-h"} & set(words):
             _show_help(spec, config)
-        values = _define_flags(spec, config, argv)
-        extra = values(argv)[1:]
+        overrides, (_, *extra) = _override(config, values, words) if path else ({}, values(words))
     except absl_flags.Error as error:
         raise FlagError(str(error)) from error
-    parsed = {name: values[name].value for name in spec if name != "config"}
-    if "config" in spec:
-        overrides = config_flags.get_override_values(values["config"]) if path else {}
-        parsed |= {"config": config, "config_path": path, "overrides": overrides}
     absent = [n for n, (_, default, _) in spec.items() if default is REQUIRED and parsed[n] is None]
     if extra or absent:
         wrong = f"unexpected argument {extra[0]!r}" if extra else f"--{absent[0]} is required"
         raise FlagError(f"{wrong}; flags are written --name=value, and --help lists them")
-    if config is not None:
-        check_values(config)
-        for key, value in flatten(config).items():
-            if isinstance(value, str) and value.startswith("~"):
-                config.update_from_flattened_dict({key: file_path(value)})
+    if "config" in spec:
+        parsed |= {"config": config, "config_path": path, "overrides": overrides}
     return types.SimpleNamespace(**parsed)
 
 
@@ -217,8 +207,12 @@ def _explain_shortage(error):
     """A sentence for a full disk or memory that ran out; None for any other error."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"cannot write {error.filename or ''}: {error.strerror}; make room"
-    if str(error).startswith("DataLoader worker"):
-        return f"{error}; memory ran out, or /dev/shm is small: give more, or lower num_workers"
+    if str(error).startswith("DataLoader worker") or "shared memory" in str(error):
+        last = str(error).strip().rpartition("\n")[2]
+        return (
+            f"{last}; memory ran out, or /dev/shm is small: give more (docker run --shm-size=8g), "
+            "or lower num_workers"
+        )
     shortages = (torch.OutOfMemoryError, MemoryError)
     if isinstance(error, shortages) or "can't allocate memory" in str(error):
         return (
@@ -241,24 +235,16 @@ def run_main(main, spec: dict) -> None:
     """Call main(flags) with the parsed command line. A UserError, a full disk or memory that ran
     out is one line on stderr and exit status 1, 2 for a FlagError; Ctrl-C is 130.
     """
-    with (
-        contextlib.redirect_stdout(Output(sys.stdout)) as out,
-        contextlib.redirect_stderr(Output(sys.stderr)),
-    ):
+    with redirect_stdout(Output(sys.stdout)), redirect_stderr(Output(sys.stderr)):
         try:
-            _run(main, spec)
+            main(parse_flags(sys.argv, spec))
+        except UserError as error:
+            _fail(error, error.exit_code)
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)  # as shells have it: 128 + SIGINT
+        except Exception as error:
+            if not (text := _explain_shortage(error)):
+                raise
+            _fail(text, UserError.exit_code)
         finally:
-            out.flush()
-
-
-def _run(main, spec):
-    try:
-        main(parse_flags(sys.argv, spec))
-    except UserError as error:
-        _fail(error, error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)  # as shells have it: 128 + SIGINT
-    except Exception as error:
-        if not (text := _explain_shortage(error)):
-            raise
-        _fail(text, UserError.exit_code)
+            sys.stdout.flush()

@@ -70,8 +70,8 @@ class Output:
     """A standard stream that escapes what its encoding lacks, and whose reader may leave."""
 
     def __init__(self, stream):
-        self._stream = stream
-        stream.reconfigure(errors="backslashreplace")
+        self._stream = stream or open(os.devnull, "w")  # None where it is closed, as by >&-
+        self._stream.reconfigure(errors="backslashreplace")
 
     def __getattr__(self, name):
         return getattr(self._stream, name)

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from multiprocessing.reduction import ForkingPickler
+from multiprocessing.connection import Listener
 
 from torch.utils.data import DataLoader, default_collate, get_worker_info
 
@@ -20,43 +20,30 @@ _POLL_S = 2  # between two looks at a request to stop
 _PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>
 
 
-def detach_worker(worker_id: int) -> None:
-    """worker_init_fn of a DataLoader. torchrun's SIGTERM and a terminal's Ctrl-C go to the whole
-    process group; a worker that died of them would break the training step before the last
-    checkpoint is saved. So workers leave the group, and end with their parent.
+def _start_worker(worker_id):
+    """torchrun's SIGTERM and a terminal's Ctrl-C go to the whole process group; a worker that died
+    of them would break the training step before the last checkpoint is saved. So workers leave the
+    group, and end with their parent. What would keep a worker from sending is said here, as nobody
+    hears of a failure in the thread that sends.
     """
     os.setpgid(0, 0)
     for number in SIGNALS:  # schedulers send them to every process of a job
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-class _Parcel:
-    """A batch, pickled by the worker's own thread: torch passes on what fails there, while of a
-    failure in multiprocessing's thread the batch would never come.
-    """
-
-    def __init__(self, batch):
-        self._pickled = bytes(ForkingPickler.dumps(batch))
-
-    def open(self):
-        return ForkingPickler.loads(self._pickled)
-
-    def pin_memory(self):  # for the DataLoader's thread
-        return [tensor.pin_memory() for tensor in self.open()]
+    try:
+        Listener(family="AF_UNIX").close()  # that thread's, for tensors
+    except OSError as error:
+        raise UserError(
+            f"a process that reads data cannot send them ({error}): give a shorter TMPDIR that can "
+            "be written, such as /tmp or /dev/shm, or set num_workers to 0"
+        ) from error
 
 
 def _collate(items):
-    if get_worker_info() is None:
-        return default_collate(items)
-    try:
-        return _Parcel(default_collate(items))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"a process that reads data cannot pass them on ({error}): enlarge /dev/shm (docker "
-            "run --shm-size=8g), give a shorter TMPDIR, raise ulimit -n, or set num_workers to 0"
-        ) from error
+    """A batch, a worker's in shared memory, so that the thread that sends need not move it."""
+    batch = default_collate(items)
+    return [x.share_memory_() for x in batch] if get_worker_info() else batch
 
 
 def _kill_workers():
@@ -88,7 +75,7 @@ def _receive(loader, is_stopped, substitute):
                     "DIM_TIMEOUT_S): see their errors above, and whether the disk answers"
                 ) from error
             yield from itertools.repeat(substitute)
-        yield batch.open() if isinstance(batch, _Parcel) else batch
+        yield batch
         began = time.monotonic()
 
 
@@ -98,11 +85,11 @@ def read_batches(
     """Iterator over batches of `dataset`, whose items are tuples, as lists of tensors.
 
     num_workers: processes that read, started now; order: words for the DataLoader. `substitute`
-    stands for a batch that does not come while is_stopped() holds. UserError: a worker cannot pass
-    on its batch, or none came for half of DIM_TIMEOUT_S, before other ranks would give up.
+    stands for a batch that does not come while is_stopped() holds. UserError: workers cannot
+    send their batches, or none came for half of DIM_TIMEOUT_S, before other ranks would give up.
     """
     loader = DataLoader(
         dataset, num_workers=num_workers, pin_memory=pin_memory, collate_fn=_collate,
-        worker_init_fn=detach_worker, timeout=_POLL_S if num_workers else 0, **order,
+        worker_init_fn=_start_worker, timeout=_POLL_S if num_workers else 0, **order,
     )  # fmt: skip
     return _receive(iter(loader), is_stopped, substitute)
