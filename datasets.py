@@ -33,11 +33,13 @@ class ImageDataset(Dataset):
     None, known without reading an image; `preprocessing`, a note for the records of statistics;
     `latent`, whether items are an autoencoder's moments instead of images; `class_names`, by
     number, and `files`, None where there are none, `sizes` of files, and `left_out`, a text that
-    counts files that are no images.
+    counts files that are no images; `feature_shape` (N, D), where an item has as its third part
+    the tokens that an image network makes of the image.
     """
 
     needs_path, latent = False, False
     preprocessing, class_names, files, sizes, left_out = "none", None, None, (), ""
+    feature_shape = None
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
         self.length, self.shape, self.random_flip, self.seed = length, shape, random_flip, seed

@@ -1,16 +1,18 @@
 """The parts that a config names: process, codec, data set and network, fitted to one another."""
 
 from collections import namedtuple
+from pathlib import Path
 
 from datasets import LATENTS, make_dataset
 from libs.data import PixelCodec, make_latent_codec
+from libs.evaluate import FEATURES, make_features
 from libs.model import add_heads, build_model, load_into
 from libs.runtime import config_beside
 from sde import make_process
 from utils import UserError, flatten, read_json
 
 # Keys that change the pictures, but no tensor's shape.
-_UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions")
+_UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "loss.internal.block")
 _UNSEEN += ("nnet.heads", "nnet.mixer.heads")
 Parts = namedtuple("Parts", "process codec dataset model")  # the data set may be None
 
@@ -74,6 +76,27 @@ def _require_trained_labels(config, saved, source):
         )
 
 
+def _get_feature_dim(repa, dataset):
+    """D of the features (B, N, D) that config.loss.repa aligns tokens with: the data set's, else
+    those of the image network that it names. UserError where there are neither.
+    """
+    if dataset.feature_shape:
+        return dataset.feature_shape[-1]
+    if dataset.latent:
+        raise UserError(
+            "the loss term repa needs images, or features beside the latents: make the latents "
+            "with features, or leave config.loss.repa out"
+        )
+    name, path = (repa.get(key) if hasattr(repa, "get") else None for key in ("features", "path"))
+    if not hasattr(FEATURES.get(name), "tokens") or not (path and Path(path).is_file()):
+        known = ", ".join(name for name, kind in FEATURES.items() if hasattr(kind, "tokens"))
+        raise UserError(
+            f"the loss term repa needs an image network: loss.repa.features is {name!r}, expected "
+            f"one of {known}, and loss.repa.path is {path!r}, expected its file"
+        )
+    return make_features(name, path, "cpu").dim
+
+
 def make_parts(config, *, data=None):
     """The Parts of a config, whose process.name and scale of latents are resolved.
 
@@ -92,7 +115,10 @@ def make_parts(config, *, data=None):
     measured = data == "real" and config.sample.features != "none" and not stored
     dataset = open_dataset(config, augmented=training) if training or measured else None
     model = build_model(config.nnet, seed=config.seed if training else None)
-    add_heads(model, config.loss, training=training)
+    given, repa = {}, config.loss.get("repa")
+    if training and repa:
+        given["repa"] = {"feature_dim": _get_feature_dim(repa, dataset)}
+    add_heads(model, config.loss, training=training, **given)
     codec = PixelCodec()
     if config.z_shape is not None:
         decoding = not training or bool(config.train.grid_samples or config.train.fid_samples)

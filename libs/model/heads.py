@@ -36,12 +36,14 @@ class Projector(nn.Module):
 
     block: as of OutputHead. kind: 'repa', an MLP of three layers (arXiv 2410.06940, section 3), or
     'irepa', a 3x3 convolution over the grid. width: of the hidden layers; feature_dim: of the
-    features.
+    features. features, path: the image network, which the head itself does not need.
     """
 
     sampled = False
 
-    def __init__(self, model, *, feature_dim, block=8, kind="repa", width=2048):
+    def __init__(
+        self, model, *, feature_dim, block=8, kind="repa", width=2048, features=None, path=None
+    ):
         super().__init__()
         self.block = block
         make = look_up({"repa": self._make_mlp, "irepa": self._make_conv}, kind, "loss.repa.kind")
@@ -78,7 +80,7 @@ def split_weight(value):
 
 def add_heads(model, terms, *, training, **options):
     """Add to `model` the heads that the loss terms `terms`, config.loss, need; without training
-    those alone that sampling needs. options: name of a head -> further keywords.
+    those alone that sampling needs. options: further keywords of the head of a name.
 
     UserError: the network takes no heads, or lacks the block.
     """

@@ -27,9 +27,10 @@ class Prefetcher:
 
 
 def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch, is_stopped=bool):
-    """Endless Prefetcher of this rank's micro-batches (x, y) from global batch `start_batch` on;
-    settings: config.train. Our sampler shards and resumes: the loader is not given to accelerate.
-    A batch that does not come while is_stopped() holds is NaN, so that the step is made by none.
+    """Endless Prefetcher of this rank's micro-batches (x, y), with features where the data set has
+    them, from global batch `start_batch` on; settings: config.train. Our sampler shards and
+    resumes: the loader is not given to accelerate. A batch that does not come while is_stopped()
+    holds is NaN, so that the step is made by none.
     """
     processes, device = accelerator.num_processes, accelerator.device
     sampler = GlobalBatchSampler(
@@ -39,6 +40,8 @@ def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch
     )  # fmt: skip
     rows = settings.batch_size // (processes * accumulation)
     nothing = torch.full((rows, *dataset.shape), torch.nan), torch.zeros(rows, dtype=torch.int64)
+    if dataset.feature_shape:
+        nothing += (torch.zeros(rows, *dataset.feature_shape),)
     # The workers start now, before there are threads that a fork could catch half-way.
     batches = read_batches(
         dataset, batch_sampler=sampler, num_workers=settings.num_workers,

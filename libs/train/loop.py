@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import utils
+from libs.evaluate import make_features
 from libs.ops import describe_backends
 from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator, ranks
 from libs.train.loader import make_batches
@@ -118,9 +119,12 @@ class StepLog:
 def make_objective(config, process, codec, network, dataset, device):
     """(Objective of a config, f(batch) -> its Draws)."""
     p_uncond = config.dataset.p_uncond if config.dataset.cfg else 0.0
+    tokens, repa = None, config.loss.get("repa")
+    if repa and not dataset.feature_shape:
+        tokens = make_features(repa.features, repa.path, device).tokens
     objective = Objective(
         process, codec, pred=config.pred, weights=config.loss, null_label=network.num_classes,
-        p_uncond=None if config.train.mode == "uncond" else p_uncond,
+        p_uncond=None if config.train.mode == "uncond" else p_uncond, tokens=tokens,
     )  # fmt: skip
     draw = functools.partial(
         make_draws, config.seed, size=config.train.batch_size, encoding=codec.needs_noise,

@@ -1,12 +1,15 @@
 """What training minimises: loss terms by name, and the random numbers that go into them."""
 
+import functools
+import inspect
+import math
 from collections import namedtuple
 
 import torch
 import torch.nn.functional as F
 
 import utils
-from libs.model import split_weight
+from libs.model import HEADS, split_weight
 from sde import make_input
 from utils import look_up
 
@@ -14,8 +17,9 @@ LOSSES = {}  # name, chosen by config.loss.<name> -> f(output, target, hidden, b
 
 
 # What a loss term may ask of a micro-batch: clean z, noise eps and their mixture z_t, each
-# (B, C, H, W); process times t (B,); labels y (B,), dropped ones the null class, or None.
-Batch = namedtuple("Batch", "z eps z_t t y")
+# (B, C, H, W); process times t (B,); labels y (B,), dropped ones the null class, or None; the data
+# set's x; features (B, N, D), tokens that an image network makes of the clean images, or None.
+Batch = namedtuple("Batch", "z eps z_t t y x features")
 
 # The random numbers of a global batch, or of some of its rows (B); all float32. time, label (B,)
 # and drop_path (B, depth) are uniform in [0, 1); eps (B, C, H, W) and latent, of the same shape or
@@ -24,7 +28,8 @@ Draws = namedtuple("Draws", "time label drop_path eps latent")
 
 
 def loss_term(name, hidden=()):
-    """Decorator: f(output, target, hidden, batch) -> (B,) float32 becomes config.loss.<name>.
+    """Decorator: f(output, target, hidden, batch) -> (B,) float32 becomes config.loss.<name>, whose
+    keywords go to it; where there is a head `name`, those that f names.
 
     output, target (B, C, H, W): of the network and of the process; hidden: number of a block ->
     tokens (B, L, D), name of a head -> its output, of those that the decorator names; batch: a
@@ -61,6 +66,32 @@ def internal(output, target, hidden, batch):
     return mse(hidden["internal"], target, hidden, batch)
 
 
+@loss_term("repa", hidden=("repa",))
+def repa(output, target, hidden, batch, kind="repa"):
+    """Minus the cosine of projected tokens and features, averaged over the tokens (REPA, arXiv
+    2410.06940, equation 8). kind 'irepa' standardises each feature over the tokens of an image.
+    Features, whose grid is square, are resized to the tokens', bilinear with antialiasing.
+    """
+    tokens, features = hidden["repa"].float(), batch.features.float()  # (B, h, w, D), (B, N, D)
+    if kind == "irepa":
+        std, mean = torch.std_mean(features, 1, keepdim=True)
+        features = (features - mean) / (std + 1e-6)
+    side, size = math.isqrt(features.shape[1]), tokens.shape[1:3]
+    image = features.mT.unflatten(2, (side, side))  # (B, D, side, side)
+    if size != image.shape[2:]:
+        image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+    return -F.cosine_similarity(tokens, image.permute(0, 2, 3, 1), dim=-1).mean((1, 2))
+
+
+def choose_term(name, value):
+    """(weight, function) of a term from its value in config.loss."""
+    function, (weight, keywords) = look_up(LOSSES, name, "loss"), split_weight(value)
+    if name in HEADS:
+        known = inspect.signature(function).parameters
+        keywords = {key: value for key, value in keywords.items() if key in known}
+    return weight, functools.partial(function, **keywords)
+
+
 def make_draws(seed, batch, *, size, shape, depth, encoding, device):
     """The Draws of global batch number `batch`, of this size, the same on every rank. shape:
     (C, H, W) of z; depth: of a network with stochastic depth, else 0; encoding: the codec draws.
@@ -76,21 +107,22 @@ class Objective:
     """The losses of a micro-batch.
 
     pred: what the network predicts; weights: config.loss, of terms by name; p_uncond: share of
-    labels that are dropped to the class null_label, None for a network that is given no labels.
+    labels that are dropped to the class null_label, None for a network that is given no labels;
+    tokens: of an image network, images (B, C, H, W) in [0, 1] -> features (B, N, D), or None.
     """
 
-    def __init__(self, process, codec, *, pred, weights, p_uncond, null_label):
+    def __init__(self, process, codec, *, pred, weights, p_uncond, null_label, tokens=None):
         self.process, self.codec, self.pred = process, codec, pred
-        self.p_uncond, self.null_label = p_uncond, null_label
-        names = {name: look_up(LOSSES, name, "loss") for name in weights}
-        self.terms = [(split_weight(weights[name])[0], term) for name, term in names.items()]
-        hidden = {key for _, term in self.terms for key in term.hidden}
+        self.p_uncond, self.null_label, self.tokens = p_uncond, null_label, tokens
+        self.terms = [choose_term(name, value) for name, value in weights.items()]
+        hidden = {key for _, term in self.terms for key in term.func.hidden}
         self.hidden = tuple(sorted(hidden, key=str))
 
-    def __call__(self, model, x, y, draws):
-        """Losses (B,) float32 of `model` on x (B, ...) and y (B,), as the data set has them, with
-        Draws of these rows.
+    def __call__(self, model, x, y, draws, features=None):
+        """Losses (B,) float32 of `model` on x (B, ...), y (B,) and features, as the data set has
+        them, with Draws of these rows.
         """
+        features = features if self.tokens is None else self.tokens(0.5 * x + 0.5)
         dropped = draws.label < (self.p_uncond or 0.0)
         y = None if self.p_uncond is None else torch.where(dropped, self.null_label, y)
         z, eps = self.codec.encode(x, draws.latent), draws.eps
@@ -101,5 +133,6 @@ class Objective:
         z_in = make_input(self.process, z_t, t)
         output = model(z_in, self.process.model_time(t), y, **options)
         output, hidden = output if self.hidden else (output, {})
-        target, batch = self.process.target(self.pred, z, eps, t), Batch(z, eps, z_t, t, y)
+        target = self.process.target(self.pred, z, eps, t)
+        batch = Batch(z, eps, z_t, t, y, x, features)
         return sum(weight * term(output, target, hidden, batch) for weight, term in self.terms)

@@ -40,8 +40,9 @@ class StepStats:
 
 def take_step(accelerator, state, objective, batches, draws, accumulation, lr, stop):
     """Gradients of this rank's micro-batches, and the optimizer's step; fetched StepStats.
-    batches: Prefetcher of this rank's (x, y); draws: of the global batch, of which a micro-batch
-    has the rows that GlobalBatchSampler deals to it; stop: this process's StopRequest.
+    batches: Prefetcher of this rank's (x, y) or (x, y, features); draws: of the global batch, of
+    which a micro-batch has the rows that GlobalBatchSampler deals to it; stop: this process's
+    StopRequest.
     """
     engine, began = state.engine, time.monotonic()
     for group in engine.optimizer.param_groups:
@@ -52,10 +53,10 @@ def take_step(accelerator, state, objective, batches, draws, accumulation, lr, s
     for m in range(accumulation):
         start = (m * accelerator.num_processes + accelerator.process_index) * size
         rows = Draws(*(draw if draw is None else draw[start : start + size] for draw in draws))
-        x, y = next(batches)
+        x, y, *features = next(batches)
         with engine.accumulating(last=m + 1 == accumulation):
             with state.precision.autocast():
-                losses = objective(engine.model, x, y, rows)
+                losses = objective(engine.model, x, y, rows, *features)
             loss = losses.mean() / accumulation
             engine.backward(loss)
         total += loss.detach()
