@@ -360,8 +360,12 @@ PROCESSES["flow_from_discrete"] = FlowFromDiscrete
 
 
 def make_process(name, **settings):
-    """The process of this name in PROCESSES; settings are keywords of its class."""
-    return look_up(PROCESSES, name, "process.name")(**settings)
+    """The process of this name in PROCESSES; settings are keywords of its class, else UserError."""
+    kind = look_up(PROCESSES, name, "process.name")
+    try:
+        return kind(**settings)
+    except TypeError as error:  # as of a checkpoint whose process.name is changed
+        raise UserError(f"config.process does not fit process {name}: {error}") from None
 
 
 def make_input(process, x, t):

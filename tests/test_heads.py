@@ -1,0 +1,167 @@
+"""Flow matching with every loss term and head: one run as the official recipe's are tested."""
+
+import re
+
+import pytest
+import runs
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from configs import digits_T_DiM
+from configs.common import d, uvit_nnet
+from libs.evaluate.features import Classifier
+from libs.parts import make_parts
+from libs.train import losses
+from utils import UserError
+
+CONFIG = """
+from configs import digits_T_DiM
+from configs.common import d
+
+
+def get_config():
+    config = digits_T_DiM.get_config()
+    config.process, config.pred = d(name="flow", times="logit_normal"), "velocity_pred"
+    repa = d(weight=0.5, block=2, kind="irepa", features="classifier", path="{}")
+    config.loss = d(mse=1.0, direction=0.5, internal=d(weight=0.5, block=1), repa=repa)
+    config.sample.algorithm = "euler"
+    return config
+"""
+TINY = dict(train__num_workers=0, train__grid_samples=0, train__n_steps=6, train__save_interval=3)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """words(workdir, **changes): the command line of a run with all terms."""
+    folder = tmp_path_factory.mktemp("config")
+    torch.manual_seed(0)
+    classifier = Classifier(channels=1, num_classes=10, widths=(4, 4, 4, 4, 6))
+    save_file(classifier.state_dict(), folder / "classifier.safetensors")
+    config = folder / "all_terms.py"
+    config.write_text(CONFIG.format(folder / "classifier.safetensors"))
+    return lambda workdir, **changes: [
+        *runs.arguments(workdir, **{**TINY, **changes}), f"--config={config}"
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(words, in_process, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    assert in_process("train", words(workdir)) == 0
+    return workdir
+
+
+def test_terms_by_their_formulas():
+    """cos of plain vectors; repa on a grid of 4 x 4 of features that are 2 x 2."""
+    rng = torch.Generator().manual_seed(0)
+    out, target = torch.randn(2, 2, 3, 4, 4, generator=rng)
+    term = losses.LOSSES["direction"]
+    cos = (out * target).sum(1) / (out.square().sum(1) * target.square().sum(1)).sqrt()
+    torch.testing.assert_close(term(out, target, {}, None), 1 - cos.mean((1, 2)))
+    gray = [(x[:, :1]).flatten(1) for x in (out, target)]
+    cos = (gray[0] * gray[1]).sum(1) / (gray[0].norm(dim=1) * gray[1].norm(dim=1))
+    torch.testing.assert_close(term(out[:, :1], target[:, :1], {}, None), 1 - cos)
+
+    features, tokens = torch.randn(2, 4, 5, generator=rng), torch.randn(2, 4, 4, 5, generator=rng)
+    for kind in "repa", "irepa":
+        batch = losses.Batch(*[None] * 6, features=features)
+        weight, term = losses.choose_term("repa", d(weight=0.3, block=2, kind=kind, path="x"))
+        y = features
+        if kind == "irepa":
+            y = (y - y.mean(1, keepdim=True)) / (y.var(1, keepdim=True).sqrt() + 1e-6)
+        # Bilinear from 2 to 4, corners not aligned: 0.75 and 0.25, the edges repeated.
+        up = torch.tensor([[1.0, 0], [0.75, 0.25], [0.25, 0.75], [0, 1]])
+        y = torch.einsum("ip,jq,bpqd->bijd", up, up, y.unflatten(1, (2, 2)))
+        cos = (F.normalize(tokens, dim=-1) * F.normalize(y, dim=-1)).sum(-1)
+        found = term(out, target, {"repa": tokens}, batch)
+        torch.testing.assert_close(found, -cos.mean((1, 2)))
+        assert weight == 0.3
+
+
+def test_a_run_is_resumed_exactly_and_the_average_has_the_head_that_sampling_needs(
+    words, in_process, whole, tmp_path
+):
+    assert in_process("train", words(tmp_path, train__n_steps=3)) == 0
+    assert in_process("train", words(tmp_path)) == 0
+    assert runs.numbers(tmp_path) == runs.numbers(whole)
+    pairs = list(zip(runs.weights(tmp_path, 6), runs.weights(whole, 6), strict=True))
+    assert all(torch.equal(found[name], x[name]) for found, x in pairs for name in x | found)
+    heads = [{name.split(".")[1] for name in x if name.startswith("heads.")} for _, x in pairs]
+    assert heads[0] == {"internal", "repa"} and {*map(tuple, heads[1:])} == {("internal",)}
+    # Each head is trained, and both move the blocks before them.
+    before = runs.weights(whole, 3)[0]
+    moved = {name for name, x in pairs[0][1].items() if not torch.equal(x, before[name])}
+    assert moved == pairs[0][1].keys()
+
+
+def test_draws_by_position_and_half_precision(words, in_process, whole, tmp_path):
+    """Whole batches in place of two halves, then autocast; an overflow would take the next batch.
+    The tolerances are those of the official recipe's tests.
+    """
+    changes = {"one": {"gradient_accumulation_steps": 1}}
+    changes |= {name: {"train__mixed_precision": name} for name in ("bf16", "fp16")}
+    for name, change in changes.items():
+        assert in_process("train", words(tmp_path / name, train__n_steps=3, **change)) == 0
+        steps = [line for line in runs.steps_logged(tmp_path / name) if line["outcome"] == "ok"]
+        count, rel = (1 if name == "fp16" else 3), 1e-4 if name == "one" else 0.03
+        expected = [line[1] for line in runs.numbers(whole)[:count]]
+        assert [line["loss"] for line in steps[:count]] == pytest.approx(expected, rel=rel)
+
+
+@pytest.mark.slow
+def test_two_processes(words, whole, tmp_path):
+    status, output = runs.run("train.py", *words(tmp_path), num_processes=2)
+    assert status == 0, output
+    # The gradients of two processes are summed in another order than those of one.
+    for found, line in zip(runs.numbers(tmp_path), runs.numbers(whole), strict=True):
+        assert found == pytest.approx(line, rel=1e-4)
+
+
+def test_pictures_and_weights_with_and_without_heads(words, in_process, whole, tmp_path, capfd):
+    """Under guidance by the internal head; with a config that has no heads; of another process."""
+    weights, pictures = whole / "ckpts" / "6.ckpt", []
+
+    def draw(*more):
+        picture = tmp_path / f"{len(pictures)}.png"
+        pictures.append(picture)
+        drawn = [f"--nnet_path={weights}", "--n=1", f"--out={picture}", *more]
+        return in_process("sample", drawn), capfd.readouterr()
+
+    plain = ["--config=configs/digits_T_DiM.py", "--config.nnet.dim=16", "--config.nnet.depth=5"]
+    plain += ["--config.process.name=flow", "--config.pred=velocity_pred", "--algorithm=euler"]
+    assert draw("--steps=2")[0] == 0
+    status, said = draw("--steps=2", *plain)
+    assert status == 0 and "head internal is left out" in said.out
+    assert len({picture.read_bytes() for picture in pictures}) == 1
+    for change, says in (
+        (["--config.process.name=vpsde"], "config.process does not fit process vpsde: .*'times'"),
+        ([*plain, "--config.process.name=vpsde"], "pred is 'velocity_pred', expected one of"),
+        ([*plain, "--config.process.name=vpsde", "--config.pred=noise_pred"],
+         "process.name is 'vpsde', but the weights were trained with 'flow'"),
+        (["--config.loss.internal.block=3"], "loss.internal.block is 3, .* trained with 1"),
+    ):
+        status, said = draw(*change)
+        runs.assert_one_sentence(status, said.err)
+        assert re.search(says, said.err), said.err
+
+    start = words(tmp_path / "tuned", nnet__pretrained_path=weights, train__n_steps=1)
+    assert in_process("train", start) == 0
+    log = (tmp_path / "tuned" / "output.log").read_text()
+    assert "head repa starts anew" in log and "head internal" not in log
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"loss.repa": 0.5}, "repa needs an image network: loss.repa.features is None, expected one"),
+    ({"loss.repa": d(weight=1.0, features="classifier", path="x")}, "path is 'x', expected its"),
+    ({"loss.internal": 0.5, "nnet": uvit_nnet(input_size=8, in_channels=1, dim=16, depth=2,
+                                              heads=2, num_classes=10)}, "UViT takes none"),
+])  # fmt: skip
+def test_terms_that_cannot_be(changes, says):
+    config = digits_T_DiM.get_config()
+    config.unlock()
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        (config[section] if section else config)[name] = value
+    with pytest.raises(UserError, match=says):
+        make_parts(config, data="training")
