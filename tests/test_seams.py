@@ -102,8 +102,8 @@ def small_tokens(output, target, hidden, batch):
     return (1 - batch.t) * hidden[2].float().square().mean((1, 2))
 
 
-def sgd(parameters, settings):
-    return torch.optim.SGD(parameters, lr=settings.lr, momentum=0.9)
+def sgd(network, settings):
+    return torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=0.9)
 
 
 def halving(step, warmup_steps, n_steps):

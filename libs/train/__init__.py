@@ -6,7 +6,7 @@ from libs.train.optimizer import OPTIMIZERS, SCHEDULES
 
 __all__ = [
     "LOSSES",  # registry: name -> loss term, filled by the decorator `loss_term`
-    "OPTIMIZERS",  # registry: name -> f(parameters, settings)
+    "OPTIMIZERS",  # registry: name -> f(network, settings)
     "SCHEDULES",  # registry: name -> f(step, warmup_steps, n_steps)
     "loss_term",  # decorator of a new loss term
     "train",  # a whole run

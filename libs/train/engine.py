@@ -10,16 +10,18 @@ import torch
 from torch import nn
 
 from libs.runtime import GraphedTraining, requested_engine
-from libs.train.optimizer import OPTIMIZERS
+from libs.train.optimizer import OPTIMIZERS, MuonAdamW
 from utils import UserError, look_up
 
 # DDP's, of a DiM's two depthwise convolutions: strides differ in the axis of size 1 alone.
 _HARMLESS = r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, 1, 3, 3\]"
 
 
-def _key_by_name(state, network):
-    """An optimizer's state_dict by parameters' names; version 0.1.0 saved it by number."""
-    names = dict(enumerate(name for name, _ in network.named_parameters()))
+def _key_by_name(state, optimizer, network):
+    """The state_dict of an optimizer by parameters' names; version 0.1.0 saved it by number."""
+    own = {id(parameter): name for name, parameter in network.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {number: own[id(parameter)] for number, parameter in enumerate(parameters)}
     groups = [g | {"params": [names.get(k, k) for k in g["params"]]} for g in state["param_groups"]]
     entries = {names.get(k, k): entry for k, entry in state["state"].items()}
     return {"state": entries, "param_groups": groups}
@@ -75,7 +77,7 @@ class Engine:
         """The optimizer's state_dict by parameters' names, as `gather`; None where it is in files
         in `folder`, a checkpoint that is being written.
         """
-        return _key_by_name(self.optimizer.state_dict(), self.network)
+        return _key_by_name(self.optimizer.state_dict(), self.optimizer, self.network)
 
     def load_optimizer(self, state, folder):
         """Take over what `save_optimizer` returned, before the first step."""
@@ -98,7 +100,7 @@ class ShardedEngine(Engine):
 
     def load_optimizer(self, state, folder):
         if state["state"]:  # else it was saved before the first step
-            state = _key_by_name(state, self.network)
+            state = _key_by_name(state, self.optimizer, self.network)
             _call_whole("set_optimizer_state_dict", self.network, self.optimizer, state)
 
 
@@ -135,6 +137,11 @@ class ZeroEngine(Engine):
 def _make_zero(network, optimizer, scaler, max_norm, accumulation):
     if scaler.is_enabled():
         raise UserError("ZeRO-2 runs in bf16 or float32, not in fp16: --mixed_precision bf16")
+    if isinstance(optimizer, MuonAdamW):
+        raise UserError(
+            "ZeRO-2 makes one long row of all weights, but optimizer.name is 'muon', which steps "
+            "matrices: launch with DDP or FSDP2, or take adamw"
+        )
     import deepspeed
 
     config = {
@@ -189,13 +196,14 @@ def make_engine(
 ):
     """The Engine that `accelerate launch` asks for, with a new optimizer, around a network and its
     averages, which have their weights. settings: config.optimizer; max_norm: of the gradients, or
-    None; graphed: by CUDA graphs, in one process or DDP on a GPU. UserError for ZeRO-2 in fp16.
+    None; graphed: by CUDA graphs, in one process or DDP on a GPU. UserError for ZeRO-2 in fp16
+    or with Muon.
     """
     requested, max_norm = requested_engine(), max_norm or float("inf")
     if requested == "fsdp2":
         _shard(network, averages, accelerator.device, accelerator.num_processes)
     make_optimizer = look_up(OPTIMIZERS, settings.name, "optimizer.name")
-    optimizer, scaler = make_optimizer(network.parameters(), settings), precision.scaler
+    optimizer, scaler = make_optimizer(network, settings), precision.scaler
     if requested == "fsdp2":
         return ShardedEngine("FSDP2", network, network, optimizer, scaler, max_norm)
     if requested == "zero2":
