@@ -28,13 +28,14 @@ from sde import VPSDE, make_process
 pytestmark = pytest.mark.cuda
 GPU = torch.device("cuda", 0)
 CLASSES = 10
-LOSSES = [{"mse": 1.0}, {"mse": 1.0, "internal": 0.5}]
+HEADS = {"internal": d(weight=0.5, block=1), "repa": d(weight=0.5, block=3, width=64)}
+LOSSES = [{"mse": 1.0}, {"mse": 1.0, **HEADS}]
 
 
 def make_dim():
     torch.manual_seed(0)
     model = DiM(input_size=16, in_channels=3, dim=128, depth=5, num_classes=CLASSES)
-    add_heads(model, {"internal": d(weight=0.5, block=1)}, training=True)
+    add_heads(model, HEADS, training=True, repa={"feature_dim": 8})
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
     return model.to(GPU).eval()
@@ -148,7 +149,9 @@ def pinned_batches():
     generator = torch.Generator().manual_seed(0)
     while True:
         x = torch.randn(4, 3, 16, 16, generator=generator)
-        yield x.pin_memory(), torch.randint(CLASSES, (4,), generator=generator).pin_memory()
+        features = torch.randn(4, 16, 8, generator=generator)
+        y = torch.randint(CLASSES, (4,), generator=generator)
+        yield [part.pin_memory() for part in (x, y, features)]
 
 
 def draw_randomly(k, size):
@@ -209,7 +212,9 @@ def trained(dtype, graphed, uncond, weights):
         for k in range(2):
             x, _, y = make_inputs(4, seed=step)
             with autocast(dtype):
-                loss = objective(called, x, y, draw_randomly(2 * step + k, 4)).mean()
+                features = x[:, :, ::4, ::4].flatten(2).mT.repeat(1, 1, 3)[..., :8]  # (4, 16, 8)
+                draws = draw_randomly(2 * step + k, 4)
+                loss = objective(called, x, y, draws, features).mean()
             loss.backward()
             losses.append(loss.detach())
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -223,12 +228,14 @@ def trained(dtype, graphed, uncond, weights):
 @pytest.mark.parametrize("uncond", [False, True])
 @pytest.mark.parametrize("weights", LOSSES)
 def test_training_by_graphs_makes_the_eager_steps(dtype, uncond, weights):
-    """Up to what atomic sums of embeddings and products of another workspace leave."""
+    """Up to what atomic sums of embeddings and products of another workspace leave; with heads,
+    whose losses read features.
+    """
     found, trained_weights = trained(dtype, True, uncond, weights)
     expected, expected_weights = trained(dtype, False, uncond, weights)
     assert ((found - expected).abs() <= 1e-4 * expected.abs()).all(), (found, expected)
     apart = max((trained_weights[n] - w).abs().max().item() for n, w in expected_weights.items())
-    names = ["head.weight", *(["heads.internal.linear.weight"] if "internal" in weights else ())]
-    untrained = dict(make_dim().named_parameters())
-    moved = min((trained_weights[n] - untrained[n]).abs().max().item() for n in names)
-    assert apart <= 0.05 * moved
+    parts = ["head"] + ["heads.internal.linear", "heads.repa.layers.0"] * ("repa" in weights)
+    before = dict(make_dim().named_parameters())
+    moved = (trained_weights[f"{part}.weight"] - before[f"{part}.weight"] for part in parts)
+    assert apart <= 0.05 * min(difference.abs().max().item() for difference in moved)
