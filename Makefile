@@ -32,8 +32,8 @@ test-slow: .venv/installed-slow
 test-gpu:
 	$(PYTHON) tests/gpu_record.py
 
-assets/digits_classifier.safetensors: scripts/train_digits_classifier.py libs/evaluate/features.py | .venv/installed
-	$(BIN)/python scripts/train_digits_classifier.py
+assets/digits_classifier.safetensors: scripts/train_classifier.py libs/evaluate/features.py | .venv/installed
+	$(BIN)/python scripts/train_classifier.py --dataset=digits --epochs=10 --out=$@
 
 # Stamps: pip runs again only if the list of packages changed.
 define install

@@ -17,7 +17,7 @@ from PIL import Image
 from runs import assert_nothing_lost, assert_one_sentence, snapshot
 from safetensors.torch import save_file
 
-from libs.evaluate import DigitsClassifier
+from libs.evaluate import Classifier
 from libs.train import checkpoint
 
 DIGITS = "--config=configs/digits_T_DiM.py"
@@ -117,7 +117,9 @@ def read_by(script, path, tmp_path):
         words = runs.arguments("", **QUICK)[1:]
         return [*words, f"--nnet_path={path}", f"--out={tmp_path / 'grid.png'}", "--n=1"]
     torch.manual_seed(0)
-    save_file(DigitsClassifier().state_dict(), tmp_path / "classifier.safetensors")
+    save_file(
+        Classifier(channels=1, num_classes=10).state_dict(), tmp_path / "classifier.safetensors"
+    )
     changes = dict(sample__fid_weights_path=tmp_path / "classifier.safetensors")
     words = runs.arguments(tmp_path / "run", **QUICK, **changes, sample__n_samples=4)
     return [*words, f"--nnet_path={path}"]

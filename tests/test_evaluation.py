@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from libs.diffusion import ImageNoise
-from libs.evaluate import DigitsClassifier
+from libs.evaluate import Classifier
 from libs.model.build import build_model
 from libs.model.published import to_official
 from utils import read_json
@@ -21,7 +21,9 @@ TRAINED = runs.ROOT / "tests" / "data" / "release_0_1" / "8.ckpt"
 def evaluate(folder, *, num_processes, mini_batch_size, devices=""):
     folder.mkdir()
     torch.manual_seed(0)
-    save_file(DigitsClassifier().state_dict(), folder / "classifier.safetensors")
+    save_file(
+        Classifier(channels=1, num_classes=10).state_dict(), folder / "classifier.safetensors"
+    )
     changes = dict(
         sample__mini_batch_size=mini_batch_size, sample__n_samples=30, sample__sample_steps=8,
         sample__path=folder / "png", sample__fid_weights_path=folder / "classifier.safetensors",

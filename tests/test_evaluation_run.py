@@ -19,7 +19,7 @@ import utils
 from libs.data.codec import PixelCodec
 from libs.evaluate import features as features_module
 from libs.evaluate import generate, metrics
-from libs.evaluate.features import DigitsClassifier, DigitsClassifierFeatures, load_real
+from libs.evaluate.features import Classifier, DigitsClassifierFeatures, load_real
 from libs.evaluate.run import run_evaluation
 from libs.files import hash_file
 from libs.model.build import build_model
@@ -54,7 +54,9 @@ def files(tmp_path_factory):
     random_weights(folder / "a.safetensors", 0, config.nnet)
     random_weights(folder / "b.safetensors", 1, config.nnet)
     torch.manual_seed(0)
-    save_file(DigitsClassifier().state_dict(), folder / "classifier.safetensors")
+    save_file(
+        Classifier(channels=1, num_classes=10).state_dict(), folder / "classifier.safetensors"
+    )
     return folder
 
 
@@ -427,7 +429,7 @@ def latent(files, tmp_path):
 
 def write_statistics(files, path, resolution, m):
     """Changes of the config for a statistics file with the features of m images."""
-    rows = np.random.default_rng(0).normal(size=(200, 48)).astype(np.float32)
+    rows = np.random.default_rng(0).normal(size=(200, 128)).astype(np.float32)
     name = DigitsClassifierFeatures(files / "classifier.safetensors").name
     metrics.save_statistics(
         path, mu=rows.mean(0), sigma=np.cov(rows.T), count=200, extractor=name,

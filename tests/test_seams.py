@@ -13,7 +13,7 @@ from torch import nn
 
 import datasets
 from libs.diffusion import GUIDANCE, SAMPLERS, sampler
-from libs.evaluate import METRICS, DigitsClassifier
+from libs.evaluate import METRICS, Classifier
 from libs.model import MIXERS
 from libs.train import LOSSES, OPTIMIZERS, SCHEDULES, loss_term
 from sde import PROCESSES, per_sample
@@ -171,7 +171,7 @@ def test_one_of_each_kind_from_training_to_figures(used, in_process, tmp_path, c
     assert in_process("sample", [f"--nnet_path={weights}", "--n=1", f"--out={picture}"]) == 0
     assert picture.is_file()
     features = tmp_path / "classifier.safetensors"
-    save_file(DigitsClassifier().state_dict(), features)
+    save_file(Classifier(channels=1, num_classes=10).state_dict(), features)
     changes = dict(
         sample__n_samples=8, sample__mini_batch_size=4, sample__fid_weights_path=features
     )

@@ -361,7 +361,8 @@ def test_fid_at_intervals_and_after_a_kill_that_prevented_it(tmp_path, monkeypat
     """
     classifier = runs.ROOT / "assets" / "digits_classifier.safetensors"
     if not classifier.is_file():
-        assert runs.run("scripts/train_digits_classifier.py")[0] == 0
+        words = ["--dataset=digits", "--epochs=10", f"--out={classifier}"]
+        assert runs.run("scripts/train_classifier.py", *words)[0] == 0
     config = make_config(**FID, train__grid_samples=20)
 
     def figures():

@@ -2,7 +2,7 @@
 
 from libs.evaluate.features import (
     FEATURES,
-    DigitsClassifier,
+    Classifier,
     extract_features,
     load_real,
     make_features,
@@ -12,7 +12,7 @@ from libs.evaluate.metrics import METRICS, Moments, save_statistics
 from libs.evaluate.run import run_evaluation
 
 __all__ = [
-    "DigitsClassifier",  # for its training
+    "Classifier",  # for its training
     "FEATURES",  # registry: name -> feature network
     "METRICS",  # registry: name -> f(generated, real) -> figures
     "Moments",  # count, sum and products of features

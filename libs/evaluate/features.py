@@ -5,7 +5,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from libs.evaluate.metrics import load_statistics, make_feature_set
@@ -66,56 +65,6 @@ class InceptionFeatures:
     def __call__(self, images):
         """images float32 (B, 3, H, W) in [0, 1], any size -> float32 (B, 2048)."""
         return self.network(images.to(self.device, torch.float32))[0].flatten(1)
-
-
-class DigitsClassifier(nn.Module):
-    """A small convolutional classifier of 8x8 digits with 48 features before its last layer."""
-
-    dim, path = 48, Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
-
-    def __init__(self):
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 32, 3, padding=1)
-        self.conv2 = nn.Conv2d(32, 64, 3, padding=1)
-        self.hidden = nn.Linear(64 * 4 * 4, self.dim)
-        self.head = nn.Linear(self.dim, 10)
-
-    def features(self, images):
-        """(B, 1, 8, 8) in [0, 1] -> (B, 48), smooth and unbounded as a Gaussian fit likes it."""
-        x = F.gelu(self.conv1(2 * images - 1))  # (B, 32, 8, 8)
-        x = F.max_pool2d(F.gelu(self.conv2(x)), 2)  # (B, 64, 4, 4)
-        return self.hidden(x.flatten(1))  # (B, 48)
-
-    def forward(self, images):
-        """(B, 1, 8, 8) in [0, 1] -> logits (B, 10)."""
-        return self.head(F.gelu(self.features(images)))
-
-
-class DigitsClassifierFeatures:
-    """Features (48) and classes by scripts/train_digits_classifier.py's file, else UserError."""
-
-    dim = DigitsClassifier.dim
-
-    def __init__(self, path=None, device="cpu"):
-        path = Path(path or DigitsClassifier.path)
-        if not path.is_file():
-            raise UserError(f"there is no {path}: run scripts/train_digits_classifier.py")
-        self.network, self.device = DigitsClassifier(), device
-        load_strict(self.network, read_safetensors(path), path)
-        # Of the tensors: safetensors writes its metadata in random order, so files differ.
-        weights = b"".join(x.numpy().tobytes() for x in self.network.state_dict().values())
-        self.name = f"digits_classifier-{hashlib.sha256(weights).hexdigest()[:8]}"
-        self.network.eval().to(device)
-
-    @torch.inference_mode()
-    def __call__(self, images):
-        """images float32 (B, 1, 8, 8) in [0, 1] -> float32 (B, 48)."""
-        return self.network.features(images.to(self.device, torch.float32))
-
-    @torch.inference_mode()
-    def classify(self, images):
-        """images float32 (B, 1, 8, 8) in [0, 1] -> int64 (B,), the most likely digit."""
-        return self.network(images.to(self.device, torch.float32)).argmax(1)
 
 
 class Classifier(nn.Module):
@@ -196,6 +145,13 @@ class ClassifierFeatures:
     def classify(self, images):
         """images float32 (B, C, H, W) in [0, 1] -> int64 (B,), the most likely class."""
         return self.network.h(self(images)).argmax(1)
+
+
+class DigitsClassifierFeatures(ClassifierFeatures):
+    """Of the digits, by the file that `make demo` makes."""
+
+    kind = "digits_classifier"
+    path = Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
 
 
 # name -> class(path or None, device) with `name`, `dim`, a call images (B, C, H, W) in [0, 1] ->
