@@ -1,12 +1,11 @@
 """The parts that a config names: process, codec, data set and network, fitted to one another."""
 
 from collections import namedtuple
-from pathlib import Path
 
 from datasets import LATENTS, make_dataset
 from libs.data import PixelCodec, make_latent_codec
 from libs.evaluate import FEATURES, make_features
-from libs.model import add_heads, build_model, load_into
+from libs.model import add_heads, build_model, load_into, split_weight
 from libs.runtime import config_beside
 from sde import make_process
 from utils import UserError, flatten, read_json
@@ -77,22 +76,17 @@ def _require_trained_labels(config, saved, source):
 
 
 def _get_feature_dim(repa, dataset):
-    """D of the features (B, N, D) that config.loss.repa aligns tokens with: the data set's, else
-    those of the image network that it names. UserError where there are neither.
+    """D of the features (B, N, D) of config.loss.repa: the data set's, else those of the image
+    network that it names, else UserError.
     """
     if dataset.feature_shape:
         return dataset.feature_shape[-1]
-    if dataset.latent:
+    known = [name for name, kind in FEATURES.items() if hasattr(kind, "tokens")]
+    name, path = (split_weight(repa)[1].get(key) for key in ("features", "path"))
+    if dataset.latent or name not in known or not path:
         raise UserError(
-            "the loss term repa needs images, or features beside the latents: make the latents "
-            "with features, or leave config.loss.repa out"
-        )
-    name, path = (repa.get(key) if hasattr(repa, "get") else None for key in ("features", "path"))
-    if not hasattr(FEATURES.get(name), "tokens") or not (path and Path(path).is_file()):
-        known = ", ".join(name for name, kind in FEATURES.items() if hasattr(kind, "tokens"))
-        raise UserError(
-            f"the loss term repa needs an image network: loss.repa.features is {name!r}, expected "
-            f"one of {known}, and loss.repa.path is {path!r}, expected its file"
+            "the loss term repa needs features beside the latents, or images and, as "
+            f"loss.repa.features, one of {', '.join(known)}, with its file as loss.repa.path"
         )
     return make_features(name, path, "cpu").dim
 
@@ -115,10 +109,9 @@ def make_parts(config, *, data=None):
     measured = data == "real" and config.sample.features != "none" and not stored
     dataset = open_dataset(config, augmented=training) if training or measured else None
     model = build_model(config.nnet, seed=config.seed if training else None)
-    given, repa = {}, config.loss.get("repa")
-    if training and repa:
-        given["repa"] = {"feature_dim": _get_feature_dim(repa, dataset)}
-    add_heads(model, config.loss, training=training, **given)
+    aligned = training and "repa" in config.loss
+    given = {"feature_dim": _get_feature_dim(config.loss.repa, dataset)} if aligned else {}
+    add_heads(model, config.loss, training=training, repa=given)
     codec = PixelCodec()
     if config.z_shape is not None:
         decoding = not training or bool(config.train.grid_samples or config.train.fid_samples)

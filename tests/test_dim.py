@@ -5,14 +5,13 @@ import runs
 import torch
 
 from configs import cifar10_S_DiM, digits_T_DiM, imagenet256_L_attention
-from libs.model import heads
 from libs.model.block import compose_block
 from libs.model.build import build_model
 from libs.model.dim import MIXERS, PRESETS, DiM
+from libs.model.heads import add_heads
 from libs.model.published import from_official, to_official
 from libs.model.scan_order import pad_index, sequence_order
 from libs.model.skips import boost_stream
-from libs.model.uvit import UViT
 from utils import UserError
 
 TINY = dict(input_size=8, in_channels=4, dim=16, depth=5, num_classes=10)
@@ -172,11 +171,6 @@ def test_hidden_tokens_are_those_after_a_block():
     assert all(torch.equal(tokens, outputs[k]) for k, tokens in hidden.items())
 
 
-def add_heads(model, **terms):
-    heads.add_heads(model, terms, training=True)
-    return model
-
-
 @torch.no_grad()
 def test_a_head_in_place_of_the_final_one():
     """The internal head after the last block, given the final one's weights and a smoother that
@@ -188,9 +182,8 @@ def test_a_head_in_place_of_the_final_one():
     model.last_smoother.weight.copy_(torch.eye(3)[1].outer(torch.eye(3)[1]).expand(16, 1, 3, 3))
     expected = model(x, t, y)
     state = to_official(model)
-    add_heads(model, mse=1.0, internal=dict(weight=0.5, block=4))
-    assert to_official(model).keys() - state.keys() == {f"heads.internal.{name}" for name in (
-        "norm.weight", "modulation.weight", "modulation.bias", "linear.weight", "linear.bias")}
+    add_heads(model, dict(mse=1.0, internal=dict(weight=0.5, block=4)), training=True)
+    assert [name for name in to_official(model) if "heads.internal." not in name] == [*state]
     out, inner = model(x, t, y, hidden=("internal", 4))
     assert torch.equal(out, expected) and inner[4].shape == (3, 2 + 3 + 7 * 9, 16)
     assert (inner["internal"] == 0).all()
@@ -200,13 +193,6 @@ def test_a_head_in_place_of_the_final_one():
         own.load_state_dict(final.state_dict())
     found = model(x, t, y, hidden=("internal",))[1]
     torch.testing.assert_close(found["internal"], expected)
-
-
-def test_heads_that_a_network_cannot_have():
-    with pytest.raises(UserError, match="loss.internal.block is 8, but the network has 5 blocks"):
-        add_heads(DiM(**TINY), internal=0.5)
-    with pytest.raises(UserError, match="UViT takes none: use a DiM"):
-        add_heads(UViT(**TINY, heads=2), internal=0.5)
 
 
 def test_attention_in_place_of_mamba():

@@ -2,7 +2,6 @@
 
 DiM, UViT      the networks
 MIXERS         the mixers of DiM by name: add one here
-HEADS          the heads of DiM by name
 PRESETS        width and depth of the paper's models
 build_model    the network of a config's `nnet` section
 add_heads      the heads that the terms of a loss need, onto a DiM
@@ -14,11 +13,11 @@ model_from_official, uvit_from_official, to_official   official configurations a
 
 from libs.model.build import build_model, load_into, start_from
 from libs.model.dim import MIXERS, PRESETS, DiM
-from libs.model.heads import HEADS, add_heads, split_weight
+from libs.model.heads import add_heads, split_weight
 from libs.model.published import model_from_official, to_official, uvit_from_official
 from libs.model.uvit import UViT
 
 __all__ = [
-    "HEADS", "MIXERS", "PRESETS", "DiM", "UViT", "add_heads", "build_model", "load_into",
+    "MIXERS", "PRESETS", "DiM", "UViT", "add_heads", "build_model", "load_into",
     "model_from_official", "split_weight", "start_from", "to_official", "uvit_from_official",
 ]  # fmt: skip

@@ -54,16 +54,17 @@ def resize_state(state_dict, model):
     return tensors, changes
 
 
-def fit_heads(state_dict, model, *, new):
-    """(weights without heads that `model` lacks, sentences); new: and with the model's own weights
-    of heads that the state_dict lacks.
+def fit_heads(tensors, model, *, new):
+    """Take the heads that `model` lacks out of `tensors`, and if `new` put those that are missing
+    there in, as the model has them; returns sentences.
     """
-    own = {k: x for k, x in model.state_dict().items() if k.startswith("heads.")}
-    tensors = {k: x for k, x in state_dict.items() if k in own or not k.startswith("heads.")}
-    missing = {k: x for k, x in own.items() if k not in tensors and new}
-    changed = {"is left out": state_dict.keys() - tensors.keys(), "starts anew": missing.keys()}
-    heads = {said: sorted({name.split(".")[1] for name in k}) for said, k in changed.items()}
-    return tensors | missing, [f"head {name} {said}" for said in heads for name in heads[said]]
+    own, said = model.state_dict(), {}
+    for name in [name for name in (*tensors, *own) if name.startswith("heads.")]:
+        if name not in own:
+            said[f"head {name.split('.')[1]} is left out"] = tensors.pop(name)
+        elif new and name not in tensors:
+            said[f"head {name.split('.')[1]} starts anew"] = tensors[name] = own[name]
+    return list(said)
 
 
 def load_into(model, path, *, new=False):
@@ -90,9 +91,9 @@ def load_into(model, path, *, new=False):
             changes.append(f"{classes}: {name} starts anew, the other tensors are kept")
             tensors[name] = own
     if isinstance(model, DiM):
-        tensors, heads = fit_heads(tensors, model, new=new)
+        changes += fit_heads(tensors, model, new=new)
         tensors, resized = resize_state(tensors, model)
-        changes += heads + resized
+        changes += resized
     load_strict(model, tensors, path)
     return changes
 

@@ -27,10 +27,9 @@ class Prefetcher:
 
 
 def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch, is_stopped=bool):
-    """Endless Prefetcher of this rank's micro-batches (x, y), with features where the data set has
-    them, from global batch `start_batch` on; settings: config.train. Our sampler shards and
-    resumes: the loader is not given to accelerate. A batch that does not come while is_stopped()
-    holds is NaN, so that the step is made by none.
+    """Endless Prefetcher of this rank's micro-batches of items from global batch `start_batch` on;
+    settings: config.train. Our sampler shards and resumes: the loader is not given to accelerate.
+    A batch that does not come while is_stopped() holds is NaN, so that the step is made by none.
     """
     processes, device = accelerator.num_processes, accelerator.device
     sampler = GlobalBatchSampler(

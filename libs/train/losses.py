@@ -1,7 +1,6 @@
 """What training minimises: loss terms by name, and the random numbers that go into them."""
 
 import functools
-import inspect
 import math
 from collections import namedtuple
 
@@ -9,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import utils
-from libs.model import HEADS, split_weight
+from libs.model import split_weight
 from sde import make_input
 from utils import look_up
 
@@ -28,8 +27,8 @@ Draws = namedtuple("Draws", "time label drop_path eps latent")
 
 
 def loss_term(name, hidden=()):
-    """Decorator: f(output, target, hidden, batch) -> (B,) float32 becomes config.loss.<name>, whose
-    keywords go to it; where there is a head `name`, those that f names.
+    """Decorator: f(output, target, hidden, batch) -> (B,) float32 becomes config.loss.<name>; f and
+    a head of that name take the keywords that stand there beside the weight.
 
     output, target (B, C, H, W): of the network and of the process; hidden: number of a block ->
     tokens (B, L, D), name of a head -> its output, of those that the decorator names; batch: a
@@ -61,13 +60,13 @@ def direction(output, target, hidden, batch):
 
 
 @loss_term("internal", hidden=("internal",))
-def internal(output, target, hidden, batch):
+def internal(output, target, hidden, batch, **of_the_head):
     """The squared error of the head `internal` (arXiv 2512.24176)."""
     return mse(hidden["internal"], target, hidden, batch)
 
 
 @loss_term("repa", hidden=("repa",))
-def repa(output, target, hidden, batch, kind="repa"):
+def repa(output, target, hidden, batch, kind="repa", **of_the_head):
     """Minus the cosine of projected tokens and features, averaged over the tokens (REPA, arXiv
     2410.06940, equation 8). kind 'irepa' standardises each feature over the tokens of an image.
     Features, whose grid is square, are resized to the tokens', bilinear with antialiasing.
@@ -76,20 +75,9 @@ def repa(output, target, hidden, batch, kind="repa"):
     if kind == "irepa":
         std, mean = torch.std_mean(features, 1, keepdim=True)
         features = (features - mean) / (std + 1e-6)
-    side, size = math.isqrt(features.shape[1]), tokens.shape[1:3]
-    image = features.mT.unflatten(2, (side, side))  # (B, D, side, side)
-    if size != image.shape[2:]:
-        image = F.interpolate(image, size=size, mode="bilinear", antialias=True)
+    image = features.mT.unflatten(2, (math.isqrt(features.shape[1]), -1))  # (B, D, side, side)
+    image = F.interpolate(image, size=tokens.shape[1:3], mode="bilinear", antialias=True)
     return -F.cosine_similarity(tokens, image.permute(0, 2, 3, 1), dim=-1).mean((1, 2))
-
-
-def choose_term(name, value):
-    """(weight, function) of a term from its value in config.loss."""
-    function, (weight, keywords) = look_up(LOSSES, name, "loss"), split_weight(value)
-    if name in HEADS:
-        known = inspect.signature(function).parameters
-        keywords = {key: value for key, value in keywords.items() if key in known}
-    return weight, functools.partial(function, **keywords)
 
 
 def make_draws(seed, batch, *, size, shape, depth, encoding, device):
@@ -114,7 +102,8 @@ class Objective:
     def __init__(self, process, codec, *, pred, weights, p_uncond, null_label, tokens=None):
         self.process, self.codec, self.pred = process, codec, pred
         self.p_uncond, self.null_label, self.tokens = p_uncond, null_label, tokens
-        self.terms = [choose_term(name, value) for name, value in weights.items()]
+        given = {look_up(LOSSES, k, "loss"): split_weight(value) for k, value in weights.items()}
+        self.terms = [(weight, functools.partial(f, **kw)) for f, (weight, kw) in given.items()]
         hidden = {key for _, term in self.terms for key in term.func.hidden}
         self.hidden = tuple(sorted(hidden, key=str))
 

@@ -40,9 +40,8 @@ class StepStats:
 
 def take_step(accelerator, state, objective, batches, draws, accumulation, lr, stop):
     """Gradients of this rank's micro-batches, and the optimizer's step; fetched StepStats.
-    batches: Prefetcher of this rank's (x, y) or (x, y, features); draws: of the global batch, of
-    which a micro-batch has the rows that GlobalBatchSampler deals to it; stop: this process's
-    StopRequest.
+    batches: Prefetcher of this rank's items; draws: of the global batch, of which a micro-batch
+    has the rows that GlobalBatchSampler deals to it; stop: this process's StopRequest.
     """
     engine, began = state.engine, time.monotonic()
     for group in engine.optimizer.param_groups:
