@@ -16,8 +16,3 @@ from libs.model.dim import MIXERS, PRESETS, DiM
 from libs.model.heads import add_heads, split_weight
 from libs.model.published import model_from_official, to_official, uvit_from_official
 from libs.model.uvit import UViT
-
-__all__ = [
-    "MIXERS", "PRESETS", "DiM", "UViT", "add_heads", "build_model", "load_into",
-    "model_from_official", "split_weight", "start_from", "to_official", "uvit_from_official",
-]  # fmt: skip

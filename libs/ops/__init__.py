@@ -14,21 +14,9 @@ from libs.ops import backends
 from libs.ops.adaln import gated_residual, modulated_norm
 from libs.ops.causal_conv1d import causal_conv1d
 from libs.ops.cuda.fp8 import fp8_linear, require_fp8, turn_on_fp8
-from libs.ops.mamba_block import describe, is_fused, mamba_block
+from libs.ops.cuda.mamba_block import mamba_block_cuda as mamba_block
+from libs.ops.mamba_block import describe, is_fused
 from libs.ops.selective_scan import selective_scan
-
-__all__ = [
-    "causal_conv1d",
-    "describe_backends",
-    "fp8_linear",
-    "gated_residual",
-    "is_fused",
-    "mamba_block",
-    "modulated_norm",
-    "require_fp8",
-    "selective_scan",
-    "turn_on_fp8",
-]
 
 
 def describe_backends(device="cpu"):

@@ -5,14 +5,12 @@ from libs.ops.cuda.adaln import WIDTHS, gated_residual_cuda, modulated_norm_cuda
 from libs.ops.reference import gated_residual_ref, modulated_norm_ref
 
 # On the CPU the definition is as fast as any.
-backends.OPERATORS["modulated_norm"] = backends.Operator(
-    {"cuda": modulated_norm_cuda, "cpu": modulated_norm_ref, "reference": modulated_norm_ref},
-    WIDTHS, "channels",
-)  # fmt: skip
-backends.OPERATORS["gated_residual"] = backends.Operator(
-    {"cuda": gated_residual_cuda, "cpu": gated_residual_ref, "reference": gated_residual_ref},
-    WIDTHS, "channels",
-)  # fmt: skip
+for name, cuda, ref in (
+    ("modulated_norm", modulated_norm_cuda, modulated_norm_ref),
+    ("gated_residual", gated_residual_cuda, gated_residual_ref),
+):
+    found = {"cuda": cuda, "cpu": ref, "reference": ref}
+    backends.OPERATORS[name] = backends.Operator(found, WIDTHS, "channels")
 
 
 def modulated_norm(x, weight, modulation, table, out_dtype=None):

@@ -3,18 +3,20 @@
 
 import functools
 import importlib
-import logging
 import os
+import pkgutil
 from typing import NamedTuple
 
 import torch
 
-from libs.ops.cuda import launch
+from libs.ops.cuda import compiler, launch
 from utils import UserError
 
 
 class Operator(NamedTuple):
-    backends: dict  # name -> the operator without its `backend` argument, in order of preference
+    # name -> the operator without its `backend` argument, or, if it is to be imported late, as
+    # numba is, where it is; in order of preference
+    backends: dict
     sizes: range  # states, taps or channels that the CUDA kernels take
     counted: str  # which of these
 
@@ -34,7 +36,9 @@ def run(operator, requested, x, size, *args):
     """The operator on its arguments, by the backend for tensors like x. size: of its states, taps
     or channels."""
     name = choose(operator, requested, x.device, x.dtype, int(size))
-    return OPERATORS[operator].backends[name](*args)
+    function = OPERATORS[operator].backends[name]
+    function = pkgutil.resolve_name(function) if isinstance(function, str) else function
+    return function(*args)
 
 
 @constant_when_compiled
@@ -49,7 +53,8 @@ def choose(operator, requested, device, dtype, size=None):
     if not asked:
         name, reason = _first_able(operator, device, dtype, size)
         if reason and dtype != torch.float64:
-            _warn_once(f"{operator} runs as plain PyTorch, slowly, on {device.type}: {reason}")
+            said = f"{operator} runs as plain PyTorch, slowly, on {device.type}: {reason}"
+            compiler.say_once(said)
         return name
     source = "asked for by the caller" if requested else "asked for by DIM_BACKEND"
     if asked not in names:
@@ -101,11 +106,6 @@ def _first_able(operator, device, dtype, size):
     reasons = {name: why_not(operator, name, device, dtype, size) for name in names}
     name = next(name for name, reason in reasons.items() if reason is None)
     return name, reasons.get(device.type) if name == "reference" else None
-
-
-@functools.cache
-def _warn_once(message):
-    logging.getLogger("dim").warning(message)
 
 
 @functools.cache

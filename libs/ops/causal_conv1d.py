@@ -4,15 +4,11 @@ from libs.ops import backends, checks
 from libs.ops.cuda.causal_conv1d import causal_conv1d_cuda
 from libs.ops.reference import causal_conv1d_ref
 
-
-def _run_cpu(*args):  # imported late, with numba
-    from libs.ops.cpu.causal_conv1d import causal_conv1d_cpu
-
-    return causal_conv1d_cpu(*args)
-
-
 backends.OPERATORS["causal_conv1d"] = backends.Operator(
-    {"cuda": causal_conv1d_cuda, "cpu": _run_cpu, "reference": causal_conv1d_ref},
+    {
+        "cuda": causal_conv1d_cuda, "cpu": "libs.ops.cpu.autograd:causal_conv1d_cpu",
+        "reference": causal_conv1d_ref,
+    },
     range(2, 9), "taps",
 )  # fmt: skip
 

@@ -10,7 +10,6 @@ import torch
 
 from libs.ops import backends
 from libs.ops.cuda.adaln import WIDTHS
-from libs.ops.cuda.mamba_block import mamba_block_cuda
 
 
 def not_fused(device, dtype, dim, states, taps):
@@ -38,18 +37,3 @@ def describe(device):
     """One line for people: how the blocks of the shipped configs would run on this device."""
     reason = not_fused(device, torch.float32, 1536, 16, 3)
     return f"mamba_block: {f'composed of single operators ({reason})' if reason else 'fused'}"
-
-
-def mamba_block(x, modulation, drop_path_scale, parameters, order, dtype, fp8, out_dtype):
-    """x + drop_path_scale (1 + gate) mixer(RMSNorm(x) (1 + scale) + shift) in one operator, where
-    `is_fused`; see libs/ops/cuda/mamba_block.py, whose Parameters `parameters` (name -> tensor)
-    lists.
-
-    x (B, L, dim); modulation (B, 3, dim): shift, scale, gate, to which the parameter `table` is
-    added; drop_path_scale (B,) or None; order (L,) or None. dtype: of the products, those of
-    in_proj and out_proj in fp8 if fp8; out_dtype: of the result, dtype or float32. Differentiable
-    in every tensor but drop_path_scale.
-    """
-    return mamba_block_cuda(
-        x, modulation, drop_path_scale, parameters, order, dtype, fp8, out_dtype
-    )

@@ -4,15 +4,11 @@ from libs.ops import backends, checks
 from libs.ops.cuda.selective_scan import selective_scan_cuda
 from libs.ops.reference import selective_scan_ref
 
-
-def _run_cpu(*args):  # imported late, with numba
-    from libs.ops.cpu.selective_scan import selective_scan_cpu
-
-    return selective_scan_cpu(*args)
-
-
 backends.OPERATORS["selective_scan"] = backends.Operator(
-    {"cuda": selective_scan_cuda, "cpu": _run_cpu, "reference": selective_scan_ref},
+    {
+        "cuda": selective_scan_cuda, "cpu": "libs.ops.cpu.autograd:selective_scan_cpu",
+        "reference": selective_scan_ref,
+    },
     range(1, 65), "states",
 )  # fmt: skip
 

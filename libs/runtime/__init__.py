@@ -32,10 +32,3 @@ from libs.runtime.launch import (
 from libs.runtime.logs import MetricsLog, environment, get_logger
 from libs.runtime.stop import StopRequest
 from libs.runtime.workers import read_batches
-
-__all__ = [
-    "EVALUATION", "GraphedTraining", "MetricsLog", "Precision", "REQUIRED", "SamplingNetwork",
-    "StopRequest", "TRAINING", "config_beside", "environment", "file_path",
-    "get_logger", "int_list", "load_config", "make_accelerator", "ranks", "read_batches",
-    "requested_engine", "run_main", "wait_without_timeout",
-]  # fmt: skip

@@ -185,10 +185,12 @@ launch.operator(
 
 
 def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, in_fp8, out_dtype):
-    """out (B, L, dim) in out_dtype, float32 or `dtype`, that of the products.
+    """The block above as one operator, where libs.ops.is_fused: out (B, L, dim) in out_dtype, which
+    is float32 or `dtype`, that of the products. Differentiable in every tensor but drop_path_scale.
 
-    x (B, L, dim); modulation (B, 3, dim); drop_path_scale (B,) or None; parameters: by the names of
-    Parameters; order (L,) or None; in_fp8: in_proj's and out_proj's products."""
+    x (B, L, dim); modulation (B, 3, dim): shift, scale, gate; drop_path_scale (B,) or None;
+    parameters: by the names of Parameters; order (L,) or None; in_fp8: in_proj's and out_proj's
+    products."""
     x = (x if x.dtype in (out_dtype, torch.float32) else x.to(out_dtype)).contiguous()
     parameters = [
         parameters[name] if name in Matrices._fields else launch.as_parameter(parameters[name])
