@@ -253,7 +253,7 @@ class Flow:
     """
 
     predictions = ("velocity_pred", "noise_pred", "x0_pred")
-    dpm_grid, dpm_predicts = "time", "x0"  # see VariancePreserving
+    dpm_grid, dpm_predicts = "log_snr", "x0"  # see VariancePreserving
     ends = (1e-3, 1 - 1e-3)  # beyond them half_log_snr is constant, as it diverges
 
     def __init__(self, times="uniform", mean=0.0, std=1.0, shift=1.0):

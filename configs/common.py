@@ -39,6 +39,7 @@ RANGES = {
     "train.keep_last": _SOME, "train.grid_samples": _ANY, "train.fid_samples": _ANY,
     "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
     "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
+    "sample.internal_scale": _ANY, "sample.internal_interval": _SHARE,
 }  # fmt: skip
 CHOICES = {
     "train.mode": ("uncond", "cond"), "train.mixed_precision": ("no", "fp16", "bf16"),
@@ -122,6 +123,8 @@ def _make_sample():
         scale=0.0,  # cond + scale * (cond - uncond); elsewhere written 1 + scale
         guidance=placeholder(str),  # of libs.diffusion.GUIDANCE; else classifier_free
         guidance_interval=placeholder(tuple),  # (from, to) in process time, 0 to 1
+        internal_scale=0.0,  # out + scale * (out - inner) with the head of config.loss.internal
+        internal_interval=placeholder(tuple),  # as guidance_interval
         labels="random",  # or balanced
         vis_label=placeholder(int),  # the one class of all images
         fp8=False,  # as train.fp8

@@ -25,17 +25,17 @@ from configs.common import d
 
 def get_config():
     config = digits_T_DiM.get_config()
-    config.process, config.pred = d(name="flow", time_scale=1000.0), "velocity_pred"
+    config.process, config.pred = d(name="line", time_scale=1000.0), "velocity_pred"
     config.dataset.name = "stripes"
     config.nnet.update(num_classes=2, mixer=d(name="mean", width=8))
     config.loss = d(mse=1.0, small_tokens=0.01)
     config.optimizer.name = "sgd"
-    config.sample.update(algorithm="heun", guidance="push", labels="balanced")
+    config.sample.update(algorithm="corrected_euler", guidance="push", labels="balanced")
     return config
 """
 
 
-class Flow:
+class Line:
     """Flow matching (Lipman et al., arXiv 2210.02747): x_t = (1 - t) x0 + t eps, and the network
     predicts dx_t/dt. At t = 1 eps is x_t for every prediction, so x0 needs the raw output.
     """
@@ -66,7 +66,7 @@ class Flow:
         return self.time_scale * t
 
 
-def heun(predict, process, x, steps, noise):
+def corrected_euler(predict, process, x, steps, noise):
     """Heun's method on dx/dt, whose last step is Euler's."""
     times = torch.linspace(1, 0, steps + 1)
     for t, dt in zip(times, times.diff(), strict=False):
@@ -127,7 +127,8 @@ class Stripes(datasets.ImageDataset):
 
 
 PARTS = {
-    "flow": (PROCESSES, Flow), "heun": (SAMPLERS, heun), "push": (GUIDANCE, push),
+    "line": (PROCESSES, Line), "corrected_euler": (SAMPLERS, corrected_euler),
+    "push": (GUIDANCE, push),
     "mean": (MIXERS, Mean), "small_tokens": (LOSSES, small_tokens), "sgd": (OPTIMIZERS, sgd),
     "halving": (SCHEDULES, halving), "stripes": (datasets.DATASETS, Stripes),
     "first_feature": (METRICS, first_feature),
@@ -145,7 +146,7 @@ def used(monkeypatch):
             return part(*args, **keywords)
 
         monkeypatch.setitem(registry, name, record)
-    sampler("heun", predicts="velocity")(SAMPLERS["heun"])
+    sampler("corrected_euler", predicts="velocity")(SAMPLERS["corrected_euler"])
     loss_term("small_tokens", hidden=(2,))(LOSSES["small_tokens"])
     return names
 
@@ -165,7 +166,7 @@ def test_one_of_each_kind_from_training_to_figures(used, in_process, tmp_path, c
     train("whole", 4)
     assert runs.numbers(tmp_path / "run") == runs.numbers(tmp_path / "whole")
     weights = tmp_path / "run" / "ckpts" / "4.ckpt"
-    assert json.loads((weights / "config.json").read_text())["process"]["name"] == "flow"
+    assert json.loads((weights / "config.json").read_text())["process"]["name"] == "line"
 
     picture = tmp_path / "grid.png"
     assert in_process("sample", [f"--nnet_path={weights}", "--n=1", f"--out={picture}"]) == 0
@@ -184,4 +185,4 @@ def test_one_of_each_kind_from_training_to_figures(used, in_process, tmp_path, c
     # What the process does not define is named by the sampler that needs it.
     words = [f"--nnet_path={weights}", "--algorithm=dpm_solver", f"--out={picture}"]
     assert in_process("sample", words) == 1
-    assert "dpm_solver needs half_log_snr, which process Flow" in capsys.readouterr().err
+    assert "dpm_solver needs half_log_snr, which process Line" in capsys.readouterr().err

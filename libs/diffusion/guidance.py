@@ -13,7 +13,8 @@ from utils import look_up
 
 def at_process_time(network, process):
     """predict(x, t, y, hidden=()) of a network: its output in x's dtype at process time t, and with
-    `hidden`, numbers of blocks, (output, {number: tokens (B, L, D)}).
+    `hidden`, numbers of blocks and names of heads, (output, {number: tokens (B, L, D), name: the
+    head's output}).
     """
 
     def predict(x, t, y, hidden=()):
@@ -27,6 +28,26 @@ def at_process_time(network, process):
         return out.to(x.dtype), inner
 
     return predict
+
+
+def internal(predict, settings):
+    """`predict` with out + internal_scale * (out - inner), inner the output of the head `internal`
+    in the middle of the network, a weaker model (arXiv 2512.24176, eq. 6, where w = 1 + scale). In
+    the same call, and within internal_interval alone, ends included.
+    """
+    scale = settings.get("internal_scale")
+    if not scale:
+        return predict
+    lo, hi = settings.internal_interval or (0.0, 1.0)
+
+    def corrected(x, t, y, hidden=()):
+        if t < lo or t > hi:  # compared in float32, as in classifier_free
+            return predict(x, t, y, hidden=hidden)
+        out, found = predict(x, t, y, hidden=(*hidden, "internal"))
+        out = out + scale * (out - found["internal"])
+        return (out, found) if hidden else out
+
+    return corrected
 
 
 def classifier_free(predict, y, null_label, settings):
@@ -94,8 +115,12 @@ def upsampling(output, process, pred, m, theta=1.0, eta=0.3, T=1.0):
 def make_guided(network, process, y, *, pred, null_label, settings, upsample=None):
     """output(x, t) of network(x, model_time, y) under the guidance of `settings`, the config's
     section `sample`; upsample: keywords m, theta, eta, T of `upsampling`, or None.
+
+    Internal guidance comes first: classifier-free guidance then combines outputs that it has
+    corrected, conditional and unconditional ones from one batch (as in arXiv 2512.24176).
     """
     name = settings.get("guidance") or "classifier_free"
     guide = look_up(GUIDANCE, name, "sample.guidance")
-    output = guide(at_process_time(network, process), y, null_label, settings)
+    predict = internal(at_process_time(network, process), settings)
+    output = guide(predict, y, null_label, settings)
     return upsampling(output, process, pred, **upsample) if upsample else output

@@ -8,6 +8,7 @@ import itertools
 
 import torch
 
+from libs.diffusion.noise import ImageNoise
 from libs.diffusion.solvers import make_blocks, make_times, solve_multistep_2m, solve_singlestep
 from sde import N_TIMESTEPS, require_offered
 from utils import look_up
@@ -31,13 +32,68 @@ def sampler(name, *, predicts, needs=()):
     return register
 
 
+def _iter_steps(process, steps, dtype):
+    """(start, end, end - start) of steps from t = 1 to 0: even in time, then shifted by a process
+    that has `shift_time`.
+    """
+    times = torch.linspace(1, 0, steps + 1, dtype=dtype, device="cpu")
+    if hasattr(process, "shift_time"):
+        times = process.shift_time(times)
+    return zip(times[:-1], times[1:], times.diff().tolist(), strict=True)
+
+
 @sampler("euler", predicts="velocity")
 def _euler(predict, process, x, steps, noise):
-    """Euler's method on the probability flow ODE, even in time from 1 to 0."""
-    times = torch.linspace(1, 0, steps + 1, dtype=x.dtype, device="cpu")
-    for t, dt in zip(times[:-1], times.diff().tolist(), strict=True):
+    """Euler's method on the probability flow ODE: a call a step."""
+    for t, _, dt in _iter_steps(process, steps, x.dtype):
         x = x + predict(x, t) * dt
     return x
+
+
+@sampler("heun", predicts="velocity")
+def _heun(predict, process, x, steps, noise):
+    """Heun's method on the probability flow ODE, of order 2: two calls a step, one in the last,
+    which is Euler's (Karras et al., arXiv 2206.00364, algorithm 1).
+    """
+    for t, end, dt in _iter_steps(process, steps, x.dtype):
+        slope = predict(x, t)
+        if end > 0:
+            slope = (slope + predict(x + slope * dt, end)) / 2
+        x = x + slope * dt
+    return x
+
+
+@sampler("adams_bashforth", predicts="velocity")
+def _adams_bashforth(predict, process, x, steps, noise):
+    """Adams-Bashforth of order 2 on the probability flow ODE, the first step Euler's: a call a
+    step. The velocity is taken as linear in time through this step's and the one before.
+    """
+    slope = dt_before = None
+    for t, _, dt in _iter_steps(process, steps, x.dtype):
+        slope_before, slope = slope, predict(x, t)
+        change = 0 if slope_before is None else dt / (2 * dt_before) * (slope - slope_before)
+        x, dt_before = x + (slope + change) * dt, dt
+    return x
+
+
+def _draw(noise, x):
+    """The images' next noise like x, with nobody waiting for the device: it is pinned."""
+    z = noise.draw()
+    return (z.pin_memory() if x.is_cuda else z).to(x, non_blocking=True)
+
+
+@sampler("euler_maruyama_flow", predicts="velocity", needs=("shift_time", "alpha", "sigma"))
+def _euler_maruyama_flow(predict, process, x, steps, noise):
+    """Euler's method on the reverse SDE of a flow with diffusion w = sigma (Ma et al.,
+    arXiv 2401.08740, eq. 4 and section 3.4): drift v - w / 2 score, where score = -eps / sigma and
+    eps = x + alpha v. The last step is the ODE's, to the expected x0.
+    """
+    for t, end, dt in _iter_steps(process, steps, x.dtype):
+        velocity = predict(x, t)
+        if end == 0:
+            return x + velocity * dt
+        drift = velocity + (x + process.alpha(t) * velocity) / 2
+        x = x + drift * dt + (process.sigma(t) * -dt).sqrt() * _draw(noise, x)
 
 
 def _euler_maruyama(stochastic, predict, process, x, steps, noise):
@@ -52,8 +108,7 @@ def _euler_maruyama(stochastic, predict, process, x, steps, noise):
         score = predict(x, t) / -process.sigma(t)
         x = x + (-0.5 * beta * x - (1 if stochastic else 0.5) * beta * score) * dt
         if stochastic and i + 1 < steps:
-            z = noise.draw().pin_memory() if x.is_cuda else noise.draw()  # pinned: nobody waits
-            x = x + (beta * -dt).sqrt() * z.to(x, non_blocking=True)
+            x = x + (beta * -dt).sqrt() * _draw(noise, x)
     return x
 
 
@@ -70,7 +125,7 @@ def _dpm_solver(predict, process, x, steps, noise):
     return solve_singlestep(predict, process, x, blocks, data_prediction=predicts == "x0")
 
 
-@sampler("dpm_solver_upsample_g", predicts="noise", needs=_LOG_SNR)
+@sampler("dpm_solver_upsample_g", predicts="noise", needs=(*_LOG_SNR, "alpha_bar"))
 def _dpm_solver_upsample_g(predict, process, x, steps, noise):
     """The official upsampling's solver; its guidance is libs.diffusion.guidance.upsampling."""
     blocks = make_blocks(process, "time", steps, x.dtype)
@@ -134,21 +189,42 @@ def choose_sampler(algorithm, process):
     return solve, predicts
 
 
+def count_calls(process, z_shape, *, pred, algorithm, steps, make_output=None):
+    """How many images of shape z_shape a network is given for one of them, from a run without it.
+    make_output(network): the guided network(x, t, y, hidden=()), else the network alone.
+    """
+    count = 0
+
+    def network(x, t, y=None, hidden=()):
+        nonlocal count
+        count += len(x)
+        inner = {key: x if isinstance(key, str) else x.flatten(2) for key in hidden}
+        return (x, inner) if hidden else x
+
+    output, noise = make_output(network) if make_output else network, ImageNoise(0, [0], z_shape)
+    given = dict(pred=pred, algorithm=algorithm, steps=steps, noise=noise)
+    sample(output, process, torch.zeros(1, *z_shape), **given)
+    return count
+
+
 @torch.no_grad()
 def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=None):
     """Integrate from z_T at t = 1 to z_0: (B, ...) float32, or float64 as z_T, on z_T's device.
 
-    output(x, t): the raw, guided output of a network for `pred`; steps: network calls (second-order
-    diffusers schedulers make twice as many); noise: ImageNoise, for stochastic algorithms;
-    on_step(i, steps) follows network call i = 1, 2, ... UserError: see `choose_sampler`.
+    output(x, t): the raw, guided output of a network for `pred`; steps: calls of output (those of
+    order 2 that are no multistep methods make about twice as many); noise: ImageNoise, for
+    stochastic algorithms; on_step(i, n) follows call i = 1, ..., n. UserError: see
+    `choose_sampler`.
     """
     solve, predicts = choose_sampler(algorithm, process)
-    calls = itertools.count(1)
+    if on_step is not None:
+        given = dict(pred=pred, algorithm=algorithm, steps=steps)
+        n, calls = count_calls(process, (1, 1, 1), **given), itertools.count(1)
 
     def counted(x, t):
         out = output(x, t)
         if on_step is not None:
-            on_step(next(calls), steps)
+            on_step(next(calls), n)
         return out
 
     x = z_T.to(torch.promote_types(z_T.dtype, torch.float32))

@@ -3,11 +3,13 @@
 The same index gives the same picture, for any batch size and number of processes.
 """
 
+import functools
+
 import torch
 from tqdm import tqdm
 
 import utils
-from libs.diffusion import ImageNoise, choose_sampler, make_guided, sample
+from libs.diffusion import ImageNoise, choose_sampler, count_calls, make_guided, sample
 from libs.evaluate.features import round_to_8_bit
 from libs.evaluate.metrics import IN_TRAINING, FeatureSet, Moments, compute_metrics
 from libs.ops import turn_on_fp8
@@ -47,6 +49,11 @@ class ImageSampler:
         if settings.vis_label is not None:
             classes = model.num_classes if conditional else 0
             require_class("sample.vis_label", settings.vis_label, classes)
+        if settings.internal_scale and "internal" not in getattr(model, "heads", ()):
+            raise UserError(
+                "sample.internal_scale asks for internal guidance, but the network has no head for "
+                "it: train with config.loss.internal, or set --config.sample.internal_scale=0"
+            )
         if settings.fp8:
             turn_on_fp8(model, precision.dtype, "sample.fp8")
         self._network = SamplingNetwork(model, precision.dtype, graphs=settings.cuda_graphs)
@@ -66,6 +73,18 @@ class ImageSampler:
         seeds = [utils.derive_seed("label", self.seed, index) for index in indices]
         return torch.tensor([seed % classes for seed in seeds])
 
+    def _sampling(self):
+        """The keywords of libs.diffusion.sample."""
+        settings = self.settings
+        return dict(pred=self.pred, algorithm=settings.algorithm, steps=settings.sample_steps)
+
+    def count_calls(self):
+        """Network calls an image, guidance included; a guided call of two images counts twice."""
+        y = torch.zeros(1, dtype=torch.int64) if self.conditional else None
+        make_output = functools.partial(self._guide, y=y)
+        given = self._sampling() | dict(make_output=make_output)
+        return count_calls(self.process, self.z_shape, **given)
+
     def sampling_spec(self):
         """Everything besides the weights that images depend on: dict for records."""
         settings = self.settings
@@ -76,6 +95,9 @@ class ImageSampler:
             steps=settings.sample_steps, guidance=settings.guidance, guidance_scale=scale,
             guidance_scale_standard=1 + scale,  # w of uncond + w * (cond - uncond)
             guidance_interval=settings.guidance_interval if scale else None,
+            internal_scale=settings.internal_scale,
+            internal_interval=settings.internal_interval if settings.internal_scale else None,
+            network_calls=self.count_calls(),  # an image, guidance included
             upsampling_guidance=self.upsample, labels=settings.labels if by_class else None,
             vis_label=settings.vis_label, seed=self.seed, precision=self.precision.name,
             fp8=settings.fp8, z_shape=self.z_shape, image_shape=self.image_shape,
@@ -88,10 +110,9 @@ class ImageSampler:
         `get_labels`; on_step(i, n) is called after network call i of n.
         """
         labels = self.get_labels(indices) if labels is None else labels
-        y, settings = None if labels is None else labels.to(self.device), self.settings
+        y = None if labels is None else labels.to(self.device)
         noise = ImageNoise(self.seed, indices, self.z_shape)
-        given = dict(pred=self.pred, algorithm=settings.algorithm, steps=settings.sample_steps)
-        given |= dict(noise=noise, on_step=on_step)
+        given = self._sampling() | dict(noise=noise, on_step=on_step)
         with self._network.ready() as network, self.precision.autocast():
             output, z_T = self._guide(network, y), noise.initial().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
