@@ -256,7 +256,9 @@ def test_the_record_is_whole(undisturbed, files):
     assert result["n"] == N and result["nnet"]["dim"] == 16 and result["labels"] == "balanced"
     assert result["precision_recall"]["real"] == 1797 and result["fp8"] is False
     assert result["precision_recall"]["generated"] == N
-    assert 0 < result["real_halves"]["frechet_distance"] < result["frechet_distance"]
+    halves = result["real_halves"]
+    assert halves["pairs"] == 20 and 1 < halves["ratio"]
+    assert halves["ratio"] * halves["frechet_distance"] == pytest.approx(result["frechet_distance"])
     assert read_json(folder / "png" / "evaluation.json")["weights"] == result["weights"]
 
 
