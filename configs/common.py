@@ -177,8 +177,10 @@ def get_config():
     config.process = d(name=placeholder(str))
     config.nnet = d()  # dim_nnet() or uvit_nnet()
     config.loss = d(mse=1.0)  # terms of libs.train.losses by name, and their weights
+    # adamw, or muon: the matrices of the blocks by Muon; betas and eps are AdamW's
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
-    # Linear from 0, then constant; or cosine: times half a cosine.
+    # Linear from 0, then constant; or cosine: times half a cosine; or warmup_stable_decay: down to
+    # 0 over the last fifth.
     config.lr_scheduler = d(name="warmup_constant", warmup_steps=2500)
     config.train = _make_train()
     config.sample = _make_sample()

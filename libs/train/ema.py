@@ -58,6 +58,34 @@ def make_power_rate(length):
     return lambda step: (1 - 1 / step) ** power
 
 
+def _overlap(step, power, other_step, other_power):
+    """Inner product of two profiles power / step^power t^(power - 1), t from 0 to step, broadcast
+    (Karras et al., arXiv 2312.02696, appendix C).
+    """
+    both, first = power + other_power - 1, np.minimum(step, other_step)
+    scales = (first / step) ** power * (first / other_step) ** other_power
+    return power * other_power / both * scales / first
+
+
+def fit_average(steps, lengths, step, length):
+    """(coefficients (n,) float64, error): the sum of the power-function averages that had these
+    lengths at these steps, n of each, whose profile is nearest to that of `length` at `step`, a
+    later one; the error is the distance of the profiles over the norm of the one wanted.
+
+    Least squares as in arXiv 2312.02696, appendix C; but the coefficients sum to 1, so that weights
+    that hardly move come out as they are, however few the averages.
+    """
+    times, n = np.asarray(steps) / step, len(steps)
+    powers, power = np.array([get_power(each) for each in lengths]), get_power(length)
+    overlaps = _overlap(times[:, None], powers[:, None], times, powers)
+    wanted, norm = _overlap(times, powers, 1.0, power), _overlap(1.0, power, 1.0, power)
+    ones = np.ones((n, 1))
+    system = np.block([[overlaps, ones], [ones.T, np.zeros((1, 1))]])  # with Lagrange's multiplier
+    found = np.linalg.lstsq(system, np.append(wanted, 1.0), rcond=None)[0][:n]
+    left = norm - 2 * found @ wanted + found @ overlaps @ found
+    return found, float(np.sqrt(max(left, 0.0) / norm))
+
+
 def make_averages(model, settings):
     """{name of its file in a checkpoint: EMA of `model`}, the usual one first. settings:
     config.train.
