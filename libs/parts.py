@@ -82,13 +82,13 @@ def _get_feature_dim(repa, dataset):
     if dataset.feature_shape:
         return dataset.feature_shape[-1]
     known = [name for name, kind in FEATURES.items() if hasattr(kind, "tokens")]
-    name, path = (split_weight(repa)[1].get(key) for key in ("features", "path"))
-    if dataset.latent or name not in known or not path:
+    _, keywords = split_weight(repa)
+    if dataset.latent or keywords.get("features") not in known:
         raise UserError(
             "the loss term repa needs features beside the latents, or images and, as "
             f"loss.repa.features, one of {', '.join(known)}, with its file as loss.repa.path"
         )
-    return make_features(name, path, "cpu").dim
+    return make_features(keywords["features"], keywords.get("path"), "cpu").dim
 
 
 def make_parts(config, *, data=None):

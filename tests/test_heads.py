@@ -32,24 +32,20 @@ TINY = dict(train__num_workers=0, train__grid_samples=0, train__n_steps=6, train
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
-    """words(workdir, **changes): the command line of a run with all terms."""
-    folder = tmp_path_factory.mktemp("config")
+def run(in_process, tmp_path_factory):
+    """(the directory of a run with all terms, words(workdir, **changes): its command line)."""
+    folder = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)
     classifier = Classifier(channels=1, num_classes=10, widths=(4, 4, 4, 4, 6))
     save_file(classifier.state_dict(), folder / "classifier.safetensors")
     config = folder / "all_terms.py"
     config.write_text(CONFIG.format(folder / "classifier.safetensors"))
-    return lambda workdir, **changes: [
-        *runs.arguments(workdir, **{**TINY, **changes}), f"--config={config}"
-    ]
 
+    def words(workdir, **changes):
+        return [*runs.arguments(workdir, **{**TINY, **changes}), f"--config={config}"]
 
-@pytest.fixture(scope="module")
-def whole(words, in_process, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("whole")
-    assert in_process("train", words(workdir)) == 0
-    return workdir
+    assert in_process("train", words(folder)) == 0
+    return folder, words
 
 
 def test_terms_by_their_formulas():
@@ -73,9 +69,8 @@ def test_terms_by_their_formulas():
         torch.testing.assert_close(found, -cos.mean((1, 2)), rtol=1e-5, atol=1e-5)  # and 1e-6
 
 
-def test_a_run_is_resumed_exactly_and_the_average_has_the_head_that_sampling_needs(
-    words, in_process, whole, tmp_path
-):
+def test_resume_and_which_heads_the_averages_have(run, in_process, tmp_path):
+    whole, words = run
     assert in_process("train", words(tmp_path, train__n_steps=3)) == 0
     assert in_process("train", words(tmp_path)) == 0
     assert runs.numbers(tmp_path) == runs.numbers(whole)
@@ -89,10 +84,11 @@ def test_a_run_is_resumed_exactly_and_the_average_has_the_head_that_sampling_nee
     assert moved == pairs[0][1].keys()
 
 
-def test_draws_by_position_and_half_precision(words, in_process, whole, tmp_path):
+def test_draws_by_position_and_half_precision(run, in_process, tmp_path):
     """Whole batches in place of two halves, then autocast; an overflow would take the next batch.
     The tolerances are those of the official recipe's tests.
     """
+    whole, words = run
     changes = {"one": {"gradient_accumulation_steps": 1}}
     changes |= {name: {"train__mixed_precision": name} for name in ("bf16", "fp16")}
     for name, change in changes.items():
@@ -104,7 +100,8 @@ def test_draws_by_position_and_half_precision(words, in_process, whole, tmp_path
 
 
 @pytest.mark.slow
-def test_two_processes(words, whole, tmp_path):
+def test_two_processes(run, tmp_path):
+    whole, words = run
     status, output = runs.run("train.py", *words(tmp_path), num_processes=2)
     assert status == 0, output
     # The gradients of two processes are summed in another order than those of one.
@@ -112,9 +109,10 @@ def test_two_processes(words, whole, tmp_path):
         assert found == pytest.approx(line, rel=1e-4)
 
 
-def test_pictures_and_weights_with_and_without_heads(words, in_process, whole, tmp_path, capfd):
+def test_pictures_and_weights_with_and_without_heads(run, in_process, tmp_path, capfd):
     """Under guidance by the internal head; with a config that has no heads; of another process."""
-    weights, pictures = whole / "ckpts" / "6.ckpt", []
+    (whole, words), pictures = run, []
+    weights = whole / "ckpts" / "6.ckpt"
 
     def draw(*more):
         picture = tmp_path / f"{len(pictures)}.png"
@@ -124,10 +122,11 @@ def test_pictures_and_weights_with_and_without_heads(words, in_process, whole, t
 
     plain = ["--config=configs/digits_T_DiM.py", "--config.nnet.dim=16", "--config.nnet.depth=5"]
     plain += ["--config.process.name=flow", "--config.pred=velocity_pred", "--algorithm=euler"]
-    assert draw("--steps=2")[0] == 0
+    assert draw("--steps=2")[0] == draw("--steps=2", "--config.sample.internal_scale=5.0")[0] == 0
     status, said = draw("--steps=2", *plain)
     assert status == 0 and "head internal is left out" in said.out
-    assert len({picture.read_bytes() for picture in pictures}) == 1
+    without, guided, plainly = (picture.read_bytes() for picture in pictures)
+    assert without == plainly != guided
     for change, says in (
         (["--config.process.name=vpsde"], "config.process does not fit process vpsde: .*'times'"),
         ([*plain, "--config.process.name=vpsde"], "pred is 'velocity_pred', expected one of"),
@@ -146,7 +145,7 @@ def test_pictures_and_weights_with_and_without_heads(words, in_process, whole, t
 
 
 @pytest.mark.parametrize("loss, says", [
-    (d(repa=0.5), "repa needs .*as loss.repa.features, one of classifier"),
+    (d(repa=0.5), "repa needs .*as loss.repa.features, one of .*classifier"),
     (d(repa=d(weight=1.0, features="classifier", path="x")), "no classifier x"),
     (d(internal=d(weight=0.5, block=5)), "block is 5, expected 0 to 4"), (d(internal=0.5), "UViT"),
 ])  # fmt: skip

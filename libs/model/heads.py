@@ -1,6 +1,7 @@
 """Heads of a DiM, for terms of a loss that ask it something after a block in the middle."""
 
-from einops.layers.torch import Rearrange
+import itertools
+
 from torch import nn
 
 from libs.model.layers import RMSNorm, predict_image
@@ -30,33 +31,28 @@ class OutputHead(nn.Module):
         return predict_image(image, condition, *parts, self.patch_size)
 
 
-def _make_mlp(dim, out_dim, width=2048):
-    layers = nn.Linear(dim, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU()
-    return nn.Sequential(*layers, nn.Linear(width, out_dim))
-
-
-def _make_convolution(dim, out_dim):
-    convolution = nn.Conv2d(dim, out_dim, 3, padding=1)
-    return nn.Sequential(
-        Rearrange("b h w c -> b c h w"), convolution, Rearrange("b c h w -> b h w c")
-    )
+# kind of a Projector -> (side of the kernels, channels of the hidden layers)
+PROJECTORS = {"repa": (1, (2048, 2048)), "irepa": (3, ())}
 
 
 class Projector(nn.Module):
-    """Tokens in the space of an image network's features, by an MLP (kind 'repa', REPA, arXiv
-    2410.06940) or a convolution ('irepa'). features, path: of the image network, used by others.
+    """Tokens in the space of an image network's features: by an MLP for each token (kind 'repa',
+    arXiv 2410.06940) or one convolution ('irepa'). features, path: name that network, for others.
     """
 
     sampled = False
 
     def __init__(self, model, *, feature_dim, block=8, kind="repa", features=None, path=None):
         super().__init__()
-        make = look_up({"repa": _make_mlp, "irepa": _make_convolution}, kind, "loss.repa.kind")
-        self.block, self.layers = block, make(model.dim, feature_dim)
+        kernel, hidden = look_up(PROJECTORS, kind, "loss.repa.kind")
+        dims, self.block, layers = (model.dim, *hidden, feature_dim), block, []
+        for inputs, outputs in itertools.pairwise(dims):
+            layers += [nn.SiLU(), nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)]
+        self.layers = nn.Sequential(*layers[1:])
 
     def forward(self, image, condition):
         """Tokens (B, h, w, dim) -> (B, h, w, feature_dim); the condition is not used."""
-        return self.layers(image)
+        return self.layers(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 # name of a loss term -> its head, whose keywords are those of config.loss.<name>

@@ -119,9 +119,9 @@ class StepLog:
 def make_objective(config, process, codec, network, dataset, device):
     """(Objective of a config, f(batch) -> its Draws)."""
     p_uncond = config.dataset.p_uncond if config.dataset.cfg else 0.0
-    tokens = None
-    if "repa" in config.loss and not dataset.feature_shape:
-        tokens = make_features(config.loss.repa.features, config.loss.repa.path, device).tokens
+    tokens, repa = None, config.loss.get("repa")
+    if repa and not dataset.feature_shape:
+        tokens = make_features(repa.features, repa.get("path"), device).tokens
     objective = Objective(
         process, codec, pred=config.pred, weights=config.loss, null_label=network.num_classes,
         p_uncond=None if config.train.mode == "uncond" else p_uncond, tokens=tokens,

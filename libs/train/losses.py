@@ -30,9 +30,8 @@ def loss_term(name, hidden=()):
     """Decorator: f(output, target, hidden, batch) -> (B,) float32 becomes config.loss.<name>; f and
     a head of that name take the keywords that stand there beside the weight.
 
-    output, target (B, C, H, W): of the network and of the process; hidden: number of a block ->
-    tokens (B, L, D), name of a head -> its output, of those that the decorator names; batch: a
-    Batch.
+    output, target (B, C, H, W): of the network and of the process; hidden: of those that the
+    decorator names, block -> tokens (B, L, D) and head -> its output; batch: a Batch.
     """
 
     def enter(function):
@@ -51,8 +50,8 @@ def mse(output, target, hidden, batch):
 
 @loss_term("direction")
 def direction(output, target, hidden, batch):
-    """1 - cos(output, target) over the channels, averaged over H, W (arXiv 2501.01423). Of a single
-    channel the cosine is a sign, without a gradient: there it goes over the whole image.
+    """1 - cos(output, target) over the channels, averaged over H, W (arXiv 2501.01423); over C, H,
+    W of one channel, where a pixel's cosine is a sign without a gradient.
     """
     pair = output.float(), target.float()
     pair = [x.flatten(1)[..., None] if x.shape[1] == 1 else x for x in pair]
@@ -111,7 +110,7 @@ class Objective:
         """Losses (B,) float32 of `model` on x (B, ...), y (B,) and features, as the data set has
         them, with Draws of these rows.
         """
-        features = features if self.tokens is None else self.tokens(0.5 * x + 0.5)
+        features = self.tokens(0.5 * x + 0.5) if self.tokens else features
         dropped = draws.label < (self.p_uncond or 0.0)
         y = None if self.p_uncond is None else torch.where(dropped, self.null_label, y)
         z, eps = self.codec.encode(x, draws.latent), draws.eps
