@@ -176,7 +176,8 @@ def get_config():
     # Of sde.PROCESSES; without it discrete where there is a z_shape, else vpsde.
     config.process = d(name=placeholder(str))
     config.nnet = d()  # dim_nnet() or uvit_nnet()
-    config.loss = d(mse=1.0)  # terms of libs.train.losses by name, and their weights
+    # Terms of libs.train.losses by name: a weight, or a section with weight and keywords.
+    config.loss = d(mse=1.0)
     # adamw, or muon: the matrices of the blocks by Muon; betas and eps are AdamW's
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
     # Linear from 0, then constant; or cosine: times half a cosine; or warmup_stable_decay: down to
