@@ -27,7 +27,7 @@ class ImageDataset(Dataset):
     the image as float32 (C, H, W) in [-1, 1], and the index it was read from.
 
     A subclass is constructed with path (a Path or None), resolution (or None), labels (False: no
-    classes), random_flip and seed, and, if it crops and it is asked for, random_crop=True.
+    classes), random_flip and seed.
 
     Attributes: `shape` (C, H, W); `num_classes`, 0 for none; `labels`, int64 array (length,) or
     None, known without reading an image; `preprocessing`, a note for the records of statistics;
@@ -183,8 +183,8 @@ _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class ImageFolder(ImageDataset):
-    """Images below a directory or in a zip file, cropped to (3, resolution, resolution), in the
-    centre or at random, with the classes of libs.data.label_images.
+    """Images below a directory or in a zip file, cropped in the centre to (3, resolution,
+    resolution), with the classes of libs.data.label_images.
 
     An unreadable image is named in a warning and the next readable one stands in for it, label
     included, so that no other image changes its place; more than MAX_UNREADABLE of them, counted
@@ -193,17 +193,15 @@ class ImageFolder(ImageDataset):
 
     needs_path, subfolder = True, ""
 
-    def __init__(self, *, path, resolution, labels, random_crop=False, **augmentation):
+    def __init__(self, *, path, resolution, labels, **augmentation):
         self.root, targets = path / self.subfolder if path.is_dir() else path, None
         self.files, self.left_out = data.list_images(self.root)
         splits = _SPLITS & {file.split("/")[0].lower() for file in self.files}
         if len(splits) > 1:
             said = f"all images of {self.root} are read, those of {', '.join(sorted(splits))}"
             warnings.warn(f"{said} alike: to read one, name it in the path", stacklevel=2)
-        self.random_crop = random_crop
         self.unreadable = multiprocessing.RawArray("b", len(self.files))  # workers share it
-        crop = "random crop" if random_crop else "centre crop"
-        self.preprocessing = f"RGB, {crop} to {resolution} (ADM: box halvings, then bicubic)"
+        self.preprocessing = f"RGB, centre crop to {resolution} (ADM: box halvings, then bicubic)"
         if labels:
             targets, self.class_names = data.label_images(self.root, self.files)
         super().__init__(
@@ -211,11 +209,9 @@ class ImageFolder(ImageDataset):
             num_classes=len(self.class_names or ()), **augmentation,
         )  # fmt: skip
 
-    def pixels(self, epoch, index):
+    def pixels(self, index):
         """One image as uint8 (3, H, W), not flipped; UnreadableImage for a damaged file."""
-        words = data.keyed_words(3, self.seed, "crop", epoch=epoch, index=index)
-        words = words if self.random_crop else None
-        return data.read_square(self.root, self.files[index], self.shape[-1], words)
+        return data.read_square(self.root, self.files[index], self.shape[-1])
 
     @property
     def sizes(self):
@@ -238,7 +234,7 @@ class ImageFolder(ImageDataset):
         while True:
             if not self.unreadable[index]:
                 try:
-                    return _uint8_to_float(self.pixels(epoch, index)), index
+                    return _uint8_to_float(self.pixels(index)), index
                 except data.UnreadableImage as error:
                     self._note_unreadable(index, error)
             index = (index + 1) % self.length
@@ -323,9 +319,7 @@ DATASETS = {
 LATENTS = tuple(name for name, kind in DATASETS.items() if kind.latent)
 
 
-def get_dataset(
-    name, *, path=None, resolution=None, random_crop=False, random_flip=False, labels=True, seed=0
-):
+def get_dataset(name, *, path=None, resolution=None, random_flip=False, labels=True, seed=0):
     """Open a data set by its name in DATASETS; `ImageDataset` says what it offers.
 
     labels=False gives no classes. Augmentation is keyed by (seed, epoch, index) only. Raises
@@ -335,19 +329,17 @@ def get_dataset(
     if getattr(kind, "needs_path", False) and not (path and Path(path).exists()):
         where = "its directory (a zip file, of images)"
         raise UserError(f"the data set {name!r} needs {where} as dataset.path, not {path!r}")
-    crop = {"random_crop": True} if random_crop else {}
     return kind(
         path=Path(path) if path else None, resolution=resolution, labels=labels,
-        random_flip=random_flip, seed=seed, **crop,
+        random_flip=random_flip, seed=seed,
     )  # fmt: skip
 
 
 def make_dataset(settings, *, labels, seed, side=None, augmented=False):
-    """The data set of a config's section `dataset`; augmented, as training reads it: cropped and
-    flipped at random. side: the resolution where the section has none.
+    """The data set of a config's section `dataset`; augmented, as training reads it: flipped
+    at random. side: the resolution where the section has none.
     """
     return get_dataset(
         settings.name, path=settings.path, resolution=settings.resolution or side, labels=labels,
-        seed=seed, random_crop=augmented and settings.random_crop,
-        random_flip=augmented and settings.random_flip,
+        seed=seed, random_flip=augmented and settings.random_flip,
     )  # fmt: skip

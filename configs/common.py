@@ -154,7 +154,6 @@ def get_config():
         name=placeholder(str),  # of datasets.DATASETS
         path=placeholder(str),
         resolution=placeholder(int),  # side of the images in pixels
-        random_crop=False,  # of images larger than the resolution; otherwise the centre
         random_flip=False,
         cfg=False,  # drop labels in training, for classifier-free guidance
         p_uncond=0.1,  # share of the labels that are dropped

@@ -86,7 +86,7 @@ class Pixels(Dataset):
         self.images = images
 
     def __getitem__(self, image):
-        return (torch.from_numpy(self.images.pixels(0, image)),)
+        return (torch.from_numpy(self.images.pixels(image)),)
 
 
 def split_batches(images, batch_size):

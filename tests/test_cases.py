@@ -118,6 +118,20 @@ def test_labels_of_dataset_json(tmp_path, zipped):
     assert len(open_folder(path)) == 5
 
 
+def test_labels_of_dataset_json_that_are_vectors(tmp_path):
+    """One-hot ones are classes; others, as StyleGAN's of attributes, are none."""
+    writers.write_folder(tmp_path)
+    files, numbers = open_folder(tmp_path).files, [0, 2, 1, 2, 0, 1]
+    for vectors in np.eye(3)[numbers], np.eye(3)[numbers] / 2, np.ones((6, 3)):
+        labels = [*zip(files, vectors.tolist(), strict=True)]
+        (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+        if vectors.sum() == 6:
+            assert open_folder(tmp_path, labels=True).labels.tolist() == numbers
+            continue
+        with pytest.raises(UserError, match="neither numbers nor one-hot vectors"):
+            open_folder(tmp_path, labels=True)
+
+
 def test_labels_of_dataset_json_that_are_missing(tmp_path):
     writers.write_folder(tmp_path)
     (tmp_path / "dataset.json").write_text('{"labels": null}')

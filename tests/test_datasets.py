@@ -209,23 +209,6 @@ def test_center_crop_is_adms(size):
     np.testing.assert_array_equal(np.asarray(images.crop_square(image, 16)), expected)
 
 
-@pytest.mark.parametrize("size", [(50, 37), (37, 50), (10, 7), (16, 16), (67, 131), (33, 32)])
-@pytest.mark.parametrize("words", [(0, 0, 0), (2**64 - 1,) * 3, (3, 5, 7)])
-def test_random_crop_is_adms(size, words):
-    """random_crop_arr, by arrays, where its random.randrange(n) is the word modulo n."""
-    image, length = noise_image(0, size), 16 + words[0] % (20 - 16 + 1)  # 20 = ceil(16 / 0.8)
-    resized = image
-    while min(*resized.size) >= 2 * length:
-        resized = resized.resize(tuple(x // 2 for x in resized.size), resample=Image.BOX)
-    scale = length / min(*resized.size)
-    resized = resized.resize(tuple(round(x * scale) for x in resized.size), Image.BICUBIC)
-    pixels = np.array(resized)
-    left, top = words[1] % (pixels.shape[1] - 15), words[2] % (pixels.shape[0] - 15)
-    expected = pixels[top : top + 16, left : left + 16]
-    assert expected.shape == (16, 16, 3)
-    np.testing.assert_array_equal(np.asarray(images.crop_square(image, 16, words)), expected)
-
-
 def encoded(image, kind="png"):
     file = io.BytesIO()
     image.save(file, kind)
@@ -324,25 +307,8 @@ def test_imagenet_is_its_train_folder_with_classes_by_wnid(tmp_path):
 # ------------------------------------------------------------ augmentation
 
 
-def test_random_crops_are_keyed_by_seed_epoch_and_index(tmp_path):
-    for i in range(12):
-        noise_image(i, (20, 17)).save(tmp_path / f"{i:02}.png")
-    options = {"path": tmp_path, "resolution": 16, "labels": False, "random_crop": True}
-    folder = get_dataset("folder", seed=1, **options)
-    first = [folder[0, i][0] for i in range(12)]
-    again = get_dataset("folder", seed=1, **options)
-    assert all(torch.equal(x, again[0, i][0]) for i, x in reversed(list(enumerate(first))))
-    for other in (
-        [folder[1, i][0] for i in range(12)],
-        [get_dataset("folder", seed=2, **options)[0, i][0] for i in range(12)],
-        [get_dataset("folder", **{**options, "random_crop": False})[0, i][0] for i in range(12)],
-    ):
-        assert sum(not torch.equal(a, b) for a, b in zip(first, other, strict=True)) >= 9
-    assert "random crop to 16" in folder.preprocessing
-
-
 def flips_of(folder, epoch):
-    plain = [datasets._uint8_to_float(folder.pixels(0, i)) for i in range(len(folder))]
+    plain = [datasets._uint8_to_float(folder.pixels(i)) for i in range(len(folder))]
     flips = []
     for i, image in enumerate(plain):
         x, _ = folder[epoch, i]

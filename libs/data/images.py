@@ -4,7 +4,6 @@ import collections
 import functools
 import io
 import json
-import math
 import os
 import zipfile
 
@@ -23,8 +22,8 @@ SYSTEM_FOLDERS = set(
     "@eadir @tmp @recycle @recently-snapshot @sharebin @transcode @__thumb #recycle #snapshot "
     "~snapshot __macosx $recycle.bin recycler lost+found".split()
 ) | {"system volume information", "network trash folder", "temporary items"}
-LABELS = "dataset.json"  # of EDM's and StyleGAN's tools: {"labels": [[file, class], ...]}
-MIN_CROP_SHARE = 0.8  # a random crop has this share of the short side, or more
+# Of EDM's and StyleGAN's tools: {"labels": [[file, class or one-hot vector], ...]}.
+LABELS = "dataset.json"
 
 
 class UnreadableImage(ValueError):
@@ -99,8 +98,15 @@ def label_images(root, files):
     if (folder / LABELS).is_file():
         found = json.loads((folder / LABELS).read_text())
     if "labels" in found:
-        number, keys = dict(found["labels"] or ()), files
-        classes = [str(i) for i in range(max(number.values(), default=-1) + 1)]
+        names, numbers = zip(*found["labels"] or [("", -1)], strict=True)
+        if np.ndim(numbers) == 2:
+            *others, largest = np.sort(numbers).T
+            if np.any(others) or np.any(largest != 1):
+                what = "neither numbers nor one-hot vectors"
+                raise UserError(f"the labels of {root / LABELS} are {what}")
+            numbers = np.argmax(numbers, 1).tolist()
+        number, keys = dict(zip(names, numbers, strict=True)), files
+        classes = [str(i) for i in range(max(numbers) + 1)]
     else:
         entries = [entry for entry in folder.iterdir() if not _is_left_out(entry.name)]
         classes = sorted(entry.name for entry in entries if entry.is_dir())
@@ -117,29 +123,23 @@ def label_images(root, files):
     return np.array(labels, np.int64), classes
 
 
-def crop_square(image, resolution, words=None):
-    """PIL image -> a square of it, resized to `resolution`: halvings by box filter, then bicubic.
+def crop_square(image, resolution):
+    """PIL image -> the square in its centre, resized to `resolution`: halvings by box filter, then
+    bicubic.
 
     ADM's `center_crop_arr` (Dhariwal & Nichol 2021, guided_diffusion/image_datasets.py), with which
-    ImageNet figures are made; with words, three random integers of 64 bits, its `random_crop_arr`:
-    the short side becomes any length from resolution to resolution / 0.8, the square is anywhere.
+    ImageNet figures are made.
     """
-    size, *places = (0, None, None) if words is None else map(int, words)
-    short_side = resolution + size % (math.ceil(resolution / MIN_CROP_SHARE) - resolution + 1)
-    while min(image.size) >= 2 * short_side:
+    while min(image.size) >= 2 * resolution:
         image = image.resize([side // 2 for side in image.size], Image.Resampling.BOX)
-    scale = short_side / min(image.size)
+    scale = resolution / min(image.size)
     image = image.resize([round(x * scale) for x in image.size], Image.Resampling.BICUBIC)
-    left, top = (
-        (side - resolution) // 2 if place is None else place % (side - resolution + 1)
-        for place, side in zip(places, image.size, strict=True)
-    )
+    left, top = ((side - resolution) // 2 for side in image.size)
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def read_square(root, name, resolution, words=None):
-    """A square of the image `name` below `root` as uint8 (3, resolution, resolution), RGB: the
-    central one, or, with the words of `crop_square`, a random one.
+def read_square(root, name, resolution):
+    """`crop_square` of the image `name` below `root` as uint8 (3, resolution, resolution), RGB.
 
     Alpha is dropped, not composited, as ADM and pytorch-fid do. UnreadableImage for a damaged file.
     """
@@ -147,7 +147,7 @@ def read_square(root, name, resolution, words=None):
         file = io.BytesIO((_mount(root, os.getpid()) / name).read_bytes())
         own = list_formats().get(os.path.splitext(name)[1].lower(), "PNG")
         with Image.open(file, formats=(*FORMATS, own)) as image:
-            image = crop_square(image.convert("RGB"), resolution, words)
+            image = crop_square(image.convert("RGB"), resolution)
     except Exception as error:  # PIL raises many kinds
         not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
         if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:

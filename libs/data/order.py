@@ -9,7 +9,7 @@ from torch.utils.data import Sampler
 from utils import UserError
 
 # Purposes of the keyed random streams: two purposes never share a draw.
-PURPOSES = {"permutation": 1, "flip": 2, "crop": 3}
+PURPOSES = {"permutation": 1, "flip": 2}
 
 
 def keyed_words(count, seed, purpose, *, epoch, index=0):
