@@ -1,10 +1,17 @@
 """The documentation: its examples run, its links lead somewhere, its table of environment variables
 is complete."""
 
+import contextlib
 import re
+from unittest import mock
 
 import pytest
 import runs
+
+from datasets import DATASETS
+from libs.model import MIXERS
+from libs.train import LOSSES
+from sde import PROCESSES
 
 DOCS = runs.ROOT / "docs"
 PAGES = [*runs.ROOT.glob("*.md"), *DOCS.glob("*.md"), runs.ROOT / "benchmarks" / "NOTES.md"]
@@ -28,6 +35,16 @@ def test_there_are_four_short_examples():
         assert "def get_config()" in example and example.count("\n") < EXAMPLE_LINES
 
 
+@pytest.fixture
+def registries():
+    """An example may take a name that the project has: it goes with the test."""
+    with contextlib.ExitStack() as stack:
+        for table in PROCESSES, MIXERS, DATASETS, LOSSES:
+            stack.enter_context(mock.patch.dict(table))
+        yield
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("number", range(4))
 def test_examples_train_and_sample(number, tmp_path, in_process):
     config = tmp_path / "example.py"
