@@ -4,10 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from argparse import Namespace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
+from writers import write_fashion_mnist
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
@@ -15,9 +19,13 @@ import bench_model  # noqa: E402
 import bench_ops  # noqa: E402
 import harness  # noqa: E402
 import networks  # noqa: E402
+import recipes  # noqa: E402
 from bench_model import Case  # noqa: E402
 
+from configs import cifar10_S_DiM  # noqa: E402
+from libs.evaluate import Classifier  # noqa: E402
 from libs.model import DiM, UViT  # noqa: E402
+from libs.parts import make_parts  # noqa: E402
 
 TINY = {
     "DiM-H": lambda pixels: DiM(
@@ -120,3 +128,73 @@ def test_scaling_of_two_processes(tmp_path):
     for r in records:
         assert r["step_s"] == pytest.approx(r["batch"] / r["img_s"])
         assert r["step_s"] == pytest.approx(r["compute_s"] + r["communication_s"])
+
+
+SMALL = "nnet.dim=16 train.batch_size=4 train.num_workers=0 train.grid_samples=0"
+
+
+def compose(recipe, changes=SMALL):
+    """The config of a recipe with the defaults of the other flags."""
+    flags = {**recipes.RUN, **recipes.SAMPLING, **recipes.PLACES, "recipe": recipe, "set": changes}
+    return recipes.make_config(Namespace(**flags), 7)
+
+
+@pytest.mark.parametrize("recipe", recipes.RECIPES)
+def test_every_recipe_is_a_config(recipe):
+    config = compose(recipe)
+    assert make_parts(config).model.in_channels == 1 and config.train.n_steps == 7
+
+
+def test_recipes_compose_and_stay_as_they_are():
+    official, published = compose("official"), cifar10_S_DiM.get_config()
+    for key in ("pred", "optimizer", "lr_scheduler", "max_grad_norm"):
+        assert official[key] == published[key], key
+    assert (official.process.to_dict(), official.loss.to_dict()) == ({"name": "vpsde"}, {"mse": 1})
+    both = compose("internal,direction", SMALL + " loss.internal.block=3 loss.direction=0.25")
+    terms = {"mse": 1, "internal": {"weight": 0.5, "block": 3}, "direction": 0.25}
+    assert (both.loss.to_dict(), both.process.name) == (terms, "flow")
+    assert compose("internal").loss.internal.block == 8
+
+
+def test_a_row_is_trained_measured_recorded_and_not_made_again(tmp_path, in_process, monkeypatch):
+    scripts, data, features = [], tmp_path / "data", tmp_path / "classifier.npz"
+
+    def run(words, check):
+        scripts.append(Path(words[1]).stem)
+        assert in_process(scripts[-1], words[2:]) == 0
+
+    monkeypatch.setattr(recipes, "subprocess", Namespace(run=run))
+    monkeypatch.setattr(harness, "describe_setting", lambda device, commit: SETTING)
+    for part in ("train", "t10k"):
+        write_fashion_mnist(data, part, 20, gz=True)
+    np.savez(features, **Classifier(channels=1, num_classes=10).state_dict())
+    words = ["--recipe=flow,internal", "--seconds=0.2", "--step_ms=100", "--n=20", "--steps=2"]
+    words += [f"--{k}={v}" for k, v in dict(data=data, features=features, out=tmp_path).items()]
+    words += [f"--workdir={tmp_path}/runs", f"--set={SMALL} nnet.depth=9", "--internal_scale=0.5"]
+    for more in ["--scale=0"], ["--scale=0"], ["--scale", "0", "0.4"]:
+        recipes.main([*words, *more])
+    assert scripts == ["train", "eval", "eval"]
+    first, second = json.loads((tmp_path / "recipes_cpu.json").read_text())
+    assert (first["network_calls"], second["network_calls"]) == (3, 6)  # Heun ends with Euler
+    assert (first["guidance"], second["guidance"], second["internal_guidance"]) == (0, 0.4, 0.5)
+    assert first.items() >= {**SETTING, "steps": 2, "n": 20, "sampler": "heun", "seed": 0}.items()
+    (log,) = tmp_path.glob("runs/*/metrics.jsonl")
+    rate = json.loads(log.read_text().splitlines()[-1])["img_s"]
+    assert first["seconds"] == pytest.approx(2 * 4 / rate, abs=0.051)
+    assert math.isfinite(first["frechet_distance"]) and len(first["features_sha256"]) == 64
+    assert (tmp_path / "recipes_cpu.md").read_text().count("| flow,internal |") == 2
+
+
+def test_the_picture_and_the_table_show_the_best_evaluation(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(recipes, "DOCS", tmp_path)
+    made = {**dict.fromkeys(recipes.COLUMNS, 0), "recipe": "flow", "set": "", "seconds": 89.96}
+    figures, made["seconds_asked"] = ((0.0, 3.25), (0.4, 1.125), (0.8, 2.5)), 90.0
+    records = [{**made, "guidance": scale, "frechet_distance": x} for scale, x in figures]
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    (tmp_path / "training.md").write_text(f"before\n{recipes.MARK}old\n{recipes.MARK}after\n")
+    recipes.main([f"--draw={tmp_path}/records.json"])
+    before, table, after = (tmp_path / "training.md").read_text().split(recipes.MARK)
+    assert (before, after) == ("before\n", "after\n") and (tmp_path / "recipes.png").stat().st_size
+    (row,) = table.splitlines()[4:]
+    assert row.startswith("| 89.96 | flow |") and "| 0.4 |" in row and "| 1.125 |" in row

@@ -1,0 +1,179 @@
+"""Trains a recipe for some seconds and measures it, by train.py and eval.py themselves:
+
+    python benchmarks/recipes.py --recipe=flow,internal --seconds=270 --internal_scale 0.5 0.7
+
+The config is fashion32_S_flow with the plain loss and, in turn, what each name of the recipe
+changes. --sampler, --steps, --scale, --internal_scale and --average take several values; their
+combinations are evaluations of one training. Seconds: optimizer steps times the median step of
+train.py after its first 50, without compilation, evaluation and saving; --step_ms, else measured in
+150 steps (--probe: these alone), sets n_steps, so that a cosine ends at the end. Records are added
+to benchmarks/results/recipes_<gpu>.json, the table beside them; what is there is not made again.
+`--draw=JSON` draws docs/recipes.png and fills the table of docs/training.md, without a GPU.
+"""
+
+import copy
+import itertools
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import harness
+import torch
+
+from configs import cifar10_S_DiM, cifar10_uvit_small, fashion32_S_flow
+from configs.common import d
+from libs.files import hash_file
+from utils import read_json, write_json
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VP = {"process": d(name="vpsde"), "pred": "noise_pred", "sample": {"algorithm": "dpm_solver"}}
+OPTIMIZER = ("optimizer", "lr_scheduler", "max_grad_norm")
+RECIPES = {  # name -> changes of the config: a ConfigDict replaces a section, a dict its keys
+    "official": {**VP, **{key: cifar10_S_DiM.get_config()[key] for key in OPTIMIZER}},
+    "official_flow_optimizer": VP, "flow": {}, "direction": {"loss": {"direction": 0.5}},
+    "internal": {"loss": {"internal": d(weight=0.5, block=8)}},
+    "repa": {"loss": {"repa": d(weight=0.5, block=8, kind="repa", features="classifier")}},
+    "muon": {"optimizer": {"name": "muon"}},
+    "attention": {"nnet": {"mixer": d(name="attention", heads=8)}},
+    "uvit": {"nnet": cifar10_uvit_small.get_config().nnet},
+}  # fmt: skip
+MODELS = {"dim": "DiM-S", "uvit": "U-ViT-S"}
+# Flags and their defaults: of a training, of an evaluation, of the machine.
+RUN = {"recipe": "flow", "set": "", "seed": 0, "seconds": 90.0, "n": 10_000}
+SAMPLING = {"sampler": "", "steps": 50, "scale": 0.4, "internal_scale": 0.0, "average": ""}
+PLACES = {
+    "data": "assets/datasets/fashion_mnist", "workdir": "workdir/recipes", "stats": "",
+    "features": "assets/fashion_mnist_classifier.safetensors", "step_ms": 0.0, "draw": "",
+}  # fmt: skip
+KEYS = ("recipe", "set", "seed", "seconds_asked", "n", "sampler", "steps_sampled", "guidance",
+        "internal_guidance", "average")  # fmt: skip
+FIGURES = ("features", "precision", "network_calls", "class_agreement", "frechet_distance")
+COLUMNS = ("seconds", *KEYS[:3], *KEYS[4:], *FIGURES[2:])
+DOCS, MARK = harness.ROOT / "docs", "<!-- from benchmarks/recipes.py -->\n"
+
+
+def make_config(args, n_steps):
+    """The config of args.recipe, to be trained for n_steps."""
+    config, never = fashion32_S_flow.get_config(), 10**9
+    config.loss = d(mse=1.0)
+    for name in args.recipe.split(","):
+        for key, value in copy.deepcopy(RECIPES[name]).items():
+            if isinstance(value, dict):
+                config[key].update(value)
+            else:
+                config[key] = value
+    config.nnet.update(in_channels=1, num_classes=10)
+    config.dataset.path, config.seed = args.data, args.seed
+    config.train.update(n_steps=n_steps, eval_interval=never, save_interval=never, log_interval=10)
+    config.train.mixed_precision = "bf16" if DEVICE == "cuda" else "no"
+    config.sample.update(
+        algorithm=args.sampler or config.sample.algorithm, sample_steps=args.steps, cfg=True,
+        scale=args.scale, internal_scale=args.internal_scale, n_samples=args.n,
+        mini_batch_size=min(args.n, 1000), fid_weights_path=args.features,
+    )  # fmt: skip
+    if "repa" in config.loss:
+        config.loss.repa.path = args.features
+    changes = dict(change.split("=", 1) for change in args.set.split())
+    config.update_from_flattened_dict({key: json.loads(text) for key, text in changes.items()})
+    return config
+
+
+def name_file(*words):
+    return re.sub(r"[^\w.,=-]", "_", "-".join(map(str, words)))
+
+
+def launch(script, config, path, *words):
+    """Run a script of the project on the config, which stays in the file `path`."""
+    write_json(path, config.to_dict())
+    words = (str(harness.ROOT / script), f"--config={path}", *words)
+    subprocess.run([sys.executable, *words], check=True)
+
+
+def train(args, n_steps):
+    """Train, unless that is done; (folder, median ms of a step after the first 50)."""
+    config = make_config(args, n_steps)
+    changes = [change for change in args.set.split() if not change.startswith("sample.")]
+    folder = Path(args.workdir, name_file(args.recipe, *changes, args.seed, n_steps))
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "ckpts" / f"{n_steps}.ckpt").is_dir():
+        launch("train.py", config, folder / "recipe.json", f"--workdir={folder}")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    rates = {line["step"]: line["img_s"] for line in lines if "img_s" in line}
+    late = [rate for step, rate in rates.items() if step > 50] or rates.values()
+    return folder, 1e3 * config.train.batch_size / median(late)
+
+
+def measure(args, keys):
+    """The record with these keys, of a run that is made where it is not there."""
+    args.step_ms = args.step_ms or train(args, 150)[1]
+    steps = round(1e3 * args.seconds / args.step_ms)
+    (folder, ms), config = train(args, steps), make_config(args, steps)
+    config.dataset.update(name="fashion_mnist_test", fid_stats=args.stats or None)
+    weights = folder / "ckpts" / f"{steps}.ckpt" / args.average
+    path = folder / name_file(*keys, "figures.json")
+    words = f"--nnet_path={weights}", f"--output_path={path}"
+    launch("eval.py", config, folder / "evaluation_config.json", *words)
+    found = read_json(path)
+    return {
+        **dict(zip(KEYS, keys, strict=True)), "model": MODELS[config.nnet.name],
+        "seconds": round(steps * ms / 1e3, 1), "steps": steps, "step_ms": round(ms, 2),
+        **{name: found[name] for name in FIGURES}, "features_sha256": hash_file(args.features),
+        **harness.describe_setting(DEVICE, args.commit),
+    }  # fmt: skip
+
+
+def make_table(records):
+    """Markdown, by the seconds asked for and the distance."""
+    ordered = sorted(records, key=lambda r: (r["seconds_asked"], -r["frechet_distance"]))
+    cells = ([r[key] for key in COLUMNS] for r in ordered)
+    rows = ([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in cells)
+    return harness.make_table(COLUMNS, rows)
+
+
+def draw(records):
+    """docs/recipes.png and the table of docs/training.md: of each training its best evaluation."""
+    from matplotlib.figure import Figure
+
+    worst_first, lines = sorted(records, key=lambda r: -r["frechet_distance"]), {}
+    best = {repr([r[key] for key in KEYS[:5]]): r for r in worst_first}.values()
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot(yscale="log", xlabel="seconds of training", ylabel="Frechet distance")
+    for r in best:
+        label = f"{r['recipe']} {r['set']} ({r['n']:,} images)"
+        lines.setdefault(label, []).append((r["seconds"], r["frechet_distance"]))
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), "-o", label=label)
+    figure.legend(loc="outside right upper")
+    figure.savefig(DOCS / "recipes.png", dpi=120)
+    before, _, after = (DOCS / "training.md").read_text().split(MARK)
+    block = f"![distance against seconds](recipes.png)\n\n{make_table(best)}"
+    (DOCS / "training.md").write_text(MARK.join([before, block, after]))
+
+
+def main(argv=None):
+    parser = harness.make_parser(__doc__)
+    for flag, default in {**RUN, **SAMPLING, **PLACES}.items():
+        many = dict(nargs="+", default=[default]) if flag in SAMPLING else dict(default=default)
+        parser.add_argument(f"--{flag}", type=type(default), **many)
+    parser.add_argument("--probe", action="store_true")
+    args = parser.parse_args(argv)
+    if args.draw:
+        return draw(read_json(args.draw))
+    path = harness.result_path(args.out, "recipes", DEVICE)
+    for values in itertools.product(*(getattr(args, flag) for flag in SAMPLING)):
+        vars(args).update(zip(SAMPLING, values, strict=True))
+        args.sampler = make_config(args, 1).sample.algorithm  # the recipe's, where none is given
+        if args.probe:
+            return print(f"{args.recipe}: {train(args, 150)[1]:.2f} ms a step")
+        keys = [getattr(args, flag) for flag in (*RUN, *SAMPLING)]
+        if keys not in ([r[key] for key in KEYS] for r in harness.load(path)):
+            record = measure(args, keys)
+            records = harness.merge(harness.load(path), [record], KEYS)
+            harness.write(path, records, make_table(records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
