@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import logging
@@ -70,10 +69,10 @@ def replacing(path):
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(*folders, name="*") -> None:
+def remove_leftovers(*folders) -> None:
     """Remove what `replacing` left where a process was killed; only while nobody writes."""
     for folder in folders:
-        for path in Path(folder).glob(f".{name if name == '*' else glob.escape(name)}.*.tmp"):
+        for path in Path(folder).glob(".*.tmp"):
             path.unlink(missing_ok=True)
 
 

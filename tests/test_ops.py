@@ -285,15 +285,6 @@ def test_validation_of_the_convolution():
         causal_conv1d(**conv_inputs(), activation="relu")
 
 
-def test_permutation_is_checked_when_asked(monkeypatch):
-    order = torch.arange(19)
-    order[3] = 4
-    monkeypatch.setenv("DIM_CHECK", "1")
-    with pytest.raises(ValueError, match="order must be a permutation of 0 .. 18"):
-        scan(**scan_inputs(), order=order)
-    scan(**scan_inputs(), order=make_order("permuted", 19))
-
-
 # ---------------------------------------- backends
 
 

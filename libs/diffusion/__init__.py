@@ -1,16 +1,12 @@
-"""From a trained network to pictures' latents: guidance, samplers and the images' noise."""
+"""From a trained network to pictures' latents: guidance, samplers and the images' noise.
+
+make_guided, GUIDANCE   network -> output(x, t) under the config's guidance; name -> guidance
+sample, count_calls     output(x, t), z_T -> z_0; network calls an image, guidance included
+SAMPLERS, sampler       name -> sampler; decorator of a new one
+choose_sampler          refuses what cannot be sampled, before hours of training
+ImageNoise              noise of images by (seed, index)
+"""
 
 from libs.diffusion.guidance import GUIDANCE, make_guided
 from libs.diffusion.noise import ImageNoise
 from libs.diffusion.samplers import SAMPLERS, choose_sampler, count_calls, sample, sampler
-
-__all__ = [
-    "GUIDANCE",  # registry: name -> guidance
-    "ImageNoise",  # noise of images by (seed, index)
-    "SAMPLERS",  # registry: name -> sampler, filled by the decorator `sampler`
-    "choose_sampler",  # refuses what cannot be sampled, before hours of training
-    "count_calls",  # network calls an image, guidance included
-    "make_guided",  # network -> output(x, t) under the config's guidance
-    "sample",  # output(x, t), z_T -> z_0
-    "sampler",  # decorator of a new sampler
-]

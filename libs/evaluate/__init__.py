@@ -1,4 +1,13 @@
-"""Pictures from a trained network, and their figures."""
+"""Pictures from a trained network, and their figures.
+
+run_evaluation, measure             a whole evaluation; Frechet distance in training
+make_image_sampler                  images by index, of a config
+draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
+FEATURES, make_features             name -> feature network; one by its name
+extract_features, load_real         features of a data set's images, by batches; of real images
+METRICS, Moments, save_statistics   name -> f(generated, real) -> figures; sums; a statistics file
+Classifier                          for its training
+"""
 
 from libs.evaluate.features import (
     FEATURES,
@@ -10,19 +19,3 @@ from libs.evaluate.features import (
 from libs.evaluate.generate import draw_rows, make_grid_images, make_image_sampler, measure
 from libs.evaluate.metrics import METRICS, Moments, save_statistics
 from libs.evaluate.run import run_evaluation
-
-__all__ = [
-    "Classifier",  # for its training
-    "FEATURES",  # registry: name -> feature network
-    "METRICS",  # registry: name -> f(generated, real) -> figures
-    "Moments",  # count, sum and products of features
-    "draw_rows",  # pictures of sample.py
-    "extract_features",  # features of a data set's images, by batches
-    "load_real",  # features of real images
-    "make_features",  # a feature network by name
-    "make_grid_images",  # pictures of a training, over all processes
-    "make_image_sampler",  # images by index, of a config
-    "measure",  # Frechet distance in training
-    "run_evaluation",  # a whole evaluation
-    "save_statistics",  # a statistics file
-]

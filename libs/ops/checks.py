@@ -1,7 +1,5 @@
 """Validation of an operator's arguments, once, before any work."""
 
-import os
-
 import torch
 
 _REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -30,9 +28,3 @@ def check(operator, order, **tensors):
             )
         if x.device != device:
             raise ValueError(f"{operator}: {name} must be on {device}, got {x.device}")
-    # It costs a sort, and on a GPU a synchronisation; another order reads and writes memory it
-    # should not.
-    if order is not None and os.environ.get("DIM_CHECK") == "1":
-        expected = torch.arange(order.numel(), device=order.device)
-        if not torch.equal(order.sort().values.long(), expected):
-            raise ValueError(f"{operator}: order must be a permutation of 0 .. {len(order) - 1}")

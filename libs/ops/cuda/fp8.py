@@ -43,20 +43,16 @@ def plan_transposed(rows, columns, dtype, multiprocessors):
     return Plan((Launch(kernel, grid, (_THREADS, 1, 1)),))
 
 
-def unsupported(device, widths):
-    """None, or why products of these widths cannot run in fp8 on this device."""
-    if device.type != "cuda":
-        return f"it needs a GPU, not {device.type}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < divmod(OLDEST_ARCH, 10):
-        return f"it needs compute capability 9.0 (Hopper), not {'.'.join(map(str, capability))}"
-    odd = [width for width in widths if width not in WIDTHS]
-    return f"widths must be multiples of 16 up to 8192, not {odd[0]}" if odd else None
-
-
 def require_fp8(device, widths):
     """UserError where products of these widths cannot run in fp8."""
-    reason = unsupported(torch.device(device), widths)
+    device, odd = torch.device(device), [width for width in widths if width not in WIDTHS]
+    oldest, reason = divmod(OLDEST_ARCH, 10), None
+    if device.type != "cuda":
+        reason = f"it needs a GPU, not {device.type}"
+    elif (found := torch.cuda.get_device_capability(device)) < oldest:
+        reason = f"it needs compute capability 9.0 (Hopper), not {'.'.join(map(str, found))}"
+    elif odd:
+        reason = f"widths must be multiples of 16 up to 8192, not {odd[0]}"
     if reason:
         keys = "--config.sample.fp8=False, or train.fp8 in training, does without"
         raise UserError(f"matrix products in fp8 are asked for, but {reason}; {keys}")
