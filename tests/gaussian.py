@@ -25,24 +25,44 @@ def noise_prediction(x, mu, s, log_alpha):
 
 
 def prediction(process, pred, mu, s):
-    """The raw output(x, t) of a perfect network for 'noise_pred' or 'x0_pred', in x's dtype."""
+    """The raw output(x, t) of a perfect network for `pred`, in x's dtype."""
 
     def output(x, t):
-        eps = noise_prediction(x, mu, s, process.log_alpha(t.double()))
-        x0, eps = process.to_x0_eps("noise_pred", eps, x.double(), t.double())
-        return (eps if pred == "noise_pred" else x0).to(x.dtype)
+        alpha, sigma = process.alpha(t.double()), process.sigma(t.double())
+        centred = (x.double() - alpha * mu) / (alpha**2 * s**2 + sigma**2)
+        x0, eps = mu + alpha * s**2 * centred, sigma * centred
+        return process.target(pred, x0, eps, t).to(x.dtype)
 
     return output
 
 
-def ode_solution(process, x, mu, s, t_end):
-    """Where the probability flow takes x from t = 1 to t_end: (x_t - alpha mu) / std(x_t) is
+class Mixture:
+    """x_0 of two Gaussians, elementwise, under a flow: (x - x_0) / t of the expected x_0."""
+
+    weights, means, stds = torch.tensor([[0.4, 0.6], [-0.7, 0.5], [0.2, 0.3]]).double()
+
+    def velocity(self, x, t):
+        alpha, x = 1 - t, x[..., None]
+        variance = (alpha * self.stds)**2 + t**2
+        centred = x - alpha * self.means
+        log_p = self.weights.log() - variance.log() / 2 - centred**2 / (2 * variance)
+        x0 = self.means + alpha * self.stds**2 / variance * centred
+        return (x - x0).mul(log_p.softmax(-1)).sum(-1) / t
+
+    def normal_quantile(self, x):
+        """The flow keeps quantiles: the x_1 ~ N(0, 1) from which it comes to x_0 = x."""
+        share = torch.special.ndtr((x[..., None] - self.means) / self.stds)
+        return torch.special.ndtri((self.weights * share).sum(-1))
+
+
+def ode_solution(process, x, mu, s, t_end, t_start=1.0):
+    """Where the probability flow takes x from t_start to t_end: (x_t - alpha mu) / std(x_t) is
     constant.
     """
     def mean_and_std(t):
         t = torch.tensor(t, dtype=torch.float64)
         return process.alpha(t) * mu, (process.alpha(t)**2 * s**2 + process.sigma(t)**2).sqrt()
 
-    mean_start, std_start = mean_and_std(1.0)
+    mean_start, std_start = mean_and_std(t_start)
     mean_end, std_end = mean_and_std(t_end)
     return mean_end + std_end / std_start * (x - mean_start)

@@ -5,7 +5,8 @@ import torch
 
 from configs.common import d
 from libs.diffusion.guidance import at_process_time, classifier_free, make_guided
-from sde import VPSDE, DiscreteSchedule
+from libs.diffusion.samplers import count_calls
+from sde import VPSDE, DiscreteSchedule, Flow
 from utils import UserError
 
 NULL = 10
@@ -48,6 +49,64 @@ def test_interval_includes_its_ends():
     for t in (0.29, 0.3, 0.7, 0.71):
         assert output(X, torch.tensor(t)).shape == X.shape
     assert [len(labels) for labels in network.labels] == [2, 4, 4, 2]
+
+
+class WithHead(Network):
+    """Its head answers half of what the network does, and the label once more."""
+
+    def __init__(self):
+        self.labels, self.hidden = [], []
+
+    def __call__(self, x, t, y, hidden=()):
+        out = super().__call__(x, t.reshape(-1, 1, 1, 1), y)
+        self.hidden.append(hidden)
+        inner = out / 2 + (0 if y is None else y.reshape(-1, 1, 1, 1))
+        return (out, {"internal": inner}) if hidden else out
+
+
+@pytest.mark.parametrize("y, scale", [(Y, 0), (None, 0), (Y, 0.5)])
+def test_internal_guidance(y, scale):
+    """out + w (out - inner), alone from one call of B images, and inside classifier-free guidance,
+    where both halves of one batch are corrected first; only in its interval, ends included.
+    """
+    settings = d(cfg=True, scale=scale, guidance_interval=(0.0, 0.6), internal_scale=0.7,
+                 internal_interval=(0.3, 0.8))
+    network, process = WithHead(), Flow()
+    output = make_guided(network, process, y, pred="velocity_pred", null_label=NULL,
+                         settings=settings)
+
+    def predict(t, label, corrected):
+        out = X * 1000 * t + label
+        return out + 0.7 * (out - (out / 2 + label)) if corrected else out
+
+    label = 0 if y is None else Y.reshape(-1, 1, 1, 1)
+    for t in (0.29, 0.3, 0.6, 0.8, 0.81):
+        corrected = 0.3 <= t <= 0.8
+        expected = predict(t, label, corrected)
+        if scale and t <= 0.6:
+            expected = expected + scale * (expected - predict(t, NULL, corrected))
+        torch.testing.assert_close(output(X, torch.tensor(t)), expected, rtol=1e-6, atol=1e-4)
+    assert network.hidden == [(), *[("internal",)] * 3, ()]
+    halves = 3 if scale else 0
+    assert [len(labels or Y) for labels in network.labels] == [4] * halves + [2] * (5 - halves)
+
+
+@pytest.mark.parametrize("algorithm, scale, calls", [
+    ("euler", 0, 10), ("heun", 0, 19), ("adams_bashforth", 0.5, 16), ("heun", 0.5, 31),
+])
+def test_network_calls_an_image(algorithm, scale, calls):
+    """Twice as many where guidance needs both halves: at t = 0.6 and below; internal guidance costs
+    no call.
+    """
+    settings = d(cfg=True, scale=scale, guidance_interval=(0.0, 0.65), internal_scale=0.7,
+                 internal_interval=None)
+
+    def make_output(network):
+        return make_guided(network, Flow(), Y[:1], pred="velocity_pred", null_label=NULL,
+                           settings=settings)
+
+    given = dict(pred="velocity_pred", algorithm=algorithm, steps=10, make_output=make_output)
+    assert count_calls(Flow(), (3, 4, 4), **given) == calls
 
 
 @pytest.mark.parametrize("process", [VPSDE(), DiscreteSchedule()])

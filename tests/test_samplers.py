@@ -11,15 +11,16 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from libs.diffusion.noise import ImageNoise, _splitmix64, image_seed
-from libs.diffusion.samplers import SAMPLERS, sample
-from sde import VPSDE, DiscreteSchedule
+from libs.diffusion.samplers import SAMPLERS, count_calls, sample
+from sde import VPSDE, DiscreteSchedule, Flow
 from utils import UserError
 
 # diffusers' own, thousands of them under numpy 2
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 MU, S = 0.3, 0.5
-PROCESSES = {"vpsde": VPSDE(), "discrete": DiscreteSchedule()}
+VP = {"vpsde": VPSDE(), "discrete": DiscreteSchedule()}
+PROCESSES = {**VP, "flow": Flow()}
 
 
 def run(process, x, pred="noise_pred", **options):
@@ -29,7 +30,9 @@ def run(process, x, pred="noise_pred", **options):
 
 def solver_error(process, algorithm, steps, t_end):
     x = torch.linspace(-3, 3, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
-    expected = gaussian.ode_solution(process, x, MU, S, t_end)
+    # On a grid of log-SNR a flow is taken from t = 0.999 to 0.001.
+    t_start = 1 - t_end if isinstance(process, Flow) else 1.0
+    expected = gaussian.ode_solution(process, x, MU, S, t_end, t_start)
     return (run(process, x, algorithm=algorithm, steps=steps) - expected).abs().max().item()
 
 
@@ -44,6 +47,9 @@ def solver_error(process, algorithm, steps, t_end):
     ("vpsde", "euler_maruyama_ode", (400, 800), 0, 0.95),
     ("vpsde", "euler", (400, 800), 0, 0.95),
     ("discrete", "euler", (400, 800), 0, 0.95),
+    ("vpsde", "heun", (200, 400), 0, 1.9),
+    ("flow", "dpm_solver", (320, 641), 1e-3, 2.85),
+    ("flow", "dpm_solver_pp_2m", (80, 160), 1e-3, 1.9),
     # A grid even in time makes its last step the largest in lam, 0.4 at 500 steps: the order
     # appears late.
     ("discrete", "dpm_solver", (161, 320), 1e-3, 2.4),
@@ -53,6 +59,44 @@ def test_order_of_convergence(process, algorithm, steps, t_end, order):
     coarse, fine = (solver_error(PROCESSES[process], algorithm, n, t_end) for n in steps)
     assert fine < 3e-3
     assert math.log(coarse / fine) / math.log(steps[1] / steps[0]) > order
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("algorithm, steps, calls, order, error", [
+    ("euler", 200, 200, 0.95, 7e-2), ("heun", 100, 199, 1.9, 2e-2),
+    ("adams_bashforth", 200, 200, 1.9, 2.5e-3),
+])
+def test_order_on_a_mixture(algorithm, steps, calls, order, error, shift):
+    """Where the velocity is not linear in x, and the flow keeps quantiles; in quantiles of x_1."""
+    process, mixture = Flow(shift=shift), gaussian.Mixture()
+    x = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).reshape(1, 1, 1, 41)
+    given, times = dict(pred="velocity_pred", algorithm=algorithm), []
+
+    def output(x, t):
+        times.append(t.item())
+        return mixture.velocity(x, t)
+
+    def get_error(steps):
+        x_0 = sample(output, process, x, steps=steps, **given)
+        return (mixture.normal_quantile(x_0) - x).abs().max().item()
+
+    coarse, fine = get_error(steps // 2), get_error(steps)
+    assert fine < error and math.log2(coarse / fine) > order
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    assert len(times[-calls:]) == count_calls(process, (1,), steps=steps, **given) == calls
+    expected = process.shift_time(even)[:-1].tolist()
+    assert sorted(set(times[-calls:]), reverse=True) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_second_order_multistep_is_the_better_one_at_few_calls():
+    """20 calls from x_1 to x_0 of the mixture: the reason why adams_bashforth is offered."""
+    mixture, errors = gaussian.Mixture(), {}
+    x = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).reshape(1, 1, 1, 41)
+    for algorithm, steps in (("euler", 20), ("heun", 10), ("adams_bashforth", 20)):
+        given = dict(pred="velocity_pred", algorithm=algorithm, steps=steps)
+        x_0 = sample(mixture.velocity, Flow(), x, **given)
+        errors[algorithm] = (mixture.normal_quantile(x_0) - x).square().mean().sqrt().item()
+    assert errors["adams_bashforth"] < min(errors["euler"], errors["heun"]) / 2, errors
 
 
 def test_2m_is_diffusers_2m():
@@ -77,7 +121,7 @@ def test_2m_is_diffusers_2m():
 
 @pytest.mark.parametrize("process, algorithm", [
     ("vpsde", "euler_maruyama_ode"),
-    *itertools.product(PROCESSES, ["euler", "dpm_solver", "dpm_solver_pp_2m", "DDIMScheduler"]),
+    *itertools.product(VP, ["euler", "dpm_solver", "dpm_solver_pp_2m", "DDIMScheduler"]),
 ])
 def test_what_the_output_and_on_step_receive(process, algorithm):
     """And both predictions give the same images."""
@@ -108,21 +152,51 @@ def test_what_the_output_and_on_step_receive(process, algorithm):
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_every_algorithm_makes_the_distribution(process):
-    for name, (_, _, needs) in SAMPLERS.items():
-        if all(hasattr(PROCESSES[process], attribute) for attribute in needs):
-            noise = ImageNoise(0, range(64), (1, 8, 8))
-            options = dict(algorithm=name, steps=100, noise=noise)
-            out = run(PROCESSES[process], noise.initial(), **options)
-            assert out.mean().item() == pytest.approx(MU, abs=0.04), name
-            assert out.std().item() == pytest.approx(S, abs=0.05), name
+    process = PROCESSES[process]
+    offered = {name for name, (*_, needs) in SAMPLERS.items()
+               if all(hasattr(process, attribute) for attribute in needs)}
+    assert {"euler", "heun", "adams_bashforth", "dpm_solver_pp_2m"} <= offered
+    assert ("euler_maruyama_flow" in offered) == isinstance(process, Flow)
+    for name, pred in itertools.product(sorted(offered), process.predictions):
+        if pred == "x0_pred" and not isinstance(process, Flow):
+            continue  # the same images as with noise_pred
+        noise = ImageNoise(0, range(64), (1, 8, 8))
+        out = run(process, noise.initial(), pred, algorithm=name, steps=100, noise=noise)
+        assert out.mean().item() == pytest.approx(MU, abs=0.04), (name, pred)
+        assert out.std().item() == pytest.approx(S, abs=0.05), (name, pred)
 
 
-@pytest.mark.parametrize("algorithm", [
-    "euler_maruyama_sde", "DDPMScheduler", "EulerAncestralDiscreteScheduler"])
-def test_an_image_does_not_depend_on_its_batch(algorithm):
+def test_marginals_of_the_sde_of_flow():
+    """x_t ~ N(alpha mu, alpha^2 s^2 + t^2) all the way, while x_1 is forgotten at the rate of
+    w / (2 variance), w = t, until the last step.
+    """
+    process, steps, seen = Flow(), 200, {}
+    output = gaussian.prediction(process, "velocity_pred", MU, S)
+
+    def record(x, t):
+        seen[t.item()] = x
+        return output(x, t)
+
+    noise = ImageNoise(0, range(256), (1, 8, 8))
+    x_1 = noise.initial()
+    seen[0.0] = sample(record, process, x_1, pred="velocity_pred", steps=steps, noise=noise,
+                       algorithm="euler_maruyama_flow")
+    for t, x in seen.items():  # 16,384 numbers: 0.03 is 4 standard errors
+        assert x.mean().item() == pytest.approx((1 - t) * MU, abs=0.03)
+        assert x.std().item() == pytest.approx(math.hypot((1 - t) * S, t), abs=0.03)
+    t = torch.linspace(1 / steps, 1, 10_001, dtype=torch.float64)
+    forgotten = torch.trapezoid(t / (2 * ((1 - t)**2 * S**2 + t**2)), t)
+    found = torch.corrcoef(torch.stack([x_1.flatten(), seen[0.0].flatten()]))[0, 1].item()
+    assert found == pytest.approx(math.exp(-forgotten), abs=0.02)
+
+
+@pytest.mark.parametrize("process, algorithm", [
+    ("vpsde", "euler_maruyama_sde"), ("vpsde", "DDPMScheduler"), ("flow", "euler_maruyama_flow"),
+    ("vpsde", "EulerAncestralDiscreteScheduler")])
+def test_an_image_does_not_depend_on_its_batch(process, algorithm):
     def images(indices):
         noise = ImageNoise(3, indices, (1, 4, 4))
-        return run(VPSDE(), noise.initial(), algorithm=algorithm, steps=10, noise=noise)
+        return run(PROCESSES[process], noise.initial(), algorithm=algorithm, steps=10, noise=noise)
 
     together = images([4, 5, 6, 7])
     assert torch.equal(together[[2]], images([6]))
@@ -162,6 +236,10 @@ def test_image_seeds():
 @pytest.mark.parametrize("process, algorithm, message", [
     ("vpsde", "ddim", "sample.algorithm is 'ddim'.*euler_maruyama_sde.*DDIMScheduler"),
     ("discrete", "euler_maruyama_ode", "euler_maruyama_ode needs g2, which process Discrete"),
+    ("flow", "euler_maruyama_sde", "euler_maruyama_sde needs g2, which process Flow"),
+    ("flow", "DDIMScheduler", "DDIMScheduler needs betas, which process Flow"),
+    ("flow", "dpm_solver_upsample_g", "dpm_solver_upsample_g needs alpha_bar, which process Flow"),
+    ("vpsde", "euler_maruyama_flow", "euler_maruyama_flow needs shift_time, which process VPSDE"),
 ])
 def test_errors(process, algorithm, message):
     with pytest.raises(UserError, match=message):
