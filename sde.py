@@ -27,14 +27,10 @@ import math
 
 import torch
 
+from flow import Flow, per_sample
 from utils import UserError, look_up
 
 N_TIMESTEPS = 1000  # of the discrete schedule
-
-
-def per_sample(value, x):
-    """(B,) -> (B, 1, ..., 1), to scale x (B, ...) by; a 0-dim value stays as it is."""
-    return value.reshape(-1, *[1] * (x.dim() - 1)) if value.dim() else value
 
 
 class VariancePreserving:
@@ -224,91 +220,6 @@ class DiscreteSchedule(VariancePreserving):
     def mixing_factors(self, t):
         step = (t * N_TIMESTEPS).round().long()
         return self._table("alpha", t)[step], self._table("sigma", t)[step]
-
-
-def draw_uniform(u, mean, std):
-    """u (B,) itself."""
-    return u
-
-
-def draw_logit_normal(u, mean, std):
-    """sigmoid(N(mean, std^2)) by its quantile function (Esser et al., arXiv 2403.03206, eq. 19);
-    u (B,) keeps a float32's distance from 0 and 1, where the normal quantiles are infinite.
-    """
-    return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(2**-24, 1 - 2**-24)))
-
-
-TRAINING_TIMES = {"uniform": draw_uniform, "logit_normal": draw_logit_normal}  # process.times
-
-
-class Flow:
-    """Flow matching: x_t = (1 - t) x0 + t eps, whose velocity is eps - x0 (Lipman et al.,
-    arXiv 2210.02747; Liu et al., arXiv 2209.03003).
-
-    times: how training times are distributed, of TRAINING_TIMES, mean and std those of their
-    logit; shift: of training times and of the samplers' grid, see `shift_time`.
-
-    At t = 1 predicted noise says nothing about x0, at t = 0 predicted x0 nothing about the noise:
-    what is missing is 0 there, the mean of the noise and about that of data in [-1, 1].
-    """
-
-    predictions = ("velocity_pred", "noise_pred", "x0_pred")
-    dpm_grid, dpm_predicts = "log_snr", "x0"  # see VariancePreserving
-    ends = (1e-3, 1 - 1e-3)  # beyond them half_log_snr is constant, as it diverges
-
-    def __init__(self, times="uniform", mean=0.0, std=1.0, shift=1.0):
-        self.draw_time = look_up(TRAINING_TIMES, times, "process.times")
-        self.mean, self.std, self.shift = mean, std, shift
-
-    def alpha(self, t):
-        return 1 - t
-
-    def sigma(self, t):
-        return t
-
-    def half_log_snr(self, t):
-        """log(alpha / sigma) within `ends`."""
-        return -t.clamp(*self.ends).logit()
-
-    def inverse_half_log_snr(self, value):
-        return torch.sigmoid(-value)
-
-    def shift_time(self, t):
-        """s t / (1 + (s - 1) t), s = shift (Esser et al., arXiv 2403.03206, eq. 23): the time at
-        which s times as much noise has the signal-to-noise ratio of t. Written so that 1 stays 1.
-        """
-        return self.shift * t / (self.shift * t + (1 - t))
-
-    def train_time(self, u):
-        return self.shift_time(self.draw_time(u, self.mean, self.std))
-
-    def model_time(self, t):
-        return 1000 * t
-
-    def mix(self, x0, eps, t):
-        """(1 - t) x0 + t eps, in x0's dtype."""
-        t = per_sample(t, x0)
-        return (1 - t).to(x0.dtype) * x0 + t.to(x0.dtype) * eps
-
-    def target(self, pred, x0, eps, t):
-        """The velocity eps - x0, the noise, or the clean data."""
-        return eps - x0 if pred == "velocity_pred" else {"noise_pred": eps, "x0_pred": x0}[pred]
-
-    def to_x0_eps(self, pred, out, x_t, t):
-        """(x0, eps); a predicted one is `out` itself."""
-        t = per_sample(t, x_t)
-        if pred == "velocity_pred":
-            return x_t - t * out, x_t + (1 - t) * out
-        if pred == "noise_pred":
-            return torch.where(t < 1, (x_t - t * out) / (1 - t), 0), out
-        return out, torch.where(t > 0, (x_t - (1 - t) * out) / t, 0)
-
-    def velocity(self, pred, out, x_t, t):
-        """dx_t/dt = eps - x0."""
-        if pred == "velocity_pred":
-            return out
-        x0, eps = self.to_x0_eps(pred, out, x_t, t)
-        return eps - x0
 
 
 class FlowFromDiscrete(Flow):

@@ -60,7 +60,7 @@ def test_pictures_do_not_depend_on_batch_or_processes(devices, tmp_path):
     assert result_two["n"] == 30 and result_one["ranks"] == [0] and result_two["ranks"] == [0, 1]
     assert result_two["frechet_distance"] == pytest.approx(result_one["frechet_distance"], rel=1e-2)
     assert result_one["config"]["nnet"]["dim"] == 16 and result_one["environment"]["commit"]
-    assert result_one["guidance_scale_standard"] == 1.4
+    assert result_one["guidance_scale_standard"] == 1.4 and result_one["network_calls"] == 2 * 8
 
 
 def test_noise_is_the_same_bit_for_bit():
@@ -72,6 +72,14 @@ def test_noise_is_the_same_bit_for_bit():
         assert torch.equal(alone.initial()[0], first[index])
         assert torch.equal(alone.draw()[0], second[index])
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
+
+
+def test_internal_guidance_of_a_network_without_the_head(in_process, tmp_path, capsys):
+    words = [f"--nnet_path={TRAINED}", f"--out={tmp_path / 'grid.png'}"]
+    status = in_process("sample", [*words, "--config.sample.internal_scale=0.5"])
+    said = capsys.readouterr().err
+    runs.assert_one_sentence(status, said)
+    assert "the network has no head for it: train with config.loss.internal" in said
 
 
 def test_sample_draws_a_grid_from_nothing_but_the_checkpoint(in_process, tmp_path):

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # The rooms in the order of imports: each may import the rooms of the lines above it.
 ROOMS = [
     ["utils"],
+    ["flow"],
     ["sde", "configs"],
     ["libs.files", "libs.ops", "libs.diffusion", "libs.runtime"],
     ["libs.model", "libs.data"],
