@@ -39,7 +39,7 @@ def get_config():
     config.train.save_interval = 3057
     config.train.fid_samples = 0
 
-    config.sample.algorithm = "heun"
+    config.sample.algorithm = "adams_bashforth"
     config.sample.n_samples = 10_000
     config.sample.cfg = True
     config.sample.scale = 0.4

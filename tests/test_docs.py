@@ -7,6 +7,12 @@ from unittest import mock
 
 import pytest
 import runs
+import torch
+
+from libs.diffusion import choose_sampler
+from libs.model import add_heads, build_model
+from libs.runtime import load_config
+from sde import make_process
 
 from datasets import DATASETS
 from libs.model import MIXERS
@@ -69,6 +75,22 @@ def test_the_snippet_of_the_readme_draws(tmp_path, in_process):
 
 def test_the_readme_is_short():
     assert len((runs.ROOT / "README.md").read_text(encoding="utf-8").split()) <= README_WORDS
+
+
+@pytest.mark.parametrize("path", sorted(runs.ROOT.glob("configs/*_flow*.py")), ids=lambda p: p.stem)
+def test_the_parts_and_hours_of_a_flow(path):
+    """Eight GPUs are counted as 95% of eight times the measured speed."""
+    config = load_config(str(path))
+    with torch.device("meta"):
+        add_heads(build_model(config.nnet), config.loss, training=True)
+    process = make_process(**config.process)
+    assert config.pred in process.predictions and choose_sampler(config.sample.algorithm, process)
+    text = " ".join(path.read_text().split())
+    found = re.search(r"([\d.]+) hours of (one|eight) H200s? by the measured ([\d.,]+)", text)
+    if found or "hours" in text:
+        gpus = {"one": 1, "eight": 0.95 * 8}[found[2]]
+        seconds = config.train.n_steps * config.train.batch_size / float(found[3].replace(",", ""))
+        assert f"{seconds / gpus / 3600:.1f}" == found[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
