@@ -12,9 +12,10 @@ to benchmarks/results/recipes_<gpu>.json, the table beside them; what is there i
 """
 
 import copy
+import functools
 import itertools
 import json
-import re
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -29,16 +30,15 @@ from libs.files import hash_file
 from utils import read_json, write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-VP = {"process": d(name="vpsde"), "pred": "noise_pred", "sample": {"algorithm": "dpm_solver"}}
+VP = {"process": d(name="vpsde"), "pred": "noise_pred", "sample.algorithm": "dpm_solver"}
 OPTIMIZER = ("optimizer", "lr_scheduler", "max_grad_norm")
-RECIPES = {  # name -> changes of the config: a ConfigDict replaces a section, a dict its keys
+RECIPES = {  # name -> {key of the config: value}
     "official": {**VP, **{key: cifar10_S_DiM.get_config()[key] for key in OPTIMIZER}},
-    "official_flow_optimizer": VP, "flow": {}, "direction": {"loss": {"direction": 0.5}},
-    "internal": {"loss": {"internal": d(weight=0.5, block=8)}},
-    "repa": {"loss": {"repa": d(weight=0.5, block=8, kind="repa", features="classifier")}},
-    "muon": {"optimizer": {"name": "muon"}},
-    "attention": {"nnet": {"mixer": d(name="attention", heads=8)}},
-    "uvit": {"nnet": cifar10_uvit_small.get_config().nnet},
+    "official_flow_optimizer": VP, "flow": {}, "direction": {"loss.direction": 0.5},
+    "internal": {"loss.internal": d(weight=0.5, block=8)},
+    "repa": {"loss.repa": d(weight=0.5, block=8, kind="repa", features="classifier", path="")},
+    "muon": {"optimizer.name": "muon"}, "uvit": {"nnet": cifar10_uvit_small.get_config().nnet},
+    "attention": {"nnet.mixer": d(name="attention", heads=8)},
 }  # fmt: skip
 MODELS = {"dim": "DiM-S", "uvit": "U-ViT-S"}
 # Flags and their defaults: of a training, of an evaluation, of the machine.
@@ -58,31 +58,24 @@ DOCS, MARK = harness.ROOT / "docs", "<!-- from benchmarks/recipes.py -->\n"
 def make_config(args, n_steps):
     """The config of args.recipe, to be trained for n_steps."""
     config, never = fashion32_S_flow.get_config(), 10**9
-    config.loss = d(mse=1.0)
+    changes = {"loss": d(mse=1.0)}
     for name in args.recipe.split(","):
-        for key, value in copy.deepcopy(RECIPES[name]).items():
-            if isinstance(value, dict):
-                config[key].update(value)
-            else:
-                config[key] = value
-    config.nnet.update(in_channels=1, num_classes=10)
-    config.dataset.path, config.seed = args.data, args.seed
-    config.train.update(n_steps=n_steps, eval_interval=never, save_interval=never, log_interval=10)
-    config.train.mixed_precision = "bf16" if DEVICE == "cuda" else "no"
-    config.sample.update(
-        algorithm=args.sampler or config.sample.algorithm, sample_steps=args.steps, cfg=True,
-        scale=args.scale, internal_scale=args.internal_scale, n_samples=args.n,
-        mini_batch_size=min(args.n, 1000), fid_weights_path=args.features,
-    )  # fmt: skip
-    if "repa" in config.loss:
-        config.loss.repa.path = args.features
-    changes = dict(change.split("=", 1) for change in args.set.split())
-    config.update_from_flattened_dict({key: json.loads(text) for key, text in changes.items()})
+        changes |= RECIPES[name]
+    changes |= {
+        "seed": args.seed, "dataset.path": args.data, "nnet.in_channels": 1, "nnet.num_classes": 10,
+        "train.n_steps": n_steps, "train.eval_interval": never, "train.save_interval": never,
+        "train.mixed_precision": "bf16" if DEVICE == "cuda" else "no", "sample.n_samples": args.n,
+        "sample.mini_batch_size": min(args.n, 1000), "sample.fid_weights_path": args.features,
+        "sample.sample_steps": args.steps, "sample.scale": args.scale,
+        "sample.internal_scale": args.internal_scale,
+    }  # fmt: skip
+    changes |= {"sample.algorithm": args.sampler} if args.sampler else {}
+    changes |= {"loss.repa.path": args.features} if "loss.repa" in changes else {}
+    words = (change.split("=", 1) for change in args.set.split())
+    for path, value in [*changes.items(), *((key, json.loads(text)) for key, text in words)]:
+        *sections, key = path.split(".")
+        functools.reduce(operator.getitem, sections, config)[key] = copy.deepcopy(value)
     return config
-
-
-def name_file(*words):
-    return re.sub(r"[^\w.,=-]", "_", "-".join(map(str, words)))
 
 
 def launch(script, config, path, *words):
@@ -96,7 +89,8 @@ def train(args, n_steps):
     """Train, unless that is done; (folder, median ms of a step after the first 50)."""
     config = make_config(args, n_steps)
     changes = [change for change in args.set.split() if not change.startswith("sample.")]
-    folder = Path(args.workdir, name_file(args.recipe, *changes, args.seed, n_steps))
+    name = "-".join(map(str, [args.recipe, *changes, args.seed, n_steps]))
+    folder = Path(args.workdir, name.replace("/", "_"))
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "ckpts" / f"{n_steps}.ckpt").is_dir():
         launch("train.py", config, folder / "recipe.json", f"--workdir={folder}")
@@ -113,7 +107,7 @@ def measure(args, keys):
     (folder, ms), config = train(args, steps), make_config(args, steps)
     config.dataset.update(name="fashion_mnist_test", fid_stats=args.stats or None)
     weights = folder / "ckpts" / f"{steps}.ckpt" / args.average
-    path = folder / name_file(*keys, "figures.json")
+    path = folder / ("-".join(map(str, keys)).replace("/", "_") + ".json")
     words = f"--nnet_path={weights}", f"--output_path={path}"
     launch("eval.py", config, folder / "evaluation_config.json", *words)
     found = read_json(path)
@@ -126,8 +120,9 @@ def measure(args, keys):
 
 
 def make_table(records):
-    """Markdown, by the seconds asked for and the distance."""
-    ordered = sorted(records, key=lambda r: (r["seconds_asked"], -r["frechet_distance"]))
+    """Markdown, by seconds asked for, images and distance."""
+    order = ("seconds_asked", "n", "frechet_distance")
+    ordered = sorted(records, key=lambda r: [r[key] for key in order])
     cells = ([r[key] for key in COLUMNS] for r in ordered)
     rows = ([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in cells)
     return harness.make_table(COLUMNS, rows)
@@ -135,17 +130,21 @@ def make_table(records):
 
 def draw(records):
     """docs/recipes.png and the table of docs/training.md: of each training its best evaluation."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    worst_first, lines = sorted(records, key=lambda r: -r["frechet_distance"]), {}
+    worst_first, groups = sorted(records, key=lambda r: -r["frechet_distance"]), {}
     best = {repr([r[key] for key in KEYS[:5]]): r for r in worst_first}.values()
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axes = figure.add_subplot(yscale="log", xlabel="seconds of training", ylabel="Frechet distance")
     for r in best:
-        label = f"{r['recipe']} {r['set']} ({r['n']:,} images)"
-        lines.setdefault(label, []).append((r["seconds"], r["frechet_distance"]))
-    for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), "-o", label=label)
+        group = groups.setdefault((f"{r['recipe']} {r['set']}", r["n"]), [])
+        group.append((r["seconds"], r["frechet_distance"]))
+    figure, names = Figure(figsize=(9, 5), layout="constrained"), sorted({n for n, _ in groups})
+    axes = figure.add_subplot(yscale="log", xlabel="seconds of training", ylabel="Frechet distance")
+    axes.set_title(f"{worst_first[-1]['gpu']}, torch {worst_first[-1]['torch']}")
+    for (name, n), points in groups.items():
+        marker, color = "o" if n == 10_000 else "x", colormaps["tab20"](names.index(name))
+        label = f"{name} ({n:,} images)"
+        axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label)
     figure.legend(loc="outside right upper")
     figure.savefig(DOCS / "recipes.png", dpi=120)
     before, _, after = (DOCS / "training.md").read_text().split(MARK)

@@ -188,8 +188,8 @@ def test_a_row_is_trained_measured_recorded_and_not_made_again(tmp_path, in_proc
 def test_the_picture_and_the_table_show_the_best_evaluation(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(recipes, "DOCS", tmp_path)
-    made = {**dict.fromkeys(recipes.COLUMNS, 0), "recipe": "flow", "set": "", "seconds": 89.96}
-    figures, made["seconds_asked"] = ((0.0, 3.25), (0.4, 1.125), (0.8, 2.5)), 90.0
+    made = {**dict.fromkeys(recipes.COLUMNS, 0), **SETTING, "recipe": "flow", "seconds": 89.96}
+    figures, made["seconds_asked"] = ((0.0, 3.25), (0.4, 1.125), (0.8, 2.5)), 90
     records = [{**made, "guidance": scale, "frechet_distance": x} for scale, x in figures]
     (tmp_path / "records.json").write_text(json.dumps(records))
     (tmp_path / "training.md").write_text(f"before\n{recipes.MARK}old\n{recipes.MARK}after\n")
