@@ -4,7 +4,6 @@ Importing this module reads nothing and imports neither torchvision nor scikit-l
 look for Hugging Face's package of the same name and find this file.
 """
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -72,23 +71,6 @@ def _uint8_to_float(image):
     return torch.from_numpy(image.astype(np.float32) / 127.5 - 1)
 
 
-def _open_torchvision(name, root, what, *, download):
-    """torchvision's data set `name` in `root`. UserError if it is not there nor to be had."""
-    import torchvision
-
-    kind = getattr(torchvision.datasets, name)
-    try:
-        if not download:
-            return kind(root)
-        root.mkdir(parents=True, exist_ok=True)
-        with open(root / ".download", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait for the first
-            return kind(root, download=True)
-    except (RuntimeError, OSError) as error:
-        text = f"{root} has no {what}, and they could not be downloaded ({error})"
-        raise UserError(text) from error
-
-
 class InMemory(ImageDataset):
     """Ten classes in memory. Subclasses give `_load(path, resolution)`: uint8 (n, C, H, W) and
     labels.
@@ -136,7 +118,7 @@ class Cifar10(InMemory):
         root = root.parent if root.name == folder else root
         download = (root / ".download").exists() or not (root / folder).exists()
         what = f"{folder} with CIFAR-10's published files"
-        files = _open_torchvision("CIFAR10", root, what, download=download)
+        files = data.open_torchvision("CIFAR10", root, what, download=download)
         return np.ascontiguousarray(files.data.transpose(0, 3, 1, 2)), files.targets
 
 
@@ -149,10 +131,7 @@ class FashionMnist(InMemory):
     """
 
     part = "train"
-    class_names = (
-        "T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
-        "ankle boot",
-    )  # fmt: skip
+    class_names = tuple("T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split())
 
     @classmethod
     def _find(cls, root, kind):
@@ -165,7 +144,7 @@ class FashionMnist(InMemory):
         root, kinds = path or Path("assets/datasets/fashion_mnist"), ("images-idx3", "labels-idx1")
         if (root / ".download").exists() or not all(cls._find(root, kind) for kind in kinds):
             what = f"files {cls.part}-images-idx3-ubyte.gz and so on of Fashion-MNIST"
-            _open_torchvision("FashionMNIST", root, what, download=True)
+            data.open_torchvision("FashionMNIST", root, what, download=True)
         images, labels = (read_idx(cls._find(root, kind)) for kind in kinds)
         edge = (resolution or 32) - images.shape[-1]
         sides = (edge // 2, edge - edge // 2)
@@ -250,7 +229,8 @@ class FolderLatents(ImageDataset):
     """An autoencoder's moments of images, from packed shards or from one file an image.
 
     Items are x float32 (2C, h, w), mean and log-variance, unscaled, and y as everywhere. With
-    random_flip the record of the flipped image is read, by the same draw that flips pixels.
+    random_flip the record of the flipped image is read, by the same draw that flips pixels. With
+    features, the tokens (N, D) float16 of an image network are a third part, if they are stored.
 
     Further attributes: `latents`, as libs.data.open_latents gives them; those of the Autoencoder
     that made them, or, where the files do not say, of Stable Diffusion's without a checksum.
@@ -259,8 +239,9 @@ class FolderLatents(ImageDataset):
     needs_path = latent = True
     known_classes = None  # how many, where single files need not be read for it
 
-    def __init__(self, *, path, resolution, labels, random_flip, seed):
+    def __init__(self, *, path, resolution, labels, random_flip, seed, features=False):
         self.latents = latents = data.open_latents(path, self.known_classes)
+        self.feature_shape = latents.feature_shape if features else None
         made_with = latents.manifest or {}
         scaling = {k: v for k, v in made_with.items() if k in data.Scaling._fields}
         self.scaling = data.Scaling(**scaling)
@@ -289,11 +270,17 @@ class FolderLatents(ImageDataset):
         self.num_classes = latents.num_classes if labels else 0  # of single files, without `labels`
 
     def __getitems__(self, keys):
-        """Many keys at once, as a DataLoader asks for a batch: a list of (x, y)."""
+        """Many keys at once, as a DataLoader asks for a batch: a list of (x, y), or of
+        (x, y, features).
+        """
+        images = [index for _, index in keys]
         flips = np.array([self._is_flipped(*key) for key in keys], bool)
-        x, y = self.latents.read_labelled([index for _, index in keys], flips)
+        x, y = self.latents.read_labelled(images, flips)
         y = y if self.labelled else np.zeros(len(keys), np.int64)
-        return list(zip(torch.from_numpy(x).float(), y, strict=True))
+        items = [torch.from_numpy(x).float(), y]
+        if self.feature_shape:
+            items.append(torch.from_numpy(self.latents.read_features(images, flips)))
+        return list(zip(*items, strict=True))
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -319,27 +306,31 @@ DATASETS = {
 LATENTS = tuple(name for name, kind in DATASETS.items() if kind.latent)
 
 
-def get_dataset(name, *, path=None, resolution=None, random_flip=False, labels=True, seed=0):
+def get_dataset(
+    name, *, path=None, resolution=None, random_flip=False, labels=True, seed=0, features=False
+):
     """Open a data set by its name in DATASETS; `ImageDataset` says what it offers.
 
-    labels=False gives no classes. Augmentation is keyed by (seed, epoch, index) only. Raises
-    UserError for an unknown name and for missing or damaged files.
+    labels=False gives no classes; features=True adds the features that are stored beside latents.
+    Augmentation is keyed by (seed, epoch, index) only. Raises UserError for an unknown name and for
+    missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
     if getattr(kind, "needs_path", False) and not (path and Path(path).exists()):
         where = "its directory (a zip file, of images)"
         raise UserError(f"the data set {name!r} needs {where} as dataset.path, not {path!r}")
+    options = {"features": True} if features and getattr(kind, "latent", False) else {}
     return kind(
         path=Path(path) if path else None, resolution=resolution, labels=labels,
-        random_flip=random_flip, seed=seed,
+        random_flip=random_flip, seed=seed, **options,
     )  # fmt: skip
 
 
-def make_dataset(settings, *, labels, seed, side=None, augmented=False):
+def make_dataset(settings, *, labels, seed, side=None, augmented=False, features=False):
     """The data set of a config's section `dataset`; augmented, as training reads it: flipped
-    at random. side: the resolution where the section has none.
+    at random. side: the resolution where the section has none; features: as get_dataset.
     """
     return get_dataset(
         settings.name, path=settings.path, resolution=settings.resolution or side, labels=labels,
-        seed=seed, random_flip=augmented and settings.random_flip,
+        seed=seed, features=features, random_flip=augmented and settings.random_flip,
     )  # fmt: skip

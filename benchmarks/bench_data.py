@@ -39,7 +39,7 @@ def write_packed(folder, resolution, flips, size=PACKED_BYTES):
     writer.begin()
     for number in writer.missing():
         moments = rng.standard_normal((records // 8, 8, side, side), np.float32)
-        writer.write(number, [moments.astype(np.float16)])
+        writer.write(number, [(moments.astype(np.float16),)])
     writer.finish(rng.integers(1000, size=num_images))
     return folder
 

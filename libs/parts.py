@@ -25,6 +25,7 @@ def open_dataset(config, *, augmented=False):
     """The data set of a config; augmented, as training reads it."""
     return make_dataset(
         config.dataset, labels=config.train.mode == "cond", seed=config.seed, augmented=augmented,
+        features=augmented and bool(config.loss.get("repa")),
         side=config.nnet.input_size if config.z_shape is None else None,
     )  # fmt: skip
 

@@ -8,7 +8,8 @@
 --dataset=folder takes any directory of images, with classes (first-level subdirectories) or with
 --labels=false; --flip adds the flipped images. The same command goes on after an interruption, with
 any number of processes (on several machines, the folder must be shared). --verify --output=FOLDER
-reads everything and compares checksums.
+reads everything and compares checksums. --features=dinov2 --features_weights=FILE also stores the
+network's patch tokens of each image, for the loss term `repa`.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import utils
 from datasets import get_dataset
 from libs.data import LatentWriter, load_autoencoder, open_latents
+from libs.evaluate import make_features
 from libs.runtime import (
     REQUIRED,
     file_path,
@@ -52,6 +54,8 @@ FLAGS = {
     "labels": (bool, True, "whether the data set has classes"),
     "resolution": (int, 256, "side of the square that is cut from each image, in pixels"),
     "flip": (bool, False, "also encode every image flipped, for dataset.random_flip"),
+    "features": (str, "none", "a network with tokens, dinov2 or classifier, or none"),
+    "features_weights": (file_path, None, "that network's file"),
     "precision": (str, "fp32", "fp32 (TF32 on GPUs), bf16, or fp16 (fp32 if force_upcast)"),
     "batch_size": (int, 32, "images a batch, per process"),
     "num_workers": (int, None, "processes that read images; if not given, the cores, at most 16"),
@@ -60,9 +64,10 @@ FLAGS = {
 }  # fmt: skip
 
 
-def make_settings(args, images, autoencoder):
+def make_settings(args, images, autoencoder, features):
     """What these latents are made with; a restart must have the same."""
     side = args.resolution // autoencoder.downsample
+    tokens = features and features.tokens(torch.zeros(1, *images.shape))
     return dict(
         record_shape=(2 * autoencoder.latent_channels, side, side),
         **autoencoder.scaling._asdict(),  # not applied
@@ -76,6 +81,8 @@ def make_settings(args, images, autoencoder):
         num_images=len(images),
         images_per_shard=args.images_per_shard,
         class_names=None if images.class_names is None else tuple(images.class_names),
+        features=features and features.name,
+        feature_shape=None if tokens is None else tuple(tokens.shape[1:]),
     )
 
 
@@ -105,9 +112,9 @@ def make_loader(args, images, batches, device):
     )
 
 
-def encode(autoencoder, batches, device, flip):
-    """Yields float16 records (n, 2C, h, w) of each batch [pixels]; with flip, n is twice as large,
-    the flipped image after each image.
+def encode(autoencoder, features, batches, device, flip):
+    """Yields float16 records (n, 2C, h, w) of each batch [pixels] and, unless features is None,
+    tokens (n, N, D); with flip, n is twice as large, the flipped image after each image.
     """
     for (pixels,) in batches:
         x = pixels.to(device, non_blocking=True).float() / 127.5 - 1
@@ -119,7 +126,8 @@ def encode(autoencoder, batches, device, flip):
                 "moments of an image are not finite in float16: use --precision=fp32, or another "
                 "autoencoder if that does not help"
             )
-        yield records.cpu().numpy()
+        tokens = [features.tokens(0.5 * x + 0.5).half()] if features else []
+        yield tuple(array.cpu().numpy() for array in (records, *tokens))
 
 
 def deal(accelerator, writer):
@@ -133,8 +141,8 @@ def deal(accelerator, writer):
     return missing[0][accelerator.process_index :: accelerator.num_processes]
 
 
-def write_shards(args, accelerator, writer, images, autoencoder, shards):
-    """Encode and write the shards of these numbers."""
+def write_shards(args, accelerator, writer, images, networks, shards):
+    """Encode and write the shards of these numbers; networks: autoencoder and features."""
     device = accelerator.device
     batches = [split_batches(writer.images(number), args.batch_size) for number in shards]
     loader = make_loader(args, images, sum(batches, []), device)
@@ -143,15 +151,16 @@ def write_shards(args, accelerator, writer, images, autoencoder, shards):
     with tqdm(total=total, desc=name, unit="img", disable=not accelerator.is_main_process) as bar:
         for number, own in zip(shards, batches, strict=True):
             pixels = itertools.islice(loader, len(own))
-            writer.write(number, encode(autoencoder, pixels, device, args.flip))
+            writer.write(number, encode(*networks, pixels, device, args.flip))
             bar.update(len(writer.images(number)))
 
 
 def describe(latents):
     classes = f" in {latents.num_classes} classes" if latents.num_classes else ""
+    features = f" and features {latents.feature_shape}" if latents.feature_shape else ""
     return (
         f"{latents.folder}: {latents.num_images:,} images{classes}, {len(latents):,} records of "
-        f"{latents.shape} in {len(latents.manifest['shards'])} shards"
+        f"{latents.shape}{features} in {len(latents.manifest['shards'])} shards"
     )
 
 
@@ -165,11 +174,13 @@ def extract(args, accelerator):
         args.precision = "fp32"
     if accelerator.is_main_process:
         print(f"left out: {images.left_out or 'nothing'}; encoding in {args.precision}")
-    writer = LatentWriter(args.output, **make_settings(args, images, autoencoder))
+    features = make_features(args.features, args.features_weights, accelerator.device)
+    settings = make_settings(args, images, autoencoder, features)
+    writer = LatentWriter(args.output, **settings)
     shards = deal(accelerator, writer)
     if shards is not None:
         autoencoder.to(accelerator.device, DTYPES[args.precision])
-        write_shards(args, accelerator, writer, images, autoencoder, shards)
+        write_shards(args, accelerator, writer, images, (autoencoder, features), shards)
         wait_without_timeout(accelerator)
         if accelerator.is_main_process:
             writer.finish(images.labels)

@@ -13,11 +13,14 @@ import pytest
 import runs
 import torch
 from runs import assert_nothing_lost, assert_one_sentence, snapshot
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
 from writers import NUM_IMAGES, WNIDS, make_autoencoder, write_autoencoder, write_images
 
 from datasets import get_dataset
 from libs.data import load_autoencoder, open_latents
 from libs.data.images import UnreadableImage
+from libs.evaluate import Classifier, make_features
 from utils import UserError
 
 SCRIPT = "scripts/extract_imagenet_feature.py"
@@ -114,6 +117,45 @@ def test_a_folder_without_classes(inputs, extract, tmp_path, whole, capsys):
     np.testing.assert_allclose(ours, theirs, rtol=2**-10, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def featured(inputs, extract):
+    """Words of a run with features of a classifier, and the folder that it wrote."""
+    torch.manual_seed(0)
+    network = Classifier(channels=3, num_classes=3, widths=(4, 4, 4, 4, 4))
+    save_file(network.state_dict(), inputs / "classifier.safetensors")
+    more = dict(features="classifier", features_weights=inputs / "classifier.safetensors")
+    assert extract(words_for(inputs, inputs / "featured", **more)) == 0
+    return more, inputs / "featured"
+
+
+def test_features_are_the_networks_tokens(whole, inputs, featured, capsys, extract):
+    """Of each image and of its flip, beside latents that they leave as they are."""
+    more, folder = featured
+    features = make_features("classifier", more["features_weights"], "cpu")
+    images = get_dataset("imagenet", path=inputs / "imagenet", resolution=32)
+    options = dict(path=folder, random_flip=True, seed=3, features=True)
+    dataset = get_dataset("imagenet256_features", **options)
+    plain = get_dataset("imagenet256_features", **{**options, "features": False})
+    flipped = get_dataset("imagenet", **{**options, "path": inputs / "imagenet", "resolution": 32})
+    assert dataset.feature_shape == (8 * 8, 4) and plain.feature_shape is None
+    assert dataset.latents.manifest["features"] == features.name
+    keys, flips = [(epoch, i) for epoch in (0, 1) for i in range(NUM_IMAGES)], 0
+    batches = DataLoader(dataset, batch_sampler=[keys[:9], keys[9:]])
+    x, y, tokens = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    for i, key in enumerate(keys):
+        assert torch.equal(x[i], plain[key][0]) and y[i] == plain[key][1] and len(plain[key]) == 2
+        pixels = flipped[key][0]
+        flips += not torch.equal(pixels, images[0, key[1]][0])
+        expected = features.tokens(0.5 * pixels[None] + 0.5)[0]
+        # float16 has 11 bits; float32 sums of other batches are far below.
+        torch.testing.assert_close(tokens[i].float(), expected, rtol=2**-11, atol=1e-6)
+    assert tokens.dtype == torch.float16 and tokens.std() > 0.01 and 5 < flips < 23
+    latents = {p.name: p.read_bytes() for p in whole.glob("*.bin")}
+    assert {p.name: p.read_bytes() for p in folder.glob("*.bin") if p.name in latents} == latents
+    assert extract(["--verify", f"--output={folder}"]) == 0
+    assert "28 records of (8, 4, 4) and features (64, 4) in 4 shards" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------ interruptions
 
 
@@ -191,6 +233,21 @@ def test_damage_is_found_and_repaired(inputs, whole, extract, refused, tmp_path,
     shard.unlink()
     assert extract(words_for(inputs, output)) == 0
     assert files_in(output) == files_in(whole)
+
+
+def test_features_are_resumed_and_damage_in_them_is_found(
+    inputs, featured, extract, refused, tmp_path
+):
+    more, folder = featured
+    output = copied(folder, tmp_path / "out", ["shard-00000.bin", "features-00002.bin"])
+    damaged = output / "features-00001.bin"
+    kept = (output / "shard-00003.bin").stat().st_mtime_ns
+    assert extract(words_for(inputs, output, **more)) == 0
+    assert files_in(output) == files_in(folder)
+    assert (output / "shard-00003.bin").stat().st_mtime_ns == kept
+    damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
+    refused(["--verify", f"--output={output}"], f"{damaged.name} in {output} are damaged")
+    refused(words_for(inputs, output), "begun with other settings (features, feature_shape)")
 
 
 # ------------------------------------------------------------ what is refused

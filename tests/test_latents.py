@@ -36,7 +36,7 @@ def write_packed(folder, records, labels, flips=True):
     assert writer.begin() is False
     for number in writer.missing():
         images = writer.images(number)
-        writer.write(number, [records[images.start * (1 + flips) : images.stop * (1 + flips)]])
+        writer.write(number, [(records[images.start * (1 + flips) : images.stop * (1 + flips)],)])
     writer.finish(labels)
     return folder
 
@@ -129,7 +129,7 @@ def test_a_shard_is_whole_or_absent(tmp_path):
     writer = LatentWriter(tmp_path, **settings_for(random_records(14), None, True))
 
     def interrupted():
-        yield random_records(2)
+        yield (random_records(2),)
         raise KeyboardInterrupt
 
     writer.begin()
@@ -137,7 +137,7 @@ def test_a_shard_is_whole_or_absent(tmp_path):
         writer.write(0, interrupted())
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
     records = random_records(6)
-    writer.write(0, [records[:1], records[1:]])
+    writer.write(0, [(records[:1],), (records[1:],)])
     assert writer.missing() == [1, 2]
     assert (tmp_path / "shard-00000.bin").read_bytes() == records.tobytes()
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import urllib.error
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -240,6 +241,68 @@ def test_classifier_features_are_those_of_its_tensors(tmp_path):
         make_features("classifier", tmp_path / "b.safetensors", "cpu")
     with pytest.raises(UserError, match="no classifier None: .* as sample.fid_weights_path"):
         make_features("classifier", None, "cpu")
+
+
+# ------------------------------------------------------------ DINOv2
+
+
+def make_vit(registers):
+    """timm's DINOv2, tiny, of images of 70 pixels, every tensor drawn, and its tensors as Meta's
+    files have them: a mask token, the class token's position apart.
+    """
+    timm = pytest.importorskip("timm")
+    model = timm.create_model(
+        f"vit_base_patch14{'_reg4' if registers else ''}_dinov2", embed_dim=128, depth=2,
+        num_heads=2, img_size=70, num_classes=0, dynamic_img_size=True,
+    ).eval()  # fmt: skip
+    rng = torch.Generator().manual_seed(0)
+    for tensor in model.parameters():
+        tensor.data = 0.2 * torch.randn(tensor.shape, generator=rng) + 0.5 * (tensor.ndim == 1)
+    tensors = {k: v.clone() for k, v in model.state_dict().items()}
+    tensors["mask_token"] = torch.zeros(1, 128)
+    if registers:
+        tensors["register_tokens"] = tensors.pop("reg_token")
+        place = torch.randn(1, 1, 128, generator=rng)
+        tensors["pos_embed"] = torch.cat([place, tensors["pos_embed"]], 1)
+        tensors["cls_token"] = tensors["cls_token"] - place
+    return model, tensors
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+def test_dinov2_is_timms_from_metas_file(tmp_path, registers):
+    model, tensors = make_vit(registers)
+    torch.save(tensors, tmp_path / "meta.pth")
+    save_file(model.state_dict(), tmp_path / "timm.safetensors")
+    images = torch.rand(2, 3, 80, 48, generator=torch.Generator().manual_seed(1))
+    small = torchvision.transforms.functional.resize(
+        images, [70, 42], torchvision.transforms.InterpolationMode.BICUBIC, antialias=True
+    )
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    with torch.no_grad():
+        expected = model.forward_features(
+            torchvision.transforms.functional.normalize(small, mean, std)
+        )
+    for name in ("meta.pth", "timm.safetensors"):
+        features = make_features("dinov2", tmp_path / name, "cpu")
+        tokens = features.tokens(images)
+        assert tokens.shape == (2, 5 * 3, features.dim) and not tokens.requires_grad
+        close = dict(rtol=1e-5, atol=1e-5)  # of rounding; the class token less its position, again
+        torch.testing.assert_close(tokens, expected[:, 1 + registers :], **close)
+        torch.testing.assert_close(features(images), expected[:, 0], **close)
+    assert features.name == f"dinov2-{hash_file(tmp_path / 'timm.safetensors')[:8]}"
+    grey = images[:, :1]
+    assert torch.equal(features(grey), features(grey.expand(-1, 3, -1, -1)))
+
+
+def test_dinov2_runs_no_code_and_asks_for_its_file(tmp_path):
+    pytest.importorskip("timm")
+    torch.save({"cls_token": Path("x")}, tmp_path / "code.pth")
+    torch.save({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "other.pth")
+    for name, says in (("code.pth", "no code from files is run"), ("other.pth", "no DINOv2 .KeyE")):
+        with pytest.raises(UserError, match=f"{name} .*{says}"):
+            make_features("dinov2", tmp_path / name, "cpu")
+    with pytest.raises(UserError, match="there is no DINOv2 None: give its file"):
+        make_features("dinov2", None, "cpu")
 
 
 # ------------------------------------------------------------ scripts

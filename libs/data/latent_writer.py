@@ -2,13 +2,14 @@
 restart makes the others. The format is that of libs.data.latents.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
 import numpy as np
 
 import utils
-from libs.data.latents import DTYPE, FORMAT, LABELS, MANIFEST, shard_name
+from libs.data.latents import DTYPE, FORMAT, LABELS, MANIFEST, feature_name, shard_name
 from libs.files import hash_file
 
 
@@ -16,7 +17,8 @@ class LatentWriter:
     """A folder of latents that is being made, a shard at a time.
 
     settings: record_shape (2C, h, w), num_images, images_per_shard, flips, class_names or None, and
-    what else tells these latents from others: scaling, resolution, autoencoder_sha256, crop...
+    what else tells these latents from others: scaling, resolution, autoencoder_sha256, crop...;
+    with features of the images also feature_shape (N, D) and features, their network's name.
     One process calls `begin` before and `finish` after everything else.
     """
 
@@ -30,10 +32,14 @@ class LatentWriter:
         size, total = self.settings["images_per_shard"], self.settings["num_images"]
         return range(number * size, min((number + 1) * size, total))
 
+    def _names(self, number):
+        """The files of a shard."""
+        return [shard_name(number), feature_name(number)][: 1 + bool(self.settings.get("features"))]
+
     def missing(self):
         """Numbers of the shards that are not there."""
         there = set(os.listdir(self.folder))
-        return [number for number in range(self.num_shards) if shard_name(number) not in there]
+        return [i for i in range(self.num_shards) if not there.issuperset(self._names(i))]
 
     def begin(self):
         """Prepare the folder. Returns whether the latents are complete already.
@@ -59,13 +65,19 @@ class LatentWriter:
         return False
 
     def write(self, number, batches):
-        """Write a shard of batches, float16 (n, 2C, h, w) each: all, or nothing if they raise."""
-        path = self.folder / shard_name(number)
-        with utils.replacing(path) as temporary, open(temporary, "wb") as file:
-            for records in batches:
-                file.write(np.ascontiguousarray(records, DTYPE))
-            file.flush()
-            os.fsync(file.fileno())  # or a loss of power could leave its name and not its data
+        """Write a shard of batches, all, or nothing if they raise. A batch is a tuple of float16
+        arrays: records (n, 2C, h, w) and, with features, (n, N, D).
+        """
+        paths = [self.folder / name for name in self._names(number)]
+        with contextlib.ExitStack() as stack:
+            temporary = [stack.enter_context(utils.replacing(path)) for path in paths]
+            files = [stack.enter_context(open(path, "wb")) for path in temporary]
+            for batch in batches:
+                for file, records in zip(files, batch, strict=True):
+                    file.write(np.ascontiguousarray(records, DTYPE))
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())  # or a loss of power could leave its name and not its data
 
     def _describe(self, name):
         path = self.folder / name
@@ -78,9 +90,11 @@ class LatentWriter:
             with utils.replacing(self.folder / LABELS) as temporary:
                 labels.astype("<i8").tofile(temporary)
             entry = self._describe(LABELS)
-        flips, shards = 1 + self.settings["flips"], []
+        shards = []
         for number in range(self.num_shards):
-            records = len(self.images(number)) * flips
-            shards.append({**self._describe(shard_name(number)), "records": records})
-        results = {"labels": entry, "stand_ins": {}, "shards": shards, "scaled": False}
+            records = len(self.images(number)) * (1 + self.settings["flips"])
+            shards.append([{**self._describe(n), "records": records} for n in self._names(number)])
+        names = ("shards", "feature_shards")[: len(shards[0])]
+        results = {"labels": entry, "stand_ins": {}, "scaled": False}
+        results |= zip(names, map(list, zip(*shards, strict=True)), strict=True)
         utils.write_json(self.folder / MANIFEST, {**self.settings, **results})

@@ -51,7 +51,7 @@ class LatentFiles:
     of files would have to be read for them. Without it they are all read here.
     """
 
-    flips, manifest = False, None
+    flips, manifest, feature_shape = False, None, None
 
     def __init__(self, folder, num_classes=None):
         self.folder = Path(folder)

@@ -1,10 +1,12 @@
 """Features of images: the networks that extract them, by name, and the features of real images."""
 
 import hashlib
+import math
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from libs.evaluate.metrics import load_statistics, make_feature_set
@@ -154,6 +156,62 @@ class DigitsClassifierFeatures(ClassifierFeatures):
     path = Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
 
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+HEAD_DIM = 64  # of every DINOv2
+
+
+class Dinov2Features:
+    """DINOv2 (Oquab et al., arXiv 2304.07193) of any size, with or without registers, by timm, from
+    Meta's file or timm's .safetensors; UserError without timm or a file. Nothing is downloaded.
+
+    An image is resized to 14/16 of its side: a token stands for 16 x 16 of its pixels, as in REPA
+    (arXiv 2410.06940). Inside autocast the network computes in its precision.
+    """
+
+    def __init__(self, path=None, device="cpu"):
+        try:
+            import timm
+        except ImportError as error:
+            raise UserError("the features dinov2 need timm: pip install timm") from error
+        if not (path and Path(path).is_file()):
+            raise UserError(f"there is no DINOv2 {path}: give its file, dinov2_vitb14_pretrain.pth")
+        with reading(path, "DINOv2"):
+            read = read_safetensors if Path(path).suffix == ".safetensors" else read_torch
+            tensors = dict(read(path))
+            self.dim, places = tensors["cls_token"].shape[-1], tensors["pos_embed"].shape[1]
+            registers = "_reg4" if {"reg_token", "register_tokens"} & tensors.keys() else ""
+            # The largest alone has another kind of MLP; the other sizes differ in these numbers.
+            name = f"vit_{'giant' if self.dim == 1536 else 'base'}_patch14{registers}_dinov2"
+            self.network = timm.create_model(
+                name, pretrained=True, pretrained_cfg_overlay={"state_dict": tensors},
+                embed_dim=self.dim, depth=sum(key.endswith("attn.qkv.weight") for key in tensors),
+                num_heads=self.dim // HEAD_DIM, img_size=14 * math.isqrt(places), num_classes=0,
+                dynamic_img_size=True,
+            )  # fmt: skip
+        self.network.eval().requires_grad_(False).to(device)
+        self.name, self.device = f"dinov2-{hash_file(path)[:8]}", device
+        mean_and_std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
+        self.mean, self.std = mean_and_std[:, :, None, None]
+
+    @torch.no_grad()
+    def _run(self, images):
+        """images (B, 3 or 1, H, W) in [0, 1] -> float32 (B, 1 + registers + N, dim)."""
+        size = [14 * (side // 16) for side in images.shape[2:]]
+        images = images.to(self.device, torch.float32)
+        images = F.interpolate(images, size, mode="bicubic", antialias=True)
+        return self.network.forward_features((images - self.mean) / self.std).float()
+
+    def __call__(self, images):
+        """images float32 (B, 3, H, W) in [0, 1] -> class tokens, float32 (B, dim)."""
+        return self._run(images)[:, 0]
+
+    def tokens(self, images):
+        """images float32 (B, 3, H, W) in [0, 1] -> patch tokens, float32 (B, H/16 W/16, dim), in
+        raster order.
+        """
+        return self._run(images)[:, self.network.num_prefix_tokens :]
+
+
 # name -> class(path or None, device) with `name`, `dim`, a call images (B, C, H, W) in [0, 1] ->
 # (B, dim) and, if it knows classes, `classify`: images -> labels (B,); if it has a grid of tokens,
 # `tokens`: images -> float32 (B, N, dim).
@@ -161,6 +219,7 @@ FEATURES = {
     "inception": InceptionFeatures,
     "digits_classifier": DigitsClassifierFeatures,
     "classifier": ClassifierFeatures,
+    "dinov2": Dinov2Features,
 }
 
 
