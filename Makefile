@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export OMP_WAIT_POLICY ?= PASSIVE
-RUN := workdir/digits_T_DiM/default
+RUN := workdir/digits_T_flow/default
 comma := ,
 NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
 
@@ -12,9 +12,9 @@ CHECKS := tests/test_road.py $(wildcard tests/test_golden_*.py) tests/test_regre
 .PHONY: demo check test test-slow test-gpu lint clean-demo
 
 demo: .venv/installed assets/digits_classifier.safetensors
-	$(BIN)/python train.py --config=configs/digits_T_DiM.py
+	$(BIN)/python train.py --config=configs/digits_T_flow.py
 	$(BIN)/python sample.py --nnet_path=$(NEWEST) --n=10 --out=$(RUN)/digits.png
-	$(BIN)/python eval.py --config=configs/digits_T_DiM.py --nnet_path=$(NEWEST)
+	$(BIN)/python eval.py --config=configs/digits_T_flow.py --nnet_path=$(NEWEST)
 	@echo "the picture, a row for each digit, is $(RUN)/digits.png"
 
 check: .venv/installed-tests

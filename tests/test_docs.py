@@ -9,15 +9,12 @@ import pytest
 import runs
 import torch
 
-from libs.diffusion import choose_sampler
-from libs.model import add_heads, build_model
-from libs.runtime import load_config
-from sde import make_process
-
 from datasets import DATASETS
-from libs.model import MIXERS
+from libs.diffusion import choose_sampler
+from libs.model import MIXERS, add_heads, build_model
+from libs.runtime import load_config
 from libs.train import LOSSES
-from sde import PROCESSES
+from sde import PROCESSES, make_process
 
 DOCS = runs.ROOT / "docs"
 PAGES = [*runs.ROOT.glob("*.md"), *DOCS.glob("*.md"), runs.ROOT / "benchmarks" / "NOTES.md"]
@@ -65,7 +62,7 @@ def test_examples_train_and_sample(number, tmp_path, in_process):
 
 
 def test_the_snippet_of_the_readme_draws(tmp_path, in_process):
-    words = ["--config=configs/digits_T_DiM.py", *(f"--config.{k}={v}" for k, v in SHORT.items())]
+    words = ["--config=configs/digits_T_flow.py", *(f"--config.{k}={v}" for k, v in SHORT.items())]
     assert in_process("train", [*words, f"--workdir={tmp_path}"]) == 0
     (snippet,) = read_blocks(runs.ROOT / "README.md", "python")
     names = {}

@@ -1,5 +1,8 @@
 """The whole road in seconds: train, resume, sample and evaluate a tiny network, by the scripts."""
 
+import json
+
+import pytest
 import runs
 from PIL import Image
 
@@ -24,3 +27,21 @@ def test_train_resume_sample_evaluate(in_process, tmp_path):
     assert in_process("eval", [*words, f"--nnet_path={weights}"]) == 0
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
     assert (tmp_path / "run" / "evaluation.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, steps", [("digits_T_flow", 850), ("digits_T_DiM", 2800)])
+def test_the_whole_training_on_the_digits(in_process, tmp_path, name, steps):
+    """What `make demo` promises of the digits' configs; on other machines sums differ in their last
+    bits.
+    """
+    classifier = tmp_path / "classifier.safetensors"
+    made = ["--dataset=digits", "--epochs=10", f"--out={classifier}"]
+    assert runs.run("scripts/train_classifier.py", *made)[0] == 0
+    words = [f"--config=configs/{name}.py", f"--workdir={tmp_path}"]
+    assert in_process("train", words) == 0
+    weights = f"--nnet_path={tmp_path}/ckpts/{steps}.ckpt"
+    words += [weights, f"--config.sample.fid_weights_path={classifier}"]
+    assert in_process("eval", words) == 0
+    result = json.loads((tmp_path / "evaluation.json").read_text())
+    assert result["class_agreement"] >= 0.98 and result["real_halves"]["ratio"] <= 1.4

@@ -4,6 +4,7 @@ DiM, UViT      the networks
 MIXERS         the mixers of DiM by name: add one here
 PRESETS        width and depth of the paper's models
 build_model    the network of a config's `nnet` section
+HEADS          the heads by the names of loss terms: add one here
 add_heads      the heads that the terms of a loss need, onto a DiM
 split_weight   (weight, keywords) of a term in a config's `loss` section
 load_into      weights of a file into a network
@@ -13,6 +14,6 @@ model_from_official, uvit_from_official, to_official   official configurations a
 
 from libs.model.build import build_model, load_into, start_from
 from libs.model.dim import MIXERS, PRESETS, DiM
-from libs.model.heads import add_heads, split_weight
+from libs.model.heads import HEADS, add_heads, split_weight
 from libs.model.published import model_from_official, to_official, uvit_from_official
 from libs.model.uvit import UViT
