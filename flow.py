@@ -10,30 +10,23 @@ def per_sample(value, x):
     return value.reshape(-1, *[1] * (x.dim() - 1)) if value.dim() else value
 
 
-def draw_uniform(u, mean, std):
-    """u (B,) itself."""
-    return u
-
-
 def draw_logit_normal(u, mean, std):
-    """sigmoid(N(mean, std^2)) by its quantile function (Esser et al., arXiv 2403.03206, eq. 19);
-    u (B,) keeps a float32's distance from 0 and 1, where the normal quantiles are infinite.
+    """sigmoid(N(mean, std^2)) from its quantile function (Esser et al., arXiv 2403.03206, eq. 19),
+    which is finite within (0, 1).
     """
     return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(2**-24, 1 - 2**-24)))
 
 
-TRAINING_TIMES = {"uniform": draw_uniform, "logit_normal": draw_logit_normal}  # process.times
+# process.times -> f(u, mean, std), u (B,) uniform
+TRAINING_TIMES = {"uniform": lambda u, mean, std: u, "logit_normal": draw_logit_normal}
 
 
 class Flow:
-    """Flow matching: x_t = (1 - t) x0 + t eps, whose velocity is eps - x0 (Lipman et al.,
-    arXiv 2210.02747; Liu et al., arXiv 2209.03003).
+    """x_t = (1 - t) x0 + t eps, whose velocity is eps - x0 (Lipman et al., arXiv 2210.02747).
 
-    times: how training times are distributed, of TRAINING_TIMES, mean and std those of their
-    logit; shift: of training times and of the samplers' grid, see `shift_time`.
-
-    At t = 1 predicted noise says nothing about x0, at t = 0 predicted x0 nothing about the noise:
-    what is missing is 0 there, the mean of the noise and about that of data in [-1, 1].
+    times: of TRAINING_TIMES, mean and std those of their logit; shift: see `shift_time`. At t = 1
+    predicted noise says nothing about x0, at t = 0 predicted x0 nothing about the noise: what is
+    missing is 0 there, the mean of the noise and about that of data in [-1, 1].
     """
 
     predictions = ("velocity_pred", "noise_pred", "x0_pred")
@@ -58,9 +51,7 @@ class Flow:
         return torch.sigmoid(-value)
 
     def shift_time(self, t):
-        """s t / (1 + (s - 1) t), s = shift (Esser et al., arXiv 2403.03206, eq. 23): the time at
-        which s times as much noise has the signal-to-noise ratio of t. Written so that 1 stays 1.
-        """
+        """s t / (1 + (s - 1) t), s = shift (same paper, eq. 23), so written that 1 stays 1."""
         return self.shift * t / (self.shift * t + (1 - t))
 
     def train_time(self, u):
@@ -89,7 +80,5 @@ class Flow:
 
     def velocity(self, pred, out, x_t, t):
         """dx_t/dt = eps - x0."""
-        if pred == "velocity_pred":
-            return out
         x0, eps = self.to_x0_eps(pred, out, x_t, t)
         return eps - x0

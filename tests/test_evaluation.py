@@ -75,9 +75,8 @@ def test_noise_is_the_same_bit_for_bit():
 
 
 def test_internal_guidance_of_a_network_without_the_head(in_process, tmp_path, capsys):
-    words = [f"--nnet_path={TRAINED}", f"--out={tmp_path / 'grid.png'}"]
-    status = in_process("sample", [*words, "--config.sample.internal_scale=0.5"])
-    said = capsys.readouterr().err
+    words = [f"--nnet_path={TRAINED}", "--config.sample.internal_scale=0.5", f"--out={tmp_path}/x"]
+    status, said = in_process("sample", words), capsys.readouterr().err
     runs.assert_one_sentence(status, said)
     assert "the network has no head for it: train with config.loss.internal" in said
 

@@ -1,5 +1,7 @@
 """Guidance: classifier-free by formula, batches and interval; a new one by name."""
 
+import functools
+
 import pytest
 import torch
 
@@ -51,62 +53,38 @@ def test_interval_includes_its_ends():
     assert [len(labels) for labels in network.labels] == [2, 4, 4, 2]
 
 
-class WithHead(Network):
-    """Its head answers half of what the network does, and the label once more."""
-
-    def __init__(self):
-        self.labels, self.hidden = [], []
-
-    def __call__(self, x, t, y, hidden=()):
-        out = super().__call__(x, t.reshape(-1, 1, 1, 1), y)
-        self.hidden.append(hidden)
-        inner = out / 2 + (0 if y is None else y.reshape(-1, 1, 1, 1))
-        return (out, {"internal": inner}) if hidden else out
-
-
-@pytest.mark.parametrize("y, scale", [(Y, 0), (None, 0), (Y, 0.5)])
-def test_internal_guidance(y, scale):
+@pytest.mark.parametrize("y, scale, calls", [(Y, 0, 5), (None, 0, 5), (Y, 0.5, 8)])
+def test_internal_guidance(y, scale, calls):
     """out + w (out - inner), alone from one call of B images, and inside classifier-free guidance,
     where both halves of one batch are corrected first; only in its interval, ends included.
     """
     settings = d(cfg=True, scale=scale, guidance_interval=(0.0, 0.6), internal_scale=0.7,
                  internal_interval=(0.3, 0.8))
-    network, process = WithHead(), Flow()
-    output = make_guided(network, process, y, pred="velocity_pred", null_label=NULL,
-                         settings=settings)
+    given = dict(pred="velocity_pred", null_label=NULL, settings=settings)
+    network, asked = Network(), []
 
-    def predict(t, label, corrected):
+    def with_head(x, t, y, hidden=()):
+        out = network(x, t.reshape(-1, 1, 1, 1), y)
+        asked.append(hidden)
+        return (out, {"internal": out / 2 - 3}) if hidden else out
+
+    def expect(t, label):
         out = X * 1000 * t + label
-        return out + 0.7 * (out - (out / 2 + label)) if corrected else out
+        return out + 0.7 * (out - (out / 2 - 3)) if 0.3 <= t <= 0.8 else out
 
-    label = 0 if y is None else Y.reshape(-1, 1, 1, 1)
+    output = make_guided(with_head, Flow(), y, **given)
     for t in (0.29, 0.3, 0.6, 0.8, 0.81):
-        corrected = 0.3 <= t <= 0.8
-        expected = predict(t, label, corrected)
+        expected = expect(t, 0 if y is None else Y.reshape(-1, 1, 1, 1))
         if scale and t <= 0.6:
-            expected = expected + scale * (expected - predict(t, NULL, corrected))
+            expected = expected + scale * (expected - expect(t, NULL))
         torch.testing.assert_close(output(X, torch.tensor(t)), expected, rtol=1e-6, atol=1e-4)
-    assert network.hidden == [(), *[("internal",)] * 3, ()]
-    halves = 3 if scale else 0
-    assert [len(labels or Y) for labels in network.labels] == [4] * halves + [2] * (5 - halves)
-
-
-@pytest.mark.parametrize("algorithm, scale, calls", [
-    ("euler", 0, 10), ("heun", 0, 19), ("adams_bashforth", 0.5, 16), ("heun", 0.5, 31),
-])
-def test_network_calls_an_image(algorithm, scale, calls):
-    """Twice as many where guidance needs both halves: at t = 0.6 and below; internal guidance costs
-    no call.
-    """
-    settings = d(cfg=True, scale=scale, guidance_interval=(0.0, 0.65), internal_scale=0.7,
-                 internal_interval=None)
-
-    def make_output(network):
-        return make_guided(network, Flow(), Y[:1], pred="velocity_pred", null_label=NULL,
-                           settings=settings)
-
-    given = dict(pred="velocity_pred", algorithm=algorithm, steps=10, make_output=make_output)
-    assert count_calls(Flow(), (3, 4, 4), **given) == calls
+    assert asked == [(), *[("internal",)] * 3, ()]
+    assert sum(len(labels or Y) for labels in network.labels) == 2 * calls
+    # Of one image in ten steps: t = 0.6, 0.5, ..., 0.1 take both halves.
+    y = None if y is None else Y[:1]
+    make_output = functools.partial(make_guided, process=Flow(), y=y, **given)
+    options = dict(pred="velocity_pred", algorithm="heun", steps=10)
+    assert count_calls(Flow(), (3, 4, 4), make_output, **options) == (19 + 12 if scale else 19)
 
 
 @pytest.mark.parametrize("process", [VPSDE(), DiscreteSchedule()])

@@ -13,8 +13,7 @@ from utils import look_up
 
 def at_process_time(network, process):
     """predict(x, t, y, hidden=()) of a network: its output in x's dtype at process time t, and with
-    `hidden`, numbers of blocks and names of heads, (output, {number: tokens (B, L, D), name: the
-    head's output}).
+    `hidden`, blocks and heads, (output, {number: tokens (B, L, D), name: the head's output}).
     """
 
     def predict(x, t, y, hidden=()):
@@ -31,17 +30,14 @@ def at_process_time(network, process):
 
 
 def internal(predict, settings):
-    """`predict` with out + internal_scale * (out - inner), inner the output of the head `internal`
-    in the middle of the network, a weaker model (arXiv 2512.24176, eq. 6, where w = 1 + scale). In
-    the same call, and within internal_interval alone, ends included.
+    """`predict` with out + internal_scale * (out - inner) within internal_interval, ends included;
+    inner is the output of the head `internal`, a weaker model (arXiv 2512.24176, eq. 6).
     """
-    scale = settings.get("internal_scale")
-    if not scale:
-        return predict
-    lo, hi = settings.internal_interval or (0.0, 1.0)
+    scale, interval = settings.get("internal_scale"), settings.get("internal_interval")
+    lo, hi = interval or (0.0, 1.0)
 
     def corrected(x, t, y, hidden=()):
-        if t < lo or t > hi:  # compared in float32, as in classifier_free
+        if not scale or t < lo or t > hi:
             return predict(x, t, y, hidden=hidden)
         out, found = predict(x, t, y, hidden=(*hidden, "internal"))
         out = out + scale * (out - found["internal"])
@@ -114,10 +110,8 @@ def upsampling(output, process, pred, m, theta=1.0, eta=0.3, T=1.0):
 
 def make_guided(network, process, y, *, pred, null_label, settings, upsample=None):
     """output(x, t) of network(x, model_time, y) under the guidance of `settings`, the config's
-    section `sample`; upsample: keywords m, theta, eta, T of `upsampling`, or None.
-
-    Internal guidance comes first: classifier-free guidance then combines outputs that it has
-    corrected, conditional and unconditional ones from one batch (as in arXiv 2512.24176).
+    section `sample`; upsample: keywords m, theta, eta, T of `upsampling`, or None. Internal
+    guidance comes first, and other guidance combines its outputs (as in arXiv 2512.24176).
     """
     name = settings.get("guidance") or "classifier_free"
     guide = look_up(GUIDANCE, name, "sample.guidance")

@@ -33,12 +33,9 @@ def sampler(name, *, predicts, needs=()):
 
 
 def _iter_steps(process, steps, dtype):
-    """(start, end, end - start) of steps from t = 1 to 0: even in time, then shifted by a process
-    that has `shift_time`.
-    """
+    """(start, end, end - start) of steps from t = 1 to 0, even but for the process's shift."""
     times = torch.linspace(1, 0, steps + 1, dtype=dtype, device="cpu")
-    if hasattr(process, "shift_time"):
-        times = process.shift_time(times)
+    times = getattr(process, "shift_time", lambda t: t)(times)
     return zip(times[:-1], times[1:], times.diff().tolist(), strict=True)
 
 
@@ -52,9 +49,7 @@ def _euler(predict, process, x, steps, noise):
 
 @sampler("heun", predicts="velocity")
 def _heun(predict, process, x, steps, noise):
-    """Heun's method on the probability flow ODE, of order 2: two calls a step, one in the last,
-    which is Euler's (Karras et al., arXiv 2206.00364, algorithm 1).
-    """
+    """Heun's method (Karras et al., arXiv 2206.00364, algorithm 1): 2 calls a step, 1 the last."""
     for t, end, dt in _iter_steps(process, steps, x.dtype):
         slope = predict(x, t)
         if end > 0:
@@ -65,9 +60,7 @@ def _heun(predict, process, x, steps, noise):
 
 @sampler("adams_bashforth", predicts="velocity")
 def _adams_bashforth(predict, process, x, steps, noise):
-    """Adams-Bashforth of order 2 on the probability flow ODE, the first step Euler's: a call a
-    step. The velocity is taken as linear in time through this step's and the one before.
-    """
+    """Adams-Bashforth of order 2, after one step of Euler's: a call a step."""
     slope = dt_before = None
     for t, _, dt in _iter_steps(process, steps, x.dtype):
         slope_before, slope = slope, predict(x, t)
@@ -77,16 +70,14 @@ def _adams_bashforth(predict, process, x, steps, noise):
 
 
 def _draw(noise, x):
-    """The images' next noise like x, with nobody waiting for the device: it is pinned."""
-    z = noise.draw()
-    return (z.pin_memory() if x.is_cuda else z).to(x, non_blocking=True)
+    z = noise.draw().pin_memory() if x.is_cuda else noise.draw()  # pinned: nobody waits
+    return z.to(x, non_blocking=True)
 
 
 @sampler("euler_maruyama_flow", predicts="velocity", needs=("shift_time", "alpha", "sigma"))
 def _euler_maruyama_flow(predict, process, x, steps, noise):
-    """Euler's method on the reverse SDE of a flow with diffusion w = sigma (Ma et al.,
-    arXiv 2401.08740, eq. 4 and section 3.4): drift v - w / 2 score, where score = -eps / sigma and
-    eps = x + alpha v. The last step is the ODE's, to the expected x0.
+    """Euler's method on the reverse SDE (Ma et al., arXiv 2401.08740, eq. 4) with w = sigma: drift
+    v - w / 2 score, score = -eps / sigma, eps = x + alpha v. The last step is the ODE's.
     """
     for t, end, dt in _iter_steps(process, steps, x.dtype):
         velocity = predict(x, t)
@@ -189,37 +180,34 @@ def choose_sampler(algorithm, process):
     return solve, predicts
 
 
-def count_calls(process, z_shape, *, pred, algorithm, steps, make_output=None):
-    """How many images of shape z_shape a network is given for one of them, from a run without it.
-    make_output(network): the guided network(x, t, y, hidden=()), else the network alone.
+def count_calls(process, z_shape, make_output=lambda network: network, **given):
+    """Images that a network is given for one of z_shape, in a run of `sample(**given)` without the
+    network; make_output: from the network to its guided output(x, t).
     """
-    count = 0
+    counts = []
 
     def network(x, t, y=None, hidden=()):
-        nonlocal count
-        count += len(x)
+        counts.append(len(x))
         inner = {key: x if isinstance(key, str) else x.flatten(2) for key in hidden}
         return (x, inner) if hidden else x
 
-    output, noise = make_output(network) if make_output else network, ImageNoise(0, [0], z_shape)
-    given = dict(pred=pred, algorithm=algorithm, steps=steps, noise=noise)
-    sample(output, process, torch.zeros(1, *z_shape), **given)
-    return count
+    noise = ImageNoise(0, [0], z_shape)
+    sample(make_output(network), process, noise.initial(), noise=noise, **given)
+    return sum(counts)
 
 
 @torch.no_grad()
 def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=None):
     """Integrate from z_T at t = 1 to z_0: (B, ...) float32, or float64 as z_T, on z_T's device.
 
-    output(x, t): the raw, guided output of a network for `pred`; steps: calls of output (those of
-    order 2 that are no multistep methods make about twice as many); noise: ImageNoise, for
-    stochastic algorithms; on_step(i, n) follows call i = 1, ..., n. UserError: see
-    `choose_sampler`.
+    output(x, t): the raw, guided output of a network for `pred`; steps: of the sampler, most make
+    one call each; noise: ImageNoise, for stochastic algorithms; on_step(i, n) follows call
+    i = 1, ..., n of output. UserError: see `choose_sampler`.
     """
     solve, predicts = choose_sampler(algorithm, process)
     if on_step is not None:
-        given = dict(pred=pred, algorithm=algorithm, steps=steps)
-        n, calls = count_calls(process, (1, 1, 1), **given), itertools.count(1)
+        n = count_calls(process, (1, 1, 1), pred=pred, algorithm=algorithm, steps=steps)
+        calls = itertools.count(1)
 
     def counted(x, t):
         out = output(x, t)

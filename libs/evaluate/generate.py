@@ -43,6 +43,8 @@ class ImageSampler:
         self.model, self.process, self.codec = model, process, codec
         self.pred, self.conditional, self.settings = pred, conditional, settings
         self.upsample, self.precision, self.seed = upsample, precision, seed
+        steps, algorithm = settings.sample_steps, settings.algorithm
+        self._sampling = dict(pred=pred, algorithm=algorithm, steps=steps)
         self.z_shape = (model.in_channels, *model.input_size)
         self.image_shape = tuple(codec.image_shape(self.z_shape))
         self.device = next(model.parameters()).device
@@ -73,23 +75,13 @@ class ImageSampler:
         seeds = [utils.derive_seed("label", self.seed, index) for index in indices]
         return torch.tensor([seed % classes for seed in seeds])
 
-    def _sampling(self):
-        """The keywords of libs.diffusion.sample."""
-        settings = self.settings
-        return dict(pred=self.pred, algorithm=settings.algorithm, steps=settings.sample_steps)
-
-    def count_calls(self):
-        """Network calls an image, guidance included; a guided call of two images counts twice."""
-        y = torch.zeros(1, dtype=torch.int64) if self.conditional else None
-        make_output = functools.partial(self._guide, y=y)
-        given = self._sampling() | dict(make_output=make_output)
-        return count_calls(self.process, self.z_shape, **given)
-
     def sampling_spec(self):
         """Everything besides the weights that images depend on: dict for records."""
         settings = self.settings
         scale = settings.scale if self.conditional and settings.cfg else 0.0
         by_class = self.conditional and settings.vis_label is None
+        y = torch.zeros(1, dtype=torch.int64) if self.conditional else None
+        guide = functools.partial(self._guide, y=y)
         return dict(
             process=type(self.process).__name__, pred=self.pred, algorithm=settings.algorithm,
             steps=settings.sample_steps, guidance=settings.guidance, guidance_scale=scale,
@@ -97,7 +89,8 @@ class ImageSampler:
             guidance_interval=settings.guidance_interval if scale else None,
             internal_scale=settings.internal_scale,
             internal_interval=settings.internal_interval if settings.internal_scale else None,
-            network_calls=self.count_calls(),  # an image, guidance included
+            # An image; a guided call of two halves counts twice.
+            network_calls=count_calls(self.process, self.z_shape, guide, **self._sampling),
             upsampling_guidance=self.upsample, labels=settings.labels if by_class else None,
             vis_label=settings.vis_label, seed=self.seed, precision=self.precision.name,
             fp8=settings.fp8, z_shape=self.z_shape, image_shape=self.image_shape,
@@ -112,7 +105,7 @@ class ImageSampler:
         labels = self.get_labels(indices) if labels is None else labels
         y = None if labels is None else labels.to(self.device)
         noise = ImageNoise(self.seed, indices, self.z_shape)
-        given = self._sampling() | dict(noise=noise, on_step=on_step)
+        given = self._sampling | dict(noise=noise, on_step=on_step)
         with self._network.ready() as network, self.precision.autocast():
             output, z_T = self._guide(network, y), noise.initial().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
