@@ -19,7 +19,7 @@ from libs.ops.cuda import adaln as cuda_adaln
 from libs.ops.cuda import causal_conv1d as cuda_conv
 from libs.ops.cuda import launch, launch_plan, mamba_block, self_check
 from libs.ops.cuda import selective_scan as cuda_scan
-from libs.ops.mamba_block import not_fused
+from libs.ops.fusion import not_fused
 from libs.ops.reference import (
     causal_conv1d_ref,
     gated_residual_ref,

@@ -28,7 +28,7 @@ from sde import VPSDE, make_process
 pytestmark = pytest.mark.cuda
 GPU = torch.device("cuda", 0)
 CLASSES = 10
-HEADS = {"internal": d(weight=0.5, block=1), "repa": d(weight=0.5, block=3, width=64)}
+HEADS = {"internal": d(weight=0.5, block=1), "repa": d(weight=0.5, block=3)}
 LOSSES = [{"mse": 1.0}, {"mse": 1.0, **HEADS}]
 
 

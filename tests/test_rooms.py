@@ -1,6 +1,7 @@
 """The shape of the project: rooms, doors and the order of imports; what leaves the checkout."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -102,6 +103,18 @@ def test_every_file_has_a_room():
 def test_imports_keep_to_rooms_and_doors():
     files = list_modules().items()
     assert [line for name, path in files for line in find_violations(name, path.read_text())] == []
+
+
+@pytest.mark.parametrize("room", [p.parent.name for p in sorted(ROOT.glob("libs/*/__init__.py"))])
+def test_a_door_offers_what_it_imports(room):
+    """And not a module of the same name that a later line loads."""
+    door = importlib.import_module(f"libs.{room}")
+    for node in ast.parse(Path(door.__file__).read_text()).body:
+        if isinstance(node, ast.ImportFrom):
+            source = importlib.import_module(node.module)
+            for alias in node.names:
+                name = alias.asname or alias.name
+                assert getattr(door, name) is getattr(source, alias.name), name
 
 
 def test_test_modules_import_no_test_module():

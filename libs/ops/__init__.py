@@ -15,7 +15,7 @@ from libs.ops.adaln import gated_residual, modulated_norm
 from libs.ops.causal_conv1d import causal_conv1d
 from libs.ops.cuda.fp8 import fp8_linear, require_fp8, turn_on_fp8
 from libs.ops.cuda.mamba_block import mamba_block_cuda as mamba_block
-from libs.ops.mamba_block import describe, is_fused
+from libs.ops.fusion import describe, is_fused
 from libs.ops.selective_scan import selective_scan
 
 
