@@ -1,5 +1,7 @@
 """The process of flow matching, one of sde.PROCESSES: what its methods are, says sde.py."""
 
+import math
+
 import torch
 
 from utils import look_up
@@ -51,7 +53,7 @@ class Flow:
         return torch.sigmoid(-value)
 
     def shift_time(self, t):
-        """s t / (1 + (s - 1) t), s = shift (same paper, eq. 23), so written that 1 stays 1."""
+        """s t / (1 + (s - 1) t), s = shift (Esser et al., eq. 23), so written that 1 stays 1."""
         return self.shift * t / (self.shift * t + (1 - t))
 
     def train_time(self, u):
@@ -75,8 +77,8 @@ class Flow:
         if pred == "velocity_pred":
             return x_t - t * out, x_t + (1 - t) * out
         if pred == "noise_pred":
-            return torch.where(t < 1, (x_t - t * out) / (1 - t), 0), out
-        return out, torch.where(t > 0, (x_t - (1 - t) * out) / t, 0)
+            return (x_t - t * out) / torch.where(t < 1, 1 - t, math.inf), out
+        return out, (x_t - (1 - t) * out) / torch.where(t > 0, t, math.inf)
 
     def velocity(self, pred, out, x_t, t):
         """dx_t/dt = eps - x0."""
