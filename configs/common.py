@@ -32,9 +32,8 @@ _SOME, _ANY, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
 RANGES = {
     "gradient_accumulation_steps": _SOME, "ug_m": (2, math.inf), "dataset.p_uncond": _SHARE,
     "nnet.scan_directions": (1, 3), "optimizer.lr": _ANY, "train.n_steps": _SOME,
-    "train.batch_size": _SOME,
-    "train.ema_rate": _SHARE, "train.ema_rates": _SHARE, "train.ema_lengths": (0.001, 0.28),
-    "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
+    "train.batch_size": _SOME, "train.ema_rate": _SHARE, "train.ema_rates": _SHARE,
+    "train.ema_lengths": (0.001, 0.28), "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
     "train.log_interval": _SOME, "train.eval_interval": _SOME, "train.save_interval": _SOME,
     "train.keep_last": _SOME, "train.grid_samples": _ANY, "train.fid_samples": _ANY,
     "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
@@ -98,8 +97,7 @@ def _make_train():
         cuda_graphs=False,  # on a GPU, one process or DDP: for small networks, bound by Python
         ema_rate=0.9999,
         ema_rates=placeholder(tuple),  # of further averages
-        # sigma_rel, 0.001 to 0.28, of further averages that grow with the run (arXiv 2312.02696)
-        ema_lengths=placeholder(tuple),
+        ema_lengths=placeholder(tuple),  # sigma_rel of power-function averages, 0.001 to 0.28
         num_workers=8,  # processes that read data, of each training process; 0 for none
         max_bad_steps=10,  # non-finite steps in a row that end the run
         log_interval=10,
@@ -179,8 +177,7 @@ def get_config():
     config.loss = d(mse=1.0)
     # adamw, or muon: the matrices of the blocks by Muon; betas and eps are AdamW's
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)
-    # Linear from 0, then constant; or cosine: times half a cosine; or warmup_stable_decay: down to
-    # 0 over the last fifth.
+    # Linear from 0, then constant; or cosine; or warmup_stable_decay, to 0 over the last fifth.
     config.lr_scheduler = d(name="warmup_constant", warmup_steps=2500)
     config.train = _make_train()
     config.sample = _make_sample()

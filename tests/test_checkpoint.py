@@ -10,7 +10,7 @@ import pytest
 import runs
 import torch
 
-from libs.files import load_strict, weights_file
+from libs.files import load_strict, read_safetensors, read_torch, weights_file
 from libs.train import checkpoint
 from utils import UserError
 
@@ -21,6 +21,7 @@ HELPER = '''
 import os, random, resource, shutil, signal, sys, time
 from pathlib import Path
 import torch
+from safetensors.torch import load_file
 from libs.train import checkpoint
 from utils import UserError
 
@@ -36,7 +37,7 @@ def found():
     """Step of the checkpoint that a start finds, which is whole."""
     checkpoint.clean(directory)
     path = checkpoint.find_latest(directory)
-    nnet, step = checkpoint.load_weights(path, "nnet"), checkpoint.load_state(path)["step"]
+    nnet, step = load_file(path / "nnet.safetensors"), torch.load(path / "training.pt")["step"]
     assert path.name == f"{step}.ckpt" and torch.equal(nnet["w"], torch.full((300,), float(step)))
     assert all(name.endswith(".ckpt") for name in os.listdir(directory))
     return step
@@ -76,10 +77,10 @@ def test_everything_comes_back_bit_for_bit(tmp_path):
     weights = {"nnet": nnet, "nnet_ema": {name: tensor * 2 for name, tensor in nnet.items()}}
     state = {"scaler": None, "lr": 0.1 + 0.2, "list": [1, (2.5, "x")], "a.weight": base[0]}
     path = save_step(tmp_path, 3, weights=weights, training_state=state)
-    found = checkpoint.load_state(path)
+    found = read_torch(path / "training.pt")
     assert path == tmp_path / "3.ckpt" and names(path) == sorted((*FILES, "manifest.json"))
     for file, saved in weights.items():
-        read = checkpoint.load_weights(path, file)
+        read = read_safetensors(path / f"{file}.safetensors")
         assert saved.keys() == read.keys()
         for name in saved:
             assert read[name].dtype == saved[name].dtype
@@ -96,7 +97,6 @@ def test_tensors_of_a_gpu_come_back_on_the_cpu(tmp_path):
     state = {"optimizer": [tensors]}
     path = save_step(tmp_path, 1, weights={"nnet": tensors}, training_state=state)
     assert torch.load(path / "training.pt")["optimizer"][0]["w"].device.type == "cpu"
-    assert checkpoint.load_weights(path, "nnet")["w"].device.type == "cpu"
 
 
 def test_the_newest_is_found_and_keep_last_counts(tmp_path):
@@ -110,7 +110,7 @@ def test_the_newest_is_found_and_keep_last_counts(tmp_path):
     assert names(tmp_path) == ["100.ckpt", "50.ckpt"]
     save_step(tmp_path, 50, weights={"nnet": {"other": torch.ones(2)}})
     assert names(tmp_path) == ["100.ckpt", "50.ckpt"]
-    assert list(checkpoint.load_weights(tmp_path / "50.ckpt", "nnet")) == ["other"]
+    assert list(read_safetensors(tmp_path / "50.ckpt" / "nnet.safetensors")) == ["other"]
 
 
 def flip(path):

@@ -9,14 +9,13 @@ import json
 import logging
 import os
 import shutil
-from pathlib import Path
 
 import torch
 from accelerate.utils import send_to_device
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from libs.files import hash_file, read_safetensors, read_torch
+from libs.files import hash_file
 from utils import UserError, write_json
 
 log = logging.getLogger("dim")
@@ -59,12 +58,11 @@ def _get_steps(directory):
 def save(directory, step, *, weights, training_state, config, keep_last, best=None):
     """Save a checkpoint and return its path, directory/<step>.ckpt.
 
-    weights: name of a file -> {name: tensor}, any device and dtype. training_state: nested dicts
-    and lists of tensors and plain values. config: a dict for JSON. keep_last: how many checkpoints
-    to keep, this one included, or None for all; best: a step whose checkpoint stays, too. UserError
-    if the disk is full or cannot be written.
+    weights: file -> name -> tensor, any device and dtype. training_state: nested dicts and lists of
+    tensors and plain values. config: a dict for JSON. keep_last: how many checkpoints to keep, this
+    one included, or None for all; best: a step whose checkpoint stays, too. UserError if the disk
+    is full or cannot be written.
     """
-    directory = Path(directory)
     folder = directory / SAVING.format(step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,15 +109,3 @@ def find_latest(directory):
         except (ValueError, LookupError, TypeError, FileNotFoundError, NotADirectoryError) as error:
             log.warning("skipping checkpoint %s, which is damaged: %s", path, error)
     return None
-
-
-def load_weights(path, name):
-    """{name: CPU tensor} of a file with weights in a checkpoint, which `find_latest` has verified:
-    nnet, nnet_ema or a further average.
-    """
-    return read_safetensors(path / f"{name}.safetensors")
-
-
-def load_state(path):
-    """The training_state of a checkpoint, tensors on the CPU; no code in its file is run."""
-    return read_torch(path / "training.pt")

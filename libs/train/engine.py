@@ -20,8 +20,7 @@ _HARMLESS = r"(?s)Grad strides do not match .*grad\.sizes\(\) = \[\d+, 1, 3, 3\]
 def _key_by_name(state, optimizer, network):
     """The state_dict of an optimizer by parameters' names; version 0.1.0 saved it by number."""
     own = {id(parameter): name for name, parameter in network.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names = {number: own[id(parameter)] for number, parameter in enumerate(parameters)}
+    names = dict(enumerate(own[id(p)] for g in optimizer.param_groups for p in g["params"]))
     groups = [g | {"params": [names.get(k, k) for k in g["params"]]} for g in state["param_groups"]]
     entries = {names.get(k, k): entry for k, entry in state["state"].items()}
     return {"state": entries, "param_groups": groups}
@@ -138,10 +137,7 @@ def _make_zero(network, optimizer, scaler, max_norm, accumulation):
     if scaler.is_enabled():
         raise UserError("ZeRO-2 runs in bf16 or float32, not in fp16: --mixed_precision bf16")
     if isinstance(optimizer, MuonAdamW):
-        raise UserError(
-            "ZeRO-2 makes one long row of all weights, but optimizer.name is 'muon', which steps "
-            "matrices: launch with DDP or FSDP2, or take adamw"
-        )
+        raise UserError("muon needs matrices, and ZeRO-2 has none: use DDP, FSDP2 or adamw")
     import deepspeed
 
     config = {
@@ -169,12 +165,13 @@ def _shard(network, averages, device, num_processes):
     for block in network.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(network, mesh=mesh)
-    for average in averages:
-        parts = {}
-        for name, whole in average.named_parameters():  # it may lack heads that the network has
-            part = network.get_parameter(name)
-            parts[name] = distribute_tensor(whole.data, part.device_mesh, part.placements)
-        average.load_state_dict(parts, strict=False, assign=True)
+    parts = dict(network.named_parameters())
+    for average in averages.values():
+        own = {
+            name: distribute_tensor(p.data, mesh, parts[name].placements)
+            for name, p in average.model.named_parameters()
+        }
+        average.model.load_state_dict(own, strict=False, assign=True)
 
 
 @contextlib.contextmanager
@@ -195,9 +192,8 @@ def make_engine(
     accelerator, network, averages, settings, precision, *, max_norm, accumulation, graphed
 ):
     """The Engine that `accelerate launch` asks for, with a new optimizer, around a network and its
-    averages, which have their weights. settings: config.optimizer; max_norm: of the gradients, or
-    None; graphed: by CUDA graphs, in one process or DDP on a GPU. UserError for ZeRO-2 in fp16
-    or with Muon.
+    averages, which have their weights. settings: config.optimizer; max_norm: of gradients, or None;
+    graphed: by CUDA graphs, in one process or DDP on a GPU. UserError: ZeRO-2 in fp16 or with Muon.
     """
     requested, max_norm = requested_engine(), max_norm or float("inf")
     if requested == "fsdp2":

@@ -3,25 +3,15 @@
 import math
 
 import torch
-from torch import nn
 
 from utils import UserError
 
 
-def _make_adamw(parameters, settings):
-    betas, decay = tuple(map(float, settings.betas)), settings.weight_decay
-    return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, decay, fused=True)
-
-
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon steps the first of two groups, AdamW the second; their state is one. A NaN gradient
-    would destroy what Muon steps: unlike fused AdamW it does not read found_inf.
-    """
+    """Two optimizers with one state, each for a group. Muon does not read found_inf."""
 
-    def __init__(self, matrices, others, settings):
-        rate, decay = settings.lr, settings.weight_decay
-        muon = torch.optim.Muon(matrices, rate, decay, adjust_lr_fn="match_rms_adamw")
-        self.parts = muon, _make_adamw(others, settings)
+    def __init__(self, muon, adamw):
+        self.parts = muon, adamw
         super().__init__([part.param_groups[0] for part in self.parts], {})
 
     def step(self, closure=None):
@@ -30,30 +20,29 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def adamw(network, settings):
-    """AdamW over all parameters in one group: each is decayed, as in the official runs."""
-    return _make_adamw(network.parameters(), settings)
+def adamw(network, settings, parameters=None):
+    """AdamW over all parameters, or these, in one group: each is decayed, as in official runs."""
+    betas, decay = tuple(map(float, settings.betas)), settings.weight_decay
+    parameters = network.parameters() if parameters is None else parameters
+    return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, decay, fused=True)
 
 
 def muon(network, settings):
-    """Muon (Jordan et al., 2024) on the matrices of the blocks' linear layers, dt_proj aside, at
-    optimizer.lr times 0.2 sqrt(longer side), which moves a weight as far as AdamW does (Liu et al.,
-    arXiv 2502.16982, eq. 4); AdamW on all else. UserError for torch before 2.9.
+    """Muon on the matrices of the blocks' linear layers, dt_proj aside, at optimizer.lr times 0.2
+    sqrt(longer side), AdamW's way of a weight (arXiv 2502.16982, eq. 4), and AdamW on all else.
     """
     if not hasattr(torch.optim, "Muon"):
-        raise UserError(
-            f"optimizer.name is 'muon', which is in torch 2.9 and newer, but this is torch "
-            f"{torch.__version__}: update torch, or take adamw"
-        )
-    modules = [pair for block in network.blocks for pair in block.named_modules()]
-    layers = [m for name, m in modules if isinstance(m, nn.Linear) and "dt_proj" not in name]
-    matrices = [layer.weight for layer in layers]
-    chosen = set(map(id, matrices))
-    return MuonAdamW(matrices, [p for p in network.parameters() if id(p) not in chosen], settings)
+        raise UserError(f"muon needs torch 2.9, this is {torch.__version__}: update, or take adamw")
+    layers = (pair for block in network.blocks for pair in block.named_modules())
+    linear = (m for name, m in layers if isinstance(m, torch.nn.Linear) and "dt_proj" not in name)
+    matrices = {id(layer.weight): layer.weight for layer in linear}
+    others = [p for p in network.parameters() if id(p) not in matrices]
+    rate, decay, adjusted = settings.lr, settings.weight_decay, "match_rms_adamw"
+    stepped = torch.optim.Muon(matrices.values(), rate, decay, adjust_lr_fn=adjusted)
+    return MuonAdamW(stepped, adamw(network, settings, others))
 
 
-# f(network, config.optimizer) -> torch.optim.Optimizer
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
+OPTIMIZERS = {"adamw": adamw, "muon": muon}  # f(network, config.optimizer) -> an Optimizer
 
 
 def warmup_constant(step, warmup_steps, n_steps):
@@ -70,14 +59,10 @@ def cosine(step, warmup_steps, n_steps):
 
 
 def warmup_stable_decay(step, warmup_steps, n_steps):
-    """Warm-up, then constant, then linear over the last fifth of the run, to 0 at `n_steps` (Hagele
-    et al., arXiv 2405.18392: a fifth is about as good as a cosine).
-    """
+    """Warm-up, constant, linear over the last fifth to 0 at `n_steps` (arXiv 2405.18392)."""
     return warmup_constant(step, warmup_steps, n_steps) * min(5 * (1 - step / n_steps), 1.0)
 
 
 # f(step, warmup_steps, n_steps) -> factor of optimizer.lr; customized: the official name
-SCHEDULES = {
-    "warmup_constant": warmup_constant, "customized": warmup_constant, "cosine": cosine,
-    "warmup_stable_decay": warmup_stable_decay,
-}  # fmt: skip
+SCHEDULES = {"warmup_constant": warmup_constant, "cosine": cosine, "customized": warmup_constant}
+SCHEDULES["warmup_stable_decay"] = warmup_stable_decay

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from accelerate.utils import broadcast_object_list
 
-from libs.files import load_strict
+from libs.files import load_strict, read_safetensors, read_torch
 from libs.ops import turn_on_fp8
 from libs.runtime import Precision, wait_without_timeout
 from libs.train import checkpoint
@@ -60,14 +60,6 @@ def save(state, accelerator, directory, config):
     wait_without_timeout(accelerator)
 
 
-def _load_average(average, name, path):
-    """Of a checkpoint that lacks it, the usual average is where it starts."""
-    if not (path / f"{name}.safetensors").is_file():
-        log.info("%s is not in %s: it starts from nnet_ema", name, path)
-        name = "nnet_ema"
-    load_strict(average.model, checkpoint.load_weights(path, name), path)
-
-
 def make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation):
     """The TrainState around `model`, from the checkpoint `found`, or new where that is None.
     settings, optimizer: config.train and config.optimizer, which overrules what was saved.
@@ -78,13 +70,13 @@ def make_state(model, accelerator, found, settings, optimizer, max_norm, accumul
     if settings.fp8:
         turn_on_fp8(network, precision.dtype, "train.fp8")
     if found:
-        saved = checkpoint.load_state(found)
-        load_strict(network, checkpoint.load_weights(found, "nnet"), found)
+        saved = read_torch(found / "training.pt")
+        load_strict(network, read_safetensors(found / "nnet.safetensors"), found)
         for name, average in averages.items():
-            _load_average(average, name, found)
-    copies = [average.model for average in averages.values()]
+            own, usual = found / f"{name}.safetensors", found / "nnet_ema.safetensors"
+            load_strict(average.model, read_safetensors(own if own.is_file() else usual), found)
     engine = make_engine(
-        accelerator, network, copies, optimizer, precision, max_norm=max_norm,
+        accelerator, network, averages, optimizer, precision, max_norm=max_norm,
         accumulation=accumulation, graphed=settings.cuda_graphs,
     )  # fmt: skip
     progress = Progress()
