@@ -179,11 +179,10 @@ def test_ema(case, arrays):
     model.lin = torch.nn.Linear(3, 2)
     model.register_buffer("count", torch.full((2,), 9.0))
     det_input = golden_cases.det_weights().det_input
-    rates = [0, 0.9999, 0.9999, 0.9999, 0.9, 0.9]
-    ema = EMA(model, rates.__getitem__)
+    ema = EMA(model, [0, 0.9999, 0.9999, 0.9999, 0.9, 0.9].__getitem__)
     model.count.fill_(1.0)
     trajectory = arrays["ema_trajectory/lin.weight"]
-    for stage in range(len(rates)):
+    for stage in range(6):
         for name, parameter in model.named_parameters():
             value = det_input(f"ema{stage}/{name}", parameter.shape, case["seed"])
             parameter.data.copy_(torch.from_numpy(value))
