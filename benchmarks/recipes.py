@@ -2,13 +2,13 @@
 
     python benchmarks/recipes.py --recipe=flow,internal --seconds=270 --internal_scale 0.5 0.7
 
-The config is fashion32_S_flow with the plain loss and, in turn, what each name of the recipe
-changes. --sampler, --steps, --scale, --internal_scale and --average take several values; their
-combinations are evaluations of one training. Seconds: optimizer steps times the median step of
-train.py after its first 50, without compilation, evaluation and saving; --step_ms, else measured in
-150 steps (--probe: these alone), sets n_steps, so that a cosine ends at the end. Records are added
-to benchmarks/results/recipes_<gpu>.json, the table beside them; what is there is not made again.
-`--draw=JSON` draws docs/recipes.png and fills the table of docs/training.md, without a GPU.
+The config is fashion32_S_flow with the plain loss and what the names of the recipe change. The
+combinations of --sampler, --steps, --scale, --internal_scale and --average are evaluations of one
+training. Seconds: steps times the median step of train.py after its first 50, without compilation,
+evaluation and saving; --step_ms, else measured in 150 steps (--probe: these alone), sets n_steps,
+so that a cosine ends at the end. Records are added to benchmarks/results/recipes_<gpu>.json, the
+table beside them; recorded evaluations are not made again. `--draw=JSON` draws docs/recipes.png and
+fills the table of docs/training.md, without a GPU.
 """
 
 import copy
@@ -40,7 +40,6 @@ RECIPES = {  # name -> {key of the config: value}
     "muon": {"optimizer.name": "muon"}, "uvit": {"nnet": cifar10_uvit_small.get_config().nnet},
     "attention": {"nnet.mixer": d(name="attention", heads=8)},
 }  # fmt: skip
-MODELS = {"dim": "DiM-S", "uvit": "U-ViT-S"}
 # Flags and their defaults: of a training, of an evaluation, of the machine.
 RUN = {"recipe": "flow", "set": "", "seed": 0, "seconds": 90.0, "n": 10_000}
 SAMPLING = {"sampler": "", "steps": 50, "scale": 0.4, "internal_scale": 0.0, "average": ""}
@@ -64,6 +63,7 @@ def make_config(args, n_steps):
     changes |= {
         "seed": args.seed, "dataset.path": args.data, "nnet.in_channels": 1, "nnet.num_classes": 10,
         "train.n_steps": n_steps, "train.eval_interval": never, "train.save_interval": never,
+        "train.ema_rate": 0.995,  # 0.999 leaves a third of the first weights after 1,000 steps
         "train.mixed_precision": "bf16" if DEVICE == "cuda" else "no", "sample.n_samples": args.n,
         "sample.mini_batch_size": min(args.n, 1000), "sample.fid_weights_path": args.features,
         "sample.sample_steps": args.steps, "sample.scale": args.scale,
@@ -110,10 +110,10 @@ def measure(args, keys):
     path = folder / ("-".join(map(str, keys)).replace("/", "_") + ".json")
     words = f"--nnet_path={weights}", f"--output_path={path}"
     launch("eval.py", config, folder / "evaluation_config.json", *words)
-    found = read_json(path)
+    found, model = read_json(path), {"dim": "DiM-S", "uvit": "U-ViT-S"}[config.nnet.name]
     return {
-        **dict(zip(KEYS, keys, strict=True)), "model": MODELS[config.nnet.name],
-        "seconds": round(steps * ms / 1e3, 1), "steps": steps, "step_ms": round(ms, 2),
+        **dict(zip(KEYS, keys, strict=True)), "model": model, "steps": steps,
+        "seconds": round(steps * ms / 1e3, 1), "step_ms": round(ms, 2),
         **{name: found[name] for name in FIGURES}, "features_sha256": hash_file(args.features),
         **harness.describe_setting(DEVICE, args.commit),
     }  # fmt: skip
@@ -123,8 +123,7 @@ def make_table(records):
     """Markdown, by seconds asked for, images and distance."""
     order = ("seconds_asked", "n", "frechet_distance")
     ordered = sorted(records, key=lambda r: [r[key] for key in order])
-    cells = ([r[key] for key in COLUMNS] for r in ordered)
-    rows = ([f"{x:.4g}" if isinstance(x, float) else x for x in row] for row in cells)
+    rows = ([f"{r[k]:.4g}" if type(r[k]) is float else r[k] for k in COLUMNS] for r in ordered)
     return harness.make_table(COLUMNS, rows)
 
 

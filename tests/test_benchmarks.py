@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ import networks  # noqa: E402
 import recipes  # noqa: E402
 from bench_model import Case  # noqa: E402
 
-from configs import cifar10_S_DiM  # noqa: E402
 from libs.evaluate import Classifier  # noqa: E402
 from libs.model import DiM, UViT  # noqa: E402
 from libs.parts import make_parts  # noqa: E402
@@ -146,7 +144,7 @@ def test_every_recipe_is_a_config(recipe):
 
 
 def test_recipes_compose_and_stay_as_they_are():
-    official, published = compose("official"), cifar10_S_DiM.get_config()
+    official, published = compose("official"), recipes.cifar10_S_DiM.get_config()
     for key in ("pred", "optimizer", "lr_scheduler", "max_grad_norm"):
         assert official[key] == published[key], key
     assert (official.process.to_dict(), official.loss.to_dict()) == ({"name": "vpsde"}, {"mse": 1})
@@ -160,17 +158,19 @@ def test_a_row_is_trained_measured_recorded_and_not_made_again(tmp_path, in_proc
     scripts, data, features = [], tmp_path / "data", tmp_path / "classifier.npz"
 
     def run(words, check):
-        scripts.append(Path(words[1]).stem)
+        scripts.append(recipes.Path(words[1]).stem)
         assert in_process(scripts[-1], words[2:]) == 0
 
     monkeypatch.setattr(recipes, "subprocess", Namespace(run=run))
+    monkeypatch.setattr(recipes, "DEVICE", "cpu")
     monkeypatch.setattr(harness, "describe_setting", lambda device, commit: SETTING)
     for part in ("train", "t10k"):
         write_fashion_mnist(data, part, 20, gz=True)
     np.savez(features, **Classifier(channels=1, num_classes=10).state_dict())
     words = ["--recipe=flow,internal", "--seconds=0.2", "--step_ms=100", "--n=20", "--steps=2"]
     words += [f"--{k}={v}" for k, v in dict(data=data, features=features, out=tmp_path).items()]
-    words += [f"--workdir={tmp_path}/runs", f"--set={SMALL} nnet.depth=9", "--internal_scale=0.5"]
+    words += [f"--workdir={tmp_path}/runs", f"--set={SMALL} nnet.depth=9", "--sampler=heun"]
+    words.append("--internal_scale=0.5")
     for more in ["--scale=0"], ["--scale=0"], ["--scale", "0", "0.4"]:
         recipes.main([*words, *more])
     assert scripts == ["train", "eval", "eval"]
