@@ -263,7 +263,8 @@ class FlowFromDiscrete(Flow):
     def to_x0_eps(self, pred, out, x_t, t):
         t, known, seen = self._view(x_t, t)
         x0 = (seen - known * out) / (1 - known)
-        return x0, torch.where(t > known, (x_t - (1 - t) * x0) / t, out)
+        beyond = (t > known).to(t.dtype)  # 1 or 0, without a device to wait for
+        return x0, beyond * (x_t - (1 - t) * x0) / t.clamp(min=self.end) + (1 - beyond) * out
 
 
 PROCESSES = {"vpsde": VPSDE, "discrete": DiscreteSchedule, "flow": Flow}

@@ -115,17 +115,26 @@ def test_memory_is_given_back():
     assert torch.cuda.memory_reserved() <= reserved
 
 
-@pytest.mark.parametrize("algorithm, process", [
+VP = [
     ("dpm_solver", "discrete"), ("dpm_solver_pp_2m", "discrete"), ("euler", "discrete"),
     ("dpm_solver_upsample_g", "discrete"), ("DPMSolverMultistepScheduler", "discrete"),
     ("dpm_solver", "vpsde"), ("euler_maruyama_sde", "vpsde"), ("DDIMScheduler", "vpsde"),
+]  # fmt: skip
+FLOW = [("heun", "flow"), ("euler_maruyama_flow", "flow"), ("dpm_solver_pp_2m", "flow")]
+
+
+@pytest.mark.parametrize("algorithm, process, pred", [
+    *((*case, pred) for case in VP + FLOW for pred in ("noise_pred", "x0_pred")),
+    *((*case, "velocity_pred") for case in [*FLOW, ("adams_bashforth", "flow")]),
+    ("euler", "flow_from_discrete", "noise_pred"),
 ])  # fmt: skip
-@pytest.mark.parametrize("pred", ["noise_pred", "x0_pred"])
 def test_no_step_of_a_sampler_makes_the_host_wait(algorithm, process, pred):
-    """And graphs give the images of the eager network."""
+    """And graphs give the images of the eager network, under both guidances and one of them."""
     model, process, (_, _, y) = make_dim(), make_process(process), make_inputs()
+    settings = d(cfg=True, scale=0.7, guidance_interval=(0.2, 1))
+    settings.update(internal_scale=0.5, internal_interval=(0.4, 1))
     guidance = dict(
-        pred=pred, null_label=CLASSES, settings=d(cfg=True, scale=0.7, guidance_interval=(0.2, 1)),
+        pred=pred, null_label=CLASSES, settings=settings,
         upsample={"m": 2} if algorithm == "dpm_solver_upsample_g" else None,
     )  # fmt: skip
 
