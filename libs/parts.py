@@ -86,8 +86,9 @@ def _get_feature_dim(repa, dataset):
     _, keywords = split_weight(repa)
     if dataset.latent or keywords.get("features") not in known:
         raise UserError(
-            "the loss term repa needs features beside the latents, or images and, as "
-            f"loss.repa.features, one of {', '.join(known)}, with its file as loss.repa.path"
+            "the loss term repa needs features beside latents (scripts/extract_imagenet_feature.py "
+            f"--features), or images and a loss.repa.features of {', '.join(known)}, with its file "
+            "as loss.repa.path"
         )
     return make_features(keywords["features"], keywords.get("path"), "cpu").dim
 

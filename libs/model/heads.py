@@ -46,8 +46,8 @@ class Projector(nn.Module):
         super().__init__()
         kernel, hidden = look_up(PROJECTORS, kind, "loss.repa.kind")
         dims, self.block, layers = (model.dim, *hidden, feature_dim), block, []
-        for inputs, outputs in itertools.pairwise(dims):
-            layers += [nn.SiLU(), nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)]
+        for sides in itertools.pairwise(dims):
+            layers += [nn.SiLU(), nn.Conv2d(*sides, kernel, padding="same")]
         self.layers = nn.Sequential(*layers[1:])
 
     def forward(self, image, condition):
