@@ -100,9 +100,12 @@ def test_draws_by_position_and_half_precision(run, in_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(run, tmp_path):
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_two_processes(run, engine, tmp_path):
     whole, words = run
-    status, output = runs.run("train.py", *words(tmp_path), num_processes=2)
+    launch = ["--config_file", f"configs/accelerate/{engine}.yaml", "--num_processes", "2"]
+    launch += ["--mixed_precision", "no", "--main_process_port", "0"]
+    status, output = runs.finish(runs.start_words(launch, "train.py", *words(tmp_path)))
     assert status == 0, output
     # The gradients of two processes are summed in another order than those of one.
     for found, line in zip(runs.numbers(tmp_path), runs.numbers(whole), strict=True):
