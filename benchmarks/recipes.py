@@ -27,7 +27,7 @@ import torch
 from configs import cifar10_S_DiM, cifar10_uvit_small, fashion32_S_flow
 from configs.common import d
 from libs.files import hash_file
-from utils import read_json, write_json
+from utils import derive_seed, read_json, write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VP = {"process": d(name="vpsde"), "pred": "noise_pred", "sample.algorithm": "dpm_solver"}
@@ -107,7 +107,7 @@ def measure(args, keys):
     (folder, ms), config = train(args, steps), make_config(args, steps)
     config.dataset.update(name="fashion_mnist_test", fid_stats=args.stats or None)
     weights = folder / "ckpts" / f"{steps}.ckpt" / args.average
-    path = folder / ("-".join(map(str, keys)).replace("/", "_") + ".json")
+    path = folder / f"figures-{derive_seed(*map(str, keys))}.json"
     words = f"--nnet_path={weights}", f"--output_path={path}"
     launch("eval.py", config, folder / "evaluation_config.json", *words)
     found, model = read_json(path), {"dim": "DiM-S", "uvit": "U-ViT-S"}[config.nnet.name]
