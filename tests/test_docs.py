@@ -1,20 +1,16 @@
 """The documentation: its examples run, its links lead somewhere, its table of environment variables
 is complete."""
 
-import contextlib
 import re
-from unittest import mock
 
 import pytest
 import runs
 import torch
 
-from datasets import DATASETS
 from libs.diffusion import choose_sampler
-from libs.model import MIXERS, add_heads, build_model
+from libs.model import add_heads, build_model
 from libs.runtime import load_config
-from libs.train import LOSSES
-from sde import PROCESSES, make_process
+from sde import make_process
 
 DOCS = runs.ROOT / "docs"
 PAGES = [*runs.ROOT.glob("*.md"), *DOCS.glob("*.md"), runs.ROOT / "benchmarks" / "NOTES.md"]
@@ -38,16 +34,6 @@ def test_there_are_four_short_examples():
         assert "def get_config()" in example and example.count("\n") < EXAMPLE_LINES
 
 
-@pytest.fixture
-def registries():
-    """An example may take a name that the project has: it goes with the test."""
-    with contextlib.ExitStack() as stack:
-        for table in PROCESSES, MIXERS, DATASETS, LOSSES:
-            stack.enter_context(mock.patch.dict(table))
-        yield
-
-
-@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("number", range(4))
 def test_examples_train_and_sample(number, tmp_path, in_process):
     config = tmp_path / "example.py"
