@@ -168,10 +168,12 @@ def draw_randomly(k, size):
 
 
 def make_objective(p_uncond, weights):
+    process, pred = VPSDE(), "noise_pred"
+    if "internal" in weights:
+        process, pred = make_process("flow", times="logit_normal"), "velocity_pred"
     return Objective(
-        VPSDE(), PixelCodec(), pred="noise_pred", weights=weights, p_uncond=p_uncond,
-        null_label=CLASSES,
-    )  # fmt: skip
+        process, PixelCodec(), pred=pred, weights=weights, p_uncond=p_uncond, null_label=CLASSES
+    )
 
 
 @pytest.mark.parametrize("graphed", [False, True])
