@@ -4,6 +4,7 @@ Importing this module reads nothing and imports neither torchvision nor scikit-l
 look for Hugging Face's package of the same name and find this file.
 """
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -71,10 +72,25 @@ def _uint8_to_float(image):
     return torch.from_numpy(image.astype(np.float32) / 127.5 - 1)
 
 
+def _open_torchvision(name, root, what, *, download):
+    """torchvision's data set `name` in `root`. UserError if it is not there nor to be had."""
+    import torchvision
+
+    kind = getattr(torchvision.datasets, name)
+    try:
+        if not download:
+            return kind(root)
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / ".download", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # other processes wait for the first
+            return kind(root, download=True)
+    except (RuntimeError, OSError) as error:
+        text = f"{root} has no {what}, and it could not be downloaded ({error})"
+        raise UserError(text) from error
+
+
 class InMemory(ImageDataset):
-    """Ten classes in memory. Subclasses give `_load(path, resolution)`: uint8 (n, C, H, W) and
-    labels.
-    """
+    """Ten classes in memory. `_load(path, resolution)`: uint8 images (n, C, H, W) and labels."""
 
     def __init__(self, *, path, resolution, labels, **augmentation):
         self.images, targets = self._load(path, resolution)
@@ -117,8 +133,7 @@ class Cifar10(InMemory):
         root, folder = path or Path("assets/datasets/cifar10"), "cifar-10-batches-py"
         root = root.parent if root.name == folder else root
         download = (root / ".download").exists() or not (root / folder).exists()
-        what = f"{folder} with CIFAR-10's published files"
-        files = data.open_torchvision("CIFAR10", root, what, download=download)
+        files = _open_torchvision("CIFAR10", root, f"{folder} as published", download=download)
         return np.ascontiguousarray(files.data.transpose(0, 3, 1, 2)), files.targets
 
 
@@ -126,28 +141,27 @@ class FashionMnist(InMemory):
     """Fashion-MNIST's 60,000 images for training (Xiao et al., arXiv 1708.07747): (1, 28, 28),
     padded with -1 to `resolution`, 32 if it is not given.
 
-    `path`, or its FashionMNIST/raw, holds the idx files, gzipped or not; where there are none, they
-    are downloaded into it. Files that are there need not have the published bytes.
+    `path`, or its FashionMNIST/raw, holds the idx files, gzipped or not, of any md5; where there
+    are none, they are downloaded into it.
     """
 
     part = "train"
     class_names = tuple("T-shirt trouser pullover dress coat sandal shirt sneaker bag boot".split())
 
     @classmethod
-    def _find(cls, root, kind):
-        names = [f"{cls.part}-{kind}-ubyte{suffix}" for suffix in ("", ".gz")]
-        found = [folder / name for folder in (root, root / "FashionMNIST/raw") for name in names]
-        return next((path for path in found if path.is_file()), None)
-
-    @classmethod
     def _load(cls, path, resolution):
-        root, kinds = path or Path("assets/datasets/fashion_mnist"), ("images-idx3", "labels-idx1")
-        if (root / ".download").exists() or not all(cls._find(root, kind) for kind in kinds):
-            what = f"files {cls.part}-images-idx3-ubyte.gz and so on of Fashion-MNIST"
-            data.open_torchvision("FashionMNIST", root, what, download=True)
-        images, labels = (read_idx(cls._find(root, kind)) for kind in kinds)
+        root = path or Path("assets/datasets/fashion_mnist")
+        names = [f"{cls.part}-{kind}-ubyte*" for kind in ("images-idx3", "labels-idx1")]
+
+        def find():
+            folders = (root, root / "FashionMNIST/raw")
+            return [sorted(x for folder in folders for x in folder.glob(name)) for name in names]
+
+        if (root / ".download").exists() or not all(find()):
+            _open_torchvision("FashionMNIST", root, f"{names[0]} and so on", download=True)
+        images, labels = (read_idx(files[0]) for files in find())
         edge = (resolution or 32) - images.shape[-1]
-        sides = (edge // 2, edge - edge // 2)
+        sides = edge // 2, edge - edge // 2
         return np.pad(images, ((0, 0), sides, sides))[:, None], labels
 
 
@@ -230,7 +244,7 @@ class FolderLatents(ImageDataset):
 
     Items are x float32 (2C, h, w), mean and log-variance, unscaled, and y as everywhere. With
     random_flip the record of the flipped image is read, by the same draw that flips pixels. With
-    features, the tokens (N, D) float16 of an image network are a third part, if they are stored.
+    features, and where they are stored, tokens (N, D) float16 of an image network are a third part.
 
     Further attributes: `latents`, as libs.data.open_latents gives them; those of the Autoencoder
     that made them, or, where the files do not say, of Stable Diffusion's without a checksum.
@@ -270,9 +284,7 @@ class FolderLatents(ImageDataset):
         self.num_classes = latents.num_classes if labels else 0  # of single files, without `labels`
 
     def __getitems__(self, keys):
-        """Many keys at once, as a DataLoader asks for a batch: a list of (x, y), or of
-        (x, y, features).
-        """
+        """Many keys at once, as a DataLoader asks: a list of (x, y) or (x, y, features)."""
         images = [index for _, index in keys]
         flips = np.array([self._is_flipped(*key) for key in keys], bool)
         x, y = self.latents.read_labelled(images, flips)
@@ -311,9 +323,8 @@ def get_dataset(
 ):
     """Open a data set by its name in DATASETS; `ImageDataset` says what it offers.
 
-    labels=False gives no classes; features=True adds the features that are stored beside latents.
-    Augmentation is keyed by (seed, epoch, index) only. Raises UserError for an unknown name and for
-    missing or damaged files.
+    labels=False gives no classes; features=True adds those that are stored beside latents. Raises
+    UserError for an unknown name and for missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
     if getattr(kind, "needs_path", False) and not (path and Path(path).exists()):

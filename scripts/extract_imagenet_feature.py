@@ -8,8 +8,8 @@
 --dataset=folder takes any directory of images, with classes (first-level subdirectories) or with
 --labels=false; --flip adds the flipped images. The same command goes on after an interruption, with
 any number of processes (on several machines, the folder must be shared). --verify --output=FOLDER
-reads everything and compares checksums. --features=dinov2 --features_weights=FILE also stores the
-network's patch tokens of each image, for the loss term `repa`.
+reads everything and compares checksums. --features=dinov2 --features_weights=FILE adds the tokens
+that the loss term `repa` takes.
 """
 
 import contextlib
@@ -175,8 +175,7 @@ def extract(args, accelerator):
     if accelerator.is_main_process:
         print(f"left out: {images.left_out or 'nothing'}; encoding in {args.precision}")
     features = make_features(args.features, args.features_weights, accelerator.device)
-    settings = make_settings(args, images, autoencoder, features)
-    writer = LatentWriter(args.output, **settings)
+    writer = LatentWriter(args.output, **make_settings(args, images, autoencoder, features))
     shards = deal(accelerator, writer)
     if shards is not None:
         autoencoder.to(accelerator.device, DTYPES[args.precision])

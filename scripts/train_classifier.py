@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -40,21 +41,14 @@ FLAGS = {
 
 
 def load_split(dataset, seed):
-    """Images in [-1, 1] (n, C, H, W) and labels (n,) of the training part and, of the same share
-    of each class, of the held-out fifth.
-    """
-    images = torch.stack([dataset[0, i][0] for i in range(len(dataset))])
-    labels = torch.from_numpy(dataset.labels)
-    train, held_out = train_test_split(
-        torch.arange(len(labels)), test_size=0.2, stratify=dataset.labels, random_state=seed
-    )
-    return images[train], labels[train], images[held_out], labels[held_out]
+    """Images (n, C, H, W) in [-1, 1] of the training part, and a fifth of each class; labels."""
+    images = np.stack([dataset[0, i][0] for i in range(len(dataset))])
+    split = dict(test_size=0.2, stratify=dataset.labels, random_state=seed)
+    return list(map(torch.from_numpy, train_test_split(images, dataset.labels, **split)))
 
 
 def augment(images, shift, flip, rng):
-    """Each image moved by up to `shift` pixels in both directions, empty pixels -1, and, with
-    `flip`, half of them mirrored.
-    """
+    """Each image moved by up to `shift` pixels either way, over -1; half mirrored, with `flip`."""
     n, channels, height, width = images.shape
     if flip:
         mirrored = torch.rand(n, generator=rng) < 0.5
@@ -73,21 +67,19 @@ def train(args, images, labels, num_classes):
     rng = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = len(images) // args.batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, PEAK_LR, total_steps=args.epochs * steps
-    )
-    with tqdm(total=args.epochs * steps, desc="classifier", unit="step") as bar:
-        for _ in range(args.epochs):
-            order = torch.randperm(len(images), generator=rng)[: steps * args.batch_size]
-            for batch in order.split(args.batch_size):
-                moved = augment(images[batch], args.shift, args.flip, rng).to(args.device)
-                logits, y = model(moved), labels[batch].to(args.device)
-                loss = F.cross_entropy(logits, y, label_smoothing=LABEL_SMOOTHING)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-                bar.update()
+    total = args.epochs * steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=total)
+    for step in tqdm(range(total), desc="classifier", unit="step"):
+        if step % steps == 0:
+            order = torch.randperm(len(images), generator=rng).split(args.batch_size)
+        batch = order[step % steps]
+        moved = augment(images[batch], args.shift, args.flip, rng).to(args.device)
+        logits, y = model(moved), labels[batch].to(args.device)
+        loss = F.cross_entropy(logits, y, label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return model.eval()
 
 
@@ -95,17 +87,15 @@ def main(args):
     utils.file_to_write(args.out, "--out")
     torch.set_num_threads(1)  # sums in one order: the same weights on any number of cores
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution)
-    images, labels, held_out_images, held_out_labels = load_split(dataset, args.seed)
+    images, held_out_images, labels, held_out_labels = load_split(dataset, args.seed)
     model = train(args, images, labels, dataset.num_classes)
     with torch.inference_mode():
-        batches = held_out_images.split(500)
-        found = torch.cat([model(batch.to(args.device)).argmax(1).cpu() for batch in batches])
-    accuracy = (found == held_out_labels).double().mean().item()
-    print(f"held-out accuracy {accuracy:.4f} on {len(found):,} of {len(dataset):,} images")
-    metadata = {"dataset": args.dataset, "held_out_accuracy": f"{accuracy:.4f}"}
-    metadata["split"] = f"a fifth held out, stratified, seed {args.seed}"
+        found = [model(x.to(args.device)).argmax(1).cpu() for x in held_out_images.split(500)]
+    accuracy = (torch.cat(found) == held_out_labels).double().mean().item()
+    print(f"held-out accuracy {accuracy:.4f} of {len(held_out_labels):,} images")
+    record = {"dataset": args.dataset, "held_out_accuracy": f"{accuracy:.4f}"}
     with utils.replacing(args.out) as temporary:
-        temporary.write_bytes(safetensors.torch.save(model.cpu().state_dict(), metadata))
+        temporary.write_bytes(safetensors.torch.save(model.cpu().state_dict(), record))
     print(f"wrote {args.out}")
 
 

@@ -197,112 +197,69 @@ def test_a_failed_download_says_where_the_weights_go(tmp_path, monkeypatch):
         make_features("inception", None, "cpu")
 
 
-# ------------------------------------------------------------ our own classifier
-
-
-def classify_by_hand(tensors, images):
-    """Feature map and logits by the names of the tensors, in float64."""
-    x, tensors = 2 * images.double() - 1, {k: v.double() for k, v in tensors.items()}
-    for i, stride in enumerate((1, 2, 1, 2, 1)):
-        convolution, norm = (f"f.{i}.{j}." for j in (0, 1))
-        weight, bias = tensors[convolution + "weight"], tensors[convolution + "bias"]
-        x = F.conv2d(x, weight, bias, stride, padding=1)
-        mean, variance, scale, shift = (
-            tensors[norm + name][:, None, None]
-            for name in ("running_mean", "running_var", "weight", "bias")
-        )
-        x = (scale * (x - mean) / (variance + 1e-5).sqrt() + shift).relu()
-    return x, x.mean((2, 3)) @ tensors["h.weight"].T + tensors["h.bias"]
+# ------------------------------------------------------------ our own classifier, DINOv2
 
 
 def test_classifier_features_are_those_of_its_tensors(tmp_path):
-    """Widths, channels and classes come from the file, .safetensors or .npz of any origin."""
-    network = Classifier(channels=2, num_classes=3, widths=(4, 5, 6, 7, 8))
+    """Channels and classes come from the file, .safetensors or .npz."""
     rng = torch.Generator().manual_seed(0)
-    tensors = {k: torch.rand(v.shape, generator=rng) + 0.1 for k, v in network.state_dict().items()}
-    tensors |= {k: torch.tensor(5) for k in tensors if k.endswith("tracked")}
-    tensors |= {k: v - 0.6 for k, v in tensors.items() if k.endswith("0.weight")}
+    shapes = {k: v.shape for k, v in Classifier(channels=2, num_classes=3).state_dict().items()}
+    tensors = {k: 0.1 * torch.rand(shape, generator=rng) + 0.01 for k, shape in shapes.items()}
+    tensors |= {k: x - 0.06 for k, x in tensors.items() if x.ndim > 1}
     save_file(tensors, tmp_path / "a.safetensors")
-    np.savez(tmp_path / "a.npz", **{k: v.numpy() for k, v in tensors.items()})
+    np.savez(tmp_path / "a.npz", **{k: x.numpy() for k, x in tensors.items()})
     features = make_features("classifier", tmp_path / "a.safetensors", "cpu")
     assert features.name == make_features("classifier", tmp_path / "a.npz", "cpu").name
     images = torch.rand(6, 2, 8, 12, generator=rng)
-    grid, logits = classify_by_hand(tensors, images)
+    x = 2 * images - 1
+    for i, stride in enumerate((1, 2, 1, 2, 1)):
+        x = F.conv2d(x, tensors[f"f.{i}.0.weight"], tensors[f"f.{i}.0.bias"], stride, padding=1)
+        names = ("running_mean", "running_var", "weight", "bias")
+        x = F.batch_norm(x, *(tensors[f"f.{i}.1.{name}"] for name in names)).relu()
     with torch.autocast("cpu", torch.bfloat16):  # float32 all the same: rounding of 1e-6
         tokens = features.tokens(images)
-    close = dict(rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(tokens.double(), grid.permute(0, 2, 3, 1).flatten(1, 2), **close)
-    torch.testing.assert_close(features(images).double(), grid.mean((2, 3)), **close)
-    assert tokens.shape == (6, 2 * 3, features.dim) and grid.std() > 0.01
-    assert torch.equal(features.classify(images), logits.argmax(1)) and not tokens.requires_grad
+    torch.testing.assert_close(tokens, x.permute(0, 2, 3, 1).flatten(1, 2), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features(images), x.mean((2, 3)), rtol=1e-5, atol=1e-5)
+    logits = x.mean((2, 3)) @ tensors["h.weight"].T + tensors["h.bias"]
+    assert torch.equal(features.classify(images), logits.argmax(1)) and x.std() > 0.01
     del tensors["h.bias"]
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="b.safetensors is .* no file of scripts/train_classifier"):
         make_features("classifier", tmp_path / "b.safetensors", "cpu")
-    with pytest.raises(UserError, match="no classifier None: .* as sample.fid_weights_path"):
-        make_features("classifier", None, "cpu")
-
-
-# ------------------------------------------------------------ DINOv2
-
-
-def make_vit(registers):
-    """timm's DINOv2, tiny, of images of 70 pixels, every tensor drawn, and its tensors as Meta's
-    files have them: a mask token, the class token's position apart.
-    """
-    timm = pytest.importorskip("timm")
-    model = timm.create_model(
-        f"vit_base_patch14{'_reg4' if registers else ''}_dinov2", embed_dim=128, depth=2,
-        num_heads=2, img_size=70, num_classes=0, dynamic_img_size=True,
-    ).eval()  # fmt: skip
-    rng = torch.Generator().manual_seed(0)
-    for tensor in model.parameters():
-        tensor.data = 0.2 * torch.randn(tensor.shape, generator=rng) + 0.5 * (tensor.ndim == 1)
-    tensors = {k: v.clone() for k, v in model.state_dict().items()}
-    tensors["mask_token"] = torch.zeros(1, 128)
-    if registers:
-        tensors["register_tokens"] = tensors.pop("reg_token")
-        place = torch.randn(1, 1, 128, generator=rng)
-        tensors["pos_embed"] = torch.cat([place, tensors["pos_embed"]], 1)
-        tensors["cls_token"] = tensors["cls_token"] - place
-    return model, tensors
 
 
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_is_timms_from_metas_file(tmp_path, registers):
-    model, tensors = make_vit(registers)
+    """Meta's file has a mask token and, with registers, the class token's position apart."""
+    timm = pytest.importorskip("timm")
+    name = f"vit_base_patch14{'_reg4' if registers else ''}_dinov2"
+    sizes = dict(embed_dim=128, depth=2, num_heads=2, img_size=70, num_classes=0)
+    model, rng = timm.create_model(name, **sizes, dynamic_img_size=True), torch.Generator()
+    for tensor in model.eval().parameters():
+        tensor.data = 0.2 * torch.randn(tensor.shape, generator=rng) + 0.5 * (tensor.ndim == 1)
+    tensors = {"mask_token": torch.zeros(1, 128), **model.state_dict()}
+    if registers:
+        place = torch.randn(1, 1, 128, generator=rng)
+        tensors["register_tokens"] = tensors.pop("reg_token")
+        tensors["pos_embed"] = torch.cat([place, tensors["pos_embed"]], 1)
+        tensors["cls_token"] = tensors["cls_token"] - place
     torch.save(tensors, tmp_path / "meta.pth")
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
-    images = torch.rand(2, 3, 80, 48, generator=torch.Generator().manual_seed(1))
-    small = torchvision.transforms.functional.resize(
-        images, [70, 42], torchvision.transforms.InterpolationMode.BICUBIC, antialias=True
-    )
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    images = torch.rand(2, 3, 80, 48, generator=rng)
+    v = torchvision.transforms.functional
+    small = v.resize(images, [70, 42], v.InterpolationMode.BICUBIC, antialias=True)
     with torch.no_grad():
-        expected = model.forward_features(
-            torchvision.transforms.functional.normalize(small, mean, std)
-        )
-    for name in ("meta.pth", "timm.safetensors"):
-        features = make_features("dinov2", tmp_path / name, "cpu")
-        tokens = features.tokens(images)
-        assert tokens.shape == (2, 5 * 3, features.dim) and not tokens.requires_grad
-        close = dict(rtol=1e-5, atol=1e-5)  # of rounding; the class token less its position, again
-        torch.testing.assert_close(tokens, expected[:, 1 + registers :], **close)
+        small = v.normalize(small, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        expected = model.forward_features(small)
+    for file in ("meta.pth", "timm.safetensors"):
+        features = make_features("dinov2", tmp_path / file, "cpu")
+        close = dict(rtol=1e-5, atol=1e-5)  # of rounding
+        torch.testing.assert_close(features.tokens(images), expected[:, 1 + registers :], **close)
         torch.testing.assert_close(features(images), expected[:, 0], **close)
-    assert features.name == f"dinov2-{hash_file(tmp_path / 'timm.safetensors')[:8]}"
-    grey = images[:, :1]
-    assert torch.equal(features(grey), features(grey.expand(-1, 3, -1, -1)))
-
-
-def test_dinov2_runs_no_code_and_asks_for_its_file(tmp_path):
-    pytest.importorskip("timm")
+    assert features.name == f"dinov2-{hash_file(tmp_path / file)[:8]}" and features.dim == 128
     torch.save({"cls_token": Path("x")}, tmp_path / "code.pth")
-    torch.save({"cls_token": torch.zeros(1, 1, 64)}, tmp_path / "other.pth")
-    for name, says in (("code.pth", "no code from files is run"), ("other.pth", "no DINOv2 .KeyE")):
-        with pytest.raises(UserError, match=f"{name} .*{says}"):
-            make_features("dinov2", tmp_path / name, "cpu")
-    with pytest.raises(UserError, match="there is no DINOv2 None: give its file"):
-        make_features("dinov2", None, "cpu")
+    with pytest.raises(UserError, match="code.pth .*no code from files is run"):
+        make_features("dinov2", tmp_path / "code.pth", "cpu")
 
 
 # ------------------------------------------------------------ scripts
@@ -340,7 +297,7 @@ def digits_classifier(tmp_path_factory):
 def test_a_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
     features = make_features("digits_classifier", digits_classifier, "cpu")
     script, digits = load_script("train_classifier"), get_dataset("digits")
-    images, _, held_out_images, held_out_labels = script.load_split(digits, 0)
+    images, held_out_images, _, held_out_labels = script.load_split(digits, 0)
     assert len(held_out_images) == 360 and len(images) == 1437
     assert set(torch.bincount(held_out_labels).tolist()) <= {34, 35, 36, 37}  # stratified
     found = features.classify(held_out_images / 2 + 0.5)
@@ -349,7 +306,6 @@ def test_a_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
     with safe_open(digits_classifier, "pt") as file:
         record = file.metadata()
     assert record["held_out_accuracy"] == f"{accuracy:.4f}" and record["dataset"] == "digits"
-    assert record["split"] == "a fifth held out, stratified, seed 0"
 
 
 def test_augmentation_moves_whole_images():
@@ -358,14 +314,12 @@ def test_augmentation_moves_whole_images():
     image = torch.arange(24.0).reshape(2, 3, 4)
     padded = F.pad(torch.stack([image, image.flip(-1)]), (2, 2, 2, 2), value=-1)
     windows = padded.unfold(2, 3, 1).unfold(3, 4, 1).movedim(1, 3)  # (flip, row, column, C, H, W)
-    expected = {tuple(x.flatten().tolist()) for x in windows.flatten(0, 2)}
     found = script.augment(image.expand(1000, -1, -1, -1), 2, True, rng)
-    assert {tuple(x.flatten().tolist()) for x in found} == expected and len(expected) == 50
-    assert torch.equal(script.augment(image[None], 0, False, rng)[0], image)
+    assert torch.equal(found.unique(dim=0), windows.flatten(0, 2).unique(dim=0))
 
 
 def test_names_and_files_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match="no classifier .*absent: .*scripts/train_classifier.py"):
+    with pytest.raises(UserError, match="there is no .*absent: .*scripts/train_classifier"):
         make_features("digits_classifier", tmp_path / "absent", "cpu")
     with pytest.raises(UserError, match="'vgg', expected one of inception, digits_classifier"):
         make_features("vgg", None, "cpu")

@@ -106,18 +106,16 @@ def cifar10_environment(parent):
     return {"PYTHONPATH": str(site)}
 
 
-def write_fashion_mnist(folder, part, count, *, gz):
-    """The idx files of a part, train or t10k, as published; returns their pixels and labels."""
+def write_fashion_mnist(folder, part, *, gz):
+    """Seven images of train or t10k in the published layout; returns their pixels and labels."""
     rng = np.random.default_rng(0)
-    pixels = rng.integers(256, size=(count, 28, 28), dtype=np.uint8)
-    labels = rng.integers(10, size=count, dtype=np.uint8)
+    arrays = [rng.integers(n, size=(7, *s), dtype=np.uint8) for n, s in ((256, (28, 28)), (10, ()))]
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, array in ("images-idx3", pixels), ("labels-idx1", labels):
+    for kind, array in zip(("images-idx3", "labels-idx1"), arrays, strict=True):
         header = struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
-        content = header + array.tobytes()
-        name = f"{part}-{kind}-ubyte" + ".gz" * gz
+        content, name = header + array.tobytes(), f"{part}-{kind}-ubyte" + ".gz" * gz
         (folder / name).write_bytes(gzip.compress(content) if gz else content)
-    return pixels, labels
+    return arrays
 
 
 def place_of_everything(folder, classes=4):

@@ -3,7 +3,6 @@
 list_images, label_images      the images of a folder or zip file, and their classes
 read_square, UnreadableImage   an image's pixels, cropped; a damaged image
 open_latents, LatentWriter     cached latents; makes them
-open_torchvision               a data set of torchvision's, downloaded if need be
 load_autoencoder, Scaling      a KL autoencoder out of a file; of its latents
 PixelCodec, make_latent_codec  a data set's items, or images <-> the network's z
 GlobalBatchSampler             the item at each place of the stream
@@ -12,7 +11,6 @@ keyed_words                    random words for an item
 
 from libs.data.autoencoder import Scaling, load_autoencoder
 from libs.data.codec import PixelCodec, make_latent_codec
-from libs.data.downloads import open_torchvision
 from libs.data.images import UnreadableImage, label_images, list_images, read_square
 from libs.data.latent_writer import LatentWriter
 from libs.data.official_latents import open_latents

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from libs.data.latents import DTYPE, FORMAT, LABELS, MANIFEST, feature_name, shard_name
+from libs.data.latents import DTYPE, FORMAT, LABELS, MANIFEST, shard_name
 from libs.files import hash_file
 
 
@@ -25,6 +25,7 @@ class LatentWriter:
     def __init__(self, folder, **settings):
         self.folder = Path(folder)
         self.settings = {"format": FORMAT, "dtype": "float16", **settings}
+        self.kinds = ("shard", "features") if settings.get("features") else ("shard",)
         self.num_shards = -(-settings["num_images"] // settings["images_per_shard"])
 
     def images(self, number):
@@ -34,7 +35,7 @@ class LatentWriter:
 
     def _names(self, number):
         """The files of a shard."""
-        return [shard_name(number), feature_name(number)][: 1 + bool(self.settings.get("features"))]
+        return [shard_name(number, kind) for kind in self.kinds]
 
     def missing(self):
         """Numbers of the shards that are not there."""
@@ -79,9 +80,9 @@ class LatentWriter:
                 file.flush()
                 os.fsync(file.fileno())  # or a loss of power could leave its name and not its data
 
-    def _describe(self, name):
+    def _describe(self, name, **more):
         path = self.folder / name
-        return {"file": name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        return {"file": name, "bytes": path.stat().st_size, "sha256": hash_file(path), **more}
 
     def finish(self, labels):
         """Write labels (num_images,) or None, then the whole manifest; every shard is there."""
@@ -90,11 +91,9 @@ class LatentWriter:
             with utils.replacing(self.folder / LABELS) as temporary:
                 labels.astype("<i8").tofile(temporary)
             entry = self._describe(LABELS)
-        shards = []
-        for number in range(self.num_shards):
-            records = len(self.images(number)) * (1 + self.settings["flips"])
-            shards.append([{**self._describe(n), "records": records} for n in self._names(number)])
-        names = ("shards", "feature_shards")[: len(shards[0])]
         results = {"labels": entry, "stand_ins": {}, "scaled": False}
-        results |= zip(names, map(list, zip(*shards, strict=True)), strict=True)
+        flips = 1 + self.settings["flips"]
+        for key, kind in zip(("shards", "feature_shards"), self.kinds, strict=False):
+            counts = {shard_name(i, kind): len(self.images(i)) for i in range(self.num_shards)}
+            results[key] = [self._describe(name, records=n * flips) for name, n in counts.items()]
         utils.write_json(self.folder / MANIFEST, {**self.settings, **results})

@@ -23,12 +23,8 @@ DTYPE = np.dtype("<f2")
 MAKE = "scripts/extract_imagenet_feature.py"
 
 
-def shard_name(number):
-    return f"shard-{number:05}.bin"
-
-
-def feature_name(number):
-    return f"features-{number:05}.bin"
+def shard_name(number, kind="shard"):
+    return f"{kind}-{number:05}.bin"
 
 
 class PackedLatents:
@@ -50,8 +46,8 @@ class PackedLatents:
         self._records_a_shard = manifest["images_per_shard"] * (1 + self.flips)
         self.feature_shape = manifest.get("feature_shape")
         self._shards = [self._map(entry, self.shape) for entry in manifest["shards"]]
-        entries = manifest.get("feature_shards", ())
-        self._features = [self._map(entry, self.feature_shape) for entry in entries]
+        others = manifest.get("feature_shards", ())
+        self._features = [self._map(entry, self.feature_shape) for entry in others]
         if manifest["class_names"] is not None:
             self.labels = np.fromfile(self.folder / LABELS, "<i8").astype(np.int64)
             self.num_classes = len(manifest["class_names"])
@@ -75,7 +71,9 @@ class PackedLatents:
         flat = torch.from_file(str(path), shared=False, size=numbers, dtype=torch.float16)
         return flat.numpy().reshape(-1, *shape)
 
-    def _copy(self, shards, records):
+    def read(self, records, shards=None):
+        """Copies of records (n,), integers, as float16 (n, 2C, h, w), or those of other shards."""
+        shards = shards or self._shards
         numbers, rows = np.divmod(np.asarray(records, np.int64), self._records_a_shard)
         out = np.empty((len(rows), *shards[0].shape[1:]), np.float16)
         # A copy a record: 510k of 16 KiB a second on one core. `take` of a shard at a time: 124k.
@@ -83,21 +81,14 @@ class PackedLatents:
             target[...] = shards[number][row]
         return out
 
-    def read(self, records):
-        """Copies of records (n,), integers, as float16 (n, 2C, h, w)."""
-        return self._copy(self._shards, records)
-
-    def _list_records(self, images, flipped):
-        return np.asarray(images, np.int64) * (1 + self.flips) + flipped
-
     def read_labelled(self, images, flipped):
         """images (n,) integers, flipped (n,) bool -> float16 (n, 2C, h, w), int64 (n,) or None."""
-        x = self.read(self._list_records(images, flipped))
-        return x, None if self.labels is None else self.labels[images]
+        records = np.asarray(images, np.int64) * (1 + self.flips) + flipped
+        return self.read(records), None if self.labels is None else self.labels[images]
 
     def read_features(self, images, flipped):
         """images (n,) integers, flipped (n,) bool -> float16 (n, N, D)."""
-        return self._copy(self._features, self._list_records(images, flipped))
+        return self.read(np.asarray(images) * (1 + self.flips) + flipped, self._features)
 
     def find_damage(self):
         """Yields the files whose SHA-256 is not the manifest's."""

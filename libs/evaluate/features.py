@@ -10,14 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from libs.evaluate.metrics import load_statistics, make_feature_set
-from libs.files import (
-    hash_file,
-    load_strict,
-    read_arrays,
-    read_safetensors,
-    read_torch,
-    reading,
-)
+from libs.files import hash_file, load_strict, read_arrays, read_safetensors, read_torch, reading
 from libs.runtime import read_batches
 from utils import UserError, look_up
 
@@ -69,79 +62,61 @@ class InceptionFeatures:
         return self.network(images.to(self.device, torch.float32))[0].flatten(1)
 
 
+def _read_tensors(path, usual):
+    """name -> tensor of a .safetensors, an .npz or a torch file; UserError where there is none."""
+    if not (path and Path(path).is_file()):
+        raise UserError(f"there is no {path}: give the feature network's file, {usual}")
+    readers = {".safetensors": read_safetensors, ".npz": read_arrays}
+    found = readers.get(Path(path).suffix, read_torch)(path)
+    return {name: torch.as_tensor(x) for name, x in found.items()}
+
+
 class Classifier(nn.Module):
-    """A small convolutional classifier; its files have the names of its tensors.
+    """A small convolutional classifier; `f` and `h` are names in its files."""
 
-    channels: of the images; num_classes; widths: channels of the five convolutions.
-    """
-
-    strides = (1, 2, 1, 2, 1)
-
-    def __init__(self, *, channels, num_classes, widths=(32, 64, 64, 128, 128)):
+    def __init__(self, *, channels, num_classes):
         super().__init__()
-        layers = zip((channels, *widths), widths, self.strides, strict=False)
-        self.f = nn.Sequential(
-            *(
-                nn.Sequential(
-                    nn.Conv2d(inputs, width, 3, stride, padding=1), nn.BatchNorm2d(width), nn.ReLU()
-                )
-                for inputs, width, stride in layers
-            )
-        )
+        widths, strides = (32, 64, 64, 128, 128), (1, 2, 1, 2, 1)
+        self.f = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.BatchNorm2d(o), nn.ReLU())
+            for i, o, stride in zip((channels, *widths), widths, strides, strict=False)
+        ))  # fmt: skip
         self.h = nn.Linear(widths[-1], num_classes)
 
     def forward(self, images):
-        """(B, C, H, W) in [-1, 1] -> logits (B, classes) of the features' average over places."""
-        return self.h(self.f(images).mean((2, 3)))  # (B, D, H/4, W/4) -> (B, D)
-
-
-def read_classifier(path):
-    """The Classifier of a .safetensors file of scripts/train_classifier.py, or of an .npz with the
-    same tensors; UserError if it is damaged or none.
-    """
-    with reading(path, "file of scripts/train_classifier.py"):
-        arrays = read_arrays if Path(path).suffix == ".npz" else read_safetensors
-        tensors = {name: torch.as_tensor(x) for name, x in arrays(path).items()}
-        widths = [tensors[f"f.{i}.0.bias"].numel() for i in range(len(Classifier.strides))]
-        channels, num_classes = tensors["f.0.0.weight"].shape[1], tensors["h.bias"].numel()
-    network = Classifier(channels=channels, num_classes=num_classes, widths=widths)
-    load_strict(network, tensors, path)
-    return network
+        """(B, C, H, W) in [-1, 1] -> logits (B, classes)."""
+        return self.h(self.f(images).mean((2, 3)))  # (B, 128, H/4, W/4) -> (B, 128)
 
 
 class ClassifierFeatures:
-    """Features and classes by a file of scripts/train_classifier.py; UserError without one."""
+    """Features and classes by a file of scripts/train_classifier.py, or an .npz of its tensors."""
 
-    kind, path = "classifier", None
+    kind, path, dim = "classifier", None, 128
 
     def __init__(self, path=None, device="cpu"):
         path = path or self.path
-        if not (path and Path(path).is_file()):
-            raise UserError(
-                f"there is no classifier {path}: make one with scripts/train_classifier.py, and "
-                "give it as sample.fid_weights_path (--weights of compute_fid_stats.py)"
-            )
-        self.network, self.device = read_classifier(path).eval().to(device), device
-        self.network.requires_grad_(False)
-        self.dim = self.network.h.in_features
+        tensors = _read_tensors(path, "of scripts/train_classifier.py")
+        with reading(path, "file of scripts/train_classifier.py"):
+            channels, num_classes = tensors["f.0.0.weight"].shape[1], len(tensors["h.bias"])
+        self.network = Classifier(channels=channels, num_classes=num_classes)
+        load_strict(self.network, tensors, path)
         # Of the tensors: safetensors writes its metadata in random order, so files differ.
-        weights = b"".join(x.cpu().numpy().tobytes() for x in self.network.state_dict().values())
+        weights = b"".join(x.numpy().tobytes() for x in self.network.state_dict().values())
         self.name = f"{self.kind}-{hashlib.sha256(weights).hexdigest()[:8]}"
+        self.network.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
 
     @torch.no_grad()
     def _map(self, images):
-        """images (B, C, H, W) in [0, 1] -> float32 (B, dim, h, w), also inside autocast."""
-        with torch.autocast(torch.device(self.device).type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False):
             return self.network.f(2 * images.to(self.device, torch.float32) - 1)
 
     def __call__(self, images):
-        """images float32 (B, C, H, W) in [0, 1] -> float32 (B, dim)."""
+        """images float32 (B, C, H, W) in [0, 1] -> float32 (B, 128), also inside autocast."""
         return self._map(images).mean((2, 3))
 
     def tokens(self, images):
-        """images float32 (B, C, H, W) in [0, 1] -> float32 (B, h w, dim), in raster order, where
-        h and w are a quarter of H and W.
-        """
+        """images float32 (B, C, H, W) in [0, 1] -> float32 (B, H/4 W/4, 128), in raster order."""
         return self._map(images).flatten(2).mT
 
     def classify(self, images):
@@ -156,28 +131,19 @@ class DigitsClassifierFeatures(ClassifierFeatures):
     path = Path(__file__).resolve().parents[2] / "assets/digits_classifier.safetensors"
 
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HEAD_DIM = 64  # of every DINOv2
-
-
 class Dinov2Features:
     """DINOv2 (Oquab et al., arXiv 2304.07193) of any size, with or without registers, by timm, from
-    Meta's file or timm's .safetensors; UserError without timm or a file. Nothing is downloaded.
+    Meta's file or timm's .safetensors. Nothing is downloaded.
 
     An image is resized to 14/16 of its side: a token stands for 16 x 16 of its pixels, as in REPA
     (arXiv 2410.06940). Inside autocast the network computes in its precision.
     """
 
     def __init__(self, path=None, device="cpu"):
-        try:
-            import timm
-        except ImportError as error:
-            raise UserError("the features dinov2 need timm: pip install timm") from error
-        if not (path and Path(path).is_file()):
-            raise UserError(f"there is no DINOv2 {path}: give its file, dinov2_vitb14_pretrain.pth")
+        import timm  # of the extra `repa`
+
+        tensors = _read_tensors(path, "dinov2_vitb14_pretrain.pth or another size")
         with reading(path, "DINOv2"):
-            read = read_safetensors if Path(path).suffix == ".safetensors" else read_torch
-            tensors = dict(read(path))
             self.dim, places = tensors["cls_token"].shape[-1], tensors["pos_embed"].shape[1]
             registers = "_reg4" if {"reg_token", "register_tokens"} & tensors.keys() else ""
             # The largest alone has another kind of MLP; the other sizes differ in these numbers.
@@ -185,13 +151,13 @@ class Dinov2Features:
             self.network = timm.create_model(
                 name, pretrained=True, pretrained_cfg_overlay={"state_dict": tensors},
                 embed_dim=self.dim, depth=sum(key.endswith("attn.qkv.weight") for key in tensors),
-                num_heads=self.dim // HEAD_DIM, img_size=14 * math.isqrt(places), num_classes=0,
+                num_heads=self.dim // 64, img_size=14 * math.isqrt(places), num_classes=0,
                 dynamic_img_size=True,
             )  # fmt: skip
         self.network.eval().requires_grad_(False).to(device)
         self.name, self.device = f"dinov2-{hash_file(path)[:8]}", device
-        mean_and_std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device)
-        self.mean, self.std = mean_and_std[:, :, None, None]
+        imagenet = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], device=device)
+        self.mean, self.std = imagenet[:, :, None, None]
 
     @torch.no_grad()
     def _run(self, images):
@@ -206,21 +172,14 @@ class Dinov2Features:
         return self._run(images)[:, 0]
 
     def tokens(self, images):
-        """images float32 (B, 3, H, W) in [0, 1] -> patch tokens, float32 (B, H/16 W/16, dim), in
-        raster order.
-        """
+        """images float32 (B, 3, H, W) in [0, 1] -> float32 (B, H/16 W/16, dim), in raster order."""
         return self._run(images)[:, self.network.num_prefix_tokens :]
 
 
 # name -> class(path or None, device) with `name`, `dim`, a call images (B, C, H, W) in [0, 1] ->
-# (B, dim) and, if it knows classes, `classify`: images -> labels (B,); if it has a grid of tokens,
-# `tokens`: images -> float32 (B, N, dim).
-FEATURES = {
-    "inception": InceptionFeatures,
-    "digits_classifier": DigitsClassifierFeatures,
-    "classifier": ClassifierFeatures,
-    "dinov2": Dinov2Features,
-}
+# (B, dim) and, if it has them, `classify`: images -> labels (B,); `tokens`: images -> (B, N, dim).
+FEATURES = {"inception": InceptionFeatures, "digits_classifier": DigitsClassifierFeatures}
+FEATURES |= {"classifier": ClassifierFeatures, "dinov2": Dinov2Features}
 
 
 def make_features(name, path, device):
