@@ -550,6 +550,13 @@ def test_output_that_nobody_can_take(tmp_path, leaves):
     assert "\xe9" in (tmp_path / "output.log").read_text(encoding="utf-8")
 
 
+def test_output_that_is_closed(tmp_path):
+    words = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", WRITER]
+    environment = runs.environment(PYTHONPATH=str(runs.ROOT))
+    assert subprocess.run(words, cwd=tmp_path, env=environment, timeout=60).returncode == 0
+    assert (tmp_path / "done").exists()
+
+
 def test_fid_is_tried_again(in_process, monkeypatch, tmp_path, capsys):
     """It cannot be had at the start, which is said then, and can be at step 2."""
     found = iter([UserError("no network"), object(), object()])
