@@ -129,9 +129,7 @@ def read_arrays(path):
 
 
 def read_idx(path):
-    """The uint8 array of an idx file, gzipped if its name ends so: two zeros, the type 8, the rank,
-    the shape as big-endian integers of four bytes, the values.
-    """
+    """The uint8 array of an idx file, gzipped or not: 0, 0, 8, rank, big-endian shape, values."""
     with reading(path, "idx file of bytes"):
         opened = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
         with opened as file:

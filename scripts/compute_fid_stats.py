@@ -45,9 +45,8 @@ def main(args):
     utils.file_to_write(args.out, "--out")
     features = make_features(args.features, args.weights, args.device)
     classify = getattr(features, "classify", None)
-    dataset = get_dataset(
-        args.dataset, path=args.path, resolution=args.resolution, labels=bool(classify)
-    )
+    given = dict(path=args.path, resolution=args.resolution, labels=bool(classify))
+    dataset = get_dataset(args.dataset, **given)
     print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
     count = min(len(dataset), args.max_images or len(dataset))
     # Evenly spaced, so that a part of a folder sorted by class has every class.

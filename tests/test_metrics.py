@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import urllib.error
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from datasets import get_dataset
@@ -257,9 +255,6 @@ def test_dinov2_is_timms_from_metas_file(tmp_path, registers):
         torch.testing.assert_close(features.tokens(images), expected[:, 1 + registers :], **close)
         torch.testing.assert_close(features(images), expected[:, 0], **close)
     assert features.name == f"dinov2-{hash_file(tmp_path / file)[:8]}" and features.dim == 128
-    torch.save({"cls_token": Path("x")}, tmp_path / "code.pth")
-    with pytest.raises(UserError, match="code.pth .*no code from files is run"):
-        make_features("dinov2", tmp_path / "code.pth", "cpu")
 
 
 # ------------------------------------------------------------ scripts
@@ -303,9 +298,6 @@ def test_a_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
     found = features.classify(held_out_images / 2 + 0.5)
     accuracy = (found == held_out_labels).double().mean().item()
     assert accuracy >= 0.98
-    with safe_open(digits_classifier, "pt") as file:
-        record = file.metadata()
-    assert record["held_out_accuracy"] == f"{accuracy:.4f}" and record["dataset"] == "digits"
 
 
 def test_augmentation_moves_whole_images():
@@ -339,9 +331,8 @@ def test_compute_fid_stats_command(digits_classifier, tmp_path):
     np.testing.assert_allclose(found.sigma, np.cov(values.T), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.features, values, rtol=1e-4, atol=1e-4)  # all of them
     assert found.source["known"] and found.source["count"] == 100
-    chosen = digits.labels[[i * 1797 // 100 for i in range(100)]]
-    agreement = (features.classify(images).numpy() == chosen).mean()
-    assert found.source["class_agreement"] == agreement > 0.95
+    right = features.classify(images).numpy() == digits.labels[np.arange(100) * 1797 // 100]
+    assert found.source["class_agreement"] == right.mean() > 0.95
     with np.load(path) as file:
         assert "100 of 1797" in str(file["preprocessing"])
 
