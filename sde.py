@@ -223,13 +223,11 @@ class DiscreteSchedule(VariancePreserving):
 
 
 class FlowFromDiscrete(Flow):
-    """Flow for a network that comes from a DiscreteSchedule and predicts its noise: the network is
-    given x_t scaled as there, and the step with the signal-to-noise ratio of t.
+    """Flow of a network that learnt the noise of a DiscreteSchedule: it is given x_t scaled as
+    there, and the step with t's signal-to-noise ratio; so both have the same probability flow.
 
-    The two processes have the same probability flow up to `end` = 0.936, the flow's time of step
-    1000, where alpha is still 0.068. At later times the network is given step 1000, and its output
-    stands for the x0 that it implies there; x_t and x0 give the noise and a velocity
-    (x_t - x0) / t, finite at t = 1 too.
+    At times beyond `end` = 0.936, the flow's time of step 1000, where alpha is still 0.068, the
+    network is given step 1000: its output means the x0 that it implies there.
     """
 
     predictions = ("noise_pred",)
@@ -237,32 +235,29 @@ class FlowFromDiscrete(Flow):
     def __init__(self, **settings):
         super().__init__(**settings)
         self.schedule, last = DiscreteSchedule(), torch.ones((), dtype=torch.float64)
-        alpha, sigma = self.schedule.alpha(last), self.schedule.sigma(last)
-        self.end = (sigma / (alpha + sigma)).item()
+        self.end = torch.sigmoid(-self.schedule.half_log_snr(last)).item()
 
     def model_time(self, t):
         step = self.schedule.inverse_half_log_snr(self.half_log_snr(t)).clamp(max=1)
         return self.schedule.model_time(step)
 
     def model_input(self, x, t):
-        """x_t (B, ...) as the network is given it: alpha^2 + sigma^2 = 1."""
-        t = per_sample(t, x)
-        return x / (t.square() + (1 - t).square()).sqrt()
+        return x / per_sample(torch.hypot(t, 1 - t), x)
 
     def _view(self, x_t, t):
         """(t, that time or `end`, what the network is given as an x_t of that time)."""
-        t = per_sample(t, x_t)
         known = t.clamp(max=self.end)
-        return t, known, self.model_input(x_t, t) * (known.square() + (1 - known).square()).sqrt()
+        x = self.model_input(x_t, t) * per_sample(torch.hypot(known, 1 - known), x_t)
+        return per_sample(t, x_t), per_sample(known, x_t), x
 
     def target(self, pred, x0, eps, t):
-        """The noise; beyond `end` what x_t holds beside x0 there."""
-        t, known, x_t = self._view(self.mix(x0, eps, t), t)
-        return torch.where(t > known, (x_t - (1 - known) * x0) / known, eps)
+        """The noise; beyond `end` what the network's input holds beside x0."""
+        t, known, x = self._view(self.mix(x0, eps, t), t)
+        return torch.where(t > known, (x - (1 - known) * x0) / known, eps)
 
     def to_x0_eps(self, pred, out, x_t, t):
-        t, known, seen = self._view(x_t, t)
-        x0 = (seen - known * out) / (1 - known)
+        t, known, x = self._view(x_t, t)
+        x0 = (x - known * out) / (1 - known)
         beyond = (t > known).to(t.dtype)  # 1 or 0, without a device to wait for
         return x0, beyond * (x_t - (1 - t) * x0) / t.clamp(min=self.end) + (1 - beyond) * out
 

@@ -182,3 +182,13 @@ def get_config():
     config.train = _make_train()
     config.sample = _make_sample()
     return _lock(config, "process", "loss")
+
+
+def use_flow(config, *, block):
+    """`config` with flow matching, a head after `block` and AdamW as in arXiv 2501.01423."""
+    config.pred, config.max_grad_norm = "velocity_pred", 1.0
+    config.process.update(name="flow", times="logit_normal")
+    config.loss.internal = d(weight=0.5, block=block)
+    config.optimizer.update(betas=(0.9, 0.95), weight_decay=0.0, eps=1e-8)
+    config.sample.algorithm = "adams_bashforth"
+    return config

@@ -1,10 +1,10 @@
-"""DiM-H/2, class-conditional, on ImageNet 256x256 latents, by flow matching with an inner head.
+"""DiM-H/2, class-conditional, on ImageNet 256x256 latents, by flow matching.
 
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
         ./train_ldm_discrete.py --config=configs/imagenet256_H_flow.py
 
-Expected: 100,000 steps of batch 1024, 80 epochs, 21.6 hours of eight H200s by the measured 173
-images a second each and 95% scaling. No FID of such a network is known; the run has not been made.
+Expected: 80 epochs in 21.6 hours of eight H200s by the measured 173 images a second each and 95%
+scaling, without the head. The run has not been made.
 """
 
 from configs import imagenet256_L_flow

@@ -147,22 +147,19 @@ def _frechet_distance(generated, real):
 
 
 def _real_halves(generated, real):
-    """How random halves of the real images compare, the floor for generated images: the mean of
-    HALVINGS pairs, of one pair of features wider than WIDE, whose distance takes seconds; `ratio`
-    is the generated images' distance over it.
+    """The floor for generated images: the mean distance of HALVINGS random pairs of halves of the
+    real images (one pair of features wider than WIDE: seconds); `ratio` is the images' own over it.
     """
-    n, device = len(real.features) if real.features is not None else 0, real.mu.device
-    if real.source["file"] or n < 4:  # a half needs a covariance
+    if real.source["file"] or len(real.features) < 4:  # a half needs a covariance
         return {}
     rng, distances = torch.Generator().manual_seed(1234), []
     for _ in range(HALVINGS if real.features.shape[1] <= WIDE else 1):
-        order = torch.randperm(n, generator=rng).numpy()
-        halves = np.split(real.features[order], [n // 2])
-        found = _frechet_distance(*(make_feature_set(half, device) for half in halves))
-        distances.append(found["frechet_distance"])
-    mean = float(np.mean(distances))
-    ratio = _frechet_distance(generated, real)["frechet_distance"] / mean
-    floor = {"frechet_distance": mean, "pairs": len(distances), "ratio": ratio}
+        order = torch.randperm(len(real.features), generator=rng)
+        halves = np.split(real.features[order.numpy()], [len(order) // 2])
+        first, second = (make_feature_set(half, real.mu.device) for half in halves)
+        distances += _frechet_distance(first, second).values()
+    mean, own = np.mean(distances).item(), _frechet_distance(generated, real)["frechet_distance"]
+    floor = {"frechet_distance": mean, "pairs": len(distances), "ratio": own / mean}
     return {"real_halves": {**floor, "class_agreement": real.agreement}}
 
 
