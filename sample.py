@@ -1,6 +1,6 @@
 """Draw pictures from a checkpoint; needs neither data set nor statistics.
 
-    python sample.py --nnet_path=workdir/digits_T_flow/default/ckpts/1200.ckpt \\
+    python sample.py --nnet_path=workdir/digits_T_flow/default/ckpts/1000.ckpt \\
         --classes=3,7 --seed=0 --n=4 --out=grid.png
 """
 
