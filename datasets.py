@@ -177,7 +177,8 @@ _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 class ImageFolder(ImageDataset):
     """Images below a directory or in a zip file, cropped in the centre to (3, resolution,
-    resolution), with the classes of libs.data.label_images.
+    resolution), with the classes of libs.data.label_images. Without a resolution, the first image's
+    smaller side.
 
     An unreadable image is named in a warning and the next readable one stands in for it, label
     included, so that no other image changes its place; more than MAX_UNREADABLE of them, counted
@@ -194,6 +195,7 @@ class ImageFolder(ImageDataset):
             said = f"all images of {self.root} are read, those of {', '.join(sorted(splits))}"
             warnings.warn(f"{said} alike: to read one, name it in the path", stacklevel=2)
         self.unreadable = multiprocessing.RawArray("b", len(self.files))  # workers share it
+        resolution = resolution or data.read_side(self.root, self.files[0])
         self.preprocessing = f"RGB, centre crop to {resolution} (ADM: box halvings, then bicubic)"
         if labels:
             targets, self.class_names = data.label_images(self.root, self.files)

@@ -3,11 +3,12 @@
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./eval.py \\
         --config=configs/cifar10_S_DiM.py --nnet_path=CHECKPOINT
     python eval.py --config=configs/digits_T_DiM.py --nnet_path=CHECKPOINT
+    python eval.py --images=FOLDER_OR_NPZ --config.dataset.fid_stats=STATISTICS.npz
 
 The same command resumes an interrupted evaluation.
 """
 
-from libs.evaluate import run_evaluation
+from libs.evaluate import measure_images, run_evaluation
 from libs.parts import load_weights, make_parts
 from libs.runtime import EVALUATION, make_accelerator, run_main
 
@@ -16,6 +17,9 @@ FLAGS = EVALUATION
 
 def main(args):
     config, accelerator = args.config, make_accelerator()
+    if args.images:
+        measure_images(args, config, accelerator)
+        return
     parts = make_parts(config, data="real")
     changes = load_weights(config, parts.model, args.nnet_path)
     run_evaluation(args, config, accelerator, **parts._asdict(), changes=changes)

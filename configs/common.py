@@ -37,7 +37,7 @@ RANGES = {
     "train.log_interval": _SOME, "train.eval_interval": _SOME, "train.save_interval": _SOME,
     "train.keep_last": _SOME, "train.grid_samples": _ANY, "train.fid_samples": _ANY,
     "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
-    "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
+    "sample.repeats": _SOME, "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
     "sample.internal_scale": _ANY, "sample.internal_interval": _SHARE,
 }  # fmt: skip
 CHOICES = {
@@ -106,6 +106,7 @@ def _make_train():
         save_interval=50_000,  # steps between checkpoints, each with its FID
         keep_last=placeholder(int),  # checkpoints that stay; without it, all
         fid_samples=10_000,  # images for FID in training; 0 for none
+        metrics="training",  # as sample.metrics
         tensorboard=False,
         wandb=False,  # offline unless WANDB_MODE says otherwise
     )
@@ -131,6 +132,9 @@ def _make_sample():
         adm_npz=placeholder(str),  # file of all images for ADM's evaluation suite
         features="inception",  # of libs.evaluate.FEATURES, or none: pictures without figures
         fid_weights_path=placeholder(str),  # the feature network's file, else its usual one
+        dinov2_path=placeholder(str),  # DINOv2's, for the metrics fd_dinov2 and mmd_dinov2
+        metrics="standard",  # METRICS and GROUPS of libs.evaluate.metrics, with commas between
+        repeats=1,  # evaluations by as many seeds: mean and spread
     )
 
 

@@ -122,10 +122,26 @@ def load_strict(module, tensors, source):
     module.load_state_dict(tensors)
 
 
-def read_arrays(path):
+def read_arrays(path, leave_out=()):
     """{name: array} of a .npz file; UserError if it is damaged, none or holds pickled objects."""
     with reading(path, ".npz file of plain arrays"), np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+        return {name: file[name] for name in file.files if name not in leave_out}
+
+
+def map_array(path, name):
+    """The array `name` of a .npz file, mapped if it is uncompressed, else read; None without it."""
+    with reading(path, ".npz file of plain arrays"), zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            return None
+        entry = archive.getinfo(f"{name}.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return read_arrays(path)[name]
+        with open(path, "rb") as file:
+            file.seek(entry.header_offset + 26)  # of the lengths of a name and of an extra field
+            file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
+            major, _ = np.lib.format.read_magic(file)
+            shape, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
+            return np.memmap(path, dtype, "r", file.tell(), shape)
 
 
 def read_idx(path):

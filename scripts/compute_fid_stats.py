@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import utils
 from datasets import get_dataset
-from libs.evaluate import FEATURES, Moments, extract_features, make_features, save_statistics
+from libs.evaluate import FEATURES, Extractors, Statistics, choose_metrics, extract_features
 from libs.runtime import REQUIRED, file_path, run_main
 
 FLAGS = {
@@ -24,6 +24,8 @@ FLAGS = {
     "resolution": (int, REQUIRED, "side of the images in pixels"),
     "features": (str, "inception", f"one of {', '.join(FEATURES)}"),
     "weights": (file_path, None, "the feature network's file; where it usually is if not given"),
+    "metrics": (str, "standard", "what the file will serve, as sample.metrics"),
+    "dinov2": (file_path, None, "DINOv2's file, for metrics in its features"),
     "out": (file_path, REQUIRED, "the .npz file to write"),
     "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
     "kept_features": (int, 10_000, "store the features of this many random images; 0 for none"),
@@ -43,8 +45,9 @@ def choose_stored(count, stored):
 
 def main(args):
     utils.file_to_write(args.out, "--out")
-    features = make_features(args.features, args.weights, args.device)
-    classify = getattr(features, "classify", None)
+    given = dict(metrics=choose_metrics(args.metrics, "--metrics"), dinov2_path=args.dinov2)
+    extractors = Extractors(args.features, args.weights, args.device, **given)
+    classify = extractors.classify
     given = dict(path=args.path, resolution=args.resolution, labels=bool(classify))
     dataset = get_dataset(args.dataset, **given)
     print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
@@ -53,21 +56,17 @@ def main(args):
     indices = [i * len(dataset) // count for i in range(count)]
     stored = choose_stored(count, args.kept_features)
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
-    batches = extract_features(dataset, indices, features, **loading)
-    moments, rows, agreeing = Moments(features.dim), [], 0
+    batches = extract_features(dataset, indices, extractors, **loading)
+    statistics, agreeing = Statistics(extractors), 0
     parts = tqdm(stored.split(args.batch_size))
     for (found, pixels, labels), chosen in zip(batches, parts, strict=True):
-        moments.update(found)
+        statistics.update(found, chosen)
         agreeing += (classify(pixels).cpu() == labels).sum().item() if classify else 0
-        rows.append(found[chosen])
-    mu, sigma = moments.mean_and_covariance()
-    record = {"count": count, "extractor": features.name, "resolution": args.resolution}
     images = f"{args.dataset}, {count} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
-    record["preprocessing"] = images
+    record = {"count": count, "resolution": args.resolution, "preprocessing": images}
     record |= {"class_agreement": agreeing / count} if classify else {}
-    rows = torch.cat(rows) if stored.any() else None
-    save_statistics(args.out, mu=mu, sigma=sigma, features=rows, **record)
-    print(f"wrote {args.out}: {record}")
+    statistics.save(args.out, **record)
+    print(f"wrote {args.out}: {extractors.name}, {record}")
 
 
 if __name__ == "__main__":

@@ -561,14 +561,15 @@ def test_fid_is_tried_again(in_process, monkeypatch, tmp_path, capsys):
     """It cannot be had at the start, which is said then, and can be at step 2."""
     found = iter([UserError("no network"), object(), object()])
 
-    def make_features(*arguments):
-        if isinstance(features := next(found), UserError):
-            raise features
-        return features
+    def make_extractors(*arguments):
+        if isinstance(extractors := next(found), UserError):
+            raise extractors
+        return extractors
 
-    monkeypatch.setattr(evaluate, "make_features", make_features)
+    monkeypatch.setattr(evaluate, "make_extractors", make_extractors)
     monkeypatch.setattr(evaluate, "load_real", lambda *arguments, **keywords: object())
-    monkeypatch.setattr(evaluate, "measure", lambda *a, **k: {"frechet_distance": 1.5})
+    monkeypatch.setattr(evaluate, "collect_features", lambda *a, **k: object())
+    monkeypatch.setattr(evaluate, "compute_metrics", lambda *a: {"frechet_distance": 1.5})
     changes = dict(train__n_steps=4, train__save_interval=2, train__grid_samples=0)
     words = runs.arguments(tmp_path, **changes, train__fid_samples=4, train__num_workers=0)
     assert in_process("train", words) == 0
@@ -628,8 +629,8 @@ def test_workers_that_cannot_pass_on_their_batches_end_the_run(
         ],
         "compute_fid_stats": [*data, f"--out={out}.npz"],
     }[script]  # fmt: skip
-    features = types.SimpleNamespace(dim=1)
-    monkeypatch.setattr("scripts.compute_fid_stats.make_features", lambda *names: features)
+    features = types.SimpleNamespace(dim=1, name="none")
+    monkeypatch.setattr("libs.evaluate.features.make_features", lambda *names: features)
     status = in_process(script if script == "train" else f"scripts.{script}", words)
     said = "".join(capsys.readouterr())
     runs.assert_one_sentence(status, said, "AF_UNIX path too long", "TMPDIR", "/dev/shm")

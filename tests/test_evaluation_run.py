@@ -19,7 +19,8 @@ import utils
 from libs.data.codec import PixelCodec
 from libs.evaluate import features as features_module
 from libs.evaluate import generate, metrics
-from libs.evaluate.features import Classifier, DigitsClassifierFeatures, load_real
+from libs.evaluate.features import Classifier, DigitsClassifierFeatures, Extractors
+from libs.evaluate.real import load_real, save_statistics
 from libs.evaluate.run import run_evaluation
 from libs.files import hash_file
 from libs.model.build import build_model
@@ -279,7 +280,9 @@ def test_features_and_metrics_by_name(files, tmp_path, monkeypatch):
 
     monkeypatch.setitem(features_module.FEATURES, "means", Means)
     monkeypatch.setitem(metrics.METRICS, "gap", gap)
-    result = evaluate(tmp_path, files, sample__features="means")
+    result = evaluate(
+        tmp_path, files, sample__features="means", sample__metrics="standard,gap"
+    )
     digits = open_dataset(parse(tmp_path).config)
     real = np.mean([digits[0, i][0].numpy() / 2 + 0.5 for i in range(len(digits))])
     # Real images are rounded to 8 bits.
@@ -327,23 +330,24 @@ def test_rows_of_classes(tmp_path):
 
 
 def test_measuring_in_training_gives_the_figures_of_an_evaluation(files, tmp_path):
-    """From sums instead of stored features; and nothing once a stop is asked for."""
+    """And nothing once a stop is asked for."""
     result = evaluate(tmp_path, files, seed=1, sample__n_samples=8)
     image_sampler = make_image_sampler(tmp_path, seed=1)
     image_sampler.model.load_state_dict(load_file(files / "a.safetensors"))
-    features = DigitsClassifierFeatures(files / "classifier.safetensors")
-    config = parse(tmp_path).config
-    real = load_real(config.dataset, features, open_dataset(config), side=8, device=CPU)
+    extractors = Extractors("digits_classifier", files / "classifier.safetensors", CPU)
+    config, names = parse(tmp_path).config, metrics.GROUPS["training"]
+    given = dict(metrics=names, side=8, device=CPU)
+    real = load_real(config.dataset, extractors, open_dataset(config), **given)
     accelerator = SimpleNamespace(
         device=CPU, process_index=0, num_processes=1, is_main_process=True,
         reduce=lambda tensor, how: tensor,
     )  # fmt: skip
-    measured = (image_sampler, features, real, accelerator)
-    found = generate.measure(*measured, n=8)
+    measured = (image_sampler, extractors, accelerator)
+    found = metrics.compute_metrics(generate.collect_features(*measured, n=8), real, names)
     # Batches of other sizes sum in another order.
     assert found["frechet_distance"] == pytest.approx(result["frechet_distance"], rel=1e-4)
     assert found["class_agreement"] == result["class_agreement"]
-    assert generate.measure(*measured, n=8, stop=lambda: True) is None
+    assert generate.collect_features(*measured, n=8, stop=lambda: True) is None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -378,22 +382,24 @@ class FirstPixels:
 
 
 @pytest.mark.parametrize("mode", ["cond", "uncond"])
-def test_real_images_are_measured_as_they_are(tmp_path, mode):
+def test_real_images_are_measured_as_they_are(tmp_path, mode, monkeypatch):
     config = parse(tmp_path, train__mode=mode).config
     whole = open_dataset(config)
-    first, features = FirstDigits(70, whole), FirstPixels()
-    real = load_real(config.dataset, features, first, side=8, device=CPU)
+    monkeypatch.setitem(features_module.FEATURES, "first_pixels", lambda *_: FirstPixels())
+    features, first = Extractors("first_pixels", None, CPU), FirstDigits(70, whole)
+    given = dict(metrics=["frechet_distance"], device=CPU)
+    real = load_real(config.dataset, features, first, side=8, **given)["features"]
     images = np.stack([whole[0, i][0].numpy() / 2 + 0.5 for i in range(70)])
     np.testing.assert_allclose(real.features, np.round(images[:, 0, 4, :2] * 255) / 255, atol=1e-6)
     zeros = np.mean([whole[0, i][1] == 0 for i in range(70)])
     assert real.agreement == (pytest.approx(zeros) if mode == "cond" else None)
     with pytest.raises(UserError, match="digits are 8 pixels wide, but the generated images 16"):
-        load_real(config.dataset, features, first, side=16, device=CPU)
+        load_real(config.dataset, features, first, side=16, **given)
     with pytest.raises(UserError, match="dataset.fid_stats names no statistics file"):
-        load_real(config.dataset, features, FirstDigits(10_001, whole), side=8, device=CPU)
+        load_real(config.dataset, features, FirstDigits(10_001, whole), side=8, **given)
     config.dataset.fid_stats = str(tmp_path / "absent.npz")
     with pytest.raises(UserError, match="there is no .*absent.npz: scripts/compute_fid_stats.py"):
-        load_real(config.dataset, features, first, side=8, device=CPU)
+        load_real(config.dataset, features, first, side=8, **given)
 
 
 class Enlarging(PixelCodec):
@@ -433,7 +439,7 @@ def write_statistics(files, path, resolution, m):
     """Changes of the config for a statistics file with the features of m images."""
     rows = np.random.default_rng(0).normal(size=(200, 128)).astype(np.float32)
     name = DigitsClassifierFeatures(files / "classifier.safetensors").name
-    metrics.save_statistics(
+    save_statistics(
         path, mu=rows.mean(0), sigma=np.cov(rows.T), count=200, extractor=name,
         resolution=resolution, preprocessing="none", features=rows[:m] if m else None,
     )  # fmt: skip

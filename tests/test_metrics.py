@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 
 from datasets import get_dataset
 from libs.evaluate import features as features_module
+from libs.evaluate import inception
 from libs.evaluate.features import (
     Classifier,
     DigitsClassifierFeatures,
     make_features,
 )
-from libs.evaluate.metrics import Moments, frechet_distance, load_statistics, save_statistics
+from libs.evaluate.metrics import Moments, frechet_distance
+from libs.evaluate.real import load_statistics, save_statistics
 from libs.files import hash_file
 from utils import UserError
 
@@ -118,7 +120,7 @@ def test_statistics_come_back_as_written(tmp_path):
     assert found.mu.tolist() == [0, 1, 2] and torch.equal(found.sigma, sigma)
     assert found.features.dtype == np.float32 and (found.features == rows.numpy()).all()
     assert found.source == {
-        "file": str(path), "sha256": hash_file(path), "count": 9, "known": True,
+        "file": str(path), "sha256": hash_file(path), "count": 9, "origin": "ours: none",
     }  # fmt: skip
     with np.load(path) as file:  # as pytorch-fid reads it
         assert file["mu"].shape == (3,) and file["sigma"].dtype == np.float64
@@ -129,7 +131,7 @@ def test_a_file_with_moments_only_is_taken(tmp_path):
     np.savez(tmp_path / "uvit.npz", mu=np.ones(3, np.float32), sigma=np.eye(3, dtype=np.float32))
     found = load_statistics(tmp_path / "uvit.npz", **EXPECT)
     assert found.mu.dtype == torch.float64 and found.features is None
-    assert not found.source["known"] and found.source["count"] is None
+    assert "mu and sigma alone" in found.source["origin"] and found.source["count"] is None
 
 
 @pytest.mark.parametrize(
@@ -175,7 +177,7 @@ def test_inception_features_are_pytorch_fids(inception_weights, tmp_path, monkey
     with pytest.raises(UserError, match="sha256 starts with .*, expected 6726825d"):
         make_features("inception", None, "cpu")
     digest = hash_file(inception_weights)[:8]
-    monkeypatch.setattr(features_module, "INCEPTION_SHA256_PREFIX", digest)
+    monkeypatch.setattr(inception, "INCEPTION_SHA256_PREFIX", digest)
     features = make_features("inception", inception_weights, "cpu")
     found = features(images)
     assert features.name == f"inception_v3_fid-{digest}"
@@ -245,15 +247,19 @@ def test_dinov2_is_timms_from_metas_file(tmp_path, registers):
     save_file(model.state_dict(), tmp_path / "timm.safetensors")
     images = torch.rand(2, 3, 80, 48, generator=rng)
     v = torchvision.transforms.functional
-    small = v.resize(images, [70, 42], v.InterpolationMode.BICUBIC, antialias=True)
-    with torch.no_grad():
+
+    @torch.no_grad()
+    def run(size):
+        small = v.resize(images, size, v.InterpolationMode.BICUBIC, antialias=True)
         small = v.normalize(small, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-        expected = model.forward_features(small)
+        return model.forward_features(small)
+
     for file in ("meta.pth", "timm.safetensors"):
         features = make_features("dinov2", tmp_path / file, "cpu")
         close = dict(rtol=1e-5, atol=1e-5)  # of rounding
-        torch.testing.assert_close(features.tokens(images), expected[:, 1 + registers :], **close)
-        torch.testing.assert_close(features(images), expected[:, 0], **close)
+        tokens = run([70, 42])[:, 1 + registers :]
+        torch.testing.assert_close(features.tokens(images), tokens, **close)
+        torch.testing.assert_close(features(images), run([224, 224])[:, 0], **close)
     assert features.name == f"dinov2-{hash_file(tmp_path / file)[:8]}" and features.dim == 128
 
 
@@ -313,7 +319,7 @@ def test_augmentation_moves_whole_images():
 def test_names_and_files_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="there is no .*absent: .*scripts/train_classifier"):
         make_features("digits_classifier", tmp_path / "absent", "cpu")
-    with pytest.raises(UserError, match="'vgg', expected one of inception, digits_classifier"):
+    with pytest.raises(UserError, match="'vgg', expected one of inception, inception_tf, digits"):
         make_features("vgg", None, "cpu")
     assert make_features("none", None, "cpu") is None
 
@@ -330,7 +336,7 @@ def test_compute_fid_stats_command(digits_classifier, tmp_path):
     np.testing.assert_allclose(found.mu, values.mean(0), rtol=1e-4, atol=1e-5)  # float32 features
     np.testing.assert_allclose(found.sigma, np.cov(values.T), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.features, values, rtol=1e-4, atol=1e-4)  # all of them
-    assert found.source["known"] and found.source["count"] == 100
+    assert found.source["origin"][:4] == "ours" and found.source["count"] == 100
     right = features.classify(images).numpy() == digits.labels[np.arange(100) * 1797 // 100]
     assert found.source["class_agreement"] == right.mean() > 0.95
     with np.load(path) as file:
@@ -358,7 +364,7 @@ class ChannelMeans:
 def test_compute_fid_stats_sees_the_values_of_pytorch_fid(tmp_path, monkeypatch):
     """A folder of PNG: uint8 / 255, as pytorch-fid's ToTensor has it, to the last bit."""
     script, features = load_script("compute_fid_stats"), ChannelMeans(3)
-    monkeypatch.setattr(script, "make_features", lambda *_: features)
+    monkeypatch.setattr(features_module, "make_features", lambda *_: features)
     pixels = np.random.default_rng(0).integers(256, size=(6, 16, 16, 3), dtype=np.uint8)
     (tmp_path / "png").mkdir()
     for i, image in enumerate(pixels):
@@ -382,7 +388,7 @@ def test_compute_fid_stats_stores_a_random_subset(tmp_path, monkeypatch, stored)
     script, found = load_script("compute_fid_stats"), []
     for batch_size in (7, 50):
         features = ChannelMeans(1)
-        monkeypatch.setattr(script, "make_features", lambda *_, features=features: features)
+        monkeypatch.setattr(features_module, "make_features", lambda *_, f=features: f)
         given = {"dataset": "digits", "resolution": 8, "max_images": 60, "kept_features": stored}
         out = tmp_path / f"{batch_size}.npz"
         script.main(flags_for(script, **given, batch_size=batch_size, out=str(out)))

@@ -174,7 +174,8 @@ def test_one_of_each_kind_from_training_to_figures(used, in_process, tmp_path, c
     features = tmp_path / "classifier.safetensors"
     save_file(Classifier(channels=1, num_classes=10).state_dict(), features)
     changes = dict(
-        sample__n_samples=8, sample__mini_batch_size=4, sample__fid_weights_path=features
+        sample__n_samples=8, sample__mini_batch_size=4, sample__fid_weights_path=features,
+        sample__metrics="standard,first_feature",
     )
     words = [*runs.arguments(tmp_path / "run", **changes), f"--config={config}"]
     assert in_process("eval", [*words, f"--nnet_path={weights}"]) == 0

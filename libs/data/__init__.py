@@ -1,7 +1,8 @@
 """Images, latents, the autoencoder, codecs, and the order in which training reads.
 
 list_images, label_images      the images of a folder or zip file, and their classes
-read_square, UnreadableImage   an image's pixels, cropped; a damaged image
+read_square, read_side         an image's pixels, cropped; its smaller side
+UnreadableImage                a damaged image
 open_latents, LatentWriter     cached latents; makes them
 load_autoencoder, Scaling      a KL autoencoder out of a file; of its latents
 PixelCodec, make_latent_codec  a data set's items, or images <-> the network's z
@@ -11,7 +12,7 @@ keyed_words                    random words for an item
 
 from libs.data.autoencoder import Scaling, load_autoencoder
 from libs.data.codec import PixelCodec, make_latent_codec
-from libs.data.images import UnreadableImage, label_images, list_images, read_square
+from libs.data.images import UnreadableImage, label_images, list_images, read_side, read_square
 from libs.data.latent_writer import LatentWriter
 from libs.data.official_latents import open_latents
 from libs.data.order import GlobalBatchSampler, keyed_words

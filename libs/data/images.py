@@ -138,6 +138,13 @@ def crop_square(image, resolution):
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def read_side(root, name):
+    """The smaller side in pixels of the image `name` below `root`."""
+    file = io.BytesIO((_mount(root, os.getpid()) / name).read_bytes())
+    with reading(root / name, "image"), Image.open(file, formats=FORMATS) as image:
+        return min(image.size)
+
+
 def read_square(root, name, resolution):
     """`crop_square` of the image `name` below `root` as uint8 (3, resolution, resolution), RGB.
 

@@ -1,21 +1,34 @@
 """Pictures from a trained network, and their figures.
 
-run_evaluation, measure             a whole evaluation; Frechet distance in training
+run_evaluation, measure_images      a whole evaluation: of a network, of pictures in files
+describe_setting                    the setting of a result in one line
 make_image_sampler                  images by index, of a config
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
+collect_features                    features of a training's images, over all processes
 FEATURES, make_features             name -> feature network; one by its name
+Extractors, make_extractors         the feature networks that metrics need, in one; of a config
 extract_features, load_real         features of a data set's images, by batches; of real images
-METRICS, Moments, save_statistics   name -> f(generated, real) -> figures; sums; a statistics file
+METRICS, choose_metrics             name -> f(generated, real) -> figures; names in a text
+compute_metrics                     figures of features
+Statistics                          sums of features, for a statistics file
 Classifier                          for its training
 """
 
 from libs.evaluate.features import (
     FEATURES,
     Classifier,
+    Extractors,
     extract_features,
-    load_real,
+    make_extractors,
     make_features,
 )
-from libs.evaluate.generate import draw_rows, make_grid_images, make_image_sampler, measure
-from libs.evaluate.metrics import METRICS, Moments, save_statistics
-from libs.evaluate.run import run_evaluation
+from libs.evaluate.generate import (
+    collect_features,
+    draw_rows,
+    make_grid_images,
+    make_image_sampler,
+)
+from libs.evaluate.metrics import METRICS, choose_metrics, compute_metrics
+from libs.evaluate.real import Statistics, load_real
+from libs.evaluate.report import describe_setting
+from libs.evaluate.run import measure_images, run_evaluation

@@ -1,65 +1,19 @@
-"""Features of images: the networks that extract them, by name, and the features of real images."""
+"""Features of images: the networks that extract them, by name."""
 
 import hashlib
 import math
 from pathlib import Path
-from unittest import mock
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from libs.evaluate.metrics import load_statistics, make_feature_set
+from libs.evaluate.inception import InceptionFeatures, TensorFlowInceptionFeatures
+from libs.evaluate.metrics import KINDS
 from libs.files import hash_file, load_strict, read_arrays, read_safetensors, read_torch, reading
 from libs.runtime import read_batches
 from utils import UserError, look_up
-
-# As in the published file's name, pt_inception-2015-12-05-6726825d.pth.
-INCEPTION_SHA256_PREFIX = "6726825d"
-
-
-def _find_inception_weights():
-    """The file in torch hub's cache (under TORCH_HOME), downloaded from pytorch-fid if absent."""
-    from pytorch_fid.inception import FID_WEIGHTS_URL
-
-    path = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[-1])
-    try:
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), INCEPTION_SHA256_PREFIX)
-        return path
-    except Exception as error:  # of the network, the disk or the hash
-        raise UserError(
-            f"the FID network's weights could not be downloaded ({error}): put {path.name} into "
-            f"{path.parent}, or give sample.fid_weights_path (--weights of compute_fid_stats.py)"
-        ) from error
-
-
-class InceptionFeatures:
-    """pool3 features (2048) of the FID Inception, as pytorch-fid computes them; UserError for
-    weights other than the published ones. path None: torch hub's cache, else a download.
-    """
-
-    dim = 2048
-
-    def __init__(self, path=None, device="cpu"):
-        from pytorch_fid import inception
-
-        path = path or _find_inception_weights()
-        digest = hash_file(path)
-        if not digest.startswith(INCEPTION_SHA256_PREFIX):
-            expected = f"with {digest[:8]}, expected {INCEPTION_SHA256_PREFIX}"
-            raise UserError(f"{path} has not pytorch-fid's weights: its sha256 starts {expected}")
-        self.name, self.device = f"inception_v3_fid-{digest[:8]}", device
-        weights = read_torch(path)
-        # pytorch-fid downloads in its constructor: it is handed the checked weights instead.
-        with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: weights):
-            self.network = inception.InceptionV3().eval().to(device)
-
-    @torch.inference_mode()
-    def __call__(self, images):
-        """images float32 (B, 3, H, W) in [0, 1], any size -> float32 (B, 2048)."""
-        return self.network(images.to(self.device, torch.float32))[0].flatten(1)
 
 
 def _read_tensors(path, usual):
@@ -135,8 +89,10 @@ class Dinov2Features:
     """DINOv2 (Oquab et al., arXiv 2304.07193) of any size, with or without registers, by timm, from
     Meta's file or timm's .safetensors. Nothing is downloaded.
 
-    An image is resized to 14/16 of its side: a token stands for 16 x 16 of its pixels, as in REPA
-    (arXiv 2410.06940). Inside autocast the network computes in its precision.
+    For tokens an image is resized to 14/16 of its side: a token stands for 16 x 16 of its pixels,
+    as in REPA (arXiv 2410.06940). For the class token it is resized to 224 pixels, as the Frechet
+    distance takes it (EDM2, arXiv 2312.02696). Inside autocast the network computes in its
+    precision.
     """
 
     def __init__(self, path=None, device="cpu"):
@@ -155,31 +111,34 @@ class Dinov2Features:
                 dynamic_img_size=True,
             )  # fmt: skip
         self.network.eval().requires_grad_(False).to(device)
-        self.name, self.device = f"dinov2-{hash_file(path)[:8]}", device
+        self.sha256, self.device = hash_file(path), device
+        self.name = f"dinov2-{self.sha256[:8]}"
         imagenet = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)], device=device)
         self.mean, self.std = imagenet[:, :, None, None]
 
     @torch.no_grad()
-    def _run(self, images):
+    def _run(self, images, size):
         """images (B, 3 or 1, H, W) in [0, 1] -> float32 (B, 1 + registers + N, dim)."""
-        size = [14 * (side // 16) for side in images.shape[2:]]
         images = images.to(self.device, torch.float32)
         images = F.interpolate(images, size, mode="bicubic", antialias=True)
         return self.network.forward_features((images - self.mean) / self.std).float()
 
     def __call__(self, images):
         """images float32 (B, 3, H, W) in [0, 1] -> class tokens, float32 (B, dim)."""
-        return self._run(images)[:, 0]
+        return self._run(images, (224, 224))[:, 0]
 
     def tokens(self, images):
         """images float32 (B, 3, H, W) in [0, 1] -> float32 (B, H/16 W/16, dim), in raster order."""
-        return self._run(images)[:, self.network.num_prefix_tokens :]
+        size = [14 * (side // 16) for side in images.shape[2:]]
+        return self._run(images, size)[:, self.network.num_prefix_tokens :]
 
 
 # name -> class(path or None, device) with `name`, `dim`, a call images (B, C, H, W) in [0, 1] ->
-# (B, dim) and, if it has them, `classify`: images -> labels (B,); `tokens`: images -> (B, N, dim).
-FEATURES = {"inception": InceptionFeatures, "digits_classifier": DigitsClassifierFeatures}
-FEATURES |= {"classifier": ClassifierFeatures, "dinov2": Dinov2Features}
+# (B, dim) and, if it has them, `classify`: images -> labels (B,); `tokens`: images -> (B, N, dim);
+# `kinds` {name: width} and `extract`: images -> {name: (B, width)}, the call's among them.
+FEATURES = {"inception": InceptionFeatures, "inception_tf": TensorFlowInceptionFeatures}
+FEATURES |= {"digits_classifier": DigitsClassifierFeatures, "classifier": ClassifierFeatures}
+FEATURES |= {"dinov2": Dinov2Features}
 
 
 def make_features(name, path, device):
@@ -187,8 +146,57 @@ def make_features(name, path, device):
     return None if name == "none" else look_up(FEATURES, name, "sample.features")(path, device)
 
 
-MEASURE_UP_TO = 10_000  # images of a data set without a statistics file
-BATCH = 50  # images at a time through the feature network, 1 GB of Inception's activations
+BATCH = 100  # images at a time through the feature networks, 2 GB of Inception's activations
+
+
+class Extractors:
+    """The feature networks that the metrics `names` need: one pass over images serves all.
+
+    name, path: of the first, sample.features, whose features are the kind `features`, its classes
+    those of `classify`; dinov2_path: the file of DINOv2 for the kind `dinov2`. dims: the width of
+    each kind. UserError: kinds that the networks do not have.
+    """
+
+    def __init__(self, name, path, device, *, metrics=(), dinov2_path=None):
+        wanted = {KINDS.get(metric, "features"): metric for metric in metrics}
+        self.first, self.second = make_features(name, path, device), None
+        self.name, self.classify = self.first.name, getattr(self.first, "classify", None)
+        widths = {"features": self.first.dim, **getattr(self.first, "kinds", {})}
+        if "dinov2" in wanted:
+            self.second = make_features("dinov2", dinov2_path, device)
+            widths["dinov2"] = self.second.dim
+        if missing := wanted.keys() - widths.keys():
+            raise UserError(
+                f"the metric {wanted[missing.pop()]} needs Inception: set "
+                "--config.sample.features=inception or inception_tf, or leave it out"
+            )
+        self.dims = {kind: widths[kind] for kind in dict.fromkeys(["features", *wanted])}
+        self.names = dict.fromkeys(self.dims, self.name)  # of the network of each kind
+        if self.second:
+            self.names["dinov2"] = self.second.name
+
+    def describe(self):
+        """{name: sha256 of its file or None} for records."""
+        networks = [network for network in (self.first, self.second) if network]
+        return {network.name: getattr(network, "sha256", None) for network in networks}
+
+    def _extract(self, images):
+        extract = getattr(self.first, "extract", None)
+        found = extract(images) if extract else {"features": self.first(images)}
+        return found | ({"dinov2": self.second(images)} if self.second else {})
+
+    def __call__(self, images):
+        """images (B, C, H, W) in [0, 1] -> {kind: float32 (B, width)}."""
+        parts = [self._extract(part) for part in images.split(BATCH)]
+        return {kind: torch.cat([part[kind] for part in parts]) for kind in self.dims}
+
+
+def make_extractors(settings, metrics, device):
+    """The Extractors of config.sample for `metrics`; None where sample.features is 'none'."""
+    if settings.features == "none":
+        return None
+    paths = dict(path=settings.fid_weights_path, dinov2_path=settings.dinov2_path)
+    return Extractors(settings.features, device=device, metrics=metrics, **paths)
 
 
 def round_to_8_bit(images):
@@ -196,44 +204,17 @@ def round_to_8_bit(images):
     return (images * 255).round() / 255
 
 
-def extract_features(dataset, indices, features, *, batch_size=BATCH, num_workers=0):
-    """For each batch of the images `indices` of a data set: features (B, dim), images (B, C, H, W)
-    as 8-bit files hold them, and labels (B,), all on the CPU.
+def to_images(pixels, device="cpu"):
+    """uint8 array (B, H, W, 3) -> float32 (B, 3, H, W) in [0, 1] on `device`."""
+    return torch.from_numpy(np.array(pixels)).to(device).permute(0, 3, 1, 2) / 255
+
+
+def extract_features(dataset, indices, extractors, *, batch_size=BATCH, num_workers=0):
+    """For each batch of the images `indices` of a data set: {kind: features (B, width)}, images
+    (B, C, H, W) as 8-bit files hold them, and labels (B,), all on the CPU.
     """
     order = dict(batch_size=batch_size, sampler=[(0, index) for index in indices])
     rng = torch.Generator()  # a DataLoader draws; not from the training's stream
     for x, y in read_batches(dataset, num_workers=num_workers, generator=rng, **order):
         images = round_to_8_bit(x * 0.5 + 0.5)
-        yield features(images).cpu(), images, y
-
-
-def load_real(settings, features, dataset, *, side, device):
-    """The FeatureSet of the real images: of the statistics file dataset.fid_stats if it is given,
-    else of `dataset`, not augmented or None, measured here. settings: config.dataset; side: of the
-    generated images in pixels. UserError: neither a file nor a data set of few images; they do not
-    fit the generated ones.
-    """
-    if settings.fid_stats:
-        return load_statistics(
-            settings.fid_stats, extractor=features.name, resolution=side, dim=features.dim
-        )
-    if dataset is None or getattr(dataset, "latent", False) or len(dataset) > MEASURE_UP_TO:
-        raise UserError(
-            "dataset.fid_stats names no statistics file: make one with "
-            "scripts/compute_fid_stats.py, and pass --config.dataset.fid_stats=FILE"
-        )
-    if dataset.shape[-1] != side:
-        raise UserError(
-            f"the images of the data set {settings.name} are {dataset.shape[-1]} pixels wide, but "
-            f"the generated images {side}: give dataset.resolution or dataset.fid_stats that fit"
-        )
-    classify = getattr(features, "classify", None) if dataset.num_classes else None
-    rows, agreeing = [], 0
-    for found, images, labels in extract_features(dataset, range(len(dataset)), features):
-        rows.append(found)
-        if classify:
-            agreeing += (classify(images).cpu() == labels).sum().item()
-    identity = {"dataset": settings.name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
-    source = {"file": None, "count": len(dataset), "known": True, "images": identity}
-    agreement = agreeing / len(dataset) if classify else None
-    return make_feature_set(torch.cat(rows).numpy(), device, agreement=agreement, source=source)
+        yield {kind: rows.cpu() for kind, rows in extractors(images).items()}, images, y

@@ -11,7 +11,7 @@ from tqdm import tqdm
 import utils
 from libs.diffusion import ImageNoise, choose_sampler, count_calls, make_guided, sample
 from libs.evaluate.features import round_to_8_bit
-from libs.evaluate.metrics import IN_TRAINING, FeatureSet, Moments, compute_metrics
+from libs.evaluate.metrics import make_feature_set
 from libs.ops import turn_on_fp8
 from libs.runtime import SamplingNetwork
 from utils import UserError
@@ -110,6 +110,10 @@ class ImageSampler:
             output, z_T = self._guide(network, y), noise.initial().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
 
+    def iterate(self, batches):
+        """The images of each of `batches`, lists of indices."""
+        return map(self, batches)
+
     def __enter__(self):
         return self
 
@@ -140,20 +144,21 @@ def require_finite(images, indices):
         )
 
 
-def iter_features(image_sampler, features, batches, *, quiet, stop=lambda: False):
+def iter_features(source, extractors, batches, *, quiet, stop=lambda: False):
     """For each of `batches` (lists of indices), until stop() is true: indices, images (B, C, H, W)
-    as 8-bit files hold them, features (B, dim), and bool (B,), which images are classified as their
-    labels. The last two are None where they are not defined.
+    as 8-bit files hold them, {kind: features (B, width)}, empty without extractors, and bool (B,),
+    which images are classified as their labels, or None. source: an ImageSampler or StoredImages.
     """
-    classify = getattr(features, "classify", None) if image_sampler.conditional else None
-    with tqdm(total=sum(map(len, batches)), desc="sampling", unit="img", disable=quiet) as bar:
+    classify = extractors.classify if extractors and source.conditional else None
+    made = source.iterate(batches)
+    with tqdm(total=sum(map(len, batches)), desc="images", unit="img", disable=quiet) as bar:
         for indices in batches:
             if stop():
                 return
-            images, correct = round_to_8_bit(image_sampler(indices)), None
+            images, correct = round_to_8_bit(next(made)), None
             if classify:
-                correct = classify(images) == image_sampler.get_labels(indices).to(images.device)
-            yield indices, images, features and features(images), correct
+                correct = classify(images) == source.get_labels(indices).to(images.device)
+            yield indices, images, extractors(images) if extractors else {}, correct
             bar.update(len(indices))
 
 
@@ -163,28 +168,33 @@ def _deal_indices(n, mini_batch_size, accelerator):
     return [list(indices[i : i + mini_batch_size]) for i in range(0, len(indices), mini_batch_size)]
 
 
-def measure(image_sampler, features, real, accelerator, *, n, stop=lambda: False):
-    """The figures of images 0..n-1, made on all processes, sums alone leave a process: dict for the
-    log of a training. None if stop() came true, and on processes without `real`. UserError on every
+def collect_features(image_sampler, extractors, accelerator, *, n, stop=lambda: False):
+    """{kind: FeatureSet} of images 0..n-1, made on all processes, on the CPU, in the order of the
+    images. None if stop() came true, and on all processes but the main one. UserError on every
     process if an image contains NaN.
     """
-    moments, agreement = Moments(features.dim, accelerator.device), None
-    agreeing = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    widths, device = extractors.dims, accelerator.device
+    rows = {kind: torch.zeros(n, width, device=device) for kind, width in widths.items()}
+    agreeing, count = torch.zeros(2, device=device)
     batches = _deal_indices(n, image_sampler.settings.mini_batch_size, accelerator)
     quiet = not accelerator.is_main_process
-    made = iter_features(image_sampler, features, batches, quiet=quiet, stop=stop)
+    made = iter_features(image_sampler, extractors, batches, quiet=quiet, stop=stop)
     with image_sampler:
-        for _, _, rows, correct in made:
-            moments.update(rows)
+        for indices, _, found, correct in made:
+            for kind, own in rows.items():
+                own[indices] = found[kind].to(own)
             agreeing += 0 if correct is None else correct.sum()
-    for tensor in (moments.count, moments.sum, moments.outer, agreeing):
-        tensor.copy_(accelerator.reduce(tensor, "sum"))
-    if moments.count.item() < n:
+            count += len(indices)
+    rows = {kind: accelerator.reduce(own, "sum").cpu() for kind, own in rows.items()}
+    agreeing, count = (accelerator.reduce(x, "sum").item() for x in (agreeing, count))
+    if count < n:
         return None
-    if hasattr(features, "classify") and image_sampler.conditional:
-        agreement = agreeing.item() / n
-    generated = FeatureSet(*moments.mean_and_covariance(), agreement=agreement)
-    return compute_metrics(generated, real, IN_TRAINING) if real else None
+    require_finite(rows["features"], range(n))
+    if not accelerator.is_main_process:
+        return None
+    classified = extractors.classify and image_sampler.conditional
+    agreement = agreeing / n if classified else None
+    return {k: make_feature_set(x.numpy(), "cpu", agreement=agreement) for k, x in rows.items()}
 
 
 def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):

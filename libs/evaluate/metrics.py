@@ -1,16 +1,16 @@
 """Metrics of generated images: functions of the features of two sets of images, by name.
 
-A new metric is a function f(generated, real) -> {figure: value} of two FeatureSets, in METRICS.
+A new metric is a function f(generated, real) -> {its name: value} of two FeatureSets, in METRICS;
+sample.metrics names it.
 """
 
+import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from libs.files import hash_file, read_arrays
-from utils import UserError, replacing
+from utils import UserError, look_up
 
 BLOCK = 5000  # rows of features at a time; 5,000 x 5,000 distances in float64 are 200 MB
 
@@ -87,7 +87,6 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, distance.item())  # below zero only by rounding
 
 
-NEIGHBOURS = 3  # the paper's k, and ADM's
 # Squared distances below this share of the squared norms are 0: of equal rows, the products leave
 # about 1e-15, and a row is to be in the ball of radius 0 of its equal.
 ROUNDING = 1e-12
@@ -112,38 +111,53 @@ def _squared_radii(features, k, device):
     return torch.cat(radii)
 
 
-def _share_inside(points, manifold, squared_radii, device):
-    """The share of rows of `points` that lie in a ball around a row of `manifold`."""
-    count = 0
-    for rows in iter_blocks(points, device):
-        inside = torch.zeros(len(rows), dtype=torch.bool, device=device)
-        others = zip(iter_blocks(manifold, device), squared_radii.split(BLOCK), strict=True)
-        for centres, radii in others:
-            inside |= (_squared_distances(rows, centres) <= radii).any(1)
-        count += inside.sum().item()
-    return count / len(points)
+def density_coverage(real, generated, device="cpu", k=5):
+    """Density and coverage of Naeem et al. 2020 (arXiv 2002.09797, eq. 4 and 5) of float arrays
+    (m, dim) and (n, dim) with more than k rows: {'density', 'coverage', 'k', 'real', 'generated'}.
 
-
-def precision_recall(real, generated, device="cpu", k=NEIGHBOURS):
-    """Precision and recall of Kynkäänniemi et al. 2019 (arXiv 1904.06991) of float arrays (m, dim)
-    and (n, dim) with more than k rows: {'precision', 'recall', 'k', 'real': m, 'generated': n}.
-
-    A set's manifold is the union of balls around its features, each reaching to the k-th nearest
-    other feature of the set (eq. 1). Precision is the share of generated features in the real
-    manifold, and recall the share of real features in the generated manifold (eq. 2).
+    Around each real feature lies a ball to its k-th nearest real feature. Density is the number of
+    balls that hold a generated feature, over k, its mean over these features; coverage the share of
+    balls that hold one.
     """
-    precision = _share_inside(generated, real, _squared_radii(real, k, device), device)
-    recall = _share_inside(real, generated, _squared_radii(generated, k, device), device)
-    counts = {"k": k, "real": len(real), "generated": len(generated)}
-    return {"precision": precision, "recall": recall, **counts}
+    radii, inside, covered = _squared_radii(real, k, device), 0, 0
+    blocks = zip(iter_blocks(real, device), radii.split(BLOCK), strict=True)
+    for centres, squared in blocks:
+        held = torch.zeros(len(centres), device=device)
+        for rows in iter_blocks(generated, device):
+            held += (_squared_distances(centres, rows) < squared[:, None]).sum(1)
+        inside, covered = inside + held.sum().item(), covered + (held > 0).sum().item()
+    shares = {"density": inside / (k * len(generated)), "coverage": covered / len(real)}
+    return {**shares, "k": k, "real": len(real), "generated": len(generated)}
+
+
+SIGMA, SCALE = 10, 1000
+
+
+def maximum_mean_discrepancy(real, generated, device="cpu"):
+    """SCALE times the squared MMD of float arrays (m, dim) and (n, dim), with CMMD's kernel and
+    biased estimate (Jayasumana et al. 2024, arXiv 2401.09603, eq. 4): features scaled to length 1,
+    exp(-|x - y|^2 / (2 SIGMA^2)), pairs of a row with itself included.
+    """
+
+    def compare(a, b):
+        """The mean kernel less 1, whose digits float32 would lose beside 1."""
+        total = 0.0
+        for x in iter_blocks(a, device):
+            x = torch.nn.functional.normalize(x).float()
+            for y in iter_blocks(b, device):
+                cosines = x @ torch.nn.functional.normalize(y).float().T
+                total += cosines.sub_(1).div_(SIGMA**2).expm1_().sum(dtype=torch.float64).item()
+        return total / (len(a) * len(b))
+
+    sums = compare(real, real) + compare(generated, generated) - 2 * compare(real, generated)
+    return SCALE * sums
 
 
 HALVINGS, WIDE = 20, 512
 
 
-def _frechet_distance(generated, real):
-    distance = frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
-    return {"frechet_distance": distance}
+def _distance(generated, real):
+    return frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
 
 
 def _real_halves(generated, real):
@@ -156,68 +170,115 @@ def _real_halves(generated, real):
     for _ in range(HALVINGS if real.features.shape[1] <= WIDE else 1):
         order = torch.randperm(len(real.features), generator=rng)
         halves = np.split(real.features[order.numpy()], [len(order) // 2])
-        first, second = (make_feature_set(half, real.mu.device) for half in halves)
-        distances += _frechet_distance(first, second).values()
-    mean, own = np.mean(distances).item(), _frechet_distance(generated, real)["frechet_distance"]
+        distances.append(_distance(*(make_feature_set(half, real.mu.device) for half in halves)))
+    mean, own = np.mean(distances).item(), _distance(generated, real)
     floor = {"frechet_distance": mean, "pairs": len(distances), "ratio": own / mean}
     return {"real_halves": {**floor, "class_agreement": real.agreement}}
 
 
+def _tensors(generated, real):
+    return (torch.from_numpy(x.features).to(generated.mu.device) for x in (generated, real))
+
+
+def _inception_score(generated, real):
+    """Salimans et al. 2016 (arXiv 1606.03498), over SPLITS parts in a random order."""
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    logits = torch.from_numpy(generated.features).to(generated.mu.device)
+    found = isc_features_to_metric(logits, SPLITS)
+    mean, std = found["inception_score_mean"], found["inception_score_std"]
+    return {"inception_score": {"mean": mean, "std": std, "splits": SPLITS}}
+
+
+def _kid(generated, real):
+    """Bińkowski et al. 2018 (arXiv 1801.01401): cubic kernel, mean over random subsets."""
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(SUBSET_SIZE, len(generated.features), len(real.features))
+    subsets = dict(kid_subsets=SUBSETS, kid_subset_size=size)
+    found = kid_features_to_metric(*_tensors(generated, real), **subsets, verbose=False)
+    figures = {key: found[f"kernel_inception_distance_{key}"] for key in ("mean", "std")}
+    return {"kid": {**figures, "subsets": SUBSETS, "subset_size": size}}
+
+
 def _precision_recall(generated, real):
-    """None where real features are unknown, or there are no k-th neighbours."""
-    sets, found = (real.features, generated.features), None
-    if all(features is not None and len(features) > NEIGHBOURS for features in sets):
-        found = precision_recall(*sets, generated.mu.device)
-    return {"precision_recall": found}
+    """Kynkäänniemi et al. 2019 (arXiv 1904.06991). None without torch-fidelity, where real features
+    are unknown, or where there are no k-th neighbours.
+    """
+    sets = (generated.features, real.features)
+    if any(rows is None or len(rows) <= NEIGHBOURS for rows in sets) or not _has_fidelity():
+        return {"precision_recall": None}
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    options = dict(prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
+    found = prc_features_to_metric(*_tensors(generated, real), **options)
+    shares = {key: found[key] for key in ("precision", "recall")}
+    counts = {"k": NEIGHBOURS, "real": len(real.features), "generated": len(generated.features)}
+    return {"precision_recall": {**shares, **counts}}
 
 
+def _density_coverage(generated, real):
+    found = density_coverage(real.features, generated.features, generated.mu.device)
+    return {"density_coverage": found}
+
+
+def _mmd(generated, real):
+    mmd = maximum_mean_discrepancy(real.features, generated.features, generated.mu.device)
+    return {"mmd_dinov2": mmd}
+
+
+SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000  # torch-fidelity's, and papers'
+NEIGHBOURS = 3  # the paper's k, and ADM's
 # name -> f(generated, real) -> {figure: value for json}; FeatureSets, real.features may be None.
 METRICS = {
-    "frechet_distance": _frechet_distance,
-    "class_agreement": lambda generated, real: {"class_agreement": generated.agreement},
+    "frechet_distance": lambda made, real: {"frechet_distance": _distance(made, real)},
+    "class_agreement": lambda made, real: {"class_agreement": made.agreement},
     "real_halves": _real_halves,
     "precision_recall": _precision_recall,
+    "inception_score": _inception_score,
+    "sfid": lambda made, real: {"sfid": _distance(made, real)},
+    "kid": _kid,
+    "density_coverage": _density_coverage,
+    "fd_dinov2": lambda made, real: {"fd_dinov2": _distance(made, real)},
+    "mmd_dinov2": _mmd,
 }
-IN_TRAINING = ("frechet_distance", "class_agreement", "real_halves")  # need moments alone
+GROUPS = {
+    "training": ("frechet_distance", "class_agreement", "real_halves"),
+    "standard": ("frechet_distance", "class_agreement", "real_halves", "precision_recall"),
+    "adm": ("frechet_distance", "sfid", "inception_score", "precision_recall"),
+    "dinov2": ("fd_dinov2", "mmd_dinov2"),
+}
+# The kind of features, where it is not `features`, those of sample.features.
+KINDS = {"inception_score": "logits", "sfid": "spatial"}
+KINDS |= {"fd_dinov2": "dinov2", "mmd_dinov2": "dinov2"}
+WITHOUT_REAL = ("class_agreement", "inception_score")
+NEED_ROWS = ("kid", "density_coverage", "mmd_dinov2")  # the features of real images, not moments
 
 
-def compute_metrics(generated, real, names=METRICS):
-    """The figures of the METRICS `names`: dict. Without real images, None of the usual ones."""
-    if real is None:
-        return {"frechet_distance": None, "class_agreement": None, "precision_recall": None}
-    return {key: x for name in names for key, x in METRICS[name](generated, real).items()}
+def _has_fidelity():
+    return importlib.util.find_spec("torch_fidelity") is not None
 
 
-def save_statistics(path, *, mu, sigma, features=None, **record):
-    """Write an .npz that pytorch-fid reads too. features: (m, dim) of some random images; record:
-    count, extractor, resolution and preprocessing of all, class_agreement where it is known.
+def choose_metrics(text, key="sample.metrics"):
+    """The names of METRICS in `text`, names and GROUPS with commas between. UserError: none such,
+    or it needs torch-fidelity, which is not there.
     """
-    arrays = {"mu": np.asarray(mu, np.float64), "sigma": np.asarray(sigma, np.float64), **record}
-    if features is not None:
-        arrays["features"] = np.asarray(features, np.float32)
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    known = {**{name: (name,) for name in METRICS}, **GROUPS}
+    names = [name for word in text.split(",") for name in look_up(known, word.strip(), key)]
+    needing = [name for name in names if name in ("inception_score", "kid")]
+    if needing and not _has_fidelity():
+        raise UserError(f"the metric {needing[0]} needs torch-fidelity: pip install torch-fidelity")
+    return tuple(dict.fromkeys(names))
 
 
-def load_statistics(path, *, extractor, resolution, dim):
-    """The FeatureSet of a statistics file, for images of `resolution` and features (n, dim) named
-    `extractor`; UserError if it is not there, or made for others. A file of U-ViT or pytorch-fid
-    has only mu and sigma, and is taken as it is.
+def compute_metrics(generated, real, names):
+    """The figures of the METRICS `names` of two dicts {kind: FeatureSet}: dict. A figure is None
+    where its features are not there.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no {path}: scripts/compute_fid_stats.py makes statistics")
-    arrays = read_arrays(path)
-    shapes, expected = [np.shape(arrays.get(x)) for x in ("mu", "sigma")], [(dim,), (dim, dim)]
-    if shapes != expected:
-        raise UserError(f"{path}: mu and sigma have shapes {shapes}, expected {expected}")
-    for name, expected in (("extractor", extractor), ("resolution", resolution)):
-        found = arrays[name].item() if name in arrays else expected
-        if found != expected:
-            raise UserError(f"{path} was made with {name} {found}, expected {expected}")
-    count = arrays["count"].item() if "count" in arrays else None
-    source = {"file": str(path), "sha256": hash_file(path), "count": count}
-    source["known"] = arrays.keys() >= {"count", "extractor", "resolution", "preprocessing"}
-    if "class_agreement" in arrays:  # of the real images: the ceiling of generated ones
-        source["class_agreement"] = arrays["class_agreement"].item()
-    mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in ("mu", "sigma"))
-    return FeatureSet(mu, sigma, arrays.get("features"), source=source)
+    figures = {}
+    for name in names:
+        kind = KINDS.get(name, "features")
+        made, reference = (sets.get(kind) for sets in (generated or {}, real or {}))
+        known = made is not None and (reference is not None or name in WITHOUT_REAL)
+        figures |= METRICS[name](made, reference) if known else {name: None}
+    return figures

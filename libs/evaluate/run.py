@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from libs.evaluate.features import load_real, make_features
+from libs.evaluate.features import make_extractors
 from libs.evaluate.generate import iter_features, make_image_sampler, require_finite
-from libs.evaluate.metrics import compute_metrics, make_feature_set
+from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set
+from libs.evaluate.real import load_real
+from libs.evaluate.report import describe_setting, summarize
+from libs.evaluate.stored import StoredImages
 from libs.files import hash_file, weights_file
 from libs.runtime import Precision, environment, ranks, wait_without_timeout
 from utils import UserError
@@ -24,18 +27,27 @@ RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec 
 PNG_THREADS = 8
 
 
-def evaluation_spec(image_sampler, features, real, config, nnet_path, changes):
-    """Everything that batches and result depend on: dict. Hashes the weights."""
-    settings, file = config.sample, weights_file(nnet_path)
+def _describe_network(config, nnet_path, changes):
+    """What records say of the network; hashes the weights."""
+    file = weights_file(nnet_path)
     nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
+    weights = {"file": str(file), "sha256": hash_file(file), "changes": list(changes)}
+    return {"weights": weights, "nnet": nnet}
+
+
+def evaluation_spec(source, extractors, metrics, real, settings, n):
+    """Everything that batches and result depend on, the network aside: dict. settings:
+    config.sample.
+    """
     return {
-        "n": settings.n_samples,
-        "features": features.name if features else "none",
-        "statistics": real and real.source,
-        **image_sampler.sampling_spec(),
+        "n": n,
+        "metrics": metrics,
+        "features": extractors.name if extractors else "none",
+        "extractors": extractors.describe() if extractors else {},
+        "statistics": next(iter(real.values())).source if real else None,
+        **source.sampling_spec(),
+        "repeats": settings.repeats,
         "mini_batch_size": settings.mini_batch_size,
-        "weights": {"file": str(file), "sha256": hash_file(file), "changes": list(changes)},
-        "nnet": nnet,
         "pictures": {"path": settings.path, "adm_npz": settings.adm_npz},
     }
 
@@ -78,23 +90,27 @@ def claim_places(output_path, folder, settings, spec):
         utils.remove_leftovers(settings.path)
 
 
-def write_batches(image_sampler, features, batches, settings, *, quiet):
+def write_batches(source, extractors, batches, settings, *, quiet):
     """Make the images of `batches`, and write each one's PNG files and, last, its file: features
-    (B, dim) float32, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they are defined.
+    (B, width) float32 of each kind, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they
+    are defined. settings: config.sample, or None: neither PNG files nor pixels.
     """
-    made = iter_features(image_sampler, features, [i for _, i in batches], quiet=quiet)
+    path, adm_npz = (settings.path, settings.adm_npz) if settings else (None, None)
+    made = iter_features(source, extractors, [i for _, i in batches], quiet=quiet)
     with ThreadPoolExecutor(PNG_THREADS) as threads:
-        for (path, _), (indices, images, rows, correct) in zip(batches, made, strict=True):
+        for (file, _), (indices, images, arrays, correct) in zip(batches, made, strict=True):
             require_finite(images, indices)
-            arrays, pixels = {"features": rows, "correct": correct}, (images * 255).round().byte()
-            if settings.path:
-                paths = [Path(settings.path, f"{index}.png") for index in indices]
+            arrays = {**arrays, "correct": correct}
+            if path or adm_npz:
+                pixels = (images * 255).round().byte()
+            if path:
+                paths = [Path(path, f"{index}.png") for index in indices]
                 list(threads.map(utils.save_png, paths, pixels.cpu()))
-            if settings.adm_npz:
+            if adm_npz:
                 arrays["pixels"] = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
             arrays = {name: x.cpu().numpy() for name, x in arrays.items() if x is not None}
-            with utils.replacing(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **arrays)
+            with utils.replacing(file) as temporary, open(temporary, "wb") as target:
+                np.savez(target, **arrays)
 
 
 def load_batches(batches, name):
@@ -105,12 +121,14 @@ def load_batches(batches, name):
                 yield arrays[name]
 
 
-def load_generated(batches, device):
-    """The FeatureSet of the images of all batches."""
-    correct = list(load_batches(batches, "correct"))
+def load_generated(batches, kinds, device):
+    """{kind: FeatureSet} of the images of all batches."""
+    correct, sets = list(load_batches(batches, "correct")), {}
     agreement = float(np.concatenate(correct).mean()) if correct else None
-    rows = np.concatenate(list(load_batches(batches, "features")))
-    return make_feature_set(rows, device, agreement=agreement)
+    for kind in kinds:
+        rows = np.concatenate(list(load_batches(batches, kind)))
+        sets[kind] = make_feature_set(rows, device, agreement=agreement)
+    return sets
 
 
 def write_adm_npz(path, batches, shape):
@@ -126,12 +144,58 @@ def write_adm_npz(path, batches, shape):
 
 
 def write_result(path, spec, figures, config):
-    """Write the json file of a result; print the setting, then the figures."""
+    """Write the json file of a result; print the setting, the figures and the setting in a line."""
     more = {"config": config.to_dict(), "environment": environment()}
     utils.write_json(path, {**figures, **spec, **more})
     for key, value in utils.flatten({**spec, **figures}).items():
         print(f"  {key} = {value!r}")
+    print(describe_setting(spec))
     print(f"figures, setting, config and environment are in {path}")
+
+
+def _name_batches(folder, n, m, repeats):
+    """For each repeat, the (file, indices) of its batches of m of n images."""
+    parts = [range(i, min(i + m, n)) for i in range(0, n, m)]
+    names = [f"{repeat}-" if repeat else "" for repeat in range(repeats)]
+    return [[(folder / f"{name}{k:06}.npz", x) for k, x in enumerate(parts)] for name in names]
+
+
+def _evaluate(args, config, accelerator, source, n, extractors, metrics, dataset, identity):
+    """Make or read the n images of `source`, and write and print their figures. identity: of the
+    network, for the record.
+    """
+    settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
+    directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
+    output_path = Path(args.output_path or directory / "evaluation.json")
+    folder = output_path.with_name(f"{output_path.stem}.partial")
+    side, all_ranks, seed = source.image_shape[-1], ranks(accelerator), config.seed
+    repeats = _name_batches(folder, n, settings.mini_batch_size, settings.repeats)
+    if main:
+        given = dict(metrics=metrics, side=side, device=device)
+        real = extractors and load_real(config.dataset, extractors, dataset, **given)
+        spec = evaluation_spec(source, extractors, metrics, real, settings, n) | identity
+        claim_places(output_path, folder, settings, spec)
+        made = sum(len(indices) for x in repeats for path, indices in x if not path.exists())
+    wait_without_timeout(accelerator)
+    began = time.monotonic()
+    for repeat, batches in enumerate(repeats):
+        source.seed = seed + repeat
+        own = batches[accelerator.process_index :: accelerator.num_processes]
+        own = [(path, indices) for path, indices in own if not path.exists()]
+        written = settings if repeat == 0 else None
+        write_batches(source, extractors, own, written, quiet=not main)
+    wait_without_timeout(accelerator)
+    accelerator.end_training()  # with gloo, a process that exits without it aborts now and then
+    if not main:
+        return
+
+    seconds, kinds = time.monotonic() - began, extractors.dims if extractors else ()
+    speed = {"images_made_now": made, "img_s": made / seconds, "ranks": all_ranks}
+    found = [compute_metrics(load_generated(x, kinds, device), real, metrics) for x in repeats]
+    write_result(output_path, spec, {**speed, **summarize(found)}, config)
+    if settings.adm_npz:
+        write_adm_npz(settings.adm_npz, repeats[0], (n, side, side, 3))
+    shutil.rmtree(folder)
 
 
 def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=None, changes=()):
@@ -148,43 +212,25 @@ def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=
     UserError: no statistics that fit; files of another evaluation; a path that cannot be written;
     images that are not finite.
     """
-    settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
-    directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
-    output_path = Path(args.output_path or directory / "evaluation.json")
-    folder = output_path.with_name(f"{output_path.stem}.partial")
-
-    features = make_features(settings.features, settings.fid_weights_path, device)
-    if not (features or settings.path or settings.adm_npz):
+    settings, device = config.sample, accelerator.device
+    metrics = choose_metrics(settings.metrics)
+    extractors = make_extractors(settings, metrics, device)
+    if not (extractors or settings.path or settings.adm_npz):
         raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
     precision = Precision(config.train.mixed_precision, device)
     model, codec = model.to(device).eval(), codec.to(device)
     image_sampler = make_image_sampler(
         config, model, process, codec, precision=precision, seed=config.seed
     )
-    side, all_ranks = image_sampler.image_shape[-1], ranks(accelerator)
+    identity, n = _describe_network(config, args.nnet_path, changes), settings.n_samples
+    _evaluate(args, config, accelerator, image_sampler, n, extractors, metrics, dataset, identity)
 
-    n, m = settings.n_samples, settings.mini_batch_size
-    parts = [list(range(i, min(i + m, n))) for i in range(0, n, m)]
-    batches = [(folder / f"{k:06}.npz", indices) for k, indices in enumerate(parts)]
-    if main:
-        real = features and load_real(config.dataset, features, dataset, side=side, device=device)
-        spec = evaluation_spec(image_sampler, features, real, config, args.nnet_path, changes)
-        claim_places(output_path, folder, settings, spec)
-        made = sum(len(indices) for path, indices in batches if not path.exists())
-    wait_without_timeout(accelerator)
-    began = time.monotonic()
-    own = batches[accelerator.process_index :: accelerator.num_processes]
-    own = [(path, indices) for path, indices in own if not path.exists()]
-    write_batches(image_sampler, features, own, settings, quiet=not main)
-    wait_without_timeout(accelerator)
-    accelerator.end_training()  # with gloo, a process that exits without it aborts now and then
-    if not main:
-        return
 
-    seconds = time.monotonic() - began
-    speed = {"images_made_now": made, "img_s": made / seconds, "ranks": all_ranks}
-    figures = compute_metrics(features and load_generated(batches, device), real)
-    write_result(output_path, spec, {**speed, **figures}, config)
-    if settings.adm_npz:
-        write_adm_npz(settings.adm_npz, batches, (settings.n_samples, side, side, 3))
-    shutil.rmtree(folder)
+def measure_images(args, config, accelerator):
+    """As run_evaluation, of the pictures in args.images, a folder, a zip file or an .npz, without a
+    network. Real images: dataset.fid_stats.
+    """
+    metrics = choose_metrics(config.sample.metrics)
+    extractors = make_extractors(config.sample, metrics, accelerator.device)
+    source = StoredImages(args.images, config.dataset.resolution, accelerator.device)
+    _evaluate(args, config, accelerator, source, source.count, extractors, metrics, None, {})

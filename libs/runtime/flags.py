@@ -120,6 +120,7 @@ EVALUATION = {
     **TRAINING,
     "config": (file_path, None, "config file; otherwise the config.json beside the weights"),
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or a file with weights"),
+    "images": (file_path, None, "a folder or .npz of pictures to measure, in place of nnet_path"),
     "output_path": (file_path, None, "json file of the result; otherwise evaluation.json"),
 }
 
@@ -188,6 +189,8 @@ def parse_flags(argv: list[str], spec: dict) -> types.SimpleNamespace:
         words = values(argv, known_only=True)
         parsed = {name: values[name].value for name in spec}
         path = parsed.get("config") or _find_config(parsed.get("nnet_path"))
+        if parsed.get("images"):  # neither network nor config
+            path, spec = path or common.__file__, {**spec, "nnet_path": (None, None, "")}
         config = load_config(path) if path else None
         if {"--help", "-h"} & set(words):
             _show_help(spec, config)

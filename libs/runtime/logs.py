@@ -147,7 +147,11 @@ def _start_wandb(directory, first_step):
 
     mode = os.environ.get("WANDB_MODE", "offline")
     run = wandb.init(project="DiM", dir=str(directory), settings=dict(WANDB_SETTINGS), mode=mode)
-    return lambda step, numbers: run.log(numbers, step=step), run.finish
+
+    def log_numbers(step, numbers):  # wandb drops earlier steps, as of figures computed meanwhile
+        run.log(numbers, step=max(step, getattr(run, "step", 0)))
+
+    return log_numbers, run.finish
 
 
 class MetricsLog:

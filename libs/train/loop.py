@@ -175,10 +175,12 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
                 if outcome in ("overflow", "bad"):
                     report_bad_step(outcome, progress, stats, settings.max_bad_steps)
                 due = snapshots.due(progress.step) if outcome == "ok" else ()
+                snapshots.write_figures(wait="save" in due)  # which keeps the best FID's
                 if stopping or "save" in due:
                     save(state, accelerator, directory / "ckpts", config)
                 if due and not stopping:
                     snapshots.make(due, progress.step)
+            snapshots.write_figures(wait=True)
             step_log.bar.close()
         finished = progress.step == settings.n_steps and not stop.requested
         said = "finished %d steps" if finished else "stopped at step %d; the same command goes on"

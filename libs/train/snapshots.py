@@ -2,6 +2,7 @@
 
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -31,34 +32,35 @@ class Snapshots:
         self.image_sampler = evaluate.make_image_sampler(
             config, average, process, codec, precision=state.precision, seed=config.seed
         )
-        self.features = self.real = None
+        self.extractors = self.real = self.pending = None
+        self.metrics = evaluate.choose_metrics(config.train.metrics, "train.metrics")
+        self.thread = ThreadPoolExecutor(1)  # training goes on while figures are computed
         self.wants_fid = bool(config.train.fid_samples and config.sample.features != "none")
         if self.wants_fid:
             look_up(evaluate.FEATURES, config.sample.features, "sample.features")
             self.prepare_fid()
 
     def prepare_fid(self):
-        """The feature network, and on the main process the real side, as eval.py opens it, without
+        """The feature networks, and on the main process the real side, as eval.py opens it, without
         the augmentation of training. A warning says where they cannot be had; the next FID tries
         again.
         """
-        config, device = self.config, self.accelerator.device
+        config, extractors = self.config, None
         try:
-            self.features = evaluate.make_features(
-                config.sample.features, config.sample.fid_weights_path, device
+            extractors = evaluate.make_extractors(
+                config.sample, self.metrics, self.accelerator.device
             )
             if self.accelerator.is_main_process:
                 images = None if config.dataset.fid_stats else open_dataset(config)
-                side = self.image_sampler.image_shape[-1]
+                given = dict(side=self.image_sampler.image_shape[-1], device="cpu")
                 self.real = evaluate.load_real(
-                    config.dataset, self.features, images, side=side, device=device
+                    config.dataset, extractors, images, metrics=self.metrics, **given
                 )
         except UserError as error:
             log.warning("no FID until this is mended: %s", error)
-            self.features = None
+            extractors = None
         wait_without_timeout(self.accelerator)
-        if not all(gather_object([self.features is not None])):
-            self.features = None
+        self.extractors = extractors if all(gather_object([extractors is not None])) else None
 
     def due(self, step):
         """What step `step` asks for: a grid every eval_interval steps, a checkpoint and FID every
@@ -102,20 +104,29 @@ class Snapshots:
             utils.save_grid(path, images, GRID_COLUMNS)
 
     def measure_fid(self, step):
-        """The figures of train.fid_samples images, in the log."""
-        n, figures = self.config.train.fid_samples, None
-        if self.features is None:
+        """Make train.fid_samples images; their figures are computed while training goes on."""
+        self.write_figures(wait=True)
+        if self.extractors is None:
             self.prepare_fid()
-        if self.features is None:  # on every process
+        if self.extractors is None:  # on every process
             return
+        parts, n = (self.image_sampler, self.extractors, self.accelerator), None
         try:
             with whole_weights(self.image_sampler.model):
-                parts = self.image_sampler, self.features, self.real, self.accelerator
-                figures = evaluate.measure(*parts, n=n, stop=self.is_stopped)
+                n = self.config.train.fid_samples
+                found = evaluate.collect_features(*parts, n=n, stop=self.is_stopped)
         except UserError as error:  # on every process
             log.warning("no FID at step %d: %s", step, error)
-        if figures is not None:
-            numbers = {key: value for key, value in figures.items() if isinstance(value, float)}
+            return
+        if found is not None:
+            given = found, self.real, self.metrics
+            self.pending = step, self.thread.submit(evaluate.compute_metrics, *given)
+
+    def write_figures(self, *, wait=False):
+        """The figures of the last measurement into the log, if they are there or `wait`."""
+        if self.pending and (wait or self.pending[1].done()):
+            (step, future), self.pending = self.pending, None
+            figures = future.result()
+            numbers = {k: x for k, x in utils.flatten(figures).items() if isinstance(x, float)}
             self.metrics_log.write(step, numbers)
             log.info("step %d: %s", step, figures)
-        wait_without_timeout(self.accelerator)

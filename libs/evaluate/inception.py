@@ -1,0 +1,113 @@
+"""The FID Inception: pool3, logits and spatial features by one forward pass."""
+
+import functools
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from libs.files import hash_file, read_torch
+from utils import UserError
+
+# As in the published file's name, pt_inception-2015-12-05-6726825d.pth.
+INCEPTION_SHA256_PREFIX = "6726825d"
+SIDE, SPATIAL_CHANNELS = 299, 7
+
+
+def _find_inception_weights():
+    """The file in torch hub's cache (under TORCH_HOME), downloaded from pytorch-fid if absent."""
+    from pytorch_fid.inception import FID_WEIGHTS_URL
+
+    path = Path(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS_URL.rsplit("/", 1)[-1])
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), INCEPTION_SHA256_PREFIX)
+        return path
+    except Exception as error:  # of the network, the disk or the hash
+        raise UserError(
+            f"the FID network's weights could not be downloaded ({error}): put {path.name} into "
+            f"{path.parent}, or give sample.fid_weights_path (--weights of compute_fid_stats.py)"
+        ) from error
+
+
+class InceptionFeatures:
+    """Features of the FID Inception, as pytorch-fid computes them; UserError for weights other than
+    the published ones. path None: torch hub's cache, else a download.
+
+    On a GPU the convolutions are in TF32, torch's default, so as pytorch-fid's are.
+    """
+
+    kind, dim = "inception_v3_fid", 2048
+    kinds = {"logits": 1008, "spatial": 17 * 17 * SPATIAL_CHANNELS}  # beside pool3
+
+    def __init__(self, path=None, device="cpu"):
+        from pytorch_fid import inception
+
+        path = path or _find_inception_weights()
+        self.sha256, self.device = hash_file(path), torch.device(device)
+        digest = self.sha256[:8]
+        if digest != INCEPTION_SHA256_PREFIX:
+            expected = f"with {digest}, expected {INCEPTION_SHA256_PREFIX}"
+            raise UserError(f"{path} has not pytorch-fid's weights: its sha256 starts {expected}")
+        self.name = f"{self.kind}-{digest}"
+        weights = read_torch(path)
+        # pytorch-fid downloads in its constructor: it is handed the checked weights instead.
+        with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: weights):
+            self.network = self._build(inception.InceptionV3).eval().to(device)
+        if self.device.type == "cuda":  # the layout of the tensor cores
+            self.network.to(memory_format=torch.channels_last)
+        self.class_weights = weights["fc.weight"].float().to(device)
+        # TensorFlow's mixed_6 is torchvision's Mixed_6d, ADM's mixed_6/conv its first branch.
+        self.network.blocks[2][6].branch1x1.register_forward_hook(self._store_spatial)
+
+    def _build(self, network):
+        return network()
+
+    def _store_spatial(self, module, inputs, output):
+        self._spatial = output[:, :SPATIAL_CHANNELS]
+
+    def _prepare(self, images):
+        return images
+
+    @torch.inference_mode()
+    def extract(self, images):
+        """images float32 (B, 3, H, W) in [0, 1], any size -> float32: pool3 `features` (B, 2048);
+        `logits` (B, 1008), without the bias, as the Inception score takes them; `spatial`
+        (B, 2023), seven channels of mixed_6 in the order of ADM's evaluator: row, column, channel.
+        """
+        images = self._prepare(images.to(self.device, torch.float32))
+        pool3 = self.network(images)[0].flatten(1)
+        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
+        return {"features": pool3, "logits": pool3 @ self.class_weights.T, "spatial": spatial}
+
+    def __call__(self, images):
+        """images float32 (B, 3, H, W) in [0, 1], any size -> pool3 features, float32 (B, 2048)."""
+        return self.extract(images)["features"]
+
+
+@functools.lru_cache(maxsize=8)
+def _interpolation(side, device):
+    """float32 (299, side): row i interpolates at i side / 299, as TensorFlow 1 resizes."""
+    place = torch.arange(SIDE, dtype=torch.float64) * side / SIDE
+    low = place.floor().long().clamp(max=side - 1)
+    matrix = torch.zeros(SIDE, side, dtype=torch.float64)
+    rows, share = torch.arange(SIDE), place - low
+    matrix[rows, low] += 1 - share
+    matrix[rows, (low + 1).clamp(max=side - 1)] += share
+    return matrix.float().to(device)
+
+
+class TensorFlowInceptionFeatures(InceptionFeatures):
+    """The same weights, with pictures resized and scaled as in the published TensorFlow graph: so
+    do ADM's evaluator and torch-fidelity, whose statistics ADM and JiT publish.
+    """
+
+    kind = "inception_v3_fid_tf"
+
+    def _build(self, network):
+        return network(resize_input=False, normalize_input=False)
+
+    def _prepare(self, images):
+        rows, columns = (_interpolation(side, self.device) for side in images.shape[2:])
+        return (rows @ (255 * images).round() @ columns.T - 128) / 128

@@ -1,0 +1,66 @@
+"""Pictures in files by index, to be measured as a network's are."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from datasets import get_dataset
+from libs.data import UnreadableImage
+from libs.evaluate.features import to_images
+from libs.files import hash_file, map_array
+from utils import UserError
+
+THREADS = 8  # that decode files
+
+
+class StoredImages:
+    """The pictures of a folder or a zip file, or arr_0, uint8 (n, H, W, 3), of an .npz, as ADM's
+    evaluation suite has them. While the feature networks work, the next batch is read.
+
+    Pictures of a folder that are not squares of `resolution` are cropped in the centre and resized
+    by the data set's rule; resolution None: the first picture's smaller side. UserError: no
+    pictures; a damaged file.
+    """
+
+    conditional = False
+
+    def __init__(self, path, resolution, device):
+        self.device, self.pictures = device, None
+        if str(path).endswith(".npz"):
+            self.pictures = map_array(path, "arr_0")
+            if self.pictures is None or self.pictures.dtype != np.uint8:
+                raise UserError(f"{path} has no arr_0 of uint8 (n, H, W, 3): give ADM's layout")
+            self.count, side = len(self.pictures), self.pictures.shape[1]
+            found = {"sha256": hash_file(path), "preprocessing": "none"}
+        else:
+            self.dataset = folder = get_dataset(
+                "folder", path=path, resolution=resolution, labels=False
+            )
+            self.count, side = len(folder), folder.shape[-1]
+            found = {"list_sha256": folder.list_sha256(*folder.sizes)}
+            found["preprocessing"] = folder.preprocessing
+        self.image_shape = (3, side, side)
+        self.record = {"file": str(path), "count": self.count, **found}
+
+    def sampling_spec(self):
+        """What the pictures are: dict for records."""
+        return {"images": self.record, "image_shape": self.image_shape}
+
+    def _read(self, indices):
+        if self.pictures is not None:
+            return np.array(self.pictures[indices[0] : indices[-1] + 1])
+        try:
+            with ThreadPoolExecutor(THREADS) as threads:
+                pixels = list(threads.map(self.dataset.pixels, indices))
+        except UnreadableImage as error:
+            raise UserError(f"{error}: make this picture again, or remove it") from error
+        return np.stack(pixels).transpose(0, 2, 3, 1)
+
+    def iterate(self, batches):
+        """float32 (B, 3, H, W) in [0, 1] of each of `batches`, ranges of indices."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead = None
+            for batch in [*batches, None]:
+                current, ahead = ahead, batch and reader.submit(self._read, batch)
+                if current:
+                    yield to_images(current.result(), self.device)
