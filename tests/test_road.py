@@ -30,6 +30,7 @@ def test_train_resume_sample_evaluate(in_process, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name, steps", [("digits_T_flow", 1000), ("digits_T_DiM", 2800)])
 def test_the_whole_training_on_the_digits(in_process, tmp_path, name, steps):
     """`make demo`; on other machines sums differ in their last bits."""
