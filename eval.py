@@ -8,7 +8,7 @@
 The same command resumes an interrupted evaluation.
 """
 
-from libs.evaluate import measure_images, run_evaluation
+from libs.evaluate import run_evaluation
 from libs.parts import load_weights, make_parts
 from libs.runtime import EVALUATION, make_accelerator, run_main
 
@@ -18,8 +18,7 @@ FLAGS = EVALUATION
 def main(args):
     config, accelerator = args.config, make_accelerator()
     if args.images:
-        measure_images(args, config, accelerator)
-        return
+        return run_evaluation(args, config, accelerator)
     parts = make_parts(config, data="real")
     changes = load_weights(config, parts.model, args.nnet_path)
     run_evaluation(args, config, accelerator, **parts._asdict(), changes=changes)

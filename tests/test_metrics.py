@@ -26,7 +26,7 @@ from libs.evaluate.features import (
     make_features,
 )
 from libs.evaluate.metrics import Moments, frechet_distance
-from libs.evaluate.real import load_statistics, save_statistics
+from libs.evaluate.real import Statistics, load_statistics
 from libs.files import hash_file
 from utils import UserError
 
@@ -102,28 +102,33 @@ def test_moments_that_are_not_finite_are_refused():
 
 # ------------------------------------------------------------ statistics files
 
-RECORD = {"count": 9, "extractor": "net-1", "resolution": 32, "preprocessing": "none"}
 EXPECT = {"extractor": "net-1", "resolution": 32, "dim": 3}
 
 
-def save_example(path, **changes):
-    sigma = random_covariance(3, 5, 0)
-    save_statistics(path, mu=torch.arange(3.0), sigma=sigma, **{**RECORD, **changes})
-    return sigma
-
-
 def test_statistics_come_back_as_written(tmp_path):
-    path, rows = tmp_path / "stats.npz", torch.arange(21.0).reshape(7, 3)
-    sigma = save_example(path, features=rows)
+    """Of each kind that real images need; the features of the chosen ones."""
+    path, rng = tmp_path / "stats.npz", torch.Generator().manual_seed(0)
+    names = {"features": "net-1", "spatial": "net-1", "logits": "net-1", "dinov2": "net-2"}
+    extractors = SimpleNamespace(dims=dict.fromkeys(names, 3), names=names)
+    rows = {kind: torch.randn(9, 3, generator=rng) for kind in names}
+    chosen, statistics = torch.arange(9) % 2 == 0, Statistics(extractors)
+    for part in torch.arange(9).split(4):
+        statistics.update({kind: x[part] for kind, x in rows.items()}, chosen[part])
+    statistics.save(path, count=9, resolution=32, preprocessing="none")
     assert os.listdir(path.parent) == ["stats.npz"]
-    found = load_statistics(path, **EXPECT)
-    assert found.mu.tolist() == [0, 1, 2] and torch.equal(found.sigma, sigma)
-    assert found.features.dtype == np.float32 and (found.features == rows.numpy()).all()
-    assert found.source == {
+    for kind in ("features", "spatial", "dinov2"):
+        found = load_statistics(path, **{**EXPECT, "extractor": names[kind]}, kind=kind)
+        np.testing.assert_allclose(found.mu, rows[kind].double().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(found.sigma, np.cov(rows[kind].double().T), rtol=1e-12)
+        assert (found.features == rows[kind][chosen].numpy()).all()
+    assert found.features.dtype == np.float32 and found.source == {
         "file": str(path), "sha256": hash_file(path), "count": 9, "origin": "ours: none",
     }  # fmt: skip
+    with pytest.raises(UserError, match="made with extractor_dinov2 net-2, expected net-1"):
+        load_statistics(path, **EXPECT, kind="dinov2")
     with np.load(path) as file:  # as pytorch-fid reads it
         assert file["mu"].shape == (3,) and file["sigma"].dtype == np.float64
+        assert {"mu_s", "sigma_s"} <= set(file.files) and "mu_logits" not in file.files
 
 
 def test_a_file_with_moments_only_is_taken(tmp_path):

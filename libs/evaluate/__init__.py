@@ -1,7 +1,7 @@
 """Pictures from a trained network, and their figures.
 
-run_evaluation, measure_images      a whole evaluation: of a network, of pictures in files
-describe_setting                    the setting of a result in one line
+run_evaluation                      a whole evaluation
+compare                             results side by side, and what differs in their settings
 make_image_sampler                  images by index, of a config
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
 collect_features                    features of a training's images, over all processes
@@ -30,5 +30,5 @@ from libs.evaluate.generate import (
 )
 from libs.evaluate.metrics import METRICS, choose_metrics, compute_metrics
 from libs.evaluate.real import Statistics, load_real
-from libs.evaluate.report import describe_setting
-from libs.evaluate.run import measure_images, run_evaluation
+from libs.evaluate.report import compare
+from libs.evaluate.run import run_evaluation

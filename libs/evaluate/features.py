@@ -150,15 +150,15 @@ BATCH = 100  # images at a time through the feature networks, 2 GB of Inception'
 
 
 class Extractors:
-    """The feature networks that the metrics `names` need: one pass over images serves all.
+    """The feature networks that `metrics` need: one pass over images serves all.
 
-    name, path: of the first, sample.features, whose features are the kind `features`, its classes
-    those of `classify`; dinov2_path: the file of DINOv2 for the kind `dinov2`. dims: the width of
-    each kind. UserError: kinds that the networks do not have.
+    name, path: of sample.features, whose features are of the kind `features`; dinov2_path: the file
+    of the kind `dinov2`. dims, names: the width of each kind, and its network's name. UserError: a
+    kind that the networks do not have.
     """
 
     def __init__(self, name, path, device, *, metrics=(), dinov2_path=None):
-        wanted = {KINDS.get(metric, "features"): metric for metric in metrics}
+        wanted = {"features": ""} | {KINDS.get(metric, "features"): metric for metric in metrics}
         self.first, self.second = make_features(name, path, device), None
         self.name, self.classify = self.first.name, getattr(self.first, "classify", None)
         widths = {"features": self.first.dim, **getattr(self.first, "kinds", {})}
@@ -170,15 +170,10 @@ class Extractors:
                 f"the metric {wanted[missing.pop()]} needs Inception: set "
                 "--config.sample.features=inception or inception_tf, or leave it out"
             )
-        self.dims = {kind: widths[kind] for kind in dict.fromkeys(["features", *wanted])}
-        self.names = dict.fromkeys(self.dims, self.name)  # of the network of each kind
-        if self.second:
-            self.names["dinov2"] = self.second.name
-
-    def describe(self):
-        """{name: sha256 of its file or None} for records."""
-        networks = [network for network in (self.first, self.second) if network]
-        return {network.name: getattr(network, "sha256", None) for network in networks}
+        self.dims = {kind: widths[kind] for kind in wanted}
+        networks = {kind: self.second if kind == "dinov2" else self.first for kind in wanted}
+        self.names = {kind: network.name for kind, network in networks.items()}
+        self.hashes = {x.name: getattr(x, "sha256", None) for x in networks.values()}
 
     def _extract(self, images):
         extract = getattr(self.first, "extract", None)

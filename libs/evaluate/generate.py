@@ -110,10 +110,6 @@ class ImageSampler:
             output, z_T = self._guide(network, y), noise.initial().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
 
-    def iterate(self, batches):
-        """The images of each of `batches`, lists of indices."""
-        return map(self, batches)
-
     def __enter__(self):
         return self
 
@@ -150,7 +146,7 @@ def iter_features(source, extractors, batches, *, quiet, stop=lambda: False):
     which images are classified as their labels, or None. source: an ImageSampler or StoredImages.
     """
     classify = extractors.classify if extractors and source.conditional else None
-    made = source.iterate(batches)
+    made = getattr(source, "read_ahead", functools.partial(map, source))(batches)
     with tqdm(total=sum(map(len, batches)), desc="images", unit="img", disable=quiet) as bar:
         for indices in batches:
             if stop():
@@ -169,32 +165,29 @@ def _deal_indices(n, mini_batch_size, accelerator):
 
 
 def collect_features(image_sampler, extractors, accelerator, *, n, stop=lambda: False):
-    """{kind: FeatureSet} of images 0..n-1, made on all processes, on the CPU, in the order of the
-    images. None if stop() came true, and on all processes but the main one. UserError on every
-    process if an image contains NaN.
+    """{kind: FeatureSet} of images 0..n-1, made on all processes, in their order, on the CPU. None
+    if stop() came true, and on all processes but the main one. UserError on every process if an
+    image contains NaN.
     """
-    widths, device = extractors.dims, accelerator.device
-    rows = {kind: torch.zeros(n, width, device=device) for kind, width in widths.items()}
-    agreeing, count = torch.zeros(2, device=device)
+    device, main = accelerator.device, accelerator.is_main_process
+    rows = {kind: torch.zeros(n, dim, device=device) for kind, dim in extractors.dims.items()}
+    rows["agreeing"], rows["made"] = torch.zeros(2, n, device=device)
     batches = _deal_indices(n, image_sampler.settings.mini_batch_size, accelerator)
-    quiet = not accelerator.is_main_process
-    made = iter_features(image_sampler, extractors, batches, quiet=quiet, stop=stop)
+    made = iter_features(image_sampler, extractors, batches, quiet=not main, stop=stop)
     with image_sampler:
-        for indices, _, found, correct in made:
-            for kind, own in rows.items():
-                own[indices] = found[kind].to(own)
-            agreeing += 0 if correct is None else correct.sum()
-            count += len(indices)
-    rows = {kind: accelerator.reduce(own, "sum").cpu() for kind, own in rows.items()}
-    agreeing, count = (accelerator.reduce(x, "sum").item() for x in (agreeing, count))
-    if count < n:
+        for indices, images, found, correct in made:
+            more = {"made": images.new_ones(len(indices))}
+            for name, values in (found | more | {"agreeing": correct}).items():
+                if values is not None:
+                    rows[name][indices] = values.to(rows[name])
+    rows = {kind: accelerator.reduce(values, "sum").cpu() for kind, values in rows.items()}
+    if not rows.pop("made").all():
         return None
     require_finite(rows["features"], range(n))
-    if not accelerator.is_main_process:
-        return None
-    classified = extractors.classify and image_sampler.conditional
-    agreement = agreeing / n if classified else None
-    return {k: make_feature_set(x.numpy(), "cpu", agreement=agreement) for k, x in rows.items()}
+    agreement, classified = rows.pop("agreeing"), extractors.classify and image_sampler.conditional
+    agreement = agreement.double().mean().item() if classified else None
+    given = dict(device="cpu", agreement=agreement)
+    return {k: make_feature_set(x.numpy(), **given) for k, x in rows.items()} if main else None
 
 
 def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):

@@ -1,6 +1,5 @@
 """The FID Inception: pool3, logits and spatial features by one forward pass."""
 
-import functools
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +10,6 @@ from utils import UserError
 
 # As in the published file's name, pt_inception-2015-12-05-6726825d.pth.
 INCEPTION_SHA256_PREFIX = "6726825d"
-SIDE, SPATIAL_CHANNELS = 299, 7
 
 
 def _find_inception_weights():
@@ -32,14 +30,12 @@ def _find_inception_weights():
 
 
 class InceptionFeatures:
-    """Features of the FID Inception, as pytorch-fid computes them; UserError for weights other than
-    the published ones. path None: torch hub's cache, else a download.
-
-    On a GPU the convolutions are in TF32, torch's default, so as pytorch-fid's are.
+    """Features of the FID Inception, as pytorch-fid computes them (on a GPU by TF32 convolutions);
+    UserError for weights other than the published ones. path None: torch hub's cache or a download.
     """
 
-    kind, dim = "inception_v3_fid", 2048
-    kinds = {"logits": 1008, "spatial": 17 * 17 * SPATIAL_CHANNELS}  # beside pool3
+    kind, dim, options = "inception_v3_fid", 2048, {}
+    kinds = {"logits": 1008, "spatial": 17 * 17 * 7}  # beside pool3
 
     def __init__(self, path=None, device="cpu"):
         from pytorch_fid import inception
@@ -50,64 +46,51 @@ class InceptionFeatures:
         if digest != INCEPTION_SHA256_PREFIX:
             expected = f"with {digest}, expected {INCEPTION_SHA256_PREFIX}"
             raise UserError(f"{path} has not pytorch-fid's weights: its sha256 starts {expected}")
-        self.name = f"{self.kind}-{digest}"
-        weights = read_torch(path)
+        self.name, weights = f"{self.kind}-{digest}", read_torch(path)
         # pytorch-fid downloads in its constructor: it is handed the checked weights instead.
         with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: weights):
-            self.network = self._build(inception.InceptionV3).eval().to(device)
+            self.network = inception.InceptionV3(**self.options).eval().to(device)
         if self.device.type == "cuda":  # the layout of the tensor cores
             self.network.to(memory_format=torch.channels_last)
-        self.class_weights = weights["fc.weight"].float().to(device)
-        # TensorFlow's mixed_6 is torchvision's Mixed_6d, ADM's mixed_6/conv its first branch.
+        self.class_weights = weights["fc.weight"].to(device)
+        # TensorFlow's mixed_6 is torchvision's Mixed_6d, and mixed_6/conv its first branch.
         self.network.blocks[2][6].branch1x1.register_forward_hook(self._store_spatial)
 
-    def _build(self, network):
-        return network()
-
     def _store_spatial(self, module, inputs, output):
-        self._spatial = output[:, :SPATIAL_CHANNELS]
+        self._spatial = output[:, :7].permute(0, 2, 3, 1).flatten(1)
 
     def _prepare(self, images):
         return images
 
     @torch.inference_mode()
     def extract(self, images):
-        """images float32 (B, 3, H, W) in [0, 1], any size -> float32: pool3 `features` (B, 2048);
-        `logits` (B, 1008), without the bias, as the Inception score takes them; `spatial`
-        (B, 2023), seven channels of mixed_6 in the order of ADM's evaluator: row, column, channel.
+        """images float32 (B, 3, H, W) in [0, 1], any size -> float32: pool3 as `features`
+        (B, 2048); `logits` (B, 1008) without the bias, as the Inception score takes them; `spatial`
+        (B, 2023), seven channels of mixed_6, the channel fastest, as ADM's evaluator takes them.
         """
-        images = self._prepare(images.to(self.device, torch.float32))
-        pool3 = self.network(images)[0].flatten(1)
-        spatial = self._spatial.permute(0, 2, 3, 1).flatten(1)
-        return {"features": pool3, "logits": pool3 @ self.class_weights.T, "spatial": spatial}
+        pool3 = self.network(self._prepare(images.to(self.device, torch.float32)))[0].flatten(1)
+        logits = pool3 @ self.class_weights.T
+        return {"features": pool3, "logits": logits, "spatial": self._spatial}
 
     def __call__(self, images):
-        """images float32 (B, 3, H, W) in [0, 1], any size -> pool3 features, float32 (B, 2048)."""
+        """images float32 (B, 3, H, W) in [0, 1], any size -> pool3, float32 (B, 2048)."""
         return self.extract(images)["features"]
 
 
-@functools.lru_cache(maxsize=8)
-def _interpolation(side, device):
-    """float32 (299, side): row i interpolates at i side / 299, as TensorFlow 1 resizes."""
-    place = torch.arange(SIDE, dtype=torch.float64) * side / SIDE
-    low = place.floor().long().clamp(max=side - 1)
-    matrix = torch.zeros(SIDE, side, dtype=torch.float64)
-    rows, share = torch.arange(SIDE), place - low
-    matrix[rows, low] += 1 - share
-    matrix[rows, (low + 1).clamp(max=side - 1)] += share
-    return matrix.float().to(device)
-
-
 class TensorFlowInceptionFeatures(InceptionFeatures):
-    """The same weights, with pictures resized and scaled as in the published TensorFlow graph: so
-    do ADM's evaluator and torch-fidelity, whose statistics ADM and JiT publish.
+    """The same weights behind the resizing and scaling of the published TensorFlow graph, as in
+    ADM's evaluator and torch-fidelity, by which the statistics of ADM and JiT are made.
     """
 
     kind = "inception_v3_fid_tf"
+    options = dict(resize_input=False, normalize_input=False)
 
-    def _build(self, network):
-        return network(resize_input=False, normalize_input=False)
+    def _interpolate(self, side):
+        """float32 (299, side): row i is at i side / 299 of the old pixels, not at their centres."""
+        place = torch.arange(299, dtype=torch.float64, device=self.device) * side / 299
+        distance = place.clamp(max=side - 1)[:, None] - torch.arange(side, device=self.device)
+        return (1 - distance.abs()).clamp(min=0).float()
 
     def _prepare(self, images):
-        rows, columns = (_interpolation(side, self.device) for side in images.shape[2:])
+        rows, columns = map(self._interpolate, images.shape[2:])
         return (rows @ (255 * images).round() @ columns.T - 128) / 128

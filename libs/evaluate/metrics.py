@@ -1,11 +1,12 @@
 """Metrics of generated images: functions of the features of two sets of images, by name.
 
-A new metric is a function f(generated, real) -> {its name: value} of two FeatureSets, in METRICS;
+A new metric is a function f(generated, real) -> its figure of two FeatureSets, in METRICS;
 sample.metrics names it.
 """
 
-import importlib.util
+import importlib
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -112,16 +113,13 @@ def _squared_radii(features, k, device):
 
 
 def density_coverage(real, generated, device="cpu", k=5):
-    """Density and coverage of Naeem et al. 2020 (arXiv 2002.09797, eq. 4 and 5) of float arrays
-    (m, dim) and (n, dim) with more than k rows: {'density', 'coverage', 'k', 'real', 'generated'}.
-
-    Around each real feature lies a ball to its k-th nearest real feature. Density is the number of
-    balls that hold a generated feature, over k, its mean over these features; coverage the share of
-    balls that hold one.
+    """Naeem et al. 2020 (arXiv 2002.09797, eq. 4 and 5) of float arrays (m, dim) and (n, dim) with
+    more than k rows: {'density', 'coverage', 'k', 'real': m, 'generated': n}. A ball reaches from
+    each real feature to its k-th nearest other. Density is the mean number of balls that hold a
+    generated feature, over k; coverage is the share of balls that hold one.
     """
     radii, inside, covered = _squared_radii(real, k, device), 0, 0
-    blocks = zip(iter_blocks(real, device), radii.split(BLOCK), strict=True)
-    for centres, squared in blocks:
+    for centres, squared in zip(iter_blocks(real, device), radii.split(BLOCK), strict=True):
         held = torch.zeros(len(centres), device=device)
         for rows in iter_blocks(generated, device):
             held += (_squared_distances(centres, rows) < squared[:, None]).sum(1)
@@ -130,27 +128,23 @@ def density_coverage(real, generated, device="cpu", k=5):
     return {**shares, "k": k, "real": len(real), "generated": len(generated)}
 
 
-SIGMA, SCALE = 10, 1000
-
-
 def maximum_mean_discrepancy(real, generated, device="cpu"):
-    """SCALE times the squared MMD of float arrays (m, dim) and (n, dim), with CMMD's kernel and
-    biased estimate (Jayasumana et al. 2024, arXiv 2401.09603, eq. 4): features scaled to length 1,
-    exp(-|x - y|^2 / (2 SIGMA^2)), pairs of a row with itself included.
+    """1000 times the squared MMD of float arrays (m, dim) and (n, dim), as CMMD has it (Jayasumana
+    et al. 2024, arXiv 2401.09603, eq. 4): features scaled to length 1, the kernel
+    exp(-|x - y|^2 / 200), the biased estimate.
     """
 
     def compare(a, b):
         """The mean kernel less 1, whose digits float32 would lose beside 1."""
-        total = 0.0
+        total, unit = 0.0, torch.nn.functional.normalize
         for x in iter_blocks(a, device):
-            x = torch.nn.functional.normalize(x).float()
             for y in iter_blocks(b, device):
-                cosines = x @ torch.nn.functional.normalize(y).float().T
-                total += cosines.sub_(1).div_(SIGMA**2).expm1_().sum(dtype=torch.float64).item()
+                cosines = unit(x).float() @ unit(y).float().T
+                total += cosines.sub_(1).div_(100).expm1_().sum(dtype=torch.float64).item()
         return total / (len(a) * len(b))
 
-    sums = compare(real, real) + compare(generated, generated) - 2 * compare(real, generated)
-    return SCALE * sums
+    pairs = compare(real, real) + compare(generated, generated) - 2 * compare(real, generated)
+    return 1000 * pairs
 
 
 HALVINGS, WIDE = 20, 512
@@ -165,7 +159,7 @@ def _real_halves(generated, real):
     real images (one pair of features wider than WIDE: seconds); `ratio` is the images' own over it.
     """
     if real.source["file"] or len(real.features) < 4:  # a half needs a covariance
-        return {}
+        return None
     rng, distances = torch.Generator().manual_seed(1234), []
     for _ in range(HALVINGS if real.features.shape[1] <= WIDE else 1):
         order = torch.randperm(len(real.features), generator=rng)
@@ -173,75 +167,57 @@ def _real_halves(generated, real):
         distances.append(_distance(*(make_feature_set(half, real.mu.device) for half in halves)))
     mean, own = np.mean(distances).item(), _distance(generated, real)
     floor = {"frechet_distance": mean, "pairs": len(distances), "ratio": own / mean}
-    return {"real_halves": {**floor, "class_agreement": real.agreement}}
+    return {**floor, "class_agreement": real.agreement}
 
 
-def _tensors(generated, real):
-    return (torch.from_numpy(x.features).to(generated.mu.device) for x in (generated, real))
+def _ask_fidelity(name, *sets, **options):
+    """torch-fidelity's figure of the features of FeatureSets."""
+    module = importlib.import_module(f"torch_fidelity.metric_{name}")
+    rows = [torch.from_numpy(found.features).to(sets[0].mu.device) for found in sets]
+    return getattr(module, f"{name}_features_to_metric")(*rows, **options)
 
 
 def _inception_score(generated, real):
     """Salimans et al. 2016 (arXiv 1606.03498), over SPLITS parts in a random order."""
-    from torch_fidelity.metric_isc import isc_features_to_metric
-
-    logits = torch.from_numpy(generated.features).to(generated.mu.device)
-    found = isc_features_to_metric(logits, SPLITS)
-    mean, std = found["inception_score_mean"], found["inception_score_std"]
-    return {"inception_score": {"mean": mean, "std": std, "splits": SPLITS}}
+    found = _ask_fidelity("isc", generated, splits=SPLITS)
+    return {key: found[f"inception_score_{key}"] for key in ("mean", "std")} | {"splits": SPLITS}
 
 
 def _kid(generated, real):
     """Bińkowski et al. 2018 (arXiv 1801.01401): cubic kernel, mean over random subsets."""
-    from torch_fidelity.metric_kid import kid_features_to_metric
-
     size = min(SUBSET_SIZE, len(generated.features), len(real.features))
-    subsets = dict(kid_subsets=SUBSETS, kid_subset_size=size)
-    found = kid_features_to_metric(*_tensors(generated, real), **subsets, verbose=False)
+    subsets = dict(kid_subsets=SUBSETS, kid_subset_size=size, verbose=False)
+    found = _ask_fidelity("kid", generated, real, **subsets)
     figures = {key: found[f"kernel_inception_distance_{key}"] for key in ("mean", "std")}
-    return {"kid": {**figures, "subsets": SUBSETS, "subset_size": size}}
+    return {**figures, "subsets": SUBSETS, "subset_size": size}
 
 
 def _precision_recall(generated, real):
-    """Kynkäänniemi et al. 2019 (arXiv 1904.06991). None without torch-fidelity, where real features
-    are unknown, or where there are no k-th neighbours.
-    """
-    sets = (generated.features, real.features)
-    if any(rows is None or len(rows) <= NEIGHBOURS for rows in sets) or not _has_fidelity():
-        return {"precision_recall": None}
-    from torch_fidelity.metric_prc import prc_features_to_metric
-
+    """Kynkäänniemi et al. 2019 (arXiv 1904.06991); None without torch-fidelity or features."""
+    m, n = (0 if x.features is None else len(x.features) for x in (real, generated))
+    if min(m, n) <= NEIGHBOURS or not _has_fidelity():
+        return None
     options = dict(prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
-    found = prc_features_to_metric(*_tensors(generated, real), **options)
+    found = _ask_fidelity("prc", generated, real, **options)
     shares = {key: found[key] for key in ("precision", "recall")}
-    counts = {"k": NEIGHBOURS, "real": len(real.features), "generated": len(generated.features)}
-    return {"precision_recall": {**shares, **counts}}
+    return {**shares, "k": NEIGHBOURS, "real": m, "generated": n}
 
 
-def _density_coverage(generated, real):
-    found = density_coverage(real.features, generated.features, generated.mu.device)
-    return {"density_coverage": found}
-
-
-def _mmd(generated, real):
-    mmd = maximum_mean_discrepancy(real.features, generated.features, generated.mu.device)
-    return {"mmd_dinov2": mmd}
+def _on_rows(function):
+    """A metric of f(real, generated, device) of arrays."""
+    return lambda made, real: function(real.features, made.features, made.mu.device)
 
 
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000  # torch-fidelity's, and papers'
 NEIGHBOURS = 3  # the paper's k, and ADM's
-# name -> f(generated, real) -> {figure: value for json}; FeatureSets, real.features may be None.
+# name -> f(generated, real) -> figure for json; FeatureSets, real.features may be None.
 METRICS = {
-    "frechet_distance": lambda made, real: {"frechet_distance": _distance(made, real)},
-    "class_agreement": lambda made, real: {"class_agreement": made.agreement},
-    "real_halves": _real_halves,
-    "precision_recall": _precision_recall,
-    "inception_score": _inception_score,
-    "sfid": lambda made, real: {"sfid": _distance(made, real)},
-    "kid": _kid,
-    "density_coverage": _density_coverage,
-    "fd_dinov2": lambda made, real: {"fd_dinov2": _distance(made, real)},
-    "mmd_dinov2": _mmd,
-}
+    "frechet_distance": _distance, "sfid": _distance, "fd_dinov2": _distance,
+    "class_agreement": lambda generated, real: generated.agreement, "real_halves": _real_halves,
+    "precision_recall": _precision_recall, "inception_score": _inception_score, "kid": _kid,
+    "density_coverage": _on_rows(density_coverage),
+    "mmd_dinov2": _on_rows(maximum_mean_discrepancy),
+}  # fmt: skip
 GROUPS = {
     "training": ("frechet_distance", "class_agreement", "real_halves"),
     "standard": ("frechet_distance", "class_agreement", "real_halves", "precision_recall"),
@@ -249,14 +225,14 @@ GROUPS = {
     "dinov2": ("fd_dinov2", "mmd_dinov2"),
 }
 # The kind of features, where it is not `features`, those of sample.features.
-KINDS = {"inception_score": "logits", "sfid": "spatial"}
-KINDS |= {"fd_dinov2": "dinov2", "mmd_dinov2": "dinov2"}
+KINDS = {"inception_score": "logits", "sfid": "spatial", "fd_dinov2": "dinov2"}
+KINDS["mmd_dinov2"] = "dinov2"
 WITHOUT_REAL = ("class_agreement", "inception_score")
 NEED_ROWS = ("kid", "density_coverage", "mmd_dinov2")  # the features of real images, not moments
 
 
 def _has_fidelity():
-    return importlib.util.find_spec("torch_fidelity") is not None
+    return find_spec("torch_fidelity") is not None
 
 
 def choose_metrics(text, key="sample.metrics"):
@@ -280,5 +256,5 @@ def compute_metrics(generated, real, names):
         kind = KINDS.get(name, "features")
         made, reference = (sets.get(kind) for sets in (generated or {}, real or {}))
         known = made is not None and (reference is not None or name in WITHOUT_REAL)
-        figures |= METRICS[name](made, reference) if known else {name: None}
+        figures[name] = METRICS[name](made, reference) if known else None
     return figures

@@ -27,29 +27,31 @@ RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec 
 PNG_THREADS = 8
 
 
-def _describe_network(config, nnet_path, changes):
-    """What records say of the network; hashes the weights."""
-    file = weights_file(nnet_path)
-    nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
+def _open_source(args, config, device, parts, changes):
+    """The images to measure, their number, and what records say of the network; hashes weights."""
+    if args.images:
+        stored = StoredImages(args.images, config.dataset.resolution, device)
+        return stored, stored.count, {}
+    precision, file = Precision(config.train.mixed_precision, device), weights_file(args.nnet_path)
+    model, process, codec = parts["model"].to(device).eval(), parts["process"], parts["codec"]
+    image_sampler = make_image_sampler(
+        config, model, process, codec.to(device), precision=precision, seed=config.seed
+    )
     weights = {"file": str(file), "sha256": hash_file(file), "changes": list(changes)}
-    return {"weights": weights, "nnet": nnet}
+    nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
+    return image_sampler, config.sample.n_samples, {"weights": weights, "nnet": nnet}
 
 
 def evaluation_spec(source, extractors, metrics, real, settings, n):
-    """Everything that batches and result depend on, the network aside: dict. settings:
-    config.sample.
-    """
+    """All that batches and result depend on but the network: dict. settings: config.sample."""
     return {
-        "n": n,
-        "metrics": metrics,
+        "n": n, "metrics": metrics, "repeats": settings.repeats,
         "features": extractors.name if extractors else "none",
-        "extractors": extractors.describe() if extractors else {},
+        "extractors": extractors.hashes if extractors else {},
         "statistics": next(iter(real.values())).source if real else None,
-        **source.sampling_spec(),
-        "repeats": settings.repeats,
-        "mini_batch_size": settings.mini_batch_size,
+        **source.sampling_spec(), "mini_batch_size": settings.mini_batch_size,
         "pictures": {"path": settings.path, "adm_npz": settings.adm_npz},
-    }
+    }  # fmt: skip
 
 
 def require_same_spec(path, spec, flag):
@@ -95,7 +97,7 @@ def write_batches(source, extractors, batches, settings, *, quiet):
     (B, width) float32 of each kind, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they
     are defined. settings: config.sample, or None: neither PNG files nor pixels.
     """
-    path, adm_npz = (settings.path, settings.adm_npz) if settings else (None, None)
+    path, adm_npz = settings and (settings.path, settings.adm_npz) or (None, None)
     made = iter_features(source, extractors, [i for _, i in batches], quiet=quiet)
     with ThreadPoolExecutor(PNG_THREADS) as threads:
         for (file, _), (indices, images, arrays, correct) in zip(batches, made, strict=True):
@@ -160,30 +162,47 @@ def _name_batches(folder, n, m, repeats):
     return [[(folder / f"{name}{k:06}.npz", x) for k, x in enumerate(parts)] for name in names]
 
 
-def _evaluate(args, config, accelerator, source, n, extractors, metrics, dataset, identity):
-    """Make or read the n images of `source`, and write and print their figures. identity: of the
-    network, for the record.
+def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **parts):
+    """Make sample.n_samples images, compare them with the real images, write and print the result.
+
+    The same command goes on with an interrupted evaluation, on any number of processes; batches
+    lie in <output path without suffix>.partial until the result is written.
+
+    Args:
+        args: flags with nnet_path or images (a path of StoredImages), output_path, workdir,
+            config_path and overrides.
+        dataset: of real images, or None with dataset.fid_stats; changes: sentences on the network.
+        parts: model, with the weights of nnet_path, and process and codec of training.
+
+    UserError: no statistics that fit; files of another evaluation; a path that cannot be written;
+    images that are not finite.
     """
     settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
-    output_path = Path(args.output_path or directory / "evaluation.json")
+    default = f"{args.images.rstrip('/')}.json" if args.images else directory / "evaluation.json"
+    output_path = Path(args.output_path or default)
     folder = output_path.with_name(f"{output_path.stem}.partial")
-    side, all_ranks, seed = source.image_shape[-1], ranks(accelerator), config.seed
+
+    metrics = choose_metrics(settings.metrics)
+    extractors = make_extractors(settings, metrics, device)
+    if not (extractors or settings.path or settings.adm_npz):
+        raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
+    source, n, network = _open_source(args, config, device, parts, changes)
+    side, all_ranks = source.image_shape[-1], ranks(accelerator)
     repeats = _name_batches(folder, n, settings.mini_batch_size, settings.repeats)
     if main:
         given = dict(metrics=metrics, side=side, device=device)
         real = extractors and load_real(config.dataset, extractors, dataset, **given)
-        spec = evaluation_spec(source, extractors, metrics, real, settings, n) | identity
+        spec = evaluation_spec(source, extractors, metrics, real, settings, n) | network
         claim_places(output_path, folder, settings, spec)
         made = sum(len(indices) for x in repeats for path, indices in x if not path.exists())
     wait_without_timeout(accelerator)
     began = time.monotonic()
     for repeat, batches in enumerate(repeats):
-        source.seed = seed + repeat
+        source.seed, files = config.seed + repeat, settings if repeat == 0 else None
         own = batches[accelerator.process_index :: accelerator.num_processes]
         own = [(path, indices) for path, indices in own if not path.exists()]
-        written = settings if repeat == 0 else None
-        write_batches(source, extractors, own, written, quiet=not main)
+        write_batches(source, extractors, own, files, quiet=not main)
     wait_without_timeout(accelerator)
     accelerator.end_training()  # with gloo, a process that exits without it aborts now and then
     if not main:
@@ -191,46 +210,10 @@ def _evaluate(args, config, accelerator, source, n, extractors, metrics, dataset
 
     seconds, kinds = time.monotonic() - began, extractors.dims if extractors else ()
     speed = {"images_made_now": made, "img_s": made / seconds, "ranks": all_ranks}
+    began = time.monotonic()
     found = [compute_metrics(load_generated(x, kinds, device), real, metrics) for x in repeats]
+    speed["figures_s"] = time.monotonic() - began
     write_result(output_path, spec, {**speed, **summarize(found)}, config)
     if settings.adm_npz:
         write_adm_npz(settings.adm_npz, repeats[0], (n, side, side, 3))
     shutil.rmtree(folder)
-
-
-def run_evaluation(args, config, accelerator, *, model, process, codec, dataset=None, changes=()):
-    """Make sample.n_samples images, compare them with the real images, write and print the result.
-
-    The same command goes on with an interrupted evaluation, on any number of processes; batches
-    lie in <output path without suffix>.partial until the result is written.
-
-    Args:
-        args: flags with nnet_path, output_path, workdir, config_path and overrides.
-        model: the network with the weights of nnet_path; changes: sentences on these.
-        process, codec: of training; dataset: of real images, or None with dataset.fid_stats.
-
-    UserError: no statistics that fit; files of another evaluation; a path that cannot be written;
-    images that are not finite.
-    """
-    settings, device = config.sample, accelerator.device
-    metrics = choose_metrics(settings.metrics)
-    extractors = make_extractors(settings, metrics, device)
-    if not (extractors or settings.path or settings.adm_npz):
-        raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
-    precision = Precision(config.train.mixed_precision, device)
-    model, codec = model.to(device).eval(), codec.to(device)
-    image_sampler = make_image_sampler(
-        config, model, process, codec, precision=precision, seed=config.seed
-    )
-    identity, n = _describe_network(config, args.nnet_path, changes), settings.n_samples
-    _evaluate(args, config, accelerator, image_sampler, n, extractors, metrics, dataset, identity)
-
-
-def measure_images(args, config, accelerator):
-    """As run_evaluation, of the pictures in args.images, a folder, a zip file or an .npz, without a
-    network. Real images: dataset.fid_stats.
-    """
-    metrics = choose_metrics(config.sample.metrics)
-    extractors = make_extractors(config.sample, metrics, accelerator.device)
-    source = StoredImages(args.images, config.dataset.resolution, accelerator.device)
-    _evaluate(args, config, accelerator, source, source.count, extractors, metrics, None, {})

@@ -17,30 +17,27 @@ class StoredImages:
     """The pictures of a folder or a zip file, or arr_0, uint8 (n, H, W, 3), of an .npz, as ADM's
     evaluation suite has them. While the feature networks work, the next batch is read.
 
-    Pictures of a folder that are not squares of `resolution` are cropped in the centre and resized
-    by the data set's rule; resolution None: the first picture's smaller side. UserError: no
-    pictures; a damaged file.
+    resolution: to which those of a folder are cropped and resized by the data set's rule; None: the
+    first picture's smaller side. UserError: no pictures; a damaged file.
     """
 
     conditional = False
 
     def __init__(self, path, resolution, device):
         self.device, self.pictures = device, None
+        self.record = {"file": str(path), "preprocessing": "none"}
         if str(path).endswith(".npz"):
-            self.pictures = map_array(path, "arr_0")
-            if self.pictures is None or self.pictures.dtype != np.uint8:
+            self.pictures = stored = map_array(path, "arr_0")
+            if stored is None or stored.dtype != np.uint8:
                 raise UserError(f"{path} has no arr_0 of uint8 (n, H, W, 3): give ADM's layout")
-            self.count, side = len(self.pictures), self.pictures.shape[1]
-            found = {"sha256": hash_file(path), "preprocessing": "none"}
+            side, self.record["sha256"] = stored.shape[1], hash_file(path)
         else:
-            self.dataset = folder = get_dataset(
+            self.folder = stored = get_dataset(
                 "folder", path=path, resolution=resolution, labels=False
             )
-            self.count, side = len(folder), folder.shape[-1]
-            found = {"list_sha256": folder.list_sha256(*folder.sizes)}
-            found["preprocessing"] = folder.preprocessing
-        self.image_shape = (3, side, side)
-        self.record = {"file": str(path), "count": self.count, **found}
+            self.record["preprocessing"] = stored.preprocessing
+            side, self.record["list_sha256"] = stored.shape[-1], stored.list_sha256(*stored.sizes)
+        self.count, self.image_shape = len(stored), (3, side, side)
 
     def sampling_spec(self):
         """What the pictures are: dict for records."""
@@ -51,12 +48,12 @@ class StoredImages:
             return np.array(self.pictures[indices[0] : indices[-1] + 1])
         try:
             with ThreadPoolExecutor(THREADS) as threads:
-                pixels = list(threads.map(self.dataset.pixels, indices))
+                pixels = list(threads.map(self.folder.pixels, indices))
         except UnreadableImage as error:
             raise UserError(f"{error}: make this picture again, or remove it") from error
         return np.stack(pixels).transpose(0, 2, 3, 1)
 
-    def iterate(self, batches):
+    def read_ahead(self, batches):
         """float32 (B, 3, H, W) in [0, 1] of each of `batches`, ranges of indices."""
         with ThreadPoolExecutor(1) as reader:
             ahead = None

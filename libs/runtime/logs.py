@@ -147,11 +147,9 @@ def _start_wandb(directory, first_step):
 
     mode = os.environ.get("WANDB_MODE", "offline")
     run = wandb.init(project="DiM", dir=str(directory), settings=dict(WANDB_SETTINGS), mode=mode)
-
-    def log_numbers(step, numbers):  # wandb drops earlier steps, as of figures computed meanwhile
-        run.log(numbers, step=max(step, getattr(run, "step", 0)))
-
-    return log_numbers, run.finish
+    # It drops steps before its last one, such as those of figures that were computed meanwhile.
+    last = functools.partial(getattr, run, "step", 0)
+    return lambda step, numbers: run.log(numbers, step=max(step, last())), run.finish
 
 
 class MetricsLog:

@@ -1,0 +1,18 @@
+"""Print results of eval.py side by side, as a Markdown table, with what differs in settings:
+
+    python scripts/compare_results.py A.json B.json ...
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from libs.evaluate import compare
+from utils import UserError, read_json
+
+if __name__ == "__main__":
+    try:
+        print(*compare({path: read_json(path) for path in sys.argv[1:]}), sep="\n")
+    except UserError as error:
+        sys.exit(f"error: {error}")
