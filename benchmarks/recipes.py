@@ -45,12 +45,14 @@ RUN = {"recipe": "flow", "set": "", "seed": 0, "seconds": 90.0, "n": 10_000}
 SAMPLING = {"sampler": "", "steps": 50, "scale": 0.4, "internal_scale": 0.0, "average": ""}
 PLACES = {
     "data": "assets/datasets/fashion_mnist", "workdir": "workdir/recipes", "stats": "",
-    "features": "assets/fashion_mnist_classifier.safetensors", "step_ms": 0.0, "draw": "",
+    "features": "assets/fashion_mnist_classifier.safetensors",  # judge; repa's features:
+    "teacher": "assets/fashion_mnist_classifier.safetensors", "step_ms": 0.0, "draw": "",
 }  # fmt: skip
 KEYS = ("recipe", "set", "seed", "seconds_asked", "n", "sampler", "steps_sampled", "guidance",
         "internal_guidance", "average")  # fmt: skip
 FIGURES = ("features", "precision", "network_calls", "class_agreement", "frechet_distance")
 COLUMNS = ("seconds", *KEYS[:3], *KEYS[4:], *FIGURES[2:])
+COLORS = "tab:gray", "tab:green"
 DOCS, MARK = harness.ROOT / "docs", "<!-- from benchmarks/recipes.py -->\n"
 
 
@@ -70,7 +72,7 @@ def make_config(args, n_steps):
         "sample.internal_scale": args.internal_scale,
     }  # fmt: skip
     changes |= {"sample.algorithm": args.sampler} if args.sampler else {}
-    changes |= {"loss.repa.path": args.features} if "loss.repa" in changes else {}
+    changes |= {"loss.repa.path": args.teacher} if "loss.repa" in changes else {}
     words = (change.split("=", 1) for change in args.set.split())
     for path, value in [*changes.items(), *((key, json.loads(text)) for key, text in words)]:
         *sections, key = path.split(".")
@@ -129,22 +131,28 @@ def make_table(records):
 
 def draw(records):
     """docs/recipes.png and the table of docs/training.md: of each training its best evaluation."""
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    worst_first, groups = sorted(records, key=lambda r: -r["frechet_distance"]), {}
+    worst_first = sorted(records, key=lambda r: -r["frechet_distance"])
     best = {repr([r[key] for key in KEYS[:5]]): r for r in worst_first}.values()
-    for r in best:
-        group = groups.setdefault((f"{r['recipe']} {r['set']}", r["n"]), [])
-        group.append((r["seconds"], r["frechet_distance"]))
-    figure, names = Figure(figsize=(9, 5), layout="constrained"), sorted({n for n, _ in groups})
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot(yscale="log", xlabel="seconds of training", ylabel="Frechet distance")
     axes.set_title(f"{worst_first[-1]['gpu']}, torch {worst_first[-1]['torch']}")
-    for (name, n), points in groups.items():
-        marker, color = "o" if n == 10_000 else "x", colormaps["tab20"](names.index(name))
-        label = f"{name} ({n:,} images)"
-        axes.scatter(*zip(*points, strict=True), marker=marker, color=color, label=label)
-    figure.legend(loc="outside right upper")
+    free = {}  # seconds asked for -> where the next name has room, from above
+    for r in worst_first:
+        if not any(r is shown for shown in best):
+            continue
+        point, color = (r["seconds"], r["frechet_distance"]), COLORS[r["n"] >= 10_000]
+        axes.scatter(*point, color=color)
+        height = free[r["seconds_asked"]] = min(point[1], free.get(r["seconds_asked"], 1e9) / 1.17)
+        line = dict(arrowstyle="-", color=color, lw=0.5, relpos=(0, 0.5))
+        text = f"{r['recipe']} {r['set']}, seed {r['seed']}".replace(" ,", ",")
+        place = dict(xytext=(r["seconds"] + 9, height), va="center", fontsize=8)
+        axes.annotate(text, point, **place, color=color, arrowprops=line)
+    axes.set_xlim(right=1.3 * max(r["seconds"] for r in records))
+    for n, color in zip(("fewer than 10,000 images", "10,000 images"), COLORS, strict=True):
+        axes.scatter([], [], color=color, label=n)
+    axes.legend(loc="upper right")
     figure.savefig(DOCS / "recipes.png", dpi=120)
     before, _, after = (DOCS / "training.md").read_text().split(MARK)
     block = f"![distance against seconds](recipes.png)\n\n{make_table(best)}"
