@@ -2,7 +2,7 @@
 
 Training steps (forward, loss, backward, clipping, fused AdamW, float32 weights under autocast, no
 EMA, random data on the device), forward passes and sampling (a few steps of DPM-Solver++(2M), both
-halves of guidance in one batch) of DiM-S, -L, -H, U-ViT-H and diffusers' DiT-XL/2, without
+halves of guidance in one batch) of DiM-S, -L, -H, -XL, U-ViT-H and diffusers' DiT-XL/2, without
 activation checkpointing. Forward passes and sampling hold matrix weights in bf16; 'graph' is the
 replay of CUDA graphs, 'compile' torch.compile. A figure is the median of steps that follow one
 another without the host waiting. Records are added to benchmarks/results/model_<gpu>.json after

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from configs import cifar10_S_DiM, imagenet256_H_DiM, imagenet256_uvit_huge, imagenet512_H_DiM_ft
 from libs.model import PRESETS, DiM, build_model
 
+FRONT_TOKENS = 2  # of every DiM: time and label
 PIXEL_SPACE = 32  # up to this resolution the network sees pixels (CIFAR-10), above it latents
-PAD_TOKENS, FRONT_TOKENS = 3, 5  # of every DiM here
 
 
 class DiT(nn.Module):
@@ -35,7 +35,7 @@ class DiT(nn.Module):
 
 
 def build_dim(size, pixels):
-    """DiM-S, -L or -H as the shipped configs have it, at this resolution."""
+    """DiM-S, -L or -H as the shipped configs have it, or -XL likewise, at this resolution."""
     latents = imagenet256_H_DiM if pixels < 512 else imagenet512_H_DiM_ft
     nnet = (cifar10_S_DiM if pixels <= PIXEL_SPACE else latents).get_config().nnet
     nnet.update(PRESETS[size], input_size=get_input_shape(pixels)[1])
@@ -53,6 +53,7 @@ NETWORKS = {
     "DiM-S": lambda pixels: build_dim("S", pixels),
     "DiM-L": lambda pixels: build_dim("L", pixels),
     "DiM-H": lambda pixels: build_dim("H", pixels),
+    "DiM-XL": lambda pixels: build_dim("XL", pixels),
     "U-ViT-H": build_uvit,
     "DiT-XL/2": lambda pixels: DiT(pixels // 8),
 }
@@ -88,5 +89,5 @@ def count_flops(network, pixels):
     side = get_input_shape(pixels)[1] // network.patch_size
     patch = network.patch_size**2 * network.in_channels * network.dim
     conditioning = everything - blocks - patch  # the embedding is a convolution
-    tokens = FRONT_TOKENS + (side + PAD_TOKENS) ** 2
+    tokens = FRONT_TOKENS + network.pad + (side + network.pad) ** 2
     return 2 * (tokens * blocks + side**2 * 2 * patch + conditioning)

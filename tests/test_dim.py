@@ -9,6 +9,7 @@ from libs.model.block import compose_block
 from libs.model.build import build_model
 from libs.model.dim import MIXERS, PRESETS, DiM
 from libs.model.heads import add_heads
+from libs.model.layers import sinusoidal_embedding
 from libs.model.published import from_official, to_official
 from libs.model.scan_order import pad_index, sequence_order
 from libs.model.skips import boost_stream
@@ -29,6 +30,7 @@ def inputs(batch=3, size=(8, 8)):
         ("S", dict(input_size=32, in_channels=3, num_classes=10), 50_568_716),
         ("L", dict(input_size=32, in_channels=4, num_classes=1000), 386_063_376),
         ("H", dict(input_size=32, in_channels=4, num_classes=1000), 862_407_184),
+        ("XL", dict(input_size=32, in_channels=4, num_classes=1000), 672_756_496),
     ],
 )
 def test_presets_have_the_published_sizes(name, shape, parameters):
@@ -211,10 +213,34 @@ def test_attention_in_place_of_mamba():
     assert from_official(model, state).keys() == model.state_dict().keys()
 
 
-def test_attention_is_trained_for_two_steps(in_process, tmp_path):
+@pytest.mark.parametrize("layout", ["lateral", "rho_pad"])
+def test_without_padding_the_sequence_is_time_label_and_image(layout):
+    torch.manual_seed(0)
+    model, (x, t, y) = DiM(**TINY, num_pad_tokens=0, pad_layout=layout), inputs()
+    torch.nn.init.normal_(model.pos_embed)
+    out, hidden = model(x, t, y, hidden=(0, 4))
+    image = model.patch_embed(x) + model.pos_embed[:, 2:].mT.unflatten(2, (4, 4))
+    image = model.first_smoother(image).flatten(2).mT
+    extra = torch.stack([sinusoidal_embedding(t, 16), model.label_embed(y)], 1)
+    tokens = torch.cat([extra + model.pos_embed[:, :2], image], 1)
+    modulation = model.modulation(t, y)
+    torch.testing.assert_close(hidden[0], model.blocks[0](tokens, modulation, None))
+    front, grid = torch.arange(2), torch.arange(2, 18).view(4, 4)
+    backwards, columns = (torch.cat([front, g.flatten()]) for g in (grid.flip(0, 1), grid.T))
+    orders, saved, tokens = (None, backwards, columns, backwards, None), [], hidden[0]
+    for k in range(1, 5):
+        skip = saved.pop() if k > 2 else None
+        tokens = model.blocks[k](tokens, modulation, orders[k], skip=skip)
+        saved += [tokens] if k <= 2 else []
+    torch.testing.assert_close(hidden[4], tokens)
+    out.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_attention_without_padding_is_trained_for_two_steps(in_process, tmp_path):
     changes = dict(
-        nnet__mixer__name="attention", train__n_steps=2, train__save_interval=2,
-        train__num_workers=0, train__fid_samples=0, train__grid_samples=0,
+        nnet__mixer__name="attention", nnet__num_pad_tokens=0, train__n_steps=2,
+        train__save_interval=2, train__num_workers=0, train__fid_samples=0, train__grid_samples=0,
     )  # fmt: skip
     assert in_process("train", runs.arguments(tmp_path / "run", **changes)) == 0
     network, average, *_ = runs.weights(tmp_path / "run", 2)

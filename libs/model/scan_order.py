@@ -62,7 +62,7 @@ def lateral(rows, columns, height, width, pad):
 def rho_pad(rows, columns, height, width, pad):
     """The pads are dealt out 0, .., pad-1, 0, .. over all padded positions in raster order."""
     outside = (rows >= height) | (columns >= width)
-    return (outside.view(-1).cumsum(0) - 1).view_as(outside) % pad
+    return (outside.view(-1).cumsum(0) - 1).view_as(outside) % max(pad, 1)
 
 
 PAD_LAYOUTS = {"lateral": lateral, "rho_pad": rho_pad}
