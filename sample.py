@@ -44,19 +44,23 @@ def set_sampling(config, args):
     print(f"drawing with {config.sample.algorithm} in {config.sample.sample_steps} steps")
 
 
-def main(args):
-    utils.file_to_write(args.out, "--out")
+def open_sampler(args):
+    """The ImageSampler that the flags ask for."""
     config = args.config
     set_sampling(config, args)
     device = make_accelerator().device
     process, codec, _, model = make_parts(config)
     for change in load_weights(config, model, args.nnet_path):
         print(change)
-    image_sampler = make_image_sampler(
+    return make_image_sampler(
         config, model.to(device).eval(), process, codec.to(device),
         precision=Precision(config.train.mixed_precision, device), seed=args.seed,
     )  # fmt: skip
-    images = draw_rows(image_sampler, args.classes, args.n)
+
+
+def main(args):
+    utils.file_to_write(args.out, "--out")
+    images = draw_rows(open_sampler(args), args.classes, args.n)
     utils.save_grid(args.out, images, args.n)
     print(f"wrote {args.out}: {len(images)} images, {args.n} a row")
 

@@ -118,20 +118,23 @@ def test_what_the_output_and_on_step_receive(process, algorithm):
         for pred in ("x0_pred", "noise_pred")
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-    times, steps = [], []
+    process, times, steps, predicted, expected = PROCESSES[process], [], [], [], []
     weight = torch.ones((), requires_grad=True)
 
     def output(x, t):
         assert x.dtype == t.dtype == torch.float32 and t.shape == () and t.device.type == "cpu"
         times.append(t.item())
+        expected.append(x * (1 - process.sigma(t)) / process.alpha(t))
         return x * weight
 
     z_T = torch.ones(2, 1, 2, 2, dtype=torch.bfloat16)
-    out = sample(output, PROCESSES[process], z_T, pred="noise_pred", algorithm=algorithm, steps=7,
-                 on_step=lambda i, n: steps.append((i, n)))
+    out = sample(output, process, z_T, pred="noise_pred", algorithm=algorithm, steps=7,
+                 on_step=lambda i, n, x_0: (steps.append((i, n)), predicted.append(x_0)))
     assert out.dtype == torch.float32 and not out.requires_grad
     assert times[0] == 1 and times == sorted(times, reverse=True)
     assert steps == [(i, 7) for i in range(1, 8)]
+    # The noise is predicted as x itself: x_0 = (x - sigma x) / alpha, float32's rounding apart.
+    torch.testing.assert_close(torch.stack(predicted), torch.stack(expected))
 
 
 # --- stochastic samplers and diffusers ---

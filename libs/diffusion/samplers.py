@@ -201,8 +201,8 @@ def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=
     """Integrate from z_T at t = 1 to z_0: (B, ...) float32, or float64 as z_T, on z_T's device.
 
     output(x, t): the raw, guided output of a network for `pred`; steps: of the sampler, most make
-    one call each; noise: ImageNoise, for stochastic algorithms; on_step(i, n) follows call
-    i = 1, ..., n of output. UserError: see `choose_sampler`.
+    one call each; noise: ImageNoise, for stochastic algorithms; on_step(i, n, x_0) follows call
+    i = 1, ..., n of output, with the x_0 that it predicts. UserError: see `choose_sampler`.
     """
     solve, predicts = choose_sampler(algorithm, process)
     if on_step is not None:
@@ -212,7 +212,7 @@ def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=
     def counted(x, t):
         out = output(x, t)
         if on_step is not None:
-            on_step(next(calls), n)
+            on_step(next(calls), n, process.to_x0_eps(pred, out, x, t)[0])
         return out
 
     x = z_T.to(torch.promote_types(z_T.dtype, torch.float32))

@@ -100,7 +100,7 @@ class ImageSampler:
     @torch.no_grad()
     def __call__(self, indices, labels=None, on_step=None):
         """Images (B, C, H, W) float32 in [0, 1] of `indices`; labels (B,) int64 override
-        `get_labels`; on_step(i, n) is called after network call i of n.
+        `get_labels`; on_step: of libs.diffusion.sample.
         """
         labels = self.get_labels(indices) if labels is None else labels
         y = None if labels is None else labels.to(self.device)
@@ -204,10 +204,10 @@ def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
     return images if made.item() == n else None
 
 
-def draw_rows(image_sampler, classes, n):
+def draw_rows(image_sampler, classes, n, on_step=None):
     """n images each of `classes`, or of all classes, on the CPU, (rows x n, C, H, W), with a
-    progress bar; one row of an unconditional model. UserError: a class that the model does not
-    have; an image contains NaN.
+    progress bar; one row of an unconditional model. on_step: of libs.diffusion.sample, batch by
+    batch. UserError: a class that the model does not have; an image contains NaN.
     """
     num_classes = image_sampler.model.num_classes if image_sampler.conditional else 0
     for label in classes or ():
@@ -217,12 +217,14 @@ def draw_rows(image_sampler, classes, n):
     batches = batches.split(image_sampler.settings.mini_batch_size)
     with tqdm(unit="step") as bar:
 
-        def on_step(i, steps):
+        def count(i, steps, x_0):
             bar.total = steps * len(batches)
             bar.update()
+            if on_step is not None:
+                on_step(i, steps, x_0)
 
         for rows in batches:
             batch_labels = labels[rows] if num_classes else None
-            images.append(image_sampler(rows.tolist(), batch_labels, on_step).cpu())
+            images.append(image_sampler(rows.tolist(), batch_labels, count).cpu())
             require_finite(images[-1], rows.tolist())
     return torch.cat(images)

@@ -1,6 +1,6 @@
 """Around every script: command lines, processes, logs, CUDA graphs.
 
-run_main, TRAINING, EVALUATION                  call a script's main with its flags, of these kinds:
+run_main, parse_flags, TRAINING, EVALUATION     call a script's main with its flags, of these kinds:
 REQUIRED, file_path, int_list                   must be given; a path; 3,7
 load_config, config_beside                      of a file; the config.json beside weights
 make_accelerator, Precision                     the process's part in the run; its number format
@@ -20,6 +20,7 @@ from libs.runtime.flags import (
     file_path,
     int_list,
     load_config,
+    parse_flags,
     run_main,
 )
 from libs.runtime.launch import (
