@@ -165,7 +165,7 @@ def test_a_row_is_trained_measured_recorded_and_not_made_again(tmp_path, in_proc
     monkeypatch.setattr(recipes, "DEVICE", "cpu")
     monkeypatch.setattr(harness, "describe_setting", lambda device, commit: SETTING)
     for part in ("train", "t10k"):
-        write_fashion_mnist(data, part, 20, gz=True)
+        write_fashion_mnist(data, part, gz=True)
     np.savez(features, **Classifier(channels=1, num_classes=10).state_dict())
     words = ["--recipe=flow,internal", "--seconds=0.2", "--step_ms=100", "--n=20", "--steps=2"]
     words += [f"--{k}={v}" for k, v in dict(data=data, features=features, out=tmp_path).items()]
