@@ -9,7 +9,7 @@ FEATURES, make_features             name -> feature network; one by its name
 Extractors, make_extractors         the feature networks that metrics need, in one; of a config
 extract_features, load_real         features of a data set's images, by batches; of real images
 METRICS, choose_metrics             name -> f(generated, real) -> figures; names in a text
-compute_metrics                     figures of features
+compute_metrics, make_feature_set   figures of features; an array of features, for METRICS
 Statistics                          sums of features, for a statistics file
 Classifier                          for its training
 """
@@ -28,7 +28,7 @@ from libs.evaluate.generate import (
     make_grid_images,
     make_image_sampler,
 )
-from libs.evaluate.metrics import METRICS, choose_metrics, compute_metrics
+from libs.evaluate.metrics import METRICS, choose_metrics, compute_metrics, make_feature_set
 from libs.evaluate.real import Statistics, load_real
 from libs.evaluate.report import compare
 from libs.evaluate.run import run_evaluation

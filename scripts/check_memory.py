@@ -1,0 +1,79 @@
+"""Does a network draw, or copy? Its pictures beside the nearest ones that it was trained on.
+
+    python scripts/check_memory.py --nnet_path=CHECKPOINT --held_out=assets/emoji64/held_out
+
+Draws a picture of its class for each held-out one. In low-pass pixels and config.sample's features,
+`ratio` is the median distance of drawn pictures to their nearest training picture over that of
+held-out pictures: about 1 for new ones, 0 for copies. The grid: drawn, nearest in both, and so on.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import utils
+from libs import evaluate
+from libs.parts import load_weights, make_parts, open_dataset
+from libs.runtime import EVALUATION, REQUIRED, Precision, file_path, make_accelerator, run_main
+
+BATCH, TRIPLES, COLUMNS = 250, 2, 6  # triples: of a class; columns of them
+FLAGS = {name: EVALUATION[name] for name in ("nnet_path", "config")} | {
+    "held_out": (file_path, REQUIRED, "pictures that training has not seen, as dataset.path"),
+    "output_path": (file_path, "memory.json", "json file of the figures"),
+    "out": (file_path, "memory.png", "the grid"),
+}
+
+
+def kid(a, b):
+    """METRICS["kid"] of rows (m, dim) and (n, dim)."""
+    sets = (evaluate.make_feature_set(rows.numpy(), "cpu") for rows in (a, b))
+    return evaluate.METRICS["kid"](*sets)["mean"]
+
+
+def measure(drawn, held_out, train):
+    """(figures of one space's rows (n, dim), places (n,) of drawn rows' nearest ones in train)."""
+    (own, nearest), (others, _) = (torch.cdist(rows, train).min(1) for rows in (drawn, held_out))
+    medians = own.median().item(), others.median().item()
+    found = {"ratio": medians[0] / medians[1], "medians": medians, "kid": kid(drawn, held_out)}
+    found |= {"kid_to_train": kid(drawn, train), "kid_of_train": kid(train, held_out)}
+    return found, nearest
+
+
+def main(args):
+    evaluate.choose_metrics("kid")  # it may need a package
+    config, device = args.config, make_accelerator().device
+    process, codec, _, model = make_parts(config)
+    load_weights(config, model, args.nnet_path)
+    precision = Precision(config.train.mixed_precision, device)
+    parts = config, model.to(device).eval(), process, codec.to(device)
+    image_sampler = evaluate.make_image_sampler(*parts, precision=precision, seed=config.seed)
+    settings = config.sample
+    features = evaluate.make_features(settings.features, settings.fid_weights_path, device)
+
+    train = open_dataset(config)
+    config.dataset.path = args.held_out
+    held_out = open_dataset(config)
+    labels = [train.class_names.index(held_out.class_names[label]) for label in held_out.labels]
+    batches, labels = torch.arange(len(labels)).split(BATCH), torch.tensor(labels)
+    drawn = [image_sampler(rows.tolist(), labels[rows]).cpu() for rows in batches]
+    real = [torch.stack([x[0, i][0] for i in range(len(x))]) / 2 + 0.5 for x in (held_out, train)]
+    images = [(x * 255).round() / 255 for x in (torch.cat(drawn), *real)]
+
+    shown = torch.cat([(labels == label).nonzero()[:TRIPLES, 0] for label in labels.unique()])
+    figures, triples = {"n": len(labels), "features": features.name}, [images[0][shown]]
+    spaces = {"pixels": torch.nn.AdaptiveAvgPool2d(16), "features": features}
+    for space, embed in spaces.items():
+        rows = [torch.cat([embed(x).flatten(1).cpu() for x in k.split(BATCH)]) for k in images]
+        figures[space], nearest = measure(*rows)
+        triples.append(images[2][nearest[shown]])
+    utils.save_grid(args.out, torch.stack(triples, 1).flatten(0, 1), 3 * COLUMNS)
+    print(json.dumps(figures, indent=2))
+    utils.write_json(args.output_path, figures | {"sampling": image_sampler.sampling_spec()})
+
+
+if __name__ == "__main__":
+    run_main(main, FLAGS)
