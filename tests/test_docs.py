@@ -65,7 +65,7 @@ def test_the_parts_and_hours_of_a_flow(path):
     """Eight GPUs are counted as 95% of eight times the measured speed."""
     config = load_config(str(path))
     with torch.device("meta"):
-        add_heads(build_model(config.nnet), config.loss, training=True)
+        add_heads(build_model(config.nnet), config.loss, training=True, repa={"feature_dim": 128})
     process = make_process(**config.process)
     assert config.pred in process.predictions and choose_sampler(config.sample.algorithm, process)
     text = " ".join(path.read_text().split())

@@ -86,7 +86,7 @@ def trained(tmp_path, in_process):
     tiny |= {"train.n_steps": 2, "train.batch_size": 4, "train.grid_samples": 0}
     tiny |= {"train.num_workers": 0, "train.mixed_precision": "no", "sample.sample_steps": 2}
     tiny |= {"dataset.path": tmp_path / "train", "dataset.resolution": 16}
-    tiny["sample.fid_weights_path"] = tmp_path / "classifier.safetensors"
+    tiny |= dict.fromkeys(("sample.fid_weights_path", "loss.repa.path"), words[-1][6:])
     words = ["--config=configs/emoji64_flow.py", f"--workdir={tmp_path}/run"]
     words += [f"--config.{key}={value}" for key, value in tiny.items()]
     assert in_process("train", words) == 0
