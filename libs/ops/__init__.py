@@ -11,12 +11,10 @@ describe_backends                what would run, for the log; also `python -m li
 import torch
 
 from libs.ops import backends
-from libs.ops.adaln import gated_residual, modulated_norm
-from libs.ops.causal_conv1d import causal_conv1d
 from libs.ops.cuda.fp8 import fp8_linear, require_fp8, turn_on_fp8
 from libs.ops.cuda.mamba_block import mamba_block_cuda as mamba_block
 from libs.ops.fusion import describe, is_fused
-from libs.ops.selective_scan import selective_scan
+from libs.ops.operators import causal_conv1d, gated_residual, modulated_norm, selective_scan
 
 
 def describe_backends(device="cpu"):

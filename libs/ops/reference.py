@@ -32,11 +32,8 @@ def selective_scan_ref(
     h_l = exp(delta'_l A) h_{l-1} + delta'_l B_l u_l,  h_{-1} = 0
     y_l = <C_l, h_l> + D u_l,  then y_l silu(z_l)
 
-    u, delta, z: (B, L, D). A: (D, N). B, C: (B, L, N). D, delta_bias: (D,). order: (L,) integer
-    permutation; step l reads and writes row order[l], so inputs and output stay in row order.
-    Softplus only with delta_softplus. Computes in float32, in float64 when u is float64. Returns y
-    (B, L, D) in u's dtype and, with return_last_state, also the state after the last step, (B, D,
-    N) in the computing dtype.
+    Shapes and results as of libs.ops.selective_scan. Softplus only with delta_softplus. Computes
+    in float32, in float64 when u is float64; that is the last state's dtype, too.
     """
     dtype = _compute_dtype(u)
     u_BLD, delta_BLD, B_BLN, C_BLN = (visit(x.to(dtype), order) for x in (u, delta, B, C))
@@ -71,9 +68,7 @@ def causal_conv1d_ref(x, weight, bias=None, activation=None, order=None):
     y_l = bias + sum_w weight[:, w] x_{l - W + 1 + w}, rows before the first step being zero; then
     silu if asked.
 
-    x: (B, L, D). weight: (D, W). bias: (D,). activation: None or 'silu'. order: (L,) integer
-    permutation; step l reads and writes row order[l]. Computes in float32, in float64 when x is
-    float64; returns (B, L, D) in x's dtype.
+    Shapes as of libs.ops.causal_conv1d. Computes in float32, in float64 when x is float64.
     """
     dtype = _compute_dtype(x)
     length, width = x.shape[1], weight.shape[1]
@@ -90,8 +85,8 @@ def modulated_norm_ref(x, weight, modulation, table, out_dtype=None):
     """RMSNorm(x) weight (1 + scale) + shift, eps 1e-5, where shift, scale, gate are the rows of
     table + modulation (adaLN-single, PixArt-alpha, arXiv 2310.00426, section 2.3).
 
-    x: (B, L, dim). weight: (dim,). modulation: (B, 3, dim). table: (3, dim). Computes in float32,
-    in float64 when x is float64; returns (B, L, dim) in out_dtype, None for the computing dtype.
+    Shapes as of libs.ops.modulated_norm. Computes in float32, in float64 when x is float64, which
+    is the result's dtype where out_dtype is None.
     """
     shift, scale, _ = (table + modulation)[:, :, None].unbind(1)              # (B, 1, dim) each
     x = x.to(_compute_dtype(x))
@@ -100,12 +95,7 @@ def modulated_norm_ref(x, weight, modulation, table, out_dtype=None):
 
 
 def gated_residual_ref(x, branch, modulation, table, drop_path_scale=None, out_dtype=None):
-    """x + drop_path_scale (1 + gate) branch, with the gate of `modulated_norm_ref`.
-
-    x, branch: (B, L, dim). drop_path_scale: (B,), stochastic depth, or None for 1. Computes in
-    float32, in float64 when x is float64; returns (B, L, dim) in out_dtype, None for the computing
-    dtype.
-    """
+    """x + drop_path_scale (1 + gate) branch, gate and dtypes as in `modulated_norm_ref`."""
     gate = (table + modulation)[:, :, None].unbind(1)[2]                      # (B, 1, dim)
     branch = (1 + gate) * branch
     if drop_path_scale is not None:

@@ -126,13 +126,17 @@ def _copy(target, source):
 
 
 @_inline
+def _locate(task, channels):
+    """(image, number of the block, its first channel, the channel after its last) of a task."""
+    blocks = (channels + BLOCK - 1) // BLOCK
+    block = task % blocks
+    return task // blocks, block, block * BLOCK, min((block + 1) * BLOCK, channels)
+
+
+@_inline
 def _delta_row(delta, raw, bias, softplus):
-    if softplus:
-        for d in range(BLOCK):
-            delta[d] = _softplus(raw[d] + bias[d])
-    else:
-        for d in range(BLOCK):
-            delta[d] = raw[d] + bias[d]
+    for d in range(BLOCK):
+        delta[d] = _softplus(raw[d] + bias[d]) if softplus else raw[d] + bias[d]
 
 
 @_inline
@@ -184,25 +188,20 @@ def scan_fwd(first_task, last_task, x, y, checkpoints, last_state):
     the state before each tile, or (0, 0, 0, 0) to store none; last_state (B, D, N)."""
     length, channels = x.u.shape[1:]
     states = x.A.shape[0]
-    blocks = (channels + BLOCK - 1) // BLOCK
     for task in range(first_task, last_task):
-        b = task // blocks
-        d0 = task % blocks * BLOCK
-        d1 = min(d0 + BLOCK, channels)
+        b, _, d0, d1 = _locate(task, channels)
         h = np.zeros((states, BLOCK), f32)
         A = np.zeros((states, BLOCK), f32)
         rows = np.zeros((8, BLOCK), f32)
         raw, delta, u, delta_u, y_row = rows[0], rows[1], rows[2], rows[3], rows[4]
         z, bias, D = rows[5], rows[6], rows[7]
-        for n in range(states):
-            _copy(A[n], x.A[n, d0:d1])
+        A[:, : d1 - d0] = x.A[:, d0:d1]
         _copy(bias, x.delta_bias[d0:d1])
         _copy(D, x.D[d0:d1])
         for step in range(length):
             row = x.order[step]
             if step % TILE == 0 and checkpoints.size > 0:
-                for n in range(states):
-                    _copy(checkpoints[b, step // TILE, n, d0:d1], h[n, : d1 - d0])
+                checkpoints[b, step // TILE, :, d0:d1] = h[:, : d1 - d0]
             _copy(raw, x.delta[b, row, d0:d1])
             _copy(u, x.u[b, row, d0:d1])
             _delta_row(delta, raw, bias, x.delta_softplus)
@@ -212,9 +211,7 @@ def scan_fwd(first_task, last_task, x, y, checkpoints, last_state):
                 _copy(z, x.z[b, row, d0:d1])
                 _gate_row(y_row, z)
             _copy(y[b, row, d0:d1], y_row[: d1 - d0])
-        for n in range(states):
-            for d in range(d0, d1):
-                last_state[b, d, n] = h[n, d - d0]
+        last_state[b, d0:d1] = h[:, : d1 - d0].T
 
 
 @_inline
@@ -308,15 +305,11 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
     g_last_state (B, D, N), or (0, 0, 0) for zero; grads: ScanGrads."""
     length, channels = x.u.shape[1:]
     states = x.A.shape[0]
-    blocks = (channels + BLOCK - 1) // BLOCK
     tiles = (length + TILE - 1) // TILE
     h = np.zeros((TILE + 1, states, BLOCK), f32)  # h[t]: state before step t of the tile
     decay = np.zeros((TILE, states, BLOCK), f32)
     for task in range(first_task, last_task):
-        b = task // blocks
-        block = task % blocks
-        d0 = block * BLOCK
-        d1 = min(d0 + BLOCK, channels)
+        b, block, d0, d1 = _locate(task, channels)
         width = d1 - d0
         A = np.zeros((states, BLOCK), f32)
         g_h = np.zeros((states, BLOCK), f32)
@@ -327,18 +320,15 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
         rows = np.zeros((11, BLOCK), f32)
         g_delta_u, g_decay, g_D, g_bias = rows[0], rows[1], rows[2], rows[3]
         bias, D, g_D_tile, g_bias_tile = rows[7], rows[8], rows[9], rows[10]
-        for n in range(states):
-            _copy(A[n], x.A[n, d0:d1])
-            if g_last_state.size > 0:
-                for d in range(width):
-                    g_h[n, d] = g_last_state[b, d0 + d, n]
+        A[:, :width] = x.A[:, d0:d1]
+        if g_last_state.size > 0:
+            g_h[:, :width] = g_last_state[b, d0:d1].T
         _copy(bias, x.delta_bias[d0:d1])
         _copy(D, x.D[d0:d1])
         for tile in range(tiles - 1, -1, -1):
             start = tile * TILE
             steps = min(TILE, length - start)
-            for n in range(states):
-                _copy(h[0, n], checkpoints[b, tile, n, d0:d1])
+            h[0, :, :width] = checkpoints[b, tile, :, d0:d1]
             _replay_tile(h, decay, tile_rows, rows, A, x, g_y, grads.z, b, start, steps, d0, d1)
             for t in range(steps - 1, -1, -1):
                 row = x.order[start + t]
@@ -356,8 +346,7 @@ def scan_bwd(first_task, last_task, x, checkpoints, g_y, g_last_state, grads):
                 _fold(g_A[n], g_A_tile[n])
             _fold(g_D, g_D_tile)
             _fold(g_bias, g_bias_tile)
-        for n in range(states):
-            _copy(grads.A[b, n, d0:d1], g_A[n, :width])
+        grads.A[b, :, d0:d1] = g_A[:, :width]
         _copy(grads.D[b, d0:d1], g_D[:width])
         _copy(grads.delta_bias[b, d0:d1], g_bias[:width])
 
@@ -397,11 +386,8 @@ def conv_fwd(first_task, last_task, x, weight, bias, order, silu, y):
     order (L,) int64.
     """
     length, channels = x.shape[1:]
-    blocks = (channels + BLOCK - 1) // BLOCK
     for task in range(first_task, last_task):
-        b = task // blocks
-        d0 = task % blocks * BLOCK
-        d1 = min(d0 + BLOCK, channels)
+        b, _, d0, d1 = _locate(task, channels)
         for step in range(length):
             y_row = y[b, order[step], d0:d1]
             _taps(y_row, x[b, :, d0:d1], order, step, weight[:, d0:d1], bias[d0:d1])
@@ -416,11 +402,8 @@ def conv_bwd(first_task, last_task, x, weight, bias, order, silu, g_y, g_x, g_we
     """
     length, channels = x.shape[1:]
     width = weight.shape[0]
-    blocks = (channels + BLOCK - 1) // BLOCK
     for task in range(first_task, last_task):
-        b = task // blocks
-        d0 = task % blocks * BLOCK
-        d1 = min(d0 + BLOCK, channels)
+        b, _, d0, d1 = _locate(task, channels)
         g_x[b, :, d0:d1] = f32(0.0)
         g_weight[b, :, d0:d1] = f32(0.0)
         g_bias[b, d0:d1] = f32(0.0)
@@ -435,8 +418,7 @@ def conv_bwd(first_task, last_task, x, weight, bias, order, silu, g_y, g_x, g_we
                 source = order[step - width + 1 + w]
                 _add_product(g_x[b, source, d0:d1], g, weight[w, d0:d1])
                 _add_product(g_weight[b, w, d0:d1], g, x[b, source, d0:d1])
-            for d in range(d1 - d0):
-                g_bias[b, d0 + d] += g[d]
+            g_bias[b, d0:d1] += g
 
 
 @_kernel
