@@ -27,11 +27,9 @@ FLAGS = {
     "metrics": (str, "standard", "what the file will serve, as sample.metrics"),
     "dinov2": (file_path, None, "DINOv2's file, for metrics in its features"),
     "out": (file_path, REQUIRED, "the .npz file to write"),
-    "max_images": (int, None, "take this many images, evenly spaced; all if not given"),
     "kept_features": (int, 10_000, "store the features of this many random images; 0 for none"),
     "batch_size": (int, 50, "images a batch"),
     "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
-    "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where the network runs"),
 }
 
 
@@ -46,23 +44,21 @@ def choose_stored(count, stored):
 def main(args):
     utils.file_to_write(args.out, "--out")
     given = dict(metrics=choose_metrics(args.metrics, "--metrics"), dinov2_path=args.dinov2)
-    extractors = Extractors(args.features, args.weights, args.device, **given)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractors = Extractors(args.features, args.weights, device, **given)
     classify = extractors.classify
     given = dict(path=args.path, resolution=args.resolution, labels=bool(classify))
     dataset = get_dataset(args.dataset, **given)
     print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
-    count = min(len(dataset), args.max_images or len(dataset))
-    # Evenly spaced, so that a part of a folder sorted by class has every class.
-    indices = [i * len(dataset) // count for i in range(count)]
-    stored = choose_stored(count, args.kept_features)
+    count, stored = len(dataset), choose_stored(len(dataset), args.kept_features)
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
-    batches = extract_features(dataset, indices, extractors, **loading)
+    batches = extract_features(dataset, range(count), extractors, **loading)
     statistics, agreeing = Statistics(extractors), 0
     parts = tqdm(stored.split(args.batch_size))
     for (found, pixels, labels), chosen in zip(batches, parts, strict=True):
         statistics.update(found, chosen)
         agreeing += (classify(pixels).cpu() == labels).sum().item() if classify else 0
-    images = f"{args.dataset}, {count} of {len(dataset)} images; {dataset.preprocessing}; 8 bit"
+    images = f"{args.dataset}, {count} images; {dataset.preprocessing}; 8 bit"
     record = {"count": count, "resolution": args.resolution, "preprocessing": images}
     record |= {"class_agreement": agreeing / count} if classify else {}
     statistics.save(args.out, **record)

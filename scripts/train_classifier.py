@@ -25,7 +25,8 @@ from datasets import get_dataset
 from libs.evaluate import Classifier
 from libs.runtime import REQUIRED, file_path, run_main
 
-PEAK_LR, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 0.05, 0.1
+PEAK_LR, WEIGHT_DECAY, LABEL_SMOOTHING, SEED = 3e-3, 0.05, 0.1, 0
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = {
     "dataset": (str, REQUIRED, "a data set of images with classes: digits, fashion_mnist, ..."),
     "path": (file_path, None, "the data set's directory"),
@@ -34,25 +35,19 @@ FLAGS = {
     "epochs": (int, 10, "passes over the training part"),
     "batch_size": (int, 64, "images a step"),
     "shift": (int, 1, "images are moved by up to this many pixels"),
-    "flip": (bool, False, "half of the images are mirrored"),
-    "seed": (int, 0, "of the split and the training"),
-    "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "where it trains"),
 }
 
 
-def load_split(dataset, seed):
+def load_split(dataset):
     """Images (n, C, H, W) in [-1, 1] of the training part, and a fifth of each class; labels."""
     images = np.stack([dataset[0, i][0] for i in range(len(dataset))])
-    split = dict(test_size=0.2, stratify=dataset.labels, random_state=seed)
+    split = dict(test_size=0.2, stratify=dataset.labels, random_state=SEED)
     return list(map(torch.from_numpy, train_test_split(images, dataset.labels, **split)))
 
 
-def augment(images, shift, flip, rng):
-    """Each image moved by up to `shift` pixels either way, over -1; half mirrored, with `flip`."""
+def augment(images, shift, rng):
+    """Each image moved by up to `shift` pixels either way, over -1."""
     n, channels, height, width = images.shape
-    if flip:
-        mirrored = torch.rand(n, generator=rng) < 0.5
-        images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
     padded = F.pad(images, (shift,) * 4, value=-1)
     moves = torch.randint(2 * shift + 1, (2, n, 1), generator=rng)
     rows, columns = moves[0] + torch.arange(height), moves[1] + torch.arange(width)  # (n, H), W
@@ -61,10 +56,10 @@ def augment(images, shift, flip, rng):
 
 
 def train(args, images, labels, num_classes):
-    """The trained Classifier; the same seed gives the same weights."""
-    torch.manual_seed(args.seed)
-    model = Classifier(channels=images.shape[1], num_classes=num_classes).to(args.device)
-    rng = torch.Generator().manual_seed(args.seed)
+    """The trained Classifier; the same images give the same weights."""
+    torch.manual_seed(SEED)
+    model = Classifier(channels=images.shape[1], num_classes=num_classes).to(DEVICE)
+    rng = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = len(images) // args.batch_size
     total = args.epochs * steps
@@ -73,8 +68,8 @@ def train(args, images, labels, num_classes):
         if step % steps == 0:
             order = torch.randperm(len(images), generator=rng).split(args.batch_size)
         batch = order[step % steps]
-        moved = augment(images[batch], args.shift, args.flip, rng).to(args.device)
-        logits, y = model(moved), labels[batch].to(args.device)
+        moved = augment(images[batch], args.shift, rng).to(DEVICE)
+        logits, y = model(moved), labels[batch].to(DEVICE)
         loss = F.cross_entropy(logits, y, label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
@@ -87,10 +82,10 @@ def main(args):
     utils.file_to_write(args.out, "--out")
     torch.set_num_threads(1)  # sums in one order: the same weights on any number of cores
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution)
-    images, held_out_images, labels, held_out_labels = load_split(dataset, args.seed)
+    images, held_out_images, labels, held_out_labels = load_split(dataset)
     model = train(args, images, labels, dataset.num_classes)
     with torch.inference_mode():
-        found = [model(x.to(args.device)).argmax(1).cpu() for x in held_out_images.split(500)]
+        found = [model(x.to(DEVICE)).argmax(1).cpu() for x in held_out_images.split(500)]
     accuracy = (torch.cat(found) == held_out_labels).double().mean().item()
     print(f"held-out accuracy {accuracy:.4f} of {len(held_out_labels):,} images")
     record = {"dataset": args.dataset, "held_out_accuracy": f"{accuracy:.4f}"}
