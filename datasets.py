@@ -43,8 +43,7 @@ class ImageDataset(Dataset):
 
     def __init__(self, *, length, shape, labels, num_classes, random_flip, seed):
         self.length, self.shape, self.random_flip, self.seed = length, shape, random_flip, seed
-        self.labels = labels
-        self.num_classes = 0 if labels is None else num_classes
+        self.labels, self.num_classes = labels, num_classes
 
     def __len__(self):
         return self.length
@@ -96,9 +95,8 @@ class InMemory(ImageDataset):
         self.images, targets = self._load(path, resolution)
         targets = np.array(targets, np.int64) if labels else None
         length, *shape = self.images.shape
-        super().__init__(
-            length=length, shape=tuple(shape), labels=targets, num_classes=10, **augmentation
-        )
+        known = dict(labels=targets, num_classes=10 if labels else 0)
+        super().__init__(length=length, shape=tuple(shape), **known, **augmentation)
 
     def _read(self, epoch, index):
         return _uint8_to_float(self.images[index]), index
@@ -278,19 +276,17 @@ class FolderLatents(ImageDataset):
                 "or set dataset.random_flip to False"
             )
         super().__init__(
-            length=latents.num_images, shape=latents.shape,
-            labels=latents.labels if labels else None,
-            num_classes=latents.num_classes, random_flip=random_flip, seed=seed,
+            length=latents.num_images, shape=latents.shape, random_flip=random_flip, seed=seed,
+            labels=latents.labels if labels else None,  # None for single files, too
+            num_classes=latents.num_classes if labels else 0,
         )  # fmt: skip
-        self.labelled = labels
-        self.num_classes = latents.num_classes if labels else 0  # of single files, without `labels`
 
     def __getitems__(self, keys):
         """Many keys at once, as a DataLoader asks: a list of (x, y) or (x, y, features)."""
         images = [index for _, index in keys]
         flips = np.array([self._is_flipped(*key) for key in keys], bool)
         x, y = self.latents.read_labelled(images, flips)
-        y = y if self.labelled else np.zeros(len(keys), np.int64)
+        y = y if self.num_classes else np.zeros(len(keys), np.int64)
         items = [torch.from_numpy(x).float(), y]
         if self.feature_shape:
             items.append(torch.from_numpy(self.latents.read_features(images, flips)))
@@ -329,21 +325,11 @@ def get_dataset(
     UserError for an unknown name and for missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
-    if getattr(kind, "needs_path", False) and not (path and Path(path).exists()):
+    if kind.needs_path and not (path and Path(path).exists()):
         where = "its directory (a zip file, of images)"
         raise UserError(f"the data set {name!r} needs {where} as dataset.path, not {path!r}")
-    options = {"features": True} if features and getattr(kind, "latent", False) else {}
+    options = {"features": True} if features and kind.latent else {}
     return kind(
         path=Path(path) if path else None, resolution=resolution, labels=labels,
         random_flip=random_flip, seed=seed, **options,
-    )  # fmt: skip
-
-
-def make_dataset(settings, *, labels, seed, side=None, augmented=False, features=False):
-    """The data set of a config's section `dataset`; augmented, as training reads it: flipped
-    at random. side: the resolution where the section has none; features: as get_dataset.
-    """
-    return get_dataset(
-        settings.name, path=settings.path, resolution=settings.resolution or side, labels=labels,
-        seed=seed, features=features, random_flip=augmented and settings.random_flip,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections import namedtuple
 
-from datasets import LATENTS, make_dataset
+from datasets import LATENTS, get_dataset
 from libs.data import PixelCodec, make_latent_codec
 from libs.evaluate import FEATURES, make_features
 from libs.model import add_heads, build_model, load_into, split_weight
@@ -22,11 +22,13 @@ def _name_process(flat):
 
 
 def open_dataset(config, *, augmented=False):
-    """The data set of a config; augmented, as training reads it."""
-    return make_dataset(
-        config.dataset, labels=config.train.mode == "cond", seed=config.seed, augmented=augmented,
+    """The data set of a config; augmented, as training reads it: flipped at random."""
+    settings, side = config.dataset, config.nnet.input_size if config.z_shape is None else None
+    return get_dataset(
+        settings.name, path=settings.path, resolution=settings.resolution or side,
+        labels=config.train.mode == "cond", seed=config.seed,
+        random_flip=augmented and settings.random_flip,
         features=augmented and bool(config.loss.get("repa")),
-        side=config.nnet.input_size if config.z_shape is None else None,
     )  # fmt: skip
 
 

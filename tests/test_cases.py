@@ -655,9 +655,7 @@ def test_a_wait_for_workers_ends_by_time_or_request(monkeypatch):
 
 def test_a_killed_worker_is_one_sentence():
     with pytest.raises(RuntimeError) as raised:
-        batches = read_batches(
-            Reading(lambda: os.kill(os.getpid(), signal.SIGKILL)), num_workers=1
-        )
+        batches = read_batches(Reading(lambda: os.kill(os.getpid(), signal.SIGKILL)), num_workers=1)
         next(batches)
     assert "memory ran out, or /dev/shm is small" in flags._explain_shortage(raised.value)
 

@@ -280,9 +280,7 @@ def test_features_and_metrics_by_name(files, tmp_path, monkeypatch):
 
     monkeypatch.setitem(features_module.FEATURES, "means", Means)
     monkeypatch.setitem(metrics.METRICS, "gap", gap)
-    result = evaluate(
-        tmp_path, files, sample__features="means", sample__metrics="standard,gap"
-    )
+    result = evaluate(tmp_path, files, sample__features="means", sample__metrics="standard,gap")
     digits = open_dataset(parse(tmp_path).config)
     real = np.mean([digits[0, i][0].numpy() / 2 + 0.5 for i in range(len(digits))])
     # Real images are rounded to 8 bits.

@@ -15,12 +15,7 @@ from golden_cases import assert_close, det_weights, params
 from libs.files import load_strict
 from libs.model import layers, scan_order
 from libs.model.build import build_model, resize_state
-from libs.model.published import (
-    from_official,
-    model_from_official,
-    to_official,
-    uvit_from_official,
-)
+from libs.model.published import from_official, model_from_official, to_official, uvit_from_official
 from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

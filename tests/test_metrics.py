@@ -20,11 +20,7 @@ from safetensors.torch import save_file
 from datasets import get_dataset
 from libs.evaluate import features as features_module
 from libs.evaluate import inception
-from libs.evaluate.features import (
-    Classifier,
-    DigitsClassifierFeatures,
-    make_features,
-)
+from libs.evaluate.features import Classifier, DigitsClassifierFeatures, make_features
 from libs.evaluate.metrics import Moments, frechet_distance
 from libs.evaluate.real import Statistics, load_statistics
 from libs.files import hash_file

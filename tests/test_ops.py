@@ -8,16 +8,7 @@ import sys
 import golden_cases
 import pytest
 import torch
-from ops_cases import (
-    FLOOR,
-    adaln_inputs,
-    conv_inputs,
-    make_order,
-    run,
-    scan,
-    scan_inputs,
-    scan_ref,
-)
+from ops_cases import FLOOR, adaln_inputs, conv_inputs, make_order, run, scan, scan_inputs, scan_ref
 
 from libs.ops import (
     backends,
@@ -65,10 +56,7 @@ def poisoned_memory():
 
 @pytest.mark.parametrize(
     "absent, options",
-    [
-        ((), {"delta_softplus": True, "return_last_state": True}),
-        (("D", "z", "delta_bias"), {}),
-    ],
+    [((), {"delta_softplus": True, "return_last_state": True}), (("D", "z", "delta_bias"), {})],
 )
 @pytest.mark.parametrize("order", ["none", "permuted"])
 def test_scan_reference_gradcheck(absent, options, order):

@@ -272,9 +272,7 @@ def test_a_gradient_that_overflows_at_every_scale_counts_once_the_scale_is_below
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_follows_float32(tmp_path, precision):
     train(tmp_path / "fp32", make_config(nnet__drop_path=0.0))
-    train(
-        tmp_path / precision, make_config(nnet__drop_path=0.0, train__mixed_precision=precision)
-    )
+    train(tmp_path / precision, make_config(nnet__drop_path=0.0, train__mixed_precision=precision))
     expected = [line["loss"] for line in runs.steps_logged(tmp_path / "fp32")]
     found = [
         line["loss"] for line in runs.steps_logged(tmp_path / precision) if line["outcome"] == "ok"

@@ -82,9 +82,7 @@ def quantize_rows_ref(x):
 
 def _run(plan_of, x, out, scale):
     rows, columns = x.shape
-    prepared = launch.prepared(
-        x.device.index, plan_of, QuantizeParams, (rows, columns), x.dtype
-    )
+    prepared = launch.prepared(x.device.index, plan_of, QuantizeParams, (rows, columns), x.dtype)
     scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
     launch.run(prepared, x.device, {"x": x[None]}, scalars)
 

@@ -154,9 +154,7 @@ def backward_variant(batch, length, channels, states, dtype, multiprocessors):
     wanted = 18 * multiprocessors // blocks if blocks < 3 * multiprocessors else 1
     segments = min(wanted, length // (4 * SEGMENT_GRAIN))
     resident = 384 // threads if padded == 16 else 1
-    return Variant(
-        padded // 16, 16 * threads // padded, BACKWARD_TILE, max(1, segments), resident
-    )
+    return Variant(padded // 16, 16 * threads // padded, BACKWARD_TILE, max(1, segments), resident)
 
 
 def _segment_integers(length, segments):

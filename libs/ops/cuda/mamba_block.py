@@ -74,9 +74,7 @@ def _cast(parameters, dtype):
 
 
 def _convolve(xz, p, order):
-    return causal_conv1d.forward(
-        xz[..., : p.D.shape[0]], p.conv_weight, p.conv_bias, order, True
-    )
+    return causal_conv1d.forward(xz[..., : p.D.shape[0]], p.conv_weight, p.conv_bias, order, True)
 
 
 def _scan_inputs(u, xz, dtBC, dt_proj, p, order):
@@ -148,9 +146,7 @@ def _backward(g_out, *rest):
     n = torch.empty_like(g_n)
     g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, i.x, i.adaln, n)
     g_in_proj = _weight_gradient(g_xz, n, i.parameters.in_proj)
-    g_modulation, g_table, g_weight = adaln.modulation_backward(
-        g_shift, g_gain, g_factor, i.adaln
-    )
+    g_modulation, g_table, g_weight = adaln.modulation_backward(g_shift, g_gain, g_factor, i.adaln)
     return g_x, g_modulation, *Parameters(table=g_table, weight=g_weight, in_proj=g_in_proj, **g)
 
 

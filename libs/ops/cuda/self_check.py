@@ -13,15 +13,7 @@ from pathlib import Path
 import torch
 
 from libs.ops import reference
-from libs.ops.cuda import (
-    adaln,
-    causal_conv1d,
-    compiler,
-    fp8,
-    launch,
-    launch_plan,
-    selective_scan,
-)
+from libs.ops.cuda import adaln, causal_conv1d, compiler, fp8, launch, launch_plan, selective_scan
 from libs.ops.cuda.prebuild import OLDEST_FUSED, kernels_of_configs, streams
 from utils import UserError
 
