@@ -263,6 +263,22 @@ def test_the_record_is_whole(undisturbed, files):
     assert read_json(folder / "png" / "evaluation.json")["weights"] == result["weights"]
 
 
+def test_repeats_are_evaluations_by_other_seeds(files, tmp_path):
+    """Mean and spread of the figures; PNG files of the first seed alone."""
+    changes = dict(sample__n_samples=8, sample__mini_batch_size=4)
+    both = evaluate(tmp_path / "both", files, **changes, sample__repeats=2)
+    found = [
+        evaluate(tmp_path / name, files, **changes, seed=seed)
+        for name, seed in (("first", 1234), ("second", 1235))
+    ]
+    distances = [result["frechet_distance"] for result in found]
+    assert [figures["frechet_distance"] for figures in both["each"]] == distances
+    assert both["frechet_distance"] == pytest.approx(np.mean(distances))
+    assert both["spread"]["frechet_distance"] == pytest.approx(np.std(distances, ddof=1)) != 0
+    assert both["precision_recall.k"] == 3 and both["repeats"] == 2
+    assert (pictures(tmp_path / "both", 8) == pictures(tmp_path / "first", 8)).all()
+
+
 def test_features_and_metrics_by_name(files, tmp_path, monkeypatch):
     """A feature network and a metric of one's own are two functions in two tables."""
 

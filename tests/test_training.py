@@ -335,6 +335,7 @@ def test_published_weights_among_a_run_s_checkpoints_are_not_touched(tmp_path):
 
 
 FID = dict(train__n_steps=4, train__save_interval=2, train__fid_samples=60)
+FID["train__metrics"] = "training,density_coverage"
 
 
 def test_fid_at_intervals_and_after_a_kill_that_prevented_it(tmp_path, monkeypatch):
@@ -363,6 +364,7 @@ def test_fid_at_intervals_and_after_a_kill_that_prevented_it(tmp_path, monkeypat
     assert (tmp_path / "samples" / "4.png").is_file()
     assert all(line["frechet_distance"] > 0 for line in figures())
     assert all(0 <= line["class_agreement"] <= 1 for line in figures())
+    assert all(0 <= line["density_coverage.coverage"] <= 1 for line in figures())
     assert "real_halves" in (tmp_path / "output.log").read_text()
 
 
