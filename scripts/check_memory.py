@@ -28,18 +28,14 @@ FLAGS = {name: EVALUATION[name] for name in ("nnet_path", "config")} | {
 }
 
 
-def kid(a, b):
-    """METRICS["kid"] of rows (m, dim) and (n, dim)."""
-    sets = (evaluate.make_feature_set(rows.numpy(), "cpu") for rows in (a, b))
-    return evaluate.METRICS["kid"](*sets)["mean"]
-
-
 def measure(drawn, held_out, train):
     """(figures of one space's rows (n, dim), places (n,) of drawn rows' nearest ones in train)."""
     (own, nearest), (others, _) = (torch.cdist(rows, train).min(1) for rows in (drawn, held_out))
-    medians = own.median().item(), others.median().item()
-    found = {"ratio": medians[0] / medians[1], "medians": medians, "kid": kid(drawn, held_out)}
-    found |= {"kid_to_train": kid(drawn, train), "kid_of_train": kid(train, held_out)}
+    found = {"drawn": own.median().item(), "held_out": others.median().item()}
+    found["ratio"] = found["drawn"] / found["held_out"]
+    sets = [evaluate.make_feature_set(rows.numpy(), "cpu") for rows in (drawn, held_out, train)]
+    for name, (i, j) in {"kid": (0, 1), "kid_to_train": (0, 2), "kid_of_train": (2, 1)}.items():
+        found[name] = evaluate.METRICS["kid"](sets[i], sets[j])["mean"]
     return found, nearest
 
 

@@ -14,6 +14,7 @@ from sde import make_process
 
 DOCS = runs.ROOT / "docs"
 PAGES = [*runs.ROOT.glob("*.md"), *DOCS.glob("*.md"), runs.ROOT / "benchmarks" / "NOTES.md"]
+PAGES += runs.ROOT.glob("pretrained/*.md")
 README_WORDS, EXAMPLE_LINES = 1000, 40
 SHORT = {
     "nnet.dim": 16, "train.n_steps": 2, "train.batch_size": 4, "train.grid_samples": 0,
