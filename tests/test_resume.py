@@ -1,5 +1,6 @@
 """A run that is killed or stopped at any moment goes on to the same bits with the same command."""
 
+import errno
 import os
 import shutil
 import signal
@@ -9,6 +10,8 @@ import psutil
 import pytest
 import runs
 import torch
+
+from libs.train import checkpoint
 
 STEPS = 12
 
@@ -71,6 +74,36 @@ def test_kill_9(in_process, capfd, tmp_path, undisturbed):
     assert len(workers) >= 2 and len(runs.steps_logged(tmp_path)) < STEPS
     _, outlive = psutil.wait_procs(workers, timeout=20)
     assert not any(map(alive, outlive))
+    assert in_process("train", runs.arguments(tmp_path)) == 0
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_kill_9_while_a_checkpoint_is_written(in_process, tmp_path, undisturbed):
+    """Steps go on meanwhile; the next start removes what was begun."""
+    process = start_slow(tmp_path, SLOW_SAVE_S="60")
+    runs.wait_for_step(process, tmp_path, 6)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == [".saving-4"]
+    assert in_process("train", runs.arguments(tmp_path)) == 0
+    assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_full_disk_ends_the_run_in_a_sentence(
+    in_process, capfd, tmp_path, undisturbed, monkeypatch
+):
+    write = checkpoint._write
+
+    def refuse(folder, step, *rest):
+        if step == 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, step, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write", refuse)
+        status = in_process("train", runs.arguments(tmp_path))
+    runs.assert_one_sentence(status, capfd.readouterr().err, "8.ckpt: No space left on device")
+    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]
     assert in_process("train", runs.arguments(tmp_path)) == 0
     assert_same_run(tmp_path, undisturbed)
 

@@ -37,11 +37,12 @@ def _call_whole(name, *arguments):
 class Engine:
     """One process or DistributedDataParallel. model: what to call; network: the owner of its
     parameters; optimizer: over them; scaler: of the loss; max_norm: of the clipped gradients.
+    copied: None, or the torch.cuda.Event before which no step may change the state (Saver).
     """
 
     def __init__(self, name, model, network, optimizer, scaler, max_norm):
         self.name, self.model, self.network, self.optimizer = name, model, network, optimizer
-        self.scaler, self.max_norm = scaler, max_norm
+        self.scaler, self.max_norm, self.copied = scaler, max_norm, None
 
     def accumulating(self, last):
         """The context of a micro-batch: under DDP gradients meet with the last."""
@@ -61,6 +62,8 @@ class Engine:
         """The optimizer's step, or none where found_inf, 0-dim float32, is 1: torch's fused
         optimizers read it on the device, and the host need not have heard of it.
         """
+        if self.copied is not None:
+            torch.cuda.current_stream().wait_event(self.copied)  # the host goes on
         if self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = found_inf
             self.optimizer.step()

@@ -19,7 +19,8 @@ from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_
 from libs.train.loader import make_batches
 from libs.train.losses import Objective, make_draws
 from libs.train.optimizer import SCHEDULES
-from libs.train.resume import find_checkpoint, make_state, save
+from libs.train.resume import find_checkpoint, make_state
+from libs.train.saver import Saver
 from libs.train.snapshots import Snapshots
 from libs.train.step import report_bad_step, take_step, update
 from utils import look_up
@@ -156,7 +157,8 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
         )  # fmt: skip
         objective, draw = make_objective(config, process, codec, model, dataset, device)
         schedule = look_up(SCHEDULES, config.lr_scheduler.name, "lr_scheduler.name")
-        with open_metrics(config, directory, accelerator, state, dataset, lines) as metrics_log:
+        opened = open_metrics(config, directory, accelerator, state, dataset, lines)
+        with opened as metrics_log, Saver(state, accelerator, directory / "ckpts", config) as saver:
             snapshots = Snapshots(
                 config, directory, accelerator, state, process, codec, metrics_log, stop
             )
@@ -176,10 +178,12 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
                     report_bad_step(outcome, progress, stats, settings.max_bad_steps)
                 due = snapshots.due(progress.step) if outcome == "ok" else ()
                 snapshots.write_figures(wait="save" in due)  # which keeps the best FID's
+                saver.check()
                 if stopping or "save" in due:
-                    save(state, accelerator, directory / "ckpts", config)
+                    saver.save()
                 if due and not stopping:
                     snapshots.make(due, progress.step)
+            saver.finish()
             snapshots.write_figures(wait=True)
             step_log.bar.close()
         finished = progress.step == settings.n_steps and not stop.requested

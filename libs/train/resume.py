@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import namedtuple
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from accelerate.utils import broadcast_object_list
 
@@ -37,27 +37,6 @@ def find_best(metrics):
     lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
     found = [(line.get("frechet_distance"), line["step"]) for line in lines]
     return min((pair for pair in found if isinstance(pair[0], float)), default=(0, None))[1]
-
-
-def save(state, accelerator, directory, config):
-    """Write <directory>/<step>.ckpt; all processes must call it, and the main one writes."""
-    step, engine = state.progress.step, state.engine
-    training_state = {
-        "optimizer": engine.save_optimizer(directory / checkpoint.SAVING.format(step)),
-        "scaler": state.precision.scaler.state_dict(),
-        "progress": asdict(state.progress),
-    }
-    weights = {"nnet": engine.gather(state.network)}
-    weights |= {name: engine.gather(average.model) for name, average in state.averages.items()}
-    accelerator.wait_for_everyone()  # each has written its part of ZeRO-2's state
-    if accelerator.is_main_process:
-        best = find_best(directory.parent / "metrics.jsonl")
-        options = dict(config=config.to_dict(), keep_last=config.train.keep_last, best=best)
-        path = checkpoint.save(
-            directory, step, weights=weights, training_state=training_state, **options
-        )
-        log.info("saved %s", path)
-    wait_without_timeout(accelerator)
 
 
 def make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation):
