@@ -78,7 +78,7 @@ def test_no_code_from_a_cifar10_batch_runs(tmp_path, cifar10):
     batch = {"data": Call(tmp_path / "executed"), "labels": [0]}
     (folder / "data_batch_2").write_bytes(pickle.dumps(batch))
     before = snapshot(tmp_path)
-    with pytest.raises(UserError, match="no cifar-10-batches-py with CIFAR-10's published files"):
+    with pytest.raises(UserError, match="has no cifar-10-batches-py as published"):
         get_dataset("cifar10", path=tmp_path)
     assert not (tmp_path / "executed").exists() and snapshot(tmp_path) == before
 

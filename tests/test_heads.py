@@ -37,7 +37,7 @@ def run(in_process, tmp_path_factory):
     """(the directory of a run with all terms, words(workdir, **changes): its command line)."""
     folder = tmp_path_factory.mktemp("whole")
     torch.manual_seed(0)
-    classifier = Classifier(channels=1, num_classes=10, widths=(4, 4, 4, 4, 6))
+    classifier = Classifier(channels=1, num_classes=10)
     save_file(classifier.state_dict(), folder / "classifier.safetensors")
     config = folder / "all_terms.py"
     config.write_text(CONFIG.format(folder / "classifier.safetensors"))
@@ -148,7 +148,7 @@ def test_pictures_and_weights_with_and_without_heads(run, in_process, tmp_path, 
 
 @pytest.mark.parametrize("loss, says", [
     (d(repa=0.5), "repa needs .* a loss.repa.features of .*classifier"),
-    (d(repa=d(weight=1.0, features="classifier", path="x")), "no classifier x"),
+    (d(repa=d(weight=1.0, features="classifier", path="x")), "there is no x"),
     (d(internal=d(weight=0.5, block=5)), "block is 5, expected 0 to 4"),
 ])  # fmt: skip
 def test_terms_that_cannot_be(loss, says):
