@@ -4,7 +4,7 @@ from collections import namedtuple
 
 from datasets import LATENTS, get_dataset
 from libs.data import PixelCodec, make_latent_codec
-from libs.evaluate import FEATURES, make_features
+from libs.evaluate import FEATURES, read_dim
 from libs.model import add_heads, build_model, load_into, split_weight
 from libs.runtime import config_beside
 from sde import make_process
@@ -12,7 +12,7 @@ from utils import UserError, flatten, read_json
 
 # Keys that change the pictures, but no tensor's shape.
 _UNSEEN = ("process.name", "pred", "nnet.pad_layout", "nnet.scan_directions", "loss.internal.block")
-_UNSEEN += ("nnet.heads", "nnet.mixer.heads")
+_UNSEEN += ("nnet.heads", "nnet.mixer.heads", "nnet.routing.first")
 Parts = namedtuple("Parts", "process codec dataset model")  # the data set may be None
 
 
@@ -92,7 +92,7 @@ def _get_feature_dim(repa, dataset):
             f"--features), or images and a loss.repa.features of {', '.join(known)}, with its file "
             "as loss.repa.path"
         )
-    return make_features(keywords["features"], keywords.get("path"), "cpu").dim
+    return read_dim(keywords["features"], keywords.get("path"))
 
 
 def make_parts(config, *, data=None):

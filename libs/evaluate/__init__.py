@@ -5,7 +5,7 @@ compare                             results side by side, and what differs in th
 make_image_sampler                  images by index, of a config
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
 collect_features                    features of a training's images, over all processes
-FEATURES, make_features             name -> feature network; one by its name
+FEATURES, make_features, read_dim   name -> feature network; one by its name; the width of one
 Extractors, make_extractors         the feature networks that metrics need, in one; of a config
 extract_features, load_real         features of a data set's images, by batches; of real images
 METRICS, choose_metrics             name -> f(generated, real) -> figures; names in a text
@@ -21,6 +21,7 @@ from libs.evaluate.features import (
     extract_features,
     make_extractors,
     make_features,
+    read_dim,
 )
 from libs.evaluate.generate import (
     collect_features,

@@ -22,8 +22,8 @@ Batch = namedtuple("Batch", "z eps z_t t y x features")
 
 # The random numbers of a global batch, or of some of its rows (B); all float32. time, label (B,)
 # and drop_path (B, depth) are uniform in [0, 1); eps (B, C, H, W) and latent, of the same shape or
-# None, are standard normal.
-Draws = namedtuple("Draws", "time label drop_path eps latent")
+# None, are standard normal. route: (B, h/2, w/2) int64, 0 to 3, as DiM takes it, or None.
+Draws = namedtuple("Draws", "time label drop_path eps latent route", defaults=(None,))
 
 
 def loss_term(name, hidden=()):
@@ -35,8 +35,8 @@ def loss_term(name, hidden=()):
     """
 
     def enter(function):
-        function.hidden = tuple(hidden)
-        LOSSES[name] = function
+        LOSSES[name] = term = functools.partial(function)  # a function may have several names
+        term.hidden = tuple(hidden)
         return function
 
     return enter
@@ -79,15 +79,19 @@ def repa(output, target, hidden, batch, kind="repa", **of_the_head):
     return -F.cosine_similarity(tokens, image.permute(0, 2, 3, 1), dim=-1).mean((1, 2))
 
 
-def make_draws(seed, batch, *, size, shape, depth, encoding, device):
+def make_draws(seed, batch, *, size, shape, depth, encoding, device, routing=(0,)):
     """The Draws of global batch number `batch`, of this size, the same on every rank. shape:
-    (C, H, W) of z; depth: of a network with stochastic depth, else 0; encoding: the codec draws.
+    (C, H, W) of z; depth: of a network with stochastic depth, else 0; encoding: the codec draws;
+    routing: (number of batches from the first that are routed, h/2, w/2).
     """
     rng = torch.Generator(device).manual_seed(utils.derive_seed("training", seed, batch))
     uniform = torch.rand(size, 2 + depth, generator=rng, device=device)
     eps = torch.randn(size, *shape, generator=rng, device=device)
     latent = torch.randn(size, *shape, generator=rng, device=device) if encoding else None
-    return Draws(uniform[:, 0], uniform[:, 1], uniform[:, 2:], eps, latent)
+    until, *groups = routing
+    routed = batch < until
+    route = torch.randint(4, (size, *groups), generator=rng, device=device) if routed else None
+    return Draws(uniform[:, 0], uniform[:, 1], uniform[:, 2:], eps, latent, route)
 
 
 class Objective:
@@ -101,9 +105,11 @@ class Objective:
     def __init__(self, process, codec, *, pred, weights, p_uncond, null_label, tokens=None):
         self.process, self.codec, self.pred = process, codec, pred
         self.p_uncond, self.null_label, self.tokens = p_uncond, null_label, tokens
-        given = {look_up(LOSSES, k, "loss"): split_weight(value) for k, value in weights.items()}
-        self.terms = [(weight, functools.partial(f, **kw)) for f, (weight, kw) in given.items()]
-        hidden = {key for _, term in self.terms for key in term.func.hidden}
+        self.terms, hidden = [], set()
+        for name, value in weights.items():
+            term, (weight, keywords) = look_up(LOSSES, name, "loss"), split_weight(value)
+            self.terms.append((weight, functools.partial(term, **keywords)))
+            hidden.update(term.hidden)
         self.hidden = tuple(sorted(hidden, key=str))
 
     def __call__(self, model, x, y, draws, features=None):
@@ -118,6 +124,7 @@ class Objective:
         z_t = self.process.mix(z, eps, t)
         options = {"drop_path_draw": draws.drop_path} if draws.drop_path.shape[1] else {}
         options |= {"hidden": self.hidden} if self.hidden else {}
+        options |= {} if draws.route is None else {"route": draws.route}
         z_in = make_input(self.process, z_t, t)
         output = model(z_in, self.process.model_time(t), y, **options)
         output, hidden = output if self.hidden else (output, {})
