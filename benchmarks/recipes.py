@@ -38,7 +38,7 @@ RECIPES = {  # name -> {key of the config: value}
     "internal": {"loss.internal": d(weight=0.5, block=8)},
     "repa": {"loss.repa": d(weight=0.5, block=8, kind="repa", features="classifier", path="")},
     "muon": {"optimizer.name": "muon"}, "uvit": {"nnet": cifar10_uvit_small.get_config().nnet},
-    "attention": {"nnet.mixer": d(name="attention", heads=8)},
+    "attention": {"nnet.mixer": d(name="attention", heads=8)}, "routing": {"nnet.routing.first": 4},
 }  # fmt: skip
 # Flags and their defaults: of a training, of an evaluation, of the machine.
 RUN = {"recipe": "flow", "set": "", "seed": 0, "seconds": 90.0, "n": 10_000}
@@ -87,8 +87,20 @@ def launch(script, config, path, *words):
     subprocess.run([sys.executable, *words], check=True)
 
 
+def find_step_ms(rates, n_steps, config):
+    """Median ms of a step after the first 50, of {step: images a second}; of steps that route and
+    steps that do not the mean of both medians, by their shares.
+    """
+    routed = config.nnet.name == "dim" and config.nnet.routing.first
+    share, ms = config.train.routed_share if routed else 1.0, 0.0
+    for part, low, high in (share, 50, share), (1 - share, share * n_steps + 10, 1):
+        found = [rate for step, rate in rates.items() if low < step <= high * n_steps]
+        ms += part * 1e3 * config.train.batch_size / median(found or rates.values())
+    return ms
+
+
 def train(args, n_steps):
-    """Train, unless that is done; (folder, median ms of a step after the first 50)."""
+    """Train, unless that is done; (folder, median ms of a step)."""
     config = make_config(args, n_steps)
     changes = [change for change in args.set.split() if not change.startswith("sample.")]
     name = "-".join(map(str, [args.recipe, *changes, args.seed, n_steps]))
@@ -98,8 +110,7 @@ def train(args, n_steps):
         launch("train.py", config, folder / "recipe.json", f"--workdir={folder}")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     rates = {line["step"]: line["img_s"] for line in lines if "img_s" in line}
-    late = [rate for step, rate in rates.items() if step > 50] or rates.values()
-    return folder, 1e3 * config.train.batch_size / median(late)
+    return folder, find_step_ms(rates, n_steps, config)
 
 
 def measure(args, keys):

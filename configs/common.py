@@ -34,8 +34,9 @@ RANGES = {
     "nnet.scan_directions": (1, 3), "optimizer.lr": _ANY, "train.n_steps": _SOME,
     "train.batch_size": _SOME, "train.ema_rate": _SHARE, "train.ema_rates": _SHARE,
     "train.ema_lengths": (0.001, 0.28), "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
-    "train.log_interval": _SOME, "train.eval_interval": _SOME, "train.save_interval": _SOME,
-    "train.keep_last": _SOME, "train.grid_samples": _ANY, "train.fid_samples": _ANY,
+    "train.routed_share": _SHARE, "train.log_interval": _SOME, "train.eval_interval": _SOME,
+    "train.save_interval": _SOME, "train.keep_last": _SOME, "train.grid_samples": _ANY,
+    "train.fid_samples": _ANY,
     "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
     "sample.repeats": _SOME, "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
     "sample.internal_scale": _ANY, "sample.internal_interval": _SHARE,
@@ -67,6 +68,7 @@ def dim_nnet(**differences):
         activation_checkpointing=False,  # recompute blocks in the backward pass: less memory
         skip_tuning=placeholder(tuple),  # (low, high): factors of the long skips
         freeu=placeholder(tuple),  # four factors
+        routing=d(first=placeholder(int)),  # blocks first to depth - first train on a token in four
     )
     _lock(nnet, "mixer").update(differences)
     return nnet
@@ -94,6 +96,7 @@ def _make_train():
         batch_size=128,  # global, over all processes and accumulation steps
         mixed_precision=placeholder(str),  # no, fp16, bf16; without it, accelerate launch's
         fp8=False,  # DiM's large matrix products in fp8; needs bf16 or fp16, and Hopper or newer
+        routed_share=0.9,  # of n_steps, from the first: steps that route; then all tokens
         cuda_graphs=False,  # on a GPU, one process or DDP: for small networks, bound by Python
         ema_rate=0.9999,
         ema_rates=placeholder(tuple),  # of further averages

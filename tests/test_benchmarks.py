@@ -154,6 +154,12 @@ def test_recipes_compose_and_stay_as_they_are():
     assert compose("internal").loss.internal.block == 8
 
 
+def test_a_step_of_a_routed_recipe_is_the_mean_of_both_kinds():
+    rates = {step: 40.0 for step in range(60, 181, 10)} | {50: 1.0, 190: 2.0, 200: 20.0}
+    assert recipes.find_step_ms(rates, 200, compose("routing")) == pytest.approx(90 + 20)
+    assert recipes.find_step_ms(rates, 200, compose("flow")) == pytest.approx(100)
+
+
 def test_a_row_is_trained_measured_recorded_and_not_made_again(tmp_path, in_process, monkeypatch):
     scripts, data, features = [], tmp_path / "data", tmp_path / "classifier.npz"
 

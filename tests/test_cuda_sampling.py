@@ -15,6 +15,7 @@ from libs.data.codec import PixelCodec
 from libs.diffusion import ImageNoise, make_guided, sample
 from libs.model.dim import DiM
 from libs.model.heads import add_heads
+from libs.model.routing import Routing
 from libs.runtime.cuda_graphs import GraphedTraining, SamplingNetwork
 from libs.runtime.launch import Precision
 from libs.train.ema import EMA
@@ -36,6 +37,7 @@ def make_dim():
     torch.manual_seed(0)
     model = DiM(input_size=16, in_channels=3, dim=128, depth=5, num_classes=CLASSES)
     add_heads(model, HEADS, training=True, repa={"feature_dim": 8})
+    model.routing = Routing(model, first=2)
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape)
     return model.to(GPU).eval()
@@ -163,8 +165,10 @@ def pinned_batches():
         yield [part.pin_memory() for part in (x, y, features)]
 
 
-def draw_randomly(k, size):
-    return make_draws(1, k, size=size, shape=(3, 16, 16), depth=5, encoding=False, device=GPU)
+def draw_randomly(k, size, routing=(6, 4, 4)):
+    """Of batch k; the first of them are routed."""
+    options = dict(shape=(3, 16, 16), depth=5, encoding=False, device=GPU, routing=routing)
+    return make_draws(1, k, size=size, **options)
 
 
 def make_objective(p_uncond, weights):
@@ -194,7 +198,7 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
     objective = make_objective(0.1, LOSSES[1])
     for k in itertools.count():
         with no_synchronisation() if k > 1 else contextlib.nullcontext():
-            draws = draw_randomly(k, 8)
+            draws = draw_randomly(k, 8, routing=(10**9, 4, 4))
             stats = take_step(
                 accelerator, state, objective, batches, draws, accumulation=2, lr=1e-4,
                 stop=types.SimpleNamespace(requested=False),
@@ -231,7 +235,7 @@ def trained(dtype, graphed, uncond, weights):
         nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
     if graphed:
-        assert len(called._graphs) == 1
+        assert len(called._graphs) == 2
     return torch.stack(losses), {name: p.detach() for name, p in model.named_parameters()}
 
 

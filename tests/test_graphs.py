@@ -19,10 +19,11 @@ class Network(nn.Module):
         self.conv, self.embed, self.calls = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(11, 1), 0
         self.head = nn.Conv2d(1, 1, 1)
 
-    def forward(self, x, t, y=None, drop_path_draw=None, hidden=()):
+    def forward(self, x, t, y=None, drop_path_draw=None, hidden=(), route=None):
         self.calls += 1
         label = 0 if y is None else self.embed(y)[:, :, None, None]
         scale = t if drop_path_draw is None else t * (drop_path_draw < 0.8).sum(1)
+        scale = scale if route is None else scale * route.sum((1, 2))
         tokens = self.conv(x)
         out = tokens * scale[:, None, None, None] / 1000 + label
         found = {"internal": self.head(tokens), 0: tokens.flatten(2).mT}
@@ -188,8 +189,8 @@ def repeated(call, parameters):
 
 
 def trained(capture, hidden=(), used=()):
-    """(weights of a Network after some steps, its GraphedTraining or itself). The loss reads the
-    inner outputs `used` of `hidden`.
+    """(weights of a Network after some steps, the first half with routes, its GraphedTraining or
+    itself). The loss reads the inner outputs `used` of `hidden`.
     """
     network = make_network()
     network.unused = nn.Parameter(torch.ones(3))
@@ -202,7 +203,10 @@ def trained(capture, hidden=(), used=()):
             x, t, y = make_inputs()
             x = x + torch.randn(x.shape, generator=generator)
             draw = torch.rand(3, 5, generator=generator)
-            out = called(x, t, y, drop_path_draw=draw, **({"hidden": hidden} if hidden else {}))
+            options = {"drop_path_draw": draw} | ({"hidden": hidden} if hidden else {})
+            if step < 2:
+                options["route"] = torch.randint(4, (3, 2, 2), generator=generator)
+            out = called(x, t, y, **options)
             out, inner = out if hidden else (out, {})
             terms = [(out - x).square().mean(), *(inner[key].square().mean() for key in used)]
             sum(terms).backward()
@@ -216,7 +220,7 @@ def test_training_by_graphs_makes_the_eager_steps():
     expected, _ = trained(None)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    ((_, parts),) = called._graphs.values()
+    _, (_, parts) = called._graphs.values()
     static = {x.data_ptr() for x in parts[4] if x is not None}
     gradients = [p.grad for p in called.network.parameters() if p.grad is not None]
     assert len(gradients) == len(static) and not static & {g.data_ptr() for g in gradients}
@@ -234,6 +238,6 @@ def test_training_with_inner_outputs_makes_the_eager_steps(used):
     found, called = trained(repeated, hidden, used)
     expected, _ = trained(None, hidden, used)
     moved = not torch.equal(found["head.weight"], make_network().head.weight)
-    assert len(called._graphs) == 1 and moved == ("internal" in used)
+    assert len(called._graphs) == 2 and moved == ("internal" in used)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name

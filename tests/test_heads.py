@@ -1,4 +1,6 @@
-"""Flow matching with every loss term and head: one run as the official recipe's are tested."""
+"""Flow matching with every loss term, heads and routing: one run as the official recipe's are
+tested. Of its 6 steps 3 route: the head internal is before the routed blocks, repa's among them.
+"""
 
 import re
 
@@ -6,7 +8,7 @@ import pytest
 import runs
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from configs import digits_T_DiM
 from configs.common import d
@@ -26,10 +28,12 @@ def get_config():
     config.process, config.pred = d(name="flow", times="logit_normal"), "velocity_pred"
     repa = d(weight=0.5, block=2, kind="irepa", features="classifier", path="{}")
     config.loss = d(mse=1.0, direction=0.5, internal=d(weight=0.5, block=1), repa=repa)
-    config.sample.algorithm = "euler"
+    config.sample.algorithm, config.nnet.routing.first = "euler", 2
     return config
 """
 TINY = dict(train__num_workers=0, train__grid_samples=0, train__n_steps=6, train__save_interval=3)
+TINY |= dict(train__routed_share=0.5)
+HALF = dict(train__n_steps=3, train__routed_share=1.0)  # the same first 3 steps
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def test_terms_by_their_formulas():
 
 def test_resume_and_which_heads_the_averages_have(run, in_process, tmp_path):
     whole, words = run
-    assert in_process("train", words(tmp_path, train__n_steps=3)) == 0
+    assert in_process("train", words(tmp_path, **HALF)) == 0
     assert in_process("train", words(tmp_path)) == 0
     assert runs.numbers(tmp_path) == runs.numbers(whole)
     pairs = list(zip(runs.weights(tmp_path, 6), runs.weights(whole, 6), strict=True))
@@ -92,7 +96,7 @@ def test_draws_by_position_and_half_precision(run, in_process, tmp_path):
     changes = {"one": {"gradient_accumulation_steps": 1}}
     changes |= {name: {"train__mixed_precision": name} for name in ("bf16", "fp16")}
     for name, change in changes.items():
-        assert in_process("train", words(tmp_path / name, train__n_steps=3, **change)) == 0
+        assert in_process("train", words(tmp_path / name, **HALF, **change)) == 0
         steps = [line for line in runs.steps_logged(tmp_path / name) if line["outcome"] == "ok"]
         count, rel = (1 if name == "fp16" else 3), 1e-4 if name == "one" else 0.03
         expected = [line[1] for line in runs.numbers(whole)[:count]]
@@ -125,25 +129,37 @@ def test_pictures_and_weights_with_and_without_heads(run, in_process, tmp_path, 
 
     plain = ["--config=configs/digits_T_DiM.py", "--config.nnet.dim=16", "--config.nnet.depth=5"]
     plain += ["--config.process.name=flow", "--config.pred=velocity_pred", "--algorithm=euler"]
+    plain.append("--config.nnet.routing.first=2")
     assert draw("--steps=2")[0] == draw("--steps=2", "--config.sample.internal_scale=5.0")[0] == 0
     status, said = draw("--steps=2", *plain)
     assert status == 0 and "head internal is left out" in said.out
-    without, guided, plainly = (picture.read_bytes() for picture in pictures)
-    assert without == plainly != guided
+    # Weights that lack the head, as published ones do.
+    tensors = load_file(weights / "nnet_ema.safetensors")
+    bare, other = tmp_path / "bare.safetensors", tmp_path / "other.safetensors"
+    save_file({k: x for k, x in tensors.items() if "heads." not in k}, bare)
+    save_file({k: x for k, x in tensors.items() if "routing." not in k}, other)
+    bare = [f"--nnet_path={bare}", f"--config={weights}/config.json"]
+    status, said = draw("--steps=2", *bare)
+    assert status == 0 and "head internal is left out" in said.out
+    without, guided, *others = (picture.read_bytes() for picture in pictures)
+    assert others == [without, without] != [guided, guided]
     for change, says in (
         (["--config.process.name=vpsde"], "config.process does not fit process vpsde: .*'times'"),
         ([*plain, "--config.process.name=vpsde", "--config.pred=noise_pred"],
          "process.name is 'vpsde', but the weights were trained with 'flow'"),
+        (plain[:-1], "nnet.routing.first is None, but the weights were trained with 2"),
+        ([*bare, "--config.sample.internal_scale=5.0"], "the network has no head for it"),
         (["--config.loss.internal.block=3"], "loss.internal.block is 3, .* trained with 1"),
     ):
         status, said = draw(*change)
         runs.assert_one_sentence(status, said.err)
         assert re.search(says, said.err), said.err
 
-    start = words(tmp_path / "tuned", nnet__pretrained_path=weights, train__n_steps=1)
+    start = words(tmp_path / "tuned", nnet__pretrained_path=other, train__n_steps=1)
     assert in_process("train", start) == 0
     log = (tmp_path / "tuned" / "output.log").read_text()
-    assert "head repa starts anew" in log and "head internal" not in log
+    assert "head repa starts anew" in log and "routing starts anew" in log
+    assert "head internal" not in log
 
 
 @pytest.mark.parametrize("loss, says", [

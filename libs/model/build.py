@@ -9,6 +9,7 @@ from libs.files import load_strict, read_safetensors, read_torch, unwrap, weight
 from libs.model.dim import DiM
 from libs.model.layers import EXTRA_TOKENS, interpolate_positions
 from libs.model.published import from_official
+from libs.model.routing import Routing
 from libs.model.uvit import UViT
 from utils import UserError, look_up
 
@@ -16,17 +17,21 @@ NETWORKS = {"dim": DiM, "uvit": UViT}
 
 
 def build_model(nnet, seed=None):
-    """The network of an `nnet` section: its name and the keywords of its constructor.
+    """The network of an `nnet` section: its name, the keywords of its constructor, and `routing`.
 
     seed: of torch's global generator before the weights are drawn; None leaves it as it is.
     UserError: an unknown name, or sizes that do not fit.
     """
     keywords = {key: value for key, value in nnet.items() if value is not None}
     keywords.pop("pretrained_path", None)
+    first = keywords.pop("routing", {}).get("first")
     network = look_up(NETWORKS, keywords.pop("name"), "nnet.name")
     if seed is not None:
         torch.manual_seed(seed)
-    return network(**keywords)
+    model = network(**keywords)
+    if first:
+        model.routing = Routing(model, first=first)
+    return model
 
 
 def resize_state(state_dict, model):
@@ -54,17 +59,28 @@ def resize_state(state_dict, model):
     return tensors, changes
 
 
-def fit_heads(tensors, model, *, new):
-    """Take the heads that `model` lacks out of `tensors`, and if `new` put those that are missing
-    there in, as the model has them; returns sentences.
+def _list_parts(names):
+    """The heads and the routing among names of tensors: what some weights of a DiM lack."""
+    return {found[0] for name in names if (found := re.match(r"heads\.\w+|routing", name))}
+
+
+def fit_parts(tensors, model, *, new):
+    """Leave out the heads that `tensors` or `model` lack, of the other; if `new`, heads and routing
+    that `tensors` lack go in, as the model has them. Returns sentences.
     """
-    own, said = model.state_dict(), {}
-    for name in [name for name in (*tensors, *own) if name.startswith("heads.")]:
-        if name not in own:
-            said[f"head {name.split('.')[1]} is left out"] = tensors.pop(name)
-        elif new and name not in tensors:
-            said[f"head {name.split('.')[1]} starts anew"] = tensors[name] = own[name]
-    return list(said)
+    own, said = model.state_dict(), []
+    for part in sorted(_list_parts(tensors) ^ _list_parts(own)):
+        kind, _, name = part.partition(".")
+        if new and part in _list_parts(own):
+            tensors.update({key: x for key, x in own.items() if key.startswith(f"{part}.")})
+            said.append(f"{part.replace('heads.', 'head ')} starts anew")
+        elif kind == "heads":
+            if name in model.heads:
+                del model.heads[name]
+            for key in [key for key in tensors if key.startswith(f"{part}.")]:
+                del tensors[key]
+            said.append(f"head {name} is left out")
+    return said
 
 
 def load_into(model, path, *, new=False):
@@ -72,9 +88,10 @@ def load_into(model, path, *, new=False):
     fitted (resize_state). Returns sentences on what was changed.
 
     path: a `<step>.ckpt` directory, whose averaged weights are read, a .safetensors file, or an
-    official .pth, wrapped or not (files.unwrap). Heads that the model lacks are left out. new: the
-    model keeps its own label tables, where they have another number of classes, and its own heads,
-    where the weights have none. UserError: no weights, or those of another network.
+    official .pth, wrapped or not (files.unwrap). Heads that the model or the weights lack are left
+    out. new: the model keeps its own label tables, where they have another number of classes, and
+    its own heads and routing, where the weights have none. UserError: no weights, or those of
+    another network.
     """
     file = weights_file(path)
     if not file.is_file():
@@ -91,7 +108,7 @@ def load_into(model, path, *, new=False):
             changes.append(f"{classes}: {name} starts anew, the other tensors are kept")
             tensors[name] = own
     if isinstance(model, DiM):
-        changes += fit_heads(tensors, model, new=new)
+        changes += fit_parts(tensors, model, new=new)
         tensors, resized = resize_state(tensors, model)
         changes += resized
     load_strict(model, tensors, path)

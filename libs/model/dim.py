@@ -16,6 +16,7 @@ from libs.model.attention import Attention
 from libs.model.block import Block
 from libs.model.layers import EXTRA_TOKENS
 from libs.model.mamba import Mamba
+from libs.model.routing import route_index
 from libs.model.scan_order import block_patterns, pad_index, sequence_order
 from libs.model.skips import LongSkips, TunedSkips
 from utils import look_up
@@ -93,6 +94,7 @@ class DiM(nn.Module):
         self.head_modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, patch_size**2 * in_channels)
         self.heads = nn.ModuleDict()  # further ones, see libs.model.heads
+        self.routing = None  # or a Routing, see libs.model.routing
         self.reset_parameters()
 
     def use_fp8(self, device):
@@ -119,7 +121,7 @@ class DiM(nn.Module):
         for tokens in (self.split_tokens, self.pad_tokens):
             nn.init.normal_(tokens, std=0.02)
 
-    def forward(self, x, t, y=None, *, hidden=(), drop_path_draw=None):
+    def forward(self, x, t, y=None, *, hidden=(), drop_path_draw=None, route=None):
         """The prediction (B, C, H, W), in autocast's dtype; float32 outside autocast.
 
         Args:
@@ -130,6 +132,8 @@ class DiM(nn.Module):
                 (prediction, {number: tokens after that block (B, L, dim), in raster order, with
                 padding; name: what the head makes of the image tokens after its block}).
             drop_path_draw: (B, depth) uniform in [0, 1), of stochastic depth; None draws here.
+            route: (B, h/2, w/2) int64, 0 to 3, of the h x w patches: the one token of each 2x2
+                group that routed blocks see; None for all.
         """
         _, (h, w) = layers.fit_patches(x.shape[2:], self.patch_size)
         y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
@@ -140,7 +144,8 @@ class DiM(nn.Module):
         tokens = self.embed(x, time, label, (h, w))                               # (B, L, dim)
         scales = self.drop_path_scales(tokens, drop_path_draw)
         blocks = {k: self.heads[k].block if isinstance(k, str) else k for k in hidden}
-        tokens, found = self.run_blocks(tokens, t, modulation, (h, w), scales, blocks.values())
+        arguments = tokens, t, modulation, (h, w), scales, blocks.values(), route
+        tokens, found = self.run_blocks(*arguments)
         image = self.smooth(self.last_smoother, self.crop(tokens, (h, w)))        # (B, h, w, dim)
         condition = F.silu(time + label)                                          # (B, dim)
         own = self.norm_out, self.head_modulation, self.head, self.patch_size
@@ -185,16 +190,24 @@ class DiM(nn.Module):
             scales.append((draw[:, k] < probability).float() / probability)
         return scales
 
-    def run_blocks(self, x, t, modulation, grid, drop_path_scales, hidden):
+    def run_blocks(self, x, t, modulation, grid, drop_path_scales, hidden, route):
         """(tokens after all blocks, {number: tokens after that block} of the numbers `hidden`).
         Blocks 1..K save their output, the last K take the outputs back, the latest first.
         """
-        front = EXTRA_TOKENS + self.pad
-        orders = [sequence_order(p, *grid, self.pad, front, x.device) for p in self.patterns]
-        skips, found = LongSkips(), {}
+        front, routing = EXTRA_TOKENS + self.pad, self.routing
+        routed = routing.blocks if routing else range(0)
+        if routed:
+            route = x.new_zeros(len(x), *grid, dtype=torch.int64) if route is None else route
+            index = route_index(route, grid, self.pad)
+        grids = (route.shape[1:] if k in routed else grid for k in range(self.depth))
+        walks = zip(self.patterns, grids, strict=True)
+        orders = [sequence_order(p, *sides, self.pad, front, x.device) for p, sides in walks]
+        skips, found, dense = LongSkips(), {}, None
         if self.skip_tuning or self.freeu:
             skips = TunedSkips(self.num_skips, t, self.skip_tuning, self.freeu)
         for k, block in enumerate(self.blocks):
+            if k in routed[:1]:
+                dense, x = x, x.take_along_dim(index[..., None], 1)
             skip = None
             if k > self.num_skips:
                 x, skip = skips.pop(x, orders[k - 1])
@@ -202,6 +215,8 @@ class DiM(nn.Module):
             x = layers.run_block(block, self.activation_checkpointing, *arguments)
             if 1 <= k <= self.num_skips:
                 skips.saved.append(x)
+            if k in routed[-1:]:
+                x, dense = routing.restore(x, dense, index), None
             if k in hidden:
-                found[k] = x
+                found[k] = x if dense is None else routing.restore(x, dense, index)
         return x, found

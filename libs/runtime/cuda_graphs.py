@@ -142,7 +142,7 @@ class _Replay(torch.autograd.Function):
 
 
 class GraphedTraining(nn.Module):
-    """network(x, t, y, drop_path_draw=, hidden=) in training, forward and backward a graph each.
+    """network(x, t, y, **options) in training, forward and backward a graph each.
 
     Gradients reach the parameters as usual, all at once, so that DistributedDataParallel around
     this sees them; no gradient reaches x. The backward of a call must come before the next call.
@@ -161,14 +161,15 @@ class GraphedTraining(nn.Module):
         leaves = tuple(self._leaves.values())
         self._graphs = _Graphs(self._call_leaves, lambda call: capture(call, leaves))
 
-    def _call_leaves(self, x, t, y, draw, **options):
-        options |= {} if draw is None else {"drop_path_draw": draw}
+    def _call_leaves(self, x, t, y, draw, route, **options):
+        draws = {"drop_path_draw": draw, "route": route}
+        options |= {name: draw for name, draw in draws.items() if draw is not None}
         return torch.func.functional_call(self.network, self._leaves, (x, t, y), options)
 
     def forward(self, x, t, y=None, **options):
-        """As the network's; options: drop_path_draw and hidden."""
-        hidden = options.get("hidden", ())
-        parts = self._graphs.find(hidden, x, t, y, options.get("drop_path_draw"))
+        """As the network's; options: drop_path_draw, route and hidden."""
+        hidden, route = options.get("hidden", ()), options.get("route")
+        parts = self._graphs.find(hidden, x, t, y, options.get("drop_path_draw"), route)
         if parts is None:
             return self.network(x, t, y, **options)
         return _pack(_Replay.apply(self, parts, *self._named.values()), hidden)

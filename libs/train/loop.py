@@ -127,10 +127,14 @@ def make_objective(config, process, codec, network, dataset, device):
         process, codec, pred=config.pred, weights=config.loss, null_label=network.num_classes,
         p_uncond=None if config.train.mode == "uncond" else p_uncond, tokens=tokens,
     )  # fmt: skip
+    routing = (0,)
+    if getattr(network, "routing", None):
+        groups = (side // 2 for side in network.native_grid)
+        routing = (config.train.routed_share * config.train.n_steps, *groups)
     draw = functools.partial(
         make_draws, config.seed, size=config.train.batch_size, encoding=codec.needs_noise,
         shape=codec.latent_shape(dataset.shape), device=device,
-        depth=network.depth if getattr(network, "drop_path", 0) else 0,
+        depth=network.depth if getattr(network, "drop_path", 0) else 0, routing=routing,
     )  # fmt: skip
     return objective, draw
 
