@@ -3,12 +3,11 @@
 Prints a table and adds the records to benchmarks/results/ops_<gpu>.json, the table beside them. On
 a GPU a figure is the median of calls with a flushed L2 cache between them, timed by events;
 limit_ms is the time that bytes and exponentials (for the mixer also its matrix products) need at
-the speeds measured at the start; peer_ms is the time of mamba_ssm and causal_conv1d, where they are
-installed. Scan orders are random. `--device=cpu` times the numba operators, ops_cpu.json.
+the speeds measured at the start. Scan orders are random. `--device=cpu` times the numba operators,
+ops_cpu.json.
 """
 
 import functools
-import importlib.util
 import os
 import statistics
 import subprocess
@@ -27,8 +26,7 @@ SHAPES = [
     (2, 9806, ("bf16",)), (2, 366, ("bf16",)),
 ]  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OPERATORS = {"selective_scan": selective_scan, "causal_conv1d": causal_conv1d, "mixer": None}
-PEERS = {"selective_scan": "mamba_ssm", "causal_conv1d": "causal_conv1d"}
+OPERATORS = ("selective_scan", "causal_conv1d", "mixer")
 HOLD = {f"{op} bf16 {B} {L}" for op in OPERATORS for B, L in ((96, 366), (32, 1230), (2, 9806))}
 # (op, backend, dtype, B, L, D, order): training, one image at DiM-L's width, the definition
 CPU_CASES = [
@@ -39,11 +37,11 @@ CPU_CASES = [
     ("selective_scan", "reference", "float32", 64, 126, 128, "raster"),
 ]
 CASE = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass")
-COLUMNS = ("op", "pass", "dtype", "B", "L", "D", "N", "median ms", "10-90%", "limit ms", "peer ms")
+COLUMNS = ("op", "pass", "dtype", "B", "L", "D", "N", "median ms", "10-90%", "limit ms")
 
 
 def make_scan(device, dtype, B, L, channels, order):
-    """(f(operator), its differentiable inputs): softplus, bias, D and gate, as in the network."""
+    """(f(backend), its differentiable inputs): softplus, bias, D and gate, as in the network."""
     normal = functools.partial(torch.randn, B, L, device=device, dtype=dtype)
     projected, z = normal(channels // 32 + 2 * N), normal(2 * channels)[..., channels:]
     A = -torch.arange(1, N + 1, device=device).float().repeat(channels, 1)
@@ -51,14 +49,16 @@ def make_scan(device, dtype, B, L, channels, order):
     B_BLN, C_BLN = projected[..., -2 * N : -N], projected[..., -N:]
     inputs = [normal(channels), normal(channels), A, B_BLN, C_BLN, skip, z, bias]
     inputs = [x.detach().requires_grad_() for x in inputs]
-    return lambda scan: scan(*inputs, delta_softplus=True, order=order), inputs
+    given = dict(delta_softplus=True, order=order)
+    return lambda backend: selective_scan(*inputs, **given, backend=backend), inputs
 
 
 def make_conv(device, dtype, B, L, channels, order):
     x = torch.randn(B, L, 2 * channels, device=device, dtype=dtype)[..., :channels]
     weight, bias = torch.randn(channels, WIDTH, device=device), torch.randn(channels, device=device)
     inputs = [x.detach().requires_grad_() for x in (x, weight, bias)]
-    return lambda conv: conv(*inputs, activation="silu", order=order), inputs
+    given = dict(activation="silu", order=order)
+    return lambda backend: causal_conv1d(*inputs, **given, backend=backend), inputs
 
 
 def make_mixer(device, dtype, B, L, channels, order):
@@ -74,17 +74,6 @@ def make_mixer(device, dtype, B, L, channels, order):
 
 
 MAKE = {"selective_scan": make_scan, "causal_conv1d": make_conv, "mixer": make_mixer}
-
-
-def choose_operator(op, backend):
-    """Ours, or with 'peer' the installed peer's behind our signature; None: there is none."""
-    if backend != "peer":
-        return OPERATORS[op] and functools.partial(OPERATORS[op], backend=backend)
-    if op not in PEERS or importlib.util.find_spec(PEERS[op]) is None:
-        return None
-    import peers
-
-    return getattr(peers, f"{op}_peer")
 
 
 def time_passes(call, inputs, *arguments):
@@ -127,7 +116,8 @@ def compute_limit_ms(op, backward, tokens, size, speeds):
         rank = half // 16
         weights = half * 2 * D + D * (rank + 2 * N) + rank * D + D * half
         products = 1e3 * (4 if backward else 2) * weights * tokens / speeds["flops"]
-        return products + sum(compute_limit_ms(o, backward, tokens, size, speeds) for o in PEERS)
+        given = backward, tokens, size, speeds
+        return products + sum(compute_limit_ms(single, *given) for single in OPERATORS[:2])
     rows = {"selective_scan": (4, 7), "causal_conv1d": (2, 3)}[op][backward]
     exponentials = {"selective_scan": N, "causal_conv1d": 1}[op] * tokens * D * (1 + backward)
     bytes_s = rows * tokens * D * size / speeds["bytes"]
@@ -138,20 +128,14 @@ def measure_cuda(op, dtype, B, L, repeats, flush, speeds):
     """The records of one operator and shape."""
     order = torch.randperm(L, device="cuda")
     call, inputs = MAKE[op]("cuda", DTYPES[dtype], B, L, D, order)
-    times = {}
-    for backend in ("cuda", "peer"):
-        operator = choose_operator(op, backend)
-        if operator or backend == "cuda":
-            run = functools.partial(call, operator)
-            times[backend] = time_passes(run, inputs, "cuda", repeats, flush)
-    for direction, ours in times["cuda"].items():
-        size, peer = DTYPES[dtype].itemsize, times.get("peer")
-        limit = compute_limit_ms(op, direction == "bwd", B * L, size, speeds)
+    timing = "cuda", repeats, flush
+    for direction, times in time_passes(lambda: call("cuda"), inputs, *timing).items():
+        tokens, size = B * L, DTYPES[dtype].itemsize
+        limit = compute_limit_ms(op, direction == "bwd", tokens, size, speeds)
         yield {
             "op": op, "pass": direction, "dtype": dtype, "B": B, "L": L, "D": D,
-            "N": WIDTH if op == "causal_conv1d" else N, **harness.summarize(ours),
+            "N": WIDTH if op == "causal_conv1d" else N, **harness.summarize(times),
             "limit_ms": round(limit, 4),
-            "peer_ms": peer and round(statistics.median(peer[direction]), 4),
         }  # fmt: skip
 
 
@@ -175,19 +159,18 @@ def run_cuda(only, repeats, setting):
 
 
 def make_cells(r):
-    """The columns; ops_cpu.json names backend and order, and has neither limit nor peer."""
+    """The columns; ops_cpu.json names backend and order, and has no limit."""
     where = f" ({r['backend']}, {r['order']})" if "backend" in r else ""
     spread = "{:.3f} - {:.3f}".format(*r["spread"])
-    others = (f"{r[key]:.3f}" if r.get(key) else "-" for key in ("limit_ms", "peer_ms"))
-    return [r["op"] + where, *(r[k] for k in COLUMNS[1:7]), f"{r['ms']:.3f}", spread, *others]
+    limit = f"{r['limit_ms']:.3f}" if "limit_ms" in r else "-"
+    return [r["op"] + where, *(r[k] for k in COLUMNS[1:7]), f"{r['ms']:.3f}", spread, limit]
 
 
 def measure_cpu(op, backend, dtype, B, L, channels, order, repeats):
     """The records of one operator and shape."""
     indices = torch.randperm(L) if order == "random" else None
     call, inputs = MAKE[op]("cpu", getattr(torch, dtype), B, L, channels, indices)
-    run = functools.partial(call, choose_operator(op, backend))
-    for direction, times in time_passes(run, inputs, "cpu", repeats).items():
+    for direction, times in time_passes(lambda: call(backend), inputs, "cpu", repeats).items():
         yield {
             "op": op, "pass": {"fwd": "forward", "bwd": "backward"}[direction],
             "backend": backend, "dtype": dtype, "B": B, "L": L, "D": channels,

@@ -48,7 +48,7 @@ CHOICES = {
 
 
 def dim_nnet(**differences):
-    """The nnet section of a DiM; libs.model.DiM says more, libs.model.PRESETS has sizes."""
+    """The nnet section of a DiM; libs.model.PRESETS has sizes."""
     nnet = d(
         name="dim",
         pretrained_path=placeholder(str),  # weights to start from

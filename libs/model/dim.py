@@ -37,22 +37,11 @@ MIXERS = {"mamba": Mamba, "attention": Attention}
 class DiM(nn.Module):
     """Predicts noise, data or velocity from a noisy image or latent, its time and its class.
 
-    Args:
-        input_size: side of the square input (or its (height, width)) for which the position table
-            is made; other sizes interpolate it.
-        in_channels: channels of the input and of the prediction.
-        dim, depth: width and (odd) number of blocks; see PRESETS.
-        num_classes: classes; label `num_classes` is the null class of classifier-free guidance.
-        mixer: name of the mixer, of MIXERS, and its keywords: dict(name="attention", heads=16).
-        mamba: keywords of the Mamba mixer: d_state, d_conv, expand.
-        num_pad_tokens: padding columns, padding rows and split tokens; None for mamba's d_conv.
-        pad_layout: 'lateral' (256 px) or 'rho_pad' (512 px and above), of scan_order.PAD_LAYOUTS.
-        scan_directions: directions besides row-major, 1 to 3.
-        mlp_time_embed: an MLP on the time embedding of the time token and of the head.
-        drop_path: stochastic depth of the last block; grows linearly from 0.
-        activation_checkpointing: recompute each block in the backward pass: less memory for about a
-            third more time.
-        skip_tuning, freeu: see libs.model.skips.TunedSkips; None for neither.
+    configs.common.dim_nnet explains the keywords. The position table is made for input_size, a side
+    or (height, width); other sizes interpolate it. Label `num_classes` is the null class of
+    classifier-free guidance. mixer: of MIXERS, as dict(name="attention", heads=16).
+    num_pad_tokens: padding columns, padding rows and split tokens. pad_layout: of
+    scan_order.PAD_LAYOUTS. skip_tuning, freeu: see libs.model.skips.TunedSkips.
 
     UserError: an unknown mixer, an even depth, an input size that the patch size does not divide.
     """
