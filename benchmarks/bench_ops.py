@@ -28,13 +28,13 @@ SHAPES = [
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPERATORS = ("selective_scan", "causal_conv1d", "mixer")
 HOLD = {f"{op} bf16 {B} {L}" for op in OPERATORS for B, L in ((96, 366), (32, 1230), (2, 9806))}
-# (op, backend, dtype, B, L, D, order): training, one image at DiM-L's width, the definition
+# (op, backend, B, L, D, order), float32: training, one image at DiM-L's width, the definition
 CPU_CASES = [
-    ("selective_scan", "cpu", "float32", 64, 126, 128, "raster"),
-    ("selective_scan", "cpu", "float32", 64, 126, 128, "random"),
-    ("selective_scan", "cpu", "float32", 1, 366, 2048, "raster"),
-    ("causal_conv1d", "cpu", "float32", 64, 126, 128, "raster"),
-    ("selective_scan", "reference", "float32", 64, 126, 128, "raster"),
+    ("selective_scan", "cpu", 64, 126, 128, "raster"),
+    ("selective_scan", "cpu", 64, 126, 128, "random"),
+    ("selective_scan", "cpu", 1, 366, 2048, "raster"),
+    ("causal_conv1d", "cpu", 64, 126, 128, "raster"),
+    ("selective_scan", "reference", 64, 126, 128, "raster"),
 ]
 CASE = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass")
 COLUMNS = ("op", "pass", "dtype", "B", "L", "D", "N", "median ms", "10-90%", "limit ms")
@@ -76,14 +76,23 @@ def make_mixer(device, dtype, B, L, channels, order):
 MAKE = {"selective_scan": make_scan, "causal_conv1d": make_conv, "mixer": make_mixer}
 
 
-def time_passes(call, inputs, *arguments):
-    """{'fwd': sorted ms, 'bwd': sorted ms}; the forward records its graph, as in training."""
-    forward_ms = harness.time_apart(call, *arguments)
-    y = call()
-    backward = functools.partial(
-        torch.autograd.grad, y, inputs, torch.randn_like(y), retain_graph=True
-    )
-    return {"fwd": forward_ms, "bwd": harness.time_apart(backward, *arguments)}
+def measure(op, backend, dtype, B, L, channels, order, timing):
+    """For each pass, fwd and bwd, (its name, sorted ms, what a record says). The forward records
+    its graph, as in training. timing: device, repeats... as harness.time_apart takes them.
+    """
+    device = timing[0]
+    indices = torch.randperm(L, device=device) if order == "random" else None
+    call, inputs = MAKE[op](device, dtype, B, L, channels, indices)
+    y = call(backend)
+    g = torch.randn_like(y)
+    passes = {
+        "fwd": lambda: call(backend),
+        "bwd": lambda: torch.autograd.grad(y, inputs, g, retain_graph=True),
+    }
+    size = {"B": B, "L": L, "D": channels, "N": WIDTH if op == "causal_conv1d" else N}
+    for name, run in passes.items():
+        times = harness.time_apart(run, *timing)
+        yield name, times, {"op": op, **size, **harness.summarize(times)}
 
 
 def measure_speeds(flush):
@@ -124,21 +133,6 @@ def compute_limit_ms(op, backward, tokens, size, speeds):
     return 1e3 * max(bytes_s, exponentials / speeds["exponentials"])
 
 
-def measure_cuda(op, dtype, B, L, repeats, flush, speeds):
-    """The records of one operator and shape."""
-    order = torch.randperm(L, device="cuda")
-    call, inputs = MAKE[op]("cuda", DTYPES[dtype], B, L, D, order)
-    timing = "cuda", repeats, flush
-    for direction, times in time_passes(lambda: call("cuda"), inputs, *timing).items():
-        tokens, size = B * L, DTYPES[dtype].itemsize
-        limit = compute_limit_ms(op, direction == "bwd", tokens, size, speeds)
-        yield {
-            "op": op, "pass": direction, "dtype": dtype, "B": B, "L": L, "D": D,
-            "N": WIDTH if op == "causal_conv1d" else N, **harness.summarize(times),
-            "limit_ms": round(limit, 4),
-        }  # fmt: skip
-
-
 def run_cuda(only, repeats, setting):
     """(records, head of the table)."""
     cache = torch.empty(2**26, dtype=torch.float32, device="cuda")  # 256 MiB: any L2
@@ -152,10 +146,14 @@ def run_cuda(only, repeats, setting):
         for op in OPERATORS:
             for dtype in dtypes if op != "mixer" else dtypes[:1]:
                 if harness.is_selected(f"{op} {dtype} {B} {L}", only, HOLD):
-                    records += measure_cuda(op, dtype, B, L, repeats, flush, speeds)
+                    case = op, "cuda", DTYPES[dtype], B, L, D, "random", ("cuda", repeats, flush)
+                    for name, _, record in measure(*case):
+                        limit = compute_limit_ms(op, name == "bwd", B * L, case[2].itemsize, speeds)
+                        own = {"pass": name, "dtype": dtype, "limit_ms": round(limit, 4)}
+                        records.append({**record, **own, **setting})
                     torch.cuda.empty_cache()
     speed = f"Copy {speeds['bytes'] / 1e12:.2f} TB/s, products {speeds['flops'] / 1e12:.0f} TFLOP/s"
-    return [{**r, **setting} for r in records], f"{speed} in bf16; limit: see `bench_ops.py`."
+    return records, f"{speed} in bf16; limit: see `bench_ops.py`."
 
 
 def make_cells(r):
@@ -166,19 +164,6 @@ def make_cells(r):
     return [r["op"] + where, *(r[k] for k in COLUMNS[1:7]), f"{r['ms']:.3f}", spread, limit]
 
 
-def measure_cpu(op, backend, dtype, B, L, channels, order, repeats):
-    """The records of one operator and shape."""
-    indices = torch.randperm(L) if order == "random" else None
-    call, inputs = MAKE[op]("cpu", getattr(torch, dtype), B, L, channels, indices)
-    for direction, times in time_passes(lambda: call(backend), inputs, "cpu", repeats).items():
-        yield {
-            "op": op, "pass": {"fwd": "forward", "bwd": "backward"}[direction],
-            "backend": backend, "dtype": dtype, "B": B, "L": L, "D": channels,
-            "N": WIDTH if op == "causal_conv1d" else N, "order": order,
-            **harness.summarize(times), "ms_min": round(times[0], 3),
-        }  # fmt: skip
-
-
 def run_cpu(only, repeats, setting):
     """(records, head of the table)."""
     import numba
@@ -186,9 +171,14 @@ def run_cpu(only, repeats, setting):
     machine = {"threads": torch.get_num_threads(), "cpu": setting["gpu"],
                "torch": setting["torch"], "numba": numba.__version__}  # fmt: skip
     head = f"{machine['threads']} threads, load average at the start {os.getloadavg()[0]:.1f}."
-    cases = [c for c in CPU_CASES if harness.is_selected(" ".join(map(str, c)), only, ())]
-    records = [r for case in cases for r in measure_cpu(*case, repeats)]
-    return [{**r, **machine} for r in records], head
+    records, names = [], {"fwd": "forward", "bwd": "backward"}
+    for op, backend, *sizes, order in CPU_CASES:
+        if harness.is_selected(" ".join(map(str, (op, backend, "float32", *sizes))), only, ()):
+            case = op, backend, torch.float32, *sizes, order, ("cpu", repeats)
+            for name, times, record in measure(*case):
+                own = {"pass": names[name], "backend": backend, "dtype": "float32", "order": order}
+                records.append({**record, **own, "ms_min": round(times[0], 3), **machine})
+    return records, head
 
 
 def main(argv=None):

@@ -40,16 +40,9 @@ from libs.runtime import (
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLAGS = {
-    "path": (
-        file_path, None, "the data set's directory; ImageNet's is the one that holds train/",
-    ),
-    "output": (
-        file_path, REQUIRED,
-        "the folder to write, for example .../imagenet256_features",
-    ),
-    "autoencoder": (
-        file_path, "assets/stable-diffusion/autoencoder_kl_ema.pth", "its weights",
-    ),
+    "path": (file_path, None, "the data set's directory; of ImageNet the one that holds train/"),
+    "output": (file_path, REQUIRED, "the folder to write"),
+    "autoencoder": (file_path, "assets/stable-diffusion/autoencoder_kl_ema.pth", "its weights"),
     "dataset": (str, "imagenet", "imagenet or folder"),
     "labels": (bool, True, "whether the data set has classes"),
     "resolution": (int, 256, "side of the square that is cut from each image, in pixels"),
@@ -61,7 +54,7 @@ FLAGS = {
     "num_workers": (int, None, "processes that read images; if not given, the cores, at most 16"),
     "images_per_shard": (int, 4096, "a restart begins at a shard that was not finished"),
     "verify": (bool, False, "only compare the checksums of the latents in --output"),
-}  # fmt: skip
+}
 
 
 def make_settings(args, images, autoencoder, features):

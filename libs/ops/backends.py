@@ -70,17 +70,9 @@ def describe(operator, device):
     """One line: the backend that would run here for float32, and why not another."""
     name = choose(operator, None, device, torch.float32)
     source = f"DIM_BACKEND={asked}" if (asked := os.environ.get("DIM_BACKEND")) else "automatically"
-    reason = _first_able(operator, device, torch.float32, None)[1]
-    return f"{operator}: {name} ({_version(name, device)}), {reason or f'chosen {source}'}"
-
-
-def _version(name, device):
-    if name == "cuda":
-        return launch.Gpu.of(device.index)
-    if name == "cpu":
-        numba = importlib.import_module("numba")
-        return f"numba {numba.__version__}, {torch.get_num_threads()} threads"
-    return f"PyTorch {torch.__version__}"
+    reason = _first_able(operator, device, torch.float32, None)[1] or f"chosen {source}"
+    version = f" ({launch.Gpu.of(device.index)})" if name == "cuda" else ""
+    return f"{operator}: {name}{version}, {reason}"
 
 
 def why_not(operator, name, device, dtype, size):
