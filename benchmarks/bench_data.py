@@ -30,12 +30,11 @@ def write_packed(folder, resolution, flips, size=PACKED_BYTES):
     side = resolution // 8
     records = size // (2 * 8 * side * side)
     num_images = records // (1 + flips)
-    writer, rng = LatentWriter(
-        folder, record_shape=(8, side, side), scale_factor=0.18215, resolution=resolution,
-        autoencoder_sha256="0" * 64, precision="fp32", flips=flips, crop="none", source="imagenet",
-        images_sha256="0" * 64, num_images=num_images, images_per_shard=num_images // 8,
-        class_names=tuple(f"class {i}" for i in range(1000)),
-    ), np.random.default_rng(0)  # fmt: skip
+    writer = LatentWriter(
+        folder, record_shape=(8, side, side), flips=flips, num_images=num_images,
+        images_per_shard=num_images // 8, class_names=tuple(map(str, range(1000))),
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
     writer.begin()
     for number in writer.missing():
         moments = rng.standard_normal((records // 8, 8, side, side), np.float32)

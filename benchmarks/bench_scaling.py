@@ -47,7 +47,7 @@ ON_GPU = torch.cuda.is_available()
 
 
 def make_config(job):
-    """The model's config for a job; --set has the last word."""
+    """The model's config for a job."""
     config, never = MODELS[job["model"]][0].get_config(), 10**9
     config.train.update(
         mixed_precision="bf16" if ON_GPU else "no", n_steps=2 * job["steps"], save_interval=never,
@@ -58,8 +58,6 @@ def make_config(job):
     if config.z_shape is not None:
         config.dataset.update(name="imagenet256_features", path=f"{job['folder']}/latents")
         config.dataset.random_flip = False
-    changes = dict(change.split("=", 1) for change in job["set"])
-    config.update_from_flattened_dict({key: json.loads(text) for key, text in changes.items()})
     return config
 
 
@@ -102,7 +100,7 @@ def list_jobs(args, folder):
         for engine in args.engines if gpus > 1 else ["one"]:
             images = share if mode == "weak" else total // gpus
             yield {
-                "model": model, "mode": mode, "gpus": gpus, "launch": engine, "set": args.set,
+                "model": model, "mode": mode, "gpus": gpus, "launch": engine,
                 "batch": images * gpus, "accumulation": -(-images // args.micro_batch),
                 "steps": args.steps, "folder": folder,
             }  # fmt: skip
@@ -141,7 +139,6 @@ def main(argv=None):
     parser.add_argument("--engines", type=split, default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--micro_batch", type=int, default=96, help="images on a GPU at once")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=JSON")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job:

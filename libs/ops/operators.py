@@ -1,6 +1,8 @@
-"""The operators: each checks its arguments and chooses a backend."""
+"""The operators: each checks its arguments, once, before any work, and chooses a backend."""
 
-from libs.ops import backends, checks, reference
+import torch
+
+from libs.ops import backends, reference
 from libs.ops.backends import Operator
 from libs.ops.cuda.adaln import WIDTHS, gated_residual_cuda, modulated_norm_cuda
 from libs.ops.cuda.causal_conv1d import causal_conv1d_cuda
@@ -24,6 +26,33 @@ backends.OPERATORS.update(
     gated_residual=Operator(_list_backends(*_GATE), WIDTHS, "channels"),
 )
 
+_REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_INTEGER = (torch.int64, torch.int32)
+
+
+def _check(operator, order, **tensors):
+    """tensors: name=(tensor or None, its axes: 'BLD' for three of them); the first one fixes the
+    device, and an axis's size is the same everywhere. order: (L,) integers or None.
+
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape or device.
+    """
+    sizes, device = {}, next(iter(tensors.values()))[0].device
+    for name, (x, axes) in (*tensors.items(), ("order", (order, "L"))):
+        if x is None:
+            continue
+        if x.dtype not in (dtypes := _INTEGER if name == "order" else _REAL):
+            raise TypeError(f"{operator}: {name} must be one of {dtypes}, got {x.dtype}")
+        fits = x.dim() == len(axes)
+        for axis, size in zip(axes, x.shape, strict=False):
+            fits = fits and size > 0 and sizes.setdefault(axis, size) == size
+        if not fits:
+            raise ValueError(
+                f"{operator}: {name} must have shape {tuple(axes)} with {sizes}, no axis empty, "
+                f"got {tuple(x.shape)}"
+            )
+        if x.device != device:
+            raise ValueError(f"{operator}: {name} must be on {device}, got {x.device}")
+
 
 def selective_scan(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, order=None,
@@ -42,7 +71,7 @@ def selective_scan(
     Raises TypeError (dtype), ValueError (shape, device), utils.UserError (a requested backend that
     cannot run).
     """
-    checks.check(
+    _check(
         "selective_scan", order, u=(u, "BLD"), delta=(delta, "BLD"), A=(A, "DN"), B=(B, "BLN"),
         C=(C, "BLN"), D=(D, "D"), z=(z, "BLD"), delta_bias=(delta_bias, "D"),
     )  # fmt: skip
@@ -59,7 +88,7 @@ def causal_conv1d(x, weight, bias=None, activation=None, order=None, backend=Non
     `backend` and errors as in `selective_scan`; step l reads rows order[l - W + 1 .. l] and writes
     row order[l]. Returns (B, L, D) in x's dtype.
     """
-    checks.check("causal_conv1d", order, x=(x, "BLD"), weight=(weight, "DW"), bias=(bias, "D"))
+    _check("causal_conv1d", order, x=(x, "BLD"), weight=(weight, "DW"), bias=(bias, "D"))
     if activation not in (None, "silu"):
         raise ValueError(f"causal_conv1d: activation must be None or 'silu', got {activation!r}")
     return backends.run(
