@@ -2,6 +2,7 @@
 
 run_evaluation                      a whole evaluation
 compare                             results side by side, and what differs in their settings
+write_report, report_run            report.html of a run; whose failure is a line of the log
 make_image_sampler                  images by index, of a config
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
 collect_features                    features of a training's images, over all processes
@@ -33,3 +34,4 @@ from libs.evaluate.metrics import METRICS, choose_metrics, compute_metrics, make
 from libs.evaluate.real import Statistics, load_real
 from libs.evaluate.report import compare
 from libs.evaluate.run import run_evaluation
+from libs.evaluate.run_report import report_run, write_report

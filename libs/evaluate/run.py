@@ -18,6 +18,7 @@ from libs.evaluate.generate import iter_features, make_image_sampler, require_fi
 from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set
 from libs.evaluate.real import load_real
 from libs.evaluate.report import describe_setting, summarize
+from libs.evaluate.run_report import report_run
 from libs.evaluate.stored import StoredImages
 from libs.files import hash_file, weights_file
 from libs.runtime import Precision, environment, ranks, wait_without_timeout
@@ -217,3 +218,5 @@ def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **par
     if settings.adm_npz:
         write_adm_npz(settings.adm_npz, repeats[0], (n, side, side, 3))
     shutil.rmtree(folder)
+    if (output_path.parent / "metrics.jsonl").exists():
+        report_run(output_path.parent)

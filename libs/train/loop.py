@@ -13,7 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import utils
-from libs.evaluate import make_features
+from libs.evaluate import make_features, report_run
 from libs.ops import describe_backends
 from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator, ranks
 from libs.train.loader import make_batches
@@ -193,6 +193,8 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=li
         finished = progress.step == settings.n_steps and not stop.requested
         said = "finished %d steps" if finished else "stopped at step %d; the same command goes on"
         log.info(said, progress.step)
+        if accelerator.is_main_process:
+            report_run(directory)
     accelerator.end_training()  # else gloo's threads now and then abort the process at its end
     if not finished:
         sys.exit(STOPPED)

@@ -1,0 +1,20 @@
+"""Write a run directory's report.html: python scripts/report.py workdir/digits_T_flow/default"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from libs.evaluate import write_report
+from libs.runtime import REQUIRED, file_path, run_main
+
+FLAGS = {"workdir": (file_path, REQUIRED, "run directory, here without --workdir= too")}
+
+
+def main(args):
+    print(f"wrote {write_report(args.workdir)}")
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = [x if x.startswith("-") else f"--workdir={x}" for x in sys.argv[1:]]
+    run_main(main, FLAGS)
