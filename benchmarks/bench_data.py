@@ -4,21 +4,30 @@ Writes random records in packed shards, warms the page cache, and reads 256 rand
 time: raw, as labelled items, and out of a DataLoader. Prints a table and adds the records to
 benchmarks/results/features_cpu.json, the table beside them. A figure is the median of many batches,
 its spread the 10th and 90th percentile. Needs 1.1 GB of disk and memory.
+
+`--pictures=50000` times eval.py --images instead: pictures of 256 px in an npz (10 GB of disk and
+memory) and 5,000 PNG files, through Inception with random weights, then the metrics against 10,000
+real pictures. Records are in metrics_<gpu>.json.
 """
 
 import itertools
 import os
+import runpy
 import statistics
 import sys
 import tempfile
+from unittest import mock
 
 import harness
 import numpy as np
 import torch
+import torchvision
 from torch.utils.data import DataLoader
 
 from datasets import get_dataset
 from libs.data import GlobalBatchSampler, LatentWriter, open_latents
+from libs.files import hash_file
+from utils import read_json, save_png
 
 BATCH = 256
 PACKED_BYTES = 1 << 29  # 16 times the last-level cache of the machine of the published figures
@@ -79,10 +88,48 @@ def make_cells(r):
     return r["px"], r["layout"], r["what"], f"{r['per_s']:,}", f"{low:,} - {high:,}", rate
 
 
+def write_pictures(folder, n):
+    """Weights, statistics as ADM's, and pictures of 256 px: {layout: path}."""
+    network = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    torch.save(network.state_dict(), folder / "inception.pth")
+    some = np.random.default_rng(0).integers(256, size=(1000, 256, 256, 3), dtype=np.uint8)
+    np.savez(folder / "pictures.npz", arr_0=np.resize(some, (n, 256, 256, 3)))
+    (folder / "png").mkdir()
+    for i in range(min(n, 5000)):
+        save_png(folder / "png" / f"{i}.png", torch.from_numpy(some[i % 1000]).permute(2, 0, 1))
+    mu, mu_s, sigma, sigma_s = np.zeros(2048), np.zeros(2023), np.eye(2048), np.eye(2023)
+    real = dict(mu=mu, mu_s=mu_s, sigma=sigma, sigma_s=sigma_s)
+    np.savez(folder / "real.npz", **real, arr_0=np.resize(some, (min(n, 10_000), 256, 256, 3)))
+    return {"npz": folder / "pictures.npz", "PNG": folder / "png"}
+
+
+def time_metrics(folder, n):
+    """Rows of eval.py --images, in this process."""
+    for layout, path in write_pictures(folder, n).items():
+        keys = {"sample.metrics": "adm,kid,density_coverage", "sample.features": "inception_tf"}
+        keys["sample.fid_weights_path"] = weights = folder / "inception.pth"
+        keys["dataset.fid_stats"] = folder / "real.npz"
+        words = [f"--images={path}", *(f"--config.{key}={value}" for key, value in keys.items())]
+        digest, name = hash_file(weights)[:8], "libs.evaluate.inception.INCEPTION_SHA256_PREFIX"
+        with mock.patch(name, digest), mock.patch.object(sys, "argv", ["eval.py", *words]):
+            runpy.run_path(str(harness.ROOT / "eval.py"), run_name="__main__")
+        found = read_json(f"{path}.json")
+        figures = {key: round(found[key], 1) for key in ("img_s", "figures_s")}
+        yield {"layout": layout, "pictures": found["n"], **figures}
+
+
 def main(argv=None):
     parser = harness.make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.pictures:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        path = harness.result_path(args.out, "metrics", device)
+        with tempfile.TemporaryDirectory() as name:
+            rows = list(time_metrics(harness.Path(name), args.pictures))
+        rows = [row | harness.describe_setting(device, args.commit) for row in rows]
+        return harness.write(path, rows, harness.make_table(rows[0], (r.values() for r in rows)))
     cpu, load, cores = harness.device_name("cpu"), os.getloadavg()[0], os.cpu_count()
     torch.set_num_threads(1)  # as in the workers of a DataLoader
     with tempfile.TemporaryDirectory() as name:

@@ -15,7 +15,7 @@ def brute_force(real, generated, k):
     return np.sum(held) / (k * len(generated)), np.any(held, axis=0).mean()
 
 
-@pytest.fixture(params=[5000, 16])
+@pytest.fixture(params=[2000, 16])
 def block(request, monkeypatch):
     """All rows at once, and in many uneven blocks."""
     monkeypatch.setattr(metrics, "BLOCK", request.param)
