@@ -39,7 +39,8 @@ RANGES = {
     "train.fid_samples": _ANY,
     "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
     "sample.repeats": _SOME, "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
-    "sample.internal_scale": _ANY, "sample.internal_interval": _SHARE,
+    "sample.internal_scale": _ANY, "sample.internal_interval": _SHARE, "sample.reuse": _SOME,
+    "sample.reuse_from": _SOME,
 }  # fmt: skip
 CHOICES = {
     "train.mode": ("uncond", "cond"), "train.mixed_precision": ("no", "fp16", "bf16"),
@@ -127,6 +128,8 @@ def _make_sample():
         guidance_interval=placeholder(tuple),  # (from, to) in process time, 0 to 1
         internal_scale=0.0,  # out + scale * (out - inner) with the head of config.loss.internal
         internal_interval=placeholder(tuple),  # as guidance_interval
+        reuse=placeholder(int),  # inner blocks run in every n-th network call; without it, in all
+        reuse_from=placeholder(int),  # the first inner block; without it, depth // 3
         labels="random",  # or balanced
         vis_label=placeholder(int),  # the one class of all images
         fp8=False,  # as train.fp8

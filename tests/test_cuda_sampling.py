@@ -12,7 +12,7 @@ from torch import nn
 
 from configs.common import d
 from libs.data.codec import PixelCodec
-from libs.diffusion import ImageNoise, make_guided, sample
+from libs.diffusion import ImageNoise, make_guided, reuse_inner, sample
 from libs.model.dim import DiM
 from libs.model.heads import add_heads
 from libs.model.routing import Routing
@@ -131,7 +131,9 @@ FLOW = [("heun", "flow"), ("euler_maruyama_flow", "flow"), ("dpm_solver_pp_2m", 
     ("euler", "flow_from_discrete", "noise_pred"),
 ])  # fmt: skip
 def test_no_step_of_a_sampler_makes_the_host_wait(algorithm, process, pred):
-    """And graphs give the images of the eager network, under both guidances and one of them."""
+    """And graphs give the images of the eager network, under both guidances and one of them, with
+    inner blocks reused and without.
+    """
     model, process, (_, _, y) = make_dim(), make_process(process), make_inputs()
     settings = d(cfg=True, scale=0.7, guidance_interval=(0.2, 1))
     settings.update(internal_scale=0.5, internal_interval=(0.4, 1))
@@ -141,6 +143,7 @@ def test_no_step_of_a_sampler_makes_the_host_wait(algorithm, process, pred):
     )  # fmt: skip
 
     def draw(network):
+        network = reuse_inner(network, 2, 4) if pred == "x0_pred" else network
         noise = ImageNoise(0, range(2), (3, 16, 16))
         z, output = noise.initial().to(GPU), make_guided(network, process, y, **guidance)
         options = dict(pred=pred, algorithm=algorithm, steps=6, noise=noise)

@@ -19,12 +19,12 @@ class Network(nn.Module):
         self.conv, self.embed, self.calls = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(11, 1), 0
         self.head = nn.Conv2d(1, 1, 1)
 
-    def forward(self, x, t, y=None, drop_path_draw=None, hidden=(), route=None):
+    def forward(self, x, t, y=None, drop_path_draw=None, hidden=(), route=None, reused=None):
         self.calls += 1
         label = 0 if y is None else self.embed(y)[:, :, None, None]
         scale = t if drop_path_draw is None else t * (drop_path_draw < 0.8).sum(1)
         scale = scale if route is None else scale * route.sum((1, 2))
-        tokens = self.conv(x)
+        tokens = self.conv(x) if reused is None else reused.mT.view_as(x)
         out = tokens * scale[:, None, None, None] / 1000 + label
         found = {"internal": self.head(tokens), 0: tokens.flatten(2).mT}
         return (out, {key: x for key, x in found.items() if key in hidden}) if hidden else out
@@ -97,6 +97,17 @@ def graphed(dtype=None):
             return fast(*inputs, **options)
 
     return network, call, sampling
+
+
+@torch.no_grad()
+def test_reused_tokens_are_an_input_of_the_graph():
+    network, fast, sampling = graphed()
+    for seed in range(4):
+        tokens = torch.randn(3, 64, 1, generator=torch.Generator().manual_seed(seed))
+        expected = network(*make_inputs(), reused=tokens)
+        assert torch.equal(fast(*make_inputs(), reused=tokens), expected)
+        assert torch.equal(fast(*make_inputs()), network(*make_inputs()))
+    assert len(sampling._graphs) == 2
 
 
 @torch.no_grad()

@@ -61,9 +61,12 @@ def test_the_run_trains(undisturbed):
     assert (undisturbed / "samples" / f"{STEPS}.png").stat().st_size > 1000
 
 
-def test_kill_9(in_process, capfd, tmp_path, undisturbed):
-    """A second run in the directory is refused; the data loader's workers end with the first."""
-    process = start_slow(tmp_path)
+@pytest.mark.parametrize("slow_save_s", ["0", "60"])
+def test_kill_9(in_process, capfd, tmp_path, undisturbed, slow_save_s):
+    """Also while a checkpoint is written and steps go on. A second run in the directory is refused;
+    the data loader's workers end with the first.
+    """
+    process = start_slow(tmp_path, SLOW_SAVE_S=slow_save_s)
     runs.wait_for_step(process, tmp_path, 1)
     status = in_process("train", runs.arguments(tmp_path))
     runs.assert_one_sentence(status, capfd.readouterr().err, str(process.pid))
@@ -72,35 +75,21 @@ def test_kill_9(in_process, capfd, tmp_path, undisturbed):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert len(workers) >= 2 and len(runs.steps_logged(tmp_path)) < STEPS
+    assert (tmp_path / "ckpts" / ".saving-4").exists() == (slow_save_s == "60")
     _, outlive = psutil.wait_procs(workers, timeout=20)
     assert not any(map(alive, outlive))
     assert in_process("train", runs.arguments(tmp_path)) == 0
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_kill_9_while_a_checkpoint_is_written(in_process, tmp_path, undisturbed):
-    """Steps go on meanwhile; the next start removes what was begun."""
-    process = start_slow(tmp_path, SLOW_SAVE_S="60")
-    runs.wait_for_step(process, tmp_path, 6)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert [path.name for path in (tmp_path / "ckpts").iterdir()] == [".saving-4"]
-    assert in_process("train", runs.arguments(tmp_path)) == 0
-    assert_same_run(tmp_path, undisturbed)
-
-
-def test_a_full_disk_ends_the_run_in_a_sentence(
-    in_process, capfd, tmp_path, undisturbed, monkeypatch
-):
-    write = checkpoint._write
-
-    def refuse(folder, step, *rest):
-        if step == 8:
+def test_a_full_disk(in_process, capfd, tmp_path, undisturbed, monkeypatch):
+    def refuse(path, value, write=checkpoint.write_json):
+        if path.parent.name == ".saving-8":
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(folder, step, *rest)
+        write(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write", refuse)
+        patch.setattr(checkpoint, "write_json", refuse)
         status = in_process("train", runs.arguments(tmp_path))
     runs.assert_one_sentence(status, capfd.readouterr().err, "8.ckpt: No space left on device")
     assert [path.name for path in (tmp_path / "ckpts").iterdir()] == ["4.ckpt"]

@@ -180,14 +180,15 @@ def choose_sampler(algorithm, process):
     return solve, predicts
 
 
-def count_calls(process, z_shape, make_output=lambda network: network, **given):
+def count_calls(process, z_shape, make_output=lambda network: network, *, reused_cost=1, **given):
     """Images that a network is given for one of z_shape, in a run of `sample(**given)` without the
-    network; make_output: from the network to its guided output(x, t).
+    network; make_output: from the network to its guided output(x, t). A call with `reused` tokens
+    counts as reused_cost.
     """
     counts = []
 
-    def network(x, t, y=None, hidden=()):
-        counts.append(len(x))
+    def network(x, t, y=None, hidden=(), reused=None):
+        counts.append(len(x) * (1 if reused is None else reused_cost))
         inner = {key: x if isinstance(key, str) else x.flatten(2) for key in hidden}
         return (x, inner) if hidden else x
 

@@ -9,7 +9,14 @@ import torch
 from tqdm import tqdm
 
 import utils
-from libs.diffusion import ImageNoise, choose_sampler, count_calls, make_guided, sample
+from libs.diffusion import (
+    ImageNoise,
+    choose_sampler,
+    count_calls,
+    make_guided,
+    reuse_inner,
+    sample,
+)
 from libs.evaluate.features import round_to_8_bit
 from libs.evaluate.metrics import make_feature_set
 from libs.ops import turn_on_fp8
@@ -56,12 +63,25 @@ class ImageSampler:
                 "sample.internal_scale asks for internal guidance, but the network has no head for "
                 "it: train with config.loss.internal, or set --config.sample.internal_scale=0"
             )
+        if settings.reuse:
+            self._choose_inner_blocks(model, settings.reuse_from or model.reuse_from)
         if settings.fp8:
             turn_on_fp8(model, precision.dtype, "sample.fp8")
         self._network = SamplingNetwork(model, precision.dtype, graphs=settings.cuda_graphs)
         # A sampler that refuses does so here, not at the first grid of a long training.
         choose_sampler(settings.algorithm, process)
         self._guide(model, None)
+
+    def _choose_inner_blocks(self, model, first):
+        """Blocks first to depth - first are the inner ones, with all routed ones among them; the
+        others run in each call.
+        """
+        first = min(first, model.routing.blocks[0]) if model.routing else first
+        if first not in range(1, model.num_skips + 1):
+            expected = f"expected 1 to {model.num_skips}, the last with a long skip"
+            raise UserError(f"sample.reuse_from is {first}, {expected}")
+        model.reuse_from, self._last_inner = first, model.depth - first
+        self._reused_cost = (2 * first - 1) / model.depth
 
     def get_labels(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
@@ -91,11 +111,26 @@ class ImageSampler:
             internal_interval=settings.internal_interval if settings.internal_scale else None,
             # An image; a guided call of two halves counts twice.
             network_calls=count_calls(self.process, self.z_shape, guide, **self._sampling),
+            **self._describe_reuse(guide),
             upsampling_guidance=self.upsample, labels=settings.labels if by_class else None,
             vis_label=settings.vis_label, seed=self.seed, precision=self.precision.name,
             fp8=settings.fp8, z_shape=self.z_shape, image_shape=self.image_shape,
             codec={"name": type(self.codec).__name__, **self.codec.describe()},
         )  # fmt: skip
+
+    def _describe_reuse(self, guide):
+        """Of the record: network_cost is network_calls by the number of blocks that run."""
+        if not self.settings.reuse:
+            return {}
+        given = self._sampling | dict(reused_cost=self._reused_cost)
+        cost = count_calls(self.process, self.z_shape, lambda n: guide(self._reuse(n)), **given)
+        first = self.model.reuse_from
+        return dict(reuse=self.settings.reuse, reuse_from=first, network_cost=round(cost, 3))
+
+    def _reuse(self, network):
+        """The network for one batch, under sample.reuse."""
+        every = self.settings.reuse
+        return reuse_inner(network, every, self._last_inner) if every else network
 
     @torch.no_grad()
     def __call__(self, indices, labels=None, on_step=None):
@@ -107,7 +142,7 @@ class ImageSampler:
         noise = ImageNoise(self.seed, indices, self.z_shape)
         given = self._sampling | dict(noise=noise, on_step=on_step)
         with self._network.ready() as network, self.precision.autocast():
-            output, z_T = self._guide(network, y), noise.initial().to(self.device)
+            output, z_T = self._guide(self._reuse(network), y), noise.initial().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
 
     def __enter__(self):

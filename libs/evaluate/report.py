@@ -34,7 +34,8 @@ def describe_setting(spec):
         one, weights = spec["vis_label"] is not None, spec["weights"]
         parts += [
             "one label" if one else f"{spec['labels'] or 'no'} labels",
-            f"{spec['algorithm']}, {spec['steps']} steps, {spec['network_calls']} network calls",
+            f"{spec['algorithm']}, {spec['steps']} steps, {spec['network_calls']} network calls"
+            + (f" at the cost of {spec['network_cost']:g}" if spec.get("reuse") else ""),
             _describe_guidance(spec, "guidance", "guidance"),
             _describe_guidance(spec, "internal guidance", "internal"),
             f"average {Path(weights['file']).stem} {weights['sha256'][:8]}",

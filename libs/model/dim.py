@@ -57,6 +57,7 @@ class DiM(nn.Module):
         self.patch_size, self.in_channels, self.num_classes = patch_size, in_channels, num_classes
         self.dim, self.depth, self.num_skips = dim, depth, (depth - 1) // 2
         self.pad_layout, self.patterns = pad_layout, block_patterns(depth, scan_directions)
+        self.reuse_from = depth // 3  # the first inner block, for calls with `reused`
         self.drop_path, self.activation_checkpointing = drop_path, activation_checkpointing
         self.skip_tuning, self.freeu = skip_tuning, freeu
         mamba, keywords = {"d_conv": 3, **(mamba or {})}, dict(mixer or {"name": "mamba"})
@@ -110,7 +111,7 @@ class DiM(nn.Module):
         for tokens in (self.split_tokens, self.pad_tokens):
             nn.init.normal_(tokens, std=0.02)
 
-    def forward(self, x, t, y=None, *, hidden=(), drop_path_draw=None, route=None):
+    def forward(self, x, t, y=None, *, hidden=(), drop_path_draw=None, route=None, reused=None):
         """The prediction (B, C, H, W), in autocast's dtype; float32 outside autocast.
 
         Args:
@@ -123,6 +124,9 @@ class DiM(nn.Module):
             drop_path_draw: (B, depth) uniform in [0, 1), of stochastic depth; None draws here.
             route: (B, h/2, w/2) int64, 0 to 3, of the h x w patches: the one token of each 2x2
                 group that routed blocks see; None for all.
+            reused: (B, L, dim), taken for the tokens after block depth - reuse_from, as `hidden`
+                gave them in another call; of the inner blocks, reuse_from to that one, run only
+                those up to the last that `hidden` asks for.
         """
         _, (h, w) = layers.fit_patches(x.shape[2:], self.patch_size)
         y = torch.full((x.shape[0],), self.num_classes, device=x.device) if y is None else y
@@ -133,7 +137,7 @@ class DiM(nn.Module):
         tokens = self.embed(x, time, label, (h, w))                               # (B, L, dim)
         scales = self.drop_path_scales(tokens, drop_path_draw)
         blocks = {k: self.heads[k].block if isinstance(k, str) else k for k in hidden}
-        arguments = tokens, t, modulation, (h, w), scales, blocks.values(), route
+        arguments = tokens, t, modulation, (h, w), scales, blocks.values(), route, reused
         tokens, found = self.run_blocks(*arguments)
         image = self.smooth(self.last_smoother, self.crop(tokens, (h, w)))        # (B, h, w, dim)
         condition = F.silu(time + label)                                          # (B, dim)
@@ -179,7 +183,7 @@ class DiM(nn.Module):
             scales.append((draw[:, k] < probability).float() / probability)
         return scales
 
-    def run_blocks(self, x, t, modulation, grid, drop_path_scales, hidden, route):
+    def run_blocks(self, x, t, modulation, grid, drop_path_scales, hidden, route, reused):
         """(tokens after all blocks, {number: tokens after that block} of the numbers `hidden`).
         Blocks 1..K save their output, the last K take the outputs back, the latest first.
         """
@@ -194,7 +198,14 @@ class DiM(nn.Module):
         skips, found, dense = LongSkips(), {}, None
         if self.skip_tuning or self.freeu:
             skips = TunedSkips(self.num_skips, t, self.skip_tuning, self.freeu)
+        last = self.depth - self.reuse_from
+        first = max([self.reuse_from, *(k + 1 for k in hidden if k <= last)])
+        left_out = range(first, last + 1) if reused is not None else ()
         for k, block in enumerate(self.blocks):
+            if k in left_out:
+                x, dense = reused, None
+                del skips.saved[self.reuse_from - 1 :]  # the others are of inner pairs
+                continue
             if k in routed[:1]:
                 dense, x = x, x.take_along_dim(index[..., None], 1)
             skip = None

@@ -216,13 +216,16 @@ class SamplingNetwork:
         if self._halves:
             torch._foreach_copy_(list(self._halves.values()), [m.weight for m in self._halves])
 
+    def _call(self, x, t, y, reused, **options):
+        return self.network(x, t, y, **options, **({} if reused is None else {"reused": reused}))
+
     @torch.no_grad()
     def _replay(self, x, t, y=None, **options):
-        """As the network's; option: hidden."""
+        """As the network's; options: hidden and reused."""
         if self._graphs is None:
-            self._graphs = _Graphs(self.network, self.capture or CudaCapture(self.device).forward)
+            self._graphs = _Graphs(self._call, self.capture or CudaCapture(self.device).forward)
         hidden = options.get("hidden", ())
-        parts = self._graphs.find(hidden, x, t, y)
+        parts = self._graphs.find(hidden, x, t, y, options.get("reused"))
         if parts is None:
             return self.network(x, t, y, **options)
         replay, outputs = parts
