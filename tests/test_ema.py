@@ -22,21 +22,6 @@ def randomise(model, seed):
         parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def test_average_is_the_weighted_sum():
-    model, rate = make_model(), 0.9
-    ema = EMA(model, rate)
-    history = [[p.detach().double().clone() for p in model.parameters()]]
-    for step in range(5):
-        randomise(model, step)
-        ema.update(model)
-        history.append([p.detach().double().clone() for p in model.parameters()])
-    weights = [rate**5] + [(1 - rate) * rate**(4 - step) for step in range(5)]
-    for i, average in enumerate(ema.model.parameters()):
-        expected = sum(weight * values[i] for weight, values in zip(weights, history, strict=True))
-        # five float32 roundings of values below 4
-        torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-6)
-
-
 def test_the_average_is_a_frozen_float32_copy():
     model = make_model().bfloat16()
     ema = EMA(model, 0.999)
@@ -69,17 +54,24 @@ def test_parameters_follow_by_name_and_heads_stay_out_that_sampling_does_not_nee
     assert not torch.equal(heads["internal"][1].running_mean, torch.zeros(4))
 
 
-def test_power_functions_have_the_paper_s_exponents_and_weights():
-    """Two gammas (arXiv 2312.02696, section 3.1); a step weighs the profile's integral over it."""
+def test_averages_have_the_weights_of_their_formulas():
+    """Two gammas (arXiv 2312.02696, section 3.1); a step weighs the profile's integral over it. By
+    a rate it weighs (1 - rate) rate^(steps since), beginning with the weights at the start, here 0.
+    """
     assert [get_power(0.05) - 1, get_power(0.1) - 1] == pytest.approx([16.97, 6.94], abs=5e-3)
     model, settings = torch.nn.Linear(400, 1, bias=False), common.get_config().train
-    settings.ema_lengths = (0.1,)
-    average = make_averages(model, settings)["nnet_ema_length_0.1"]
+    settings.ema_lengths, settings.ema_rate = (0.1,), 0.99
+    model.weight.data.zero_()
+    by_rate, by_length = make_averages(model, settings).values()
     for step in range(1, 401):
         model.weight.data = torch.eye(400)[step - 1 : step]
-        average.update(model, step)
+        by_rate.update(model, step)
+        by_length.update(model, step)
     # 400 roundings of float32, of numbers below 0.02
-    np.testing.assert_allclose(average.model.weight[0], integrate(1, 0.1, 400), rtol=0, atol=1e-7)
+    for average, expected in (
+        (by_rate, 0.01 * 0.99 ** np.arange(399, -1, -1)), (by_length, integrate(1, 0.1, 400)),
+    ):  # fmt: skip
+        np.testing.assert_allclose(average.model.weight[0], expected, rtol=0, atol=1e-7)
 
 
 def integrate(step, length, n):

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from libs.diffusion import ImageNoise
 from libs.evaluate import Classifier
 from libs.model.build import build_model
 from libs.model.published import to_official
@@ -61,24 +60,6 @@ def test_pictures_do_not_depend_on_batch_or_processes(devices, tmp_path):
     assert result_two["frechet_distance"] == pytest.approx(result_one["frechet_distance"], rel=1e-2)
     assert result_one["config"]["nnet"]["dim"] == 16 and result_one["environment"]["commit"]
     assert result_one["guidance_scale_standard"] == 1.4 and result_one["network_calls"] == 2 * 8
-
-
-def test_noise_is_the_same_bit_for_bit():
-    """Initial and per-step noise of an image, alone or in any company."""
-    whole = ImageNoise(5, range(6), (1, 4, 4))
-    first, second = whole.initial(), whole.draw()
-    for index in range(6):
-        alone = ImageNoise(5, [index], (1, 4, 4))
-        assert torch.equal(alone.initial()[0], first[index])
-        assert torch.equal(alone.draw()[0], second[index])
-    assert not torch.equal(first[0], first[1]) and not torch.equal(first[0], second[0])
-
-
-def test_internal_guidance_of_a_network_without_the_head(in_process, tmp_path, capsys):
-    words = [f"--nnet_path={TRAINED}", "--config.sample.internal_scale=0.5", f"--out={tmp_path}/x"]
-    status, said = in_process("sample", words), capsys.readouterr().err
-    runs.assert_one_sentence(status, said)
-    assert "the network has no head for it: train with config.loss.internal" in said
 
 
 def test_sample_draws_a_grid_from_nothing_but_the_checkpoint(in_process, tmp_path):

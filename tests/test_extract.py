@@ -214,18 +214,6 @@ def test_what_is_complete_is_left_alone(inputs, whole, extract, capsys):
     assert {path: path.stat().st_mtime_ns for path in snapshot(whole)} == times
 
 
-def test_damage_is_found_and_repaired(inputs, whole, extract, refused, tmp_path, capsys):
-    output = copied(whole, tmp_path / "out")
-    assert extract(["--verify", f"--output={output}"]) == 0
-    assert "verified" in capsys.readouterr().out
-    shard = output / "shard-00001.bin"
-    shard.write_bytes(b"x" + shard.read_bytes()[1:])
-    refused(["--verify", f"--output={output}"], f"{shard.name} in {output} are damaged: delete")
-    shard.unlink()
-    assert extract(words_for(inputs, output)) == 0
-    assert files_in(output) == files_in(whole)
-
-
 def test_features_are_resumed_and_verified(inputs, featured, extract, refused, tmp_path):
     more, folder = featured
     output = copied(folder, tmp_path / "out", ["shard-00000.bin", "features-00002.bin"])

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from datasets import get_dataset
 from libs.data.autoencoder import Scaling
@@ -157,17 +156,6 @@ def test_items_are_moments_and_labels(packed):
         assert y == dataset.labels[i]
     unlabelled = get_dataset("folder_features", path=packed, labels=False)
     assert unlabelled.labels is None and unlabelled.num_classes == 0 and unlabelled[0, 1][1] == 0
-
-
-def test_a_data_loader_takes_batches(packed):
-    dataset = get_dataset("folder_features", path=packed, random_flip=True)
-    keys = [[(0, 6), (0, 2), (1, 2)], [(0, 0), (5, 1)]]
-    for workers in (0, 1):
-        batches = list(DataLoader(dataset, batch_sampler=keys, num_workers=workers))
-        for (x, y), batch in zip(batches, keys, strict=True):
-            assert x.dtype == torch.float32 and y.dtype == torch.int64
-            for i, key in enumerate(batch):
-                assert torch.equal(x[i], dataset[key][0]) and y[i] == dataset[key][1]
 
 
 def test_the_same_draws_flip_latents_and_pixels(tmp_path):

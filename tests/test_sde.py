@@ -6,7 +6,6 @@ import gaussian
 import pytest
 import torch
 
-from libs.diffusion import sample
 from libs.diffusion.guidance import at_process_time
 from sde import PROCESSES, VPSDE, DiscreteSchedule, Flow, FlowFromDiscrete, make_process
 from utils import UserError
@@ -134,17 +133,6 @@ def test_a_network_of_the_discrete_schedule_has_the_velocity_of_flow():
     expected = gaussian.prediction(Flow(), "velocity_pred", MU, S)(x, t[:, None])
     found = process.velocity("noise_pred", out, x, t)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
-
-
-def test_such_a_network_draws_the_same_pictures():
-    """At the schedule's end the flow has sigma z + alpha x0, the schedule's own sampler z."""
-    process, z = FlowFromDiscrete(), torch.linspace(-3, 3, 64).double().reshape(64, 1)
-    output = at_process_time(trained_by_vp, process)
-    given = dict(pred="noise_pred", algorithm="euler", steps=999)
-    found = sample(lambda x, t: output(x, t, None), process, z, **given)
-    own = gaussian.ode_solution(DiscreteSchedule(), z, MU, S, 0.0)
-    # S (0.068 (MU + 0.05) + 0.0023 |z|), and Euler's error of 2e-3
-    torch.testing.assert_close(found, own, rtol=0, atol=0.02)
 
 
 def test_what_such_a_network_learns():

@@ -10,13 +10,12 @@ import runs
 import torch
 from writers import write_folder
 
-import utils
 from configs import digits_T_DiM
 from datasets import get_dataset
 from libs.data.codec import PixelCodec
 from libs.files import weights_file
 from libs.model.build import build_model
-from libs.train import engine, loop, losses, optimizer, snapshots
+from libs.train import loop, losses, optimizer, snapshots
 from libs.train.resume import Progress
 from libs.train.step import update
 from sde import VPSDE
@@ -117,23 +116,6 @@ def test_labels_are_dropped_as_the_draws_say():
 
     assert labels(None) is None
     assert labels(0.1).tolist() == [10, 1, 10, 3] and labels(0.0).tolist() == [0, 1, 2, 3]
-
-
-def test_another_optimizer_trains_and_skips_what_is_not_finite(tmp_path, monkeypatch):
-    """One that does not read found_inf on the device; its momentum is resumed."""
-    def sgd(network, settings):
-        return torch.optim.SGD(network.parameters(), settings.lr, momentum=0.9)
-
-    monkeypatch.setattr(engine, "OPTIMIZERS", {"sgd": sgd})
-    config = make_config(optimizer__name="sgd", train__n_steps=2, optimizer__lr=0.01)
-    train(tmp_path / "whole", make_config(optimizer__name="sgd", optimizer__lr=0.01))
-    train(tmp_path / "run", config)
-    expected = train(tmp_path / "broken", config, codec=Broken({1}))
-    assert all(tensor.isfinite().all() for tensor in expected.state_dict().values())
-    train(tmp_path / "run", make_config(optimizer__name="sgd", optimizer__lr=0.01))
-    assert runs.numbers(tmp_path / "run") == runs.numbers(tmp_path / "whole")
-    with pytest.raises(UserError, match="optimizer.name is 'adamw', expected one of sgd"):
-        train(tmp_path / "other", make_config())
 
 
 def orthogonalise(x):
@@ -301,16 +283,6 @@ def test_settings_of_the_optimizer_are_the_config_s(tmp_path):
 
 # ---------------------------------------------------------------------------------------------
 # What a run writes
-
-
-def test_run_directory_holds_config_commit_versions_and_devices(tmp_path):
-    config = make_config(train__n_steps=1)
-    train(tmp_path, config)
-    saved = utils.read_json(tmp_path / "config.json")
-    assert utils.config_differences(saved, config.to_dict()) == []
-    environment = utils.read_json(tmp_path / "environment.json")
-    assert environment["packages"]["torch"] == torch.__version__
-    assert environment["devices"] and environment["commit"]
 
 
 def test_the_log_has_classes_and_a_run_goes_on_with_the_same_alone(tmp_path):
