@@ -33,7 +33,7 @@ def run(tmp_path_factory, in_process):
 def read_curve(text, title):
     """The heights of a curve's points in [0, 1], in the order of steps."""
     path = re.search(rf'>{title}<b>.*?class="curve" d="M\S+?L(.*?)"', text)[1]
-    return [(158 - float(place.split(",")[1])) / 150 for place in path.split()]
+    return [(158 - float(place.split(",")[1])) / 150 for place in path.split("L")]
 
 
 def test_the_page_holds_the_run(run):
