@@ -85,16 +85,17 @@ def write_json(path, value) -> None:
 def read_json(path):
     """Read what `write_json` wrote, arrays as tuples; UserError for a file that is no JSON."""
     try:
-        return _make_tuples(json.loads(Path(path).read_text(encoding="utf-8")))
+        return make_tuples(json.loads(Path(path).read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _make_tuples(value):
+def make_tuples(value):
+    """`value`, whose lists at any depth are tuples."""
     if isinstance(value, dict):
-        return {key: _make_tuples(item) for key, item in value.items()}
+        return {key: make_tuples(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return tuple(_make_tuples(item) for item in value)
+        return tuple(make_tuples(item) for item in value)
     return value
 
 
@@ -112,7 +113,7 @@ def flatten(config) -> dict:
 def config_differences(old, new) -> list[str]:
     """Lines `train.batch_size: 64 -> 128` for what differs between two configs, or two dicts."""
     # Tuples and lists with the same entries are equal: JSON does not tell them apart.
-    old, new = ({k: repr(_make_tuples(v)) for k, v in flatten(c).items()} for c in (old, new))
+    old, new = ({k: repr(make_tuples(v)) for k, v in flatten(c).items()} for c in (old, new))
     pairs = {key: (old.get(key, "absent"), new.get(key, "absent")) for key in [*old, *new]}
     return [f"{key}: {a} -> {b}" for key, (a, b) in pairs.items() if a != b]
 

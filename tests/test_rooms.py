@@ -23,8 +23,8 @@ ROOMS = [
     ["libs.evaluate"],
     ["libs.parts"],
     ["libs.train"],
-    ["train", "eval", "sample", "scripts", "benchmarks"],
-    ["train_ldm_discrete", "eval_ldm_discrete"],
+    ["train", "eval", "sample", "pipeline", "benchmarks"],
+    ["train_ldm_discrete", "eval_ldm_discrete", "scripts"],
 ]
 NOT_IN_ROOMS = ("tests/", "setup.py", "libs/__init__.py")
 MAX_ARGUMENTS = 16  # of DiM

@@ -6,12 +6,13 @@ UnreadableImage                a damaged image
 open_latents, LatentWriter     cached latents; makes them
 load_autoencoder, Scaling      a KL autoencoder out of a file; of its latents
 PixelCodec, make_latent_codec  a data set's items, or images <-> the network's z
+LatentCodec, Autoencoder       their parts, around a network that is there
 GlobalBatchSampler             the item at each place of the stream
 keyed_words                    random words for an item
 """
 
-from libs.data.autoencoder import Scaling, load_autoencoder
-from libs.data.codec import PixelCodec, make_latent_codec
+from libs.data.autoencoder import Autoencoder, Scaling, load_autoencoder
+from libs.data.codec import LatentCodec, PixelCodec, make_latent_codec
 from libs.data.images import UnreadableImage, label_images, list_images, read_side, read_square
 from libs.data.latent_writer import LatentWriter
 from libs.data.official_latents import open_latents

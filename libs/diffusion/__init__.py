@@ -6,9 +6,10 @@ SAMPLERS, sampler       name -> sampler; decorator of a new one
 choose_sampler          refuses what cannot be sampled, before hours of training
 reuse_inner             a network whose inner blocks run in every n-th call alone
 ImageNoise              noise of images by (seed, index)
+image_generators        its generators
 """
 
 from libs.diffusion.guidance import GUIDANCE, make_guided
-from libs.diffusion.noise import ImageNoise
+from libs.diffusion.noise import ImageNoise, image_generators
 from libs.diffusion.reuse import reuse_inner
 from libs.diffusion.samplers import SAMPLERS, choose_sampler, count_calls, sample, sampler

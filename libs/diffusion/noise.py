@@ -24,15 +24,20 @@ def image_seed(seed, index):
     return z ^ (z >> 16)
 
 
+def image_generators(seed, images):
+    """A generator for each of `images`: their numbers, or how many there are, from 0 on."""
+    images = range(images) if isinstance(images, int) else images
+    return [torch.Generator().manual_seed(image_seed(seed, int(index))) for index in images]
+
+
 class ImageNoise:
     """Gaussian noise of the images `indices`, each of shape (C, H, W): the same bits for any batch,
-    device and number of processes. `generators`: one for each image, for diffusers' schedulers.
+    device and number of processes. `generators`: one for each image, `image_generators` by default.
     """
 
-    def __init__(self, seed, indices, shape):
+    def __init__(self, seed, indices, shape, generators=None):
         self.shape = tuple(shape)
-        seeds = [image_seed(seed, int(index)) for index in indices]
-        self.generators = [torch.Generator().manual_seed(s) for s in seeds]
+        self.generators = generators or image_generators(seed, indices)
         self._initial = self.draw()
 
     def initial(self):

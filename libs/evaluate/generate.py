@@ -132,14 +132,24 @@ class ImageSampler:
         every = self.settings.reuse
         return reuse_inner(network, every, self._last_inner) if every else network
 
+    def list_times(self):
+        """The network's time, 0..1000, of each call in turn."""
+        times, process = [], self.process
+
+        def make_output(network):
+            return lambda x, t: times.append(process.model_time(t).item()) or network(x, t)
+
+        count_calls(process, self.z_shape, make_output, **self._sampling)
+        return times
+
     @torch.no_grad()
-    def __call__(self, indices, labels=None, on_step=None):
+    def __call__(self, indices, labels=None, on_step=None, generators=None):
         """Images (B, C, H, W) float32 in [0, 1] of `indices`; labels (B,) int64 override
-        `get_labels`; on_step: of libs.diffusion.sample.
+        `get_labels`, generators those of the noise; on_step: of libs.diffusion.sample.
         """
         labels = self.get_labels(indices) if labels is None else labels
         y = None if labels is None else labels.to(self.device)
-        noise = ImageNoise(self.seed, indices, self.z_shape)
+        noise = ImageNoise(self.seed, indices, self.z_shape, generators)
         given = self._sampling | dict(noise=noise, on_step=on_step)
         with self._network.ready() as network, self.precision.autocast():
             output, z_T = self._guide(self._reuse(network), y), noise.initial().to(self.device)

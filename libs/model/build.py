@@ -22,6 +22,7 @@ def build_model(nnet, seed=None):
     seed: of torch's global generator before the weights are drawn; None leaves it as it is.
     UserError: an unknown name, or sizes that do not fit.
     """
+    nnet = nnet.to_dict() if hasattr(nnet, "to_dict") else nnet
     keywords = {key: value for key, value in nnet.items() if value is not None}
     keywords.pop("pretrained_path", None)
     first = keywords.pop("routing", {}).get("first")

@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from libs.model import layers
@@ -34,8 +35,10 @@ PRESETS = {
 MIXERS = {"mamba": Mamba, "attention": Attention}
 
 
-class DiM(nn.Module):
+class DiM(nn.Module, PyTorchModelHubMixin):
     """Predicts noise, data or velocity from a noisy image or latent, its time and its class.
+    `from_pretrained` reads folders of `save_pretrained` alone, of networks without heads or routing
+    (strict=False leaves those out).
 
     configs.common.dim_nnet explains the keywords. The position table is made for input_size, a side
     or (height, width); other sizes interpolate it. Label `num_classes` is the null class of
@@ -86,6 +89,10 @@ class DiM(nn.Module):
         self.heads = nn.ModuleDict()  # further ones, see libs.model.heads
         self.routing = None  # or a Routing, see libs.model.routing
         self.reset_parameters()
+
+    @classmethod
+    def _from_pretrained(cls, *, strict=True, **options):
+        return super()._from_pretrained(strict=strict, **options)
 
     def use_fp8(self, device):
         """From now on the large products of mixers and skips are in fp8 under autocast; UserError
