@@ -1,4 +1,5 @@
 # make demo: install, train on handwritten digits, draw and measure.   make test: install, then the tests.
+# make page: a page that draws with the pretrained model, in the browser.
 # make check: lint, numbers, operators and a tiny run, in under a minute on two cores.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,13 +10,16 @@ NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
 
 CHECKS := tests/test_road.py $(wildcard tests/test_golden_*.py) tests/test_regression.py tests/test_ops.py tests/test_rooms.py
 
-.PHONY: demo check test test-slow test-gpu lint clean-demo
+.PHONY: demo page check test test-slow test-gpu test-page lint clean-demo
 
 demo: .venv/installed assets/digits_classifier.safetensors
 	$(BIN)/python train.py --config=configs/digits_T_flow.py
 	$(BIN)/python sample.py --nnet_path=$(NEWEST) --n=10 --out=$(RUN)/digits.png
 	$(BIN)/python eval.py --config=configs/digits_T_flow.py --nnet_path=$(NEWEST)
 	@echo "the picture, a row for each digit, is $(RUN)/digits.png"
+
+page: .venv-page/installed
+	.venv-page/bin/python app.py
 
 check: .venv/installed-tests
 	$(BIN)/ruff check .
@@ -27,6 +31,10 @@ test: .venv/installed-tests
 
 test-slow: .venv/installed-slow
 	$(BIN)/python -m pytest -q -m slow
+
+test-page: .venv/installed-tests .venv-page/installed
+	mkdir -p build/page
+	.venv-page/bin/python -m pytest -q tests/page --durations=5
 
 # With the machine's own Python and packages; COMMIT=... where there is no git.
 test-gpu:
@@ -52,6 +60,15 @@ endef
 
 .venv/installed-slow: .venv/installed-tests
 	$(call install,.[test$(comma)deepspeed])
+
+# Gradio wants an older Pillow: an environment of its own, which finds all else in .venv.
+.venv-page/installed: .venv/installed
+	test -x .venv-page/bin/python || $(BIN)/python -m venv .venv-page
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-page/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	@echo "installing gradio into .venv-page, half a minute or so"
+	.venv-page/bin/python -m pip install --disable-pip-version-check -q -e ".[page]"
+	touch $@
 
 clean-demo:
 	rm -rf $(RUN)

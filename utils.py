@@ -191,7 +191,8 @@ def derive_seed(*keys: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _to_uint8(images):
+def to_uint8(images):
+    """Images, float in [0, 1] (clamped) or uint8, as files hold them, on the CPU."""
     import torch
     if images.dtype == torch.uint8:
         return images.detach().cpu()
@@ -201,7 +202,7 @@ def _to_uint8(images):
 def save_png(path, image) -> None:
     """Save an image, (C, H, W) with C 1 or 3, float in [0, 1] (clamped) or uint8, atomically."""
     from PIL import Image
-    pixels = _to_uint8(image).permute(1, 2, 0).squeeze(-1)
+    pixels = to_uint8(image).permute(1, 2, 0).squeeze(-1)
     with replacing(path) as temporary:
         Image.fromarray(pixels.contiguous().numpy()).save(temporary, format="PNG")
 
@@ -213,5 +214,5 @@ def save_grid(path, images, nrow: int) -> None:
     from torchvision.utils import make_grid
     nrow = min(nrow, images.shape[0])
     scale = max(1, math.ceil(600 / (nrow * images.shape[-1])))
-    large = _to_uint8(images).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    large = to_uint8(images).repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     save_png(path, make_grid(large, nrow=nrow))

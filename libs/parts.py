@@ -21,6 +21,12 @@ def _name_process(flat):
     return flat.get("process.name") or ("discrete" if flat.get("z_shape") else "vpsde")
 
 
+def choose_process(config):
+    """The process of a config, in which its name is resolved."""
+    config.process.name = _name_process(flatten(config))
+    return make_process(**config.process)
+
+
 def open_dataset(config, *, augmented=False):
     """The data set of a config; augmented, as training reads it: flipped at random."""
     settings, side = config.dataset, config.nnet.input_size if config.z_shape is None else None
@@ -103,10 +109,9 @@ def make_parts(config, *, data=None):
     UserError for an unknown name, a missing file, or parts that do not fit one another.
     """
     training = data == "training"
-    config.process.name = _name_process(flatten(config))
+    process = choose_process(config)
     if training:
         _require_trained_labels(config, flatten(config), "the config")
-    process = make_process(**config.process)
     if config.pred not in process.predictions:
         raise UserError(f"pred is {config.pred!r}, expected one of {process.predictions}")
     stored = config.dataset.fid_stats or config.dataset.name in LATENTS

@@ -24,7 +24,7 @@ ROOMS = [
     ["libs.parts"],
     ["libs.train"],
     ["train", "eval", "sample", "pipeline", "benchmarks"],
-    ["train_ldm_discrete", "eval_ldm_discrete", "scripts"],
+    ["train_ldm_discrete", "eval_ldm_discrete", "scripts", "app"],
 ]
 NOT_IN_ROOMS = ("tests/", "setup.py", "libs/__init__.py")
 MAX_ARGUMENTS = 16  # of DiM
