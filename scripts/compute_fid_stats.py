@@ -27,18 +27,10 @@ FLAGS = {
     "metrics": (str, "standard", "what the file will serve, as sample.metrics"),
     "dinov2": (file_path, None, "DINOv2's file, for metrics in its features"),
     "out": (file_path, REQUIRED, "the .npz file to write"),
-    "kept_features": (int, 10_000, "store the features of this many random images; 0 for none"),
+    "kept_features": (int, 10_000, "keep the features of this many, evenly spaced; 0 for none"),
     "batch_size": (int, 50, "images a batch"),
     "num_workers": (int, 2, "processes that read images; 0 reads in this one"),
 }
-
-
-def choose_stored(count, stored):
-    """bool (count,): a random subset of `stored` images, or all; the same at every call."""
-    rng = torch.Generator().manual_seed(utils.derive_seed("kept features"))
-    chosen = torch.zeros(count, dtype=torch.bool)
-    chosen[torch.randperm(count, generator=rng)[:stored]] = True
-    return chosen
 
 
 def main(args):
@@ -50,7 +42,9 @@ def main(args):
     given = dict(path=args.path, resolution=args.resolution, labels=bool(classify))
     dataset = get_dataset(args.dataset, **given)
     print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
-    count, stored = len(dataset), choose_stored(len(dataset), args.kept_features)
+    count, kept = len(dataset), min(args.kept_features, len(dataset))
+    stored = torch.zeros(count, dtype=torch.bool)
+    stored[[i * count // kept for i in range(kept)]] = True  # of a folder, each class has its share
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
     batches = extract_features(dataset, range(count), extractors, **loading)
     statistics, agreeing = Statistics(extractors), 0

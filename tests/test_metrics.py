@@ -384,7 +384,7 @@ def test_compute_fid_stats_sees_the_values_of_pytorch_fid(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("stored", [0, 3])
-def test_compute_fid_stats_stores_a_random_subset(tmp_path, monkeypatch, stored):
+def test_compute_fid_stats_stores_a_subset(tmp_path, monkeypatch, stored):
     """The same images for any batch size, and not the first ones."""
     script, found = load_script("compute_fid_stats"), []
     for batch_size in (7, 50):
