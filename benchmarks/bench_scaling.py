@@ -8,7 +8,10 @@ Training is libs.train.train, in bf16, on random latents in packed shards: img_s
 over the last --steps steps, gib the peak of torch's memory in the first process. Weak scaling: 96
 images a GPU; strong: 768 in all; above --micro_batch images a GPU, gradients are accumulated.
 compute_s is the step of one GPU with as many images a GPU, communication_s the rest of step_s;
-efficiency is img_s over the number of GPUs times img_s of one. Without a GPU: gloo and `tiny`.
+efficiency is img_s over the number of GPUs times img_s of one. --saves saves every --steps steps:
+saves_s are the seconds that each save but the last, which nothing follows, added to training, the
+first with the allocation of pinned memory, in saves_<gpu>.json; a save must be written within
+--steps. Without a GPU: gloo and `tiny`.
 """
 
 import argparse
@@ -16,10 +19,12 @@ import functools
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import harness
 import torch
@@ -54,11 +59,24 @@ def make_config(job):
         eval_interval=never, grid_samples=0, fid_samples=0, log_interval=job["steps"],
         batch_size=job["batch"],
     )  # fmt: skip
+    if job["saves"]:
+        config.train.update(n_steps=4 * job["steps"], save_interval=job["steps"], log_interval=1)
     config.gradient_accumulation_steps = job["accumulation"]
     if config.z_shape is not None:
         config.dataset.update(name="imagenet256_features", path=f"{job['folder']}/latents")
         config.dataset.random_flip = False
     return config
+
+
+def find_save_seconds(directory, job):
+    """For each save how long training waited, and by how much the steps up to the next were longer
+    than the median of those before the first.
+    """
+    waited = re.findall(r"training waited ([\d.]+)", (directory / "output.log").read_text())
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    seconds, n = [job["batch"] / line["img_s"] for line in lines], job["steps"]
+    longer = [x - median(seconds[2:n]) for x in seconds]
+    return [float(waited[k]) + sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
 
 
 def work(job):
@@ -70,6 +88,8 @@ def work(job):
         img_s, gib = json.loads(line)["img_s"], torch.cuda.max_memory_allocated() / 2**30
         found = {"img_s": img_s, "step_s": job["batch"] / img_s, "input_s": None}
         found["gib"] = gib or None
+        if job["saves"]:
+            found["saves_s"] = find_save_seconds(directory, job)
         Path(job["folder"], "record.json").write_text(json.dumps(found))
 
 
@@ -88,7 +108,7 @@ def launch(job):
     if done.returncode:
         return print(f"{job} failed:\n{done.stdout[-3000:]}{done.stderr[-6000:]}")
     figures = json.loads(Path(job["folder"], "record.json").read_text())
-    setting = {key: value for key, value in job.items() if key not in ("folder", "steps")}
+    setting = {key: value for key, value in job.items() if key not in ("folder", "steps", "saves")}
     return {**setting, "engine": ENGINES[job["launch"]], **figures}
 
 
@@ -102,7 +122,7 @@ def list_jobs(args, folder):
             yield {
                 "model": model, "mode": mode, "gpus": gpus, "launch": engine,
                 "batch": images * gpus, "accumulation": -(-images // args.micro_batch),
-                "steps": args.steps, "folder": folder,
+                "steps": args.steps, "saves": args.saves, "folder": folder,
             }  # fmt: skip
 
 
@@ -138,13 +158,14 @@ def main(argv=None):
     parser.add_argument("--models", type=split, default=["L", "H"] if ON_GPU else ["tiny"])
     parser.add_argument("--engines", type=split, default=["ddp", "fsdp2"])
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
+    parser.add_argument("--saves", action="store_true", help="measure what saving adds")
     parser.add_argument("--micro_batch", type=int, default=96, help="images on a GPU at once")
     parser.add_argument("--job", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.job:
         return work(args.job)
     device, failed = "cuda" if ON_GPU else "cpu", False
-    path = harness.result_path(args.out, "scaling", device)
+    path = harness.result_path(args.out, "saves" if args.saves else "scaling", device)
     setting = harness.describe_setting(device, args.commit)
     with tempfile.TemporaryDirectory() as folder:
         if set(args.models) - {"tiny"}:

@@ -10,23 +10,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
-from libs.runtime import flags
+from libs.runtime import flags  # noqa: E402
 from libs.train import checkpoint, loop  # noqa: E402
 
-update, write_json = loop.update, checkpoint.write_json
+
+def slow_down(module, name, seconds):
+    function = getattr(module, name)
+    setattr(module, name, lambda *given: time.sleep(seconds) or function(*given))
 
 
-def slow_update(*args):
-    time.sleep(0.3)
-    return update(*args)
-
-
-def slow_write_json(*args):
-    time.sleep(float(os.environ.get("SLOW_SAVE_S", "0")) / 2)
-    write_json(*args)
-
-
-loop.update, checkpoint.write_json = slow_update, slow_write_json
+slow_down(loop, "update", 0.3)
+slow_down(checkpoint, "write_json", float(os.environ.get("SLOW_SAVE_S", "0")) / 2)
 
 if __name__ == "__main__":
     flags.run_main(train.main, train.FLAGS)

@@ -131,9 +131,7 @@ FLOW = [("heun", "flow"), ("euler_maruyama_flow", "flow"), ("dpm_solver_pp_2m", 
     ("euler", "flow_from_discrete", "noise_pred"),
 ])  # fmt: skip
 def test_no_step_of_a_sampler_makes_the_host_wait(algorithm, process, pred):
-    """And graphs give the images of the eager network, under both guidances and one of them, with
-    inner blocks reused and without.
-    """
+    """And graphs give the eager network's images, under both guidances and one, and with reuse."""
     model, process, (_, _, y) = make_dim(), make_process(process), make_inputs()
     settings = d(cfg=True, scale=0.7, guidance_interval=(0.2, 1))
     settings.update(internal_scale=0.5, internal_interval=(0.4, 1))

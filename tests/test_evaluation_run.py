@@ -332,13 +332,10 @@ def test_labels(tmp_path):
 
 @pytest.mark.parametrize("every", [1, 2, 3])
 def test_inner_blocks_are_reused(tmp_path, every):
-    """As if the last of them gave what it gave in the last whole call, the first being whole, as
-    are the calls in which a guidance interval begins and ends.
-    """
+    """As if the last gave what it gave in the last whole call; where the batch grows, calls are."""
     given = dict(nnet__depth=7, sample__sample_steps=11, sample__guidance_interval=(0.2, 0.8))
     given |= dict(sample__algorithm="dpm_solver_pp_2m", sample__scale=0.7, sample__cfg=True)
-    plain = make_image_sampler(tmp_path, **given)
-    calls, ran, kept = 0, [], torch.zeros(0)
+    plain, calls, ran, kept = make_image_sampler(tmp_path, **given), 0, [], torch.zeros(0)
 
     def stand_in(block, inputs, out):
         nonlocal calls, kept
@@ -348,19 +345,18 @@ def test_inner_blocks_are_reused(tmp_path, every):
 
     whole = plain([0, 1, 2])
     plain.model.blocks[5].register_forward_hook(stand_in)
-    given |= dict(sample__reuse=every, sample__reuse_from=2)
+    given |= dict(sample__reuse=every)  # from depth // 3, 2
     sampler = make_image_sampler(tmp_path, **given)
     sampler.model.blocks[2].register_forward_hook(lambda block, inputs, out: ran.append(len(out)))
     images = sampler([0, 1, 2])
     assert torch.equal(images, plain([0, 1, 2])) and torch.equal(images, whole) == (every == 1)
     spec = sampler.sampling_spec()
-    assert spec["network_cost"] == pytest.approx(
-        (3 * spec["network_calls"] + 4 * sum(ran) / 3) / 7, abs=1e-3
-    )
+    cost = (3 * spec["network_calls"] + 4 * sum(ran) / 3) / 7
+    assert spec["network_cost"] == pytest.approx(cost, abs=1e-3)
     parts = torch.cat([sampler([0]), sampler([1, 2])])
     torch.testing.assert_close(parts, images, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="reuse_from is 4, expected 1 to 3"):
-        make_image_sampler(tmp_path, **given | {"sample__reuse_from": 4})
+        make_image_sampler(tmp_path, **given, sample__reuse_from=4)
 
 
 def test_rows_of_classes(tmp_path):

@@ -63,9 +63,7 @@ def test_the_run_trains(undisturbed):
 
 @pytest.mark.parametrize("slow_save_s", ["0", "60"])
 def test_kill_9(in_process, capfd, tmp_path, undisturbed, slow_save_s):
-    """Also while a checkpoint is written and steps go on. A second run in the directory is refused;
-    the data loader's workers end with the first.
-    """
+    """Also during a save. A second run is refused; the data loader's workers end with the first."""
     process = start_slow(tmp_path, SLOW_SAVE_S=slow_save_s)
     runs.wait_for_step(process, tmp_path, 1)
     status = in_process("train", runs.arguments(tmp_path))

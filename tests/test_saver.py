@@ -15,11 +15,10 @@ from libs.train.resume import Progress, TrainState
 
 
 def make_state(device):
-    torch.manual_seed(0)
-    network, scaler = torch.nn.Linear(64, 64, device=device), Precision("no", device)
+    network, precision = torch.nn.Linear(64, 64, device=device), Precision("no", device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=True)
-    engine = Engine("one process", network, network, optimizer, scaler.scaler, 1.0)
-    return TrainState(network, {"nnet_ema": EMA(network, 0.9)}, engine, scaler, Progress())
+    engine = Engine("one process", network, network, optimizer, precision.scaler, 1.0)
+    return TrainState(network, {"nnet_ema": EMA(network, 0.9)}, engine, precision, Progress())
 
 
 def take_step(state):

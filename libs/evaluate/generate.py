@@ -9,14 +9,7 @@ import torch
 from tqdm import tqdm
 
 import utils
-from libs.diffusion import (
-    ImageNoise,
-    choose_sampler,
-    count_calls,
-    make_guided,
-    reuse_inner,
-    sample,
-)
+from libs.diffusion import ImageNoise, choose_sampler, count_calls, make_guided, reuse_inner, sample
 from libs.evaluate.features import round_to_8_bit
 from libs.evaluate.metrics import make_feature_set
 from libs.ops import turn_on_fp8
@@ -64,7 +57,7 @@ class ImageSampler:
                 "it: train with config.loss.internal, or set --config.sample.internal_scale=0"
             )
         if settings.reuse:
-            self._choose_inner_blocks(model, settings.reuse_from or model.reuse_from)
+            self._choose_inner_blocks(settings.reuse_from or model.reuse_from)
         if settings.fp8:
             turn_on_fp8(model, precision.dtype, "sample.fp8")
         self._network = SamplingNetwork(model, precision.dtype, graphs=settings.cuda_graphs)
@@ -72,16 +65,12 @@ class ImageSampler:
         choose_sampler(settings.algorithm, process)
         self._guide(model, None)
 
-    def _choose_inner_blocks(self, model, first):
-        """Blocks first to depth - first are the inner ones, with all routed ones among them; the
-        others run in each call.
-        """
-        first = min(first, model.routing.blocks[0]) if model.routing else first
-        if first not in range(1, model.num_skips + 1):
-            expected = f"expected 1 to {model.num_skips}, the last with a long skip"
-            raise UserError(f"sample.reuse_from is {first}, {expected}")
-        model.reuse_from, self._last_inner = first, model.depth - first
-        self._reused_cost = (2 * first - 1) / model.depth
+    def _choose_inner_blocks(self, first):
+        """Blocks first to depth - first, or more: routed blocks are not parted."""
+        if first > self.model.num_skips:
+            raise UserError(f"sample.reuse_from is {first}, expected 1 to {self.model.num_skips}")
+        routing = self.model.routing
+        self.model.reuse_from = min(first, routing.blocks[0]) if routing else first
 
     def get_labels(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
@@ -122,15 +111,16 @@ class ImageSampler:
         """Of the record: network_cost is network_calls by the number of blocks that run."""
         if not self.settings.reuse:
             return {}
-        given = self._sampling | dict(reused_cost=self._reused_cost)
-        cost = count_calls(self.process, self.z_shape, lambda n: guide(self._reuse(n)), **given)
         first = self.model.reuse_from
+        given = self._sampling | dict(reused_cost=(2 * first - 1) / self.model.depth)
+        cost = count_calls(self.process, self.z_shape, lambda n: guide(self._reuse(n)), **given)
         return dict(reuse=self.settings.reuse, reuse_from=first, network_cost=round(cost, 3))
 
     def _reuse(self, network):
         """The network for one batch, under sample.reuse."""
-        every = self.settings.reuse
-        return reuse_inner(network, every, self._last_inner) if every else network
+        if not self.settings.reuse:
+            return network
+        return reuse_inner(network, self.settings.reuse, self.model.depth - self.model.reuse_from)
 
     def list_times(self):
         """The network's time, 0..1000, of each call in turn."""
