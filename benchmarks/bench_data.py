@@ -97,8 +97,7 @@ def write_pictures(folder, n):
     (folder / "png").mkdir()
     for i in range(min(n, 5000)):
         save_png(folder / "png" / f"{i}.png", torch.from_numpy(some[i % 1000]).permute(2, 0, 1))
-    mu, mu_s, sigma, sigma_s = np.zeros(2048), np.zeros(2023), np.eye(2048), np.eye(2023)
-    real = dict(mu=mu, mu_s=mu_s, sigma=sigma, sigma_s=sigma_s)
+    real = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     np.savez(folder / "real.npz", **real, arr_0=np.resize(some, (min(n, 10_000), 256, 256, 3)))
     return {"npz": folder / "pictures.npz", "PNG": folder / "png"}
 
@@ -114,8 +113,8 @@ def time_metrics(folder, n):
         with mock.patch(name, digest), mock.patch.object(sys, "argv", ["eval.py", *words]):
             runpy.run_path(str(harness.ROOT / "eval.py"), run_name="__main__")
         found = read_json(f"{path}.json")
-        figures = {key: round(found[key], 1) for key in ("img_s", "figures_s")}
-        yield {"layout": layout, "pictures": found["n"], **figures}
+        numbers = ("n", "img_s", "figures_s")
+        yield {"layout": layout, **{key: round(found[key], 1) for key in numbers}}
 
 
 def main(argv=None):

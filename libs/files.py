@@ -131,11 +131,9 @@ def read_arrays(path, leave_out=()):
 def map_array(path, name):
     """The array `name` of a .npz file, mapped if it is uncompressed, else read; None without it."""
     with reading(path, ".npz file of plain arrays"), zipfile.ZipFile(path) as archive:
-        if f"{name}.npy" not in archive.namelist():
-            return None
-        entry = archive.getinfo(f"{name}.npy")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            return read_arrays(path)[name]
+        entry = archive.NameToInfo.get(f"{name}.npy")
+        if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+            return entry and read_arrays(path)[name]
         with open(path, "rb") as file:
             file.seek(entry.header_offset + 26)  # of the lengths of a name and of an extra field
             file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)

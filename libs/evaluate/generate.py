@@ -210,19 +210,19 @@ def collect_features(image_sampler, extractors, accelerator, *, n, stop=lambda: 
     batches = _deal_indices(n, image_sampler.settings.mini_batch_size, accelerator)
     made = iter_features(image_sampler, extractors, batches, quiet=not main, stop=stop)
     with image_sampler:
-        for indices, images, found, correct in made:
-            more = {"made": images.new_ones(len(indices))}
-            for name, values in (found | more | {"agreeing": correct}).items():
-                if values is not None:
-                    rows[name][indices] = values.to(rows[name])
+        for indices, _, found, correct in made:
+            rows["made"][indices] = 1
+            found |= {} if correct is None else {"agreeing": correct}
+            for name, values in found.items():
+                rows[name][indices] = values.to(rows[name])
     rows = {kind: accelerator.reduce(values, "sum").cpu() for kind, values in rows.items()}
     if not rows.pop("made").all():
         return None
     require_finite(rows["features"], range(n))
-    agreement, classified = rows.pop("agreeing"), extractors.classify and image_sampler.conditional
-    agreement = agreement.double().mean().item() if classified else None
-    given = dict(device="cpu", agreement=agreement)
-    return {k: make_feature_set(x.numpy(), **given) for k, x in rows.items()} if main else None
+    agreement = rows.pop("agreeing").double().mean().item()
+    known = dict(agreement=agreement) if extractors.classify and image_sampler.conditional else {}
+    sets = rows.items() if main else ()
+    return {kind: make_feature_set(x.numpy(), "cpu", **known) for kind, x in sets} or None
 
 
 def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):

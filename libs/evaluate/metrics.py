@@ -73,13 +73,10 @@ def _factor(sigma):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)), a float, from float64: the
-    distance between Gaussians fitted to two sets of features (FID, Heusel et al. 2017, arXiv
-    1706.08500, eq. 6).
-
-    The trace of the root is the sum of singular values of A1^T A2, where sigma = A A^T: squared
-    they are the eigenvalues of sigma1 sigma2. The factors come from symmetric eigenvalues. Unlike
-    a root of the product, no rounding is square-rooted twice: at rank 1500 of 2048 the distance of
-    a set to itself is 3e-13 instead of 2e-7, and singular covariances need no offset.
+    distance between Gaussians fitted to two sets of features (Heusel et al. 2017, arXiv 1706.08500,
+    eq. 6). The trace of the root is the sum of singular values of A1^T A2, where sigma = A A^T. No
+    rounding is square-rooted twice: at rank 1500 of 2048 the distance of a set to itself is 3e-13
+    instead of 2e-7, and singular covariances need no offset.
     """
     moments = (mu1, sigma1, mu2, sigma2)
     mu1, sigma1, mu2, sigma2 = (torch.as_tensor(x, dtype=torch.float64).cpu() for x in moments)
@@ -89,19 +86,18 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def density_coverage(real, generated, device="cpu", k=5):
-    """Naeem et al. 2020 (arXiv 2002.09797, eq. 4 and 5) of float arrays (m, dim) and (n, dim) with
-    more than k rows: {'density', 'coverage', 'k', 'real': m, 'generated': n}. A ball reaches from
-    each real feature to its k-th nearest other. Density is the mean number of balls that hold a
-    generated feature, over k; coverage is the share of balls that hold one.
+    """Naeem et al. 2020 (arXiv 2002.09797, eq. 4 and 5), of float arrays (m, dim) and (n, dim): a
+    ball reaches from each real feature to its k-th nearest other; density is the mean number of
+    balls that hold a generated feature, over k, and coverage the share of balls that hold one.
     """
     real, generated = (torch.from_numpy(x).to(device, torch.float64) for x in (real, generated))
     # The nearest is the feature itself.
     radii = [torch.cdist(x, real).topk(k + 1, largest=False).values for x in real.split(BLOCK)]
     radii = torch.cat(radii)[:, -1]
     held = sum((torch.cdist(x, real) < radii).sum(0) for x in generated.split(BLOCK))
-    density = held.sum().item() / (k * len(generated))
-    shares = {"density": density, "coverage": (held > 0).double().mean().item()}
-    return {**shares, "k": k, "real": len(real), "generated": len(generated)}
+    figures = {"density": held.sum().item() / (k * len(generated)), "k": k}
+    figures["coverage"] = (held > 0).double().mean().item()
+    return {**figures, "real": len(real), "generated": len(generated)}
 
 
 def maximum_mean_discrepancy(real, generated, device="cpu"):

@@ -32,9 +32,8 @@ class StoredImages:
                 raise UserError(f"{path} has no arr_0 of uint8 (n, H, W, 3): give ADM's layout")
             side, self.record["sha256"] = stored.shape[1], hash_file(path)
         else:
-            self.folder = stored = get_dataset(
-                "folder", path=path, resolution=resolution, labels=False
-            )
+            given = dict(path=path, resolution=resolution, labels=False)
+            self.folder = stored = get_dataset("folder", **given)
             self.record["preprocessing"] = stored.preprocessing
             side, self.record["list_sha256"] = stored.shape[-1], stored.list_sha256(*stored.sizes)
         self.count, self.image_shape = len(stored), (3, side, side)

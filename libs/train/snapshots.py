@@ -45,17 +45,14 @@ class Snapshots:
         the augmentation of training. A warning says where they cannot be had; the next FID tries
         again.
         """
-        config, extractors = self.config, None
+        config, device, extractors = self.config, self.accelerator.device, None
         try:
-            extractors = evaluate.make_extractors(
-                config.sample, self.metrics, self.accelerator.device
-            )
+            extractors = evaluate.make_extractors(config.sample, self.metrics, device)
             if self.accelerator.is_main_process:
                 images = None if config.dataset.fid_stats else open_dataset(config)
-                given = dict(side=self.image_sampler.image_shape[-1], device="cpu")
-                self.real = evaluate.load_real(
-                    config.dataset, extractors, images, metrics=self.metrics, **given
-                )
+                given = dict(metrics=self.metrics, side=self.image_sampler.image_shape[-1])
+                parts = config.dataset, extractors, images
+                self.real = evaluate.load_real(*parts, **given, device="cpu")
         except UserError as error:
             log.warning("no FID until this is mended: %s", error)
             extractors = None
@@ -110,17 +107,17 @@ class Snapshots:
             self.prepare_fid()
         if self.extractors is None:  # on every process
             return
-        parts, n = (self.image_sampler, self.extractors, self.accelerator), None
+        parts, n = (self.image_sampler, self.extractors), self.config.train.fid_samples
         try:
             with whole_weights(self.image_sampler.model):
-                n = self.config.train.fid_samples
-                found = evaluate.collect_features(*parts, n=n, stop=self.is_stopped)
+                given = dict(n=n, stop=self.is_stopped)
+                found = evaluate.collect_features(*parts, self.accelerator, **given)
         except UserError as error:  # on every process
             log.warning("no FID at step %d: %s", step, error)
             return
         if found is not None:
-            given = found, self.real, self.metrics
-            self.pending = step, self.thread.submit(evaluate.compute_metrics, *given)
+            call = evaluate.compute_metrics, found, self.real, self.metrics
+            self.pending = step, self.thread.submit(*call)
 
     def write_figures(self, *, wait=False):
         """The figures of the last measurement into the log, if they are there or `wait`."""
