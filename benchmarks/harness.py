@@ -39,21 +39,6 @@ def milliseconds(start, end):
     return 1e3 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
 
 
-def time_apart(call, device, repeats, prepare=lambda: None):
-    """Sorted milliseconds of each call; prepare() runs before each, untimed."""
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        prepare()
-        start = mark(device)
-        call()
-        end = mark(device)
-        synchronize(device)
-        times.append(milliseconds(start, end))
-    return sorted(times)
-
-
 def time_in_a_row(call, device, repeats):
     """Milliseconds of each call; the host waits for the device after the last call only."""
     marks = [mark(device)]
@@ -62,6 +47,17 @@ def time_in_a_row(call, device, repeats):
         marks.append(mark(device))
     synchronize(device)
     return [milliseconds(*pair) for pair in itertools.pairwise(marks)]
+
+
+def time_apart(call, device, repeats, prepare=lambda: None):
+    """Sorted milliseconds of each call; prepare() runs before each, untimed."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        prepare()
+        times += time_in_a_row(call, device, 1)
+    return sorted(times)
 
 
 def summarize(times):
