@@ -163,9 +163,8 @@ BATCH = 100  # images at a time through the feature networks, 2 GB of Inception'
 class Extractors:
     """The feature networks that `metrics` need: one pass over images serves all.
 
-    name, path: of sample.features, whose features are of the kind `features`; dinov2_path: the file
-    of the kind `dinov2`. dims, names: the width of each kind, and its network's name. UserError: a
-    kind that the networks do not have.
+    name, path: of sample.features, for the kind `features`; dinov2_path: for the kind `dinov2`.
+    dims, names: the width and network of each kind. UserError: a kind that the networks lack.
     """
 
     def __init__(self, name, path, device, *, metrics=(), dinov2_path=None):

@@ -200,9 +200,8 @@ def _deal_indices(n, mini_batch_size, accelerator):
 
 
 def collect_features(image_sampler, extractors, accelerator, *, n, stop=lambda: False):
-    """{kind: FeatureSet} of images 0..n-1, made on all processes, in their order, on the CPU. None
-    if stop() came true, and on all processes but the main one. UserError on every process if an
-    image contains NaN.
+    """{kind: FeatureSet} of images 0..n-1 on the CPU, made on all processes; None if stop() came
+    true, and on all but the main process. UserError on every process if an image contains NaN.
     """
     device, main = accelerator.device, accelerator.is_main_process
     rows = {kind: torch.zeros(n, dim, device=device) for kind, dim in extractors.dims.items()}

@@ -64,9 +64,8 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def extract(self, images):
-        """images float32 (B, 3, H, W) in [0, 1], any size -> float32: pool3 as `features`
-        (B, 2048); `logits` (B, 1008) without the bias, as the Inception score takes them; `spatial`
-        (B, 2023), seven channels of mixed_6, the channel fastest, as ADM's evaluator takes them.
+        """images float32 (B, 3, H, W) in [0, 1] -> float32: pool3 as `features` (B, 2048); `logits`
+        (B, 1008) without bias, for the Inception score; `spatial` (B, 2023), as ADM's evaluator.
         """
         pool3 = self.network(self._prepare(images.to(self.device, torch.float32)))[0].flatten(1)
         logits = pool3 @ self.class_weights.T

@@ -208,8 +208,8 @@ def _has_fidelity():
 
 
 def choose_metrics(text, key="sample.metrics"):
-    """The names of METRICS in `text`, names and GROUPS with commas between. UserError: none such,
-    or it needs torch-fidelity, which is not there.
+    """The METRICS that `text` names, by GROUPS, too, with commas between; UserError if one is not
+    known, or needs torch-fidelity, which is not there.
     """
     known = {**{name: (name,) for name in METRICS}, **GROUPS}
     names = [name for word in text.split(",") for name in look_up(known, word.strip(), key)]
@@ -220,9 +220,7 @@ def choose_metrics(text, key="sample.metrics"):
 
 
 def compute_metrics(generated, real, names):
-    """The figures of the METRICS `names` of two dicts {kind: FeatureSet}: dict. A figure is None
-    where its features are not there.
-    """
+    """{name: figure} of two dicts {kind: FeatureSet}; None where features are not there."""
     figures = {}
     for name in names:
         kind = KINDS.get(name, "features")

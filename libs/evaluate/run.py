@@ -94,9 +94,9 @@ def claim_places(output_path, folder, settings, spec):
 
 
 def write_batches(source, extractors, batches, settings, *, quiet):
-    """Make the images of `batches`, and write each one's PNG files and, last, its file: features
-    (B, width) float32 of each kind, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they
-    are defined. settings: config.sample, or None: neither PNG files nor pixels.
+    """Make the images of `batches`; write PNG files and, last, each one's file: features (B, width)
+    float32 of each kind, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they are defined.
+    settings: config.sample, or None: neither PNG files nor pixels.
     """
     path, adm_npz = settings and (settings.path, settings.adm_npz) or (None, None)
     made = iter_features(source, extractors, [i for _, i in batches], quiet=quiet)

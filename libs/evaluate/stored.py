@@ -15,10 +15,8 @@ THREADS = 8  # that decode files
 
 class StoredImages:
     """The pictures of a folder or a zip file, or arr_0, uint8 (n, H, W, 3), of an .npz, as ADM's
-    evaluation suite has them. While the feature networks work, the next batch is read.
-
-    resolution: to which those of a folder are cropped and resized by the data set's rule; None: the
-    first picture's smaller side. UserError: no pictures; a damaged file.
+    evaluation suite has them. Those of a folder are cropped and resized to `resolution`, None: the
+    first one's smaller side. UserError: no pictures; a damaged file.
     """
 
     conditional = False
