@@ -5,7 +5,6 @@ import itertools
 import json
 import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -72,9 +71,7 @@ def device_name(device):
 
 def describe_setting(device, commit=None):
     """What every record says of its machine and code."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    commit = commit or found or "unknown"
+    commit = commit or environment()["commit"][:7]
     return {"gpu": device_name(device), "torch": torch.__version__, "commit": commit}
 
 
