@@ -10,11 +10,6 @@ from libs.runtime import REQUIRED, file_path, run_main
 
 FLAGS = {"workdir": (file_path, REQUIRED, "run directory, here without --workdir= too")}
 
-
-def main(args):
-    print(f"wrote {write_report(args.workdir)}")
-
-
 if __name__ == "__main__":
     sys.argv[1:] = [x if x.startswith("-") else f"--workdir={x}" for x in sys.argv[1:]]
-    run_main(main, FLAGS)
+    run_main(lambda args: print(f"wrote {write_report(args.workdir)}"), FLAGS)

@@ -26,23 +26,23 @@ def write_weights(path, config_name):
     """Random weights of a config's network: an official .pth, or our file with heads."""
     config = load_config(str(runs.ROOT / "configs" / f"{config_name}.py"))
     model = build_model(config.nnet, seed=0)
+    add_heads(model, config.loss, training=True)
+    with_fixed_weights(model)
     if path.suffix == ".pth":
-        torch.save(to_official(with_fixed_weights(model)), path)
+        torch.save(to_official(model), path)
     else:
-        add_heads(model, config.loss, training=True)
-        save_file(with_fixed_weights(model).state_dict(), path)
+        save_file(model.state_dict(), path)
     return [f"--config=configs/{config_name}.py", f"--nnet_path={path}"]
 
 
 def write_latent(tmp_path):
     folder = runs.ROOT / "tests" / "data" / "release_0_1" / "latent.ckpt"
     checkpoint = shutil.copytree(folder, tmp_path / "run" / "ckpts" / "8.ckpt")
-    names = {"classes": {f"name {number}": number for number in range(10)}}
+    names = {"classes": {f"name {number}": number for number in range(7)}}
     (tmp_path / "run" / "environment.json").write_text(json.dumps(names))
-    writers.write_autoencoder(tmp_path / "kl")
+    kl = writers.write_autoencoder(tmp_path / "kl")
     scaling = [f"--config.autoencoder.{key}" for key in ("scale_factor=0.3", "shift_factor=0.1")]
-    kl = f"--config.autoencoder.pretrained_path={tmp_path / 'kl'}"
-    return [f"--nnet_path={checkpoint}", kl, *scaling]
+    return [f"--nnet_path={checkpoint}", f"--config.autoencoder.pretrained_path={kl}", *scaling]
 
 
 SOURCES = {

@@ -23,9 +23,7 @@ CURVES = {  # key of metrics.jsonl -> title
 BINS = 300  # of a curve, which goes through their means
 GRIDS, GRID_SIDE = 6, 720  # grids of samples, and their pixels: at most 3 MB of JPEG
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>
-<meta name="viewport" content="width=device-width"><style>{style}</style><h1>{name}</h1>
-<p>Step {step:,} of {n:,}. Steps that were not finite: {bad}.</p>{body}</html>
-"""
+<meta name="viewport" content="width=device-width"><style>{style}</style><h1>{name}</h1>{body}"""
 
 
 def _draw_curve(points):
@@ -103,9 +101,9 @@ def _show_config(config):
 
 def write_report(directory):
     """Write report.html into the run directory `directory` and return its path."""
-    directory = Path(directory)
+    directory, log = Path(directory), Path(directory) / "metrics.jsonl"
     config = load_config(str(directory / "config.json"))
-    log, about = directory / "metrics.jsonl", utils.read_json(directory / "environment.json")
+    about = utils.flatten(utils.read_json(directory / "environment.json"))
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     sections = {"Curves": "", "Samples": ""}
     for section, title, said, picture in _list_pictures(lines, directory / "samples"):
@@ -114,16 +112,14 @@ def write_report(directory):
     sections["Evaluation"] = _show_results(sorted(directory.glob("evaluation*.json")))
     sections["To go on"] = _show_commands(directory, config)
     sections["Config"] = _show_config(config)
-    about = ((key, str(x)[:300]) for key, x in utils.flatten(about).items())
-    sections["Environment"] = _make_table(["", ""], about)
-    body = (f'<h2>{k}</h2><div class="{k}">{x}</div>' for k, x in sections.items() if x)
+    sections["Environment"] = _make_table(["", ""], ((k, str(x)[:300]) for k, x in about.items()))
+    body = [f'<h2>{k}</h2><div class="{k}">{x}</div>' for k, x in sections.items() if x]
+    step = max((line["step"] for line in lines), default=0)
+    bad = sum(line.get("outcome") in ("bad", "overflow") for line in lines)
+    body = [f"<p>Step {step:,} of {config.train.n_steps:,}; not finite: {bad}.</p>", *body]
+    name, style = "/".join(directory.absolute().parts[-2:]), Path(__file__).with_suffix(".css")
+    page = PAGE.format(name=escape(name), style=style.read_text(), body="\n".join(body))
     with utils.replacing(directory / "report.html") as temporary:
-        page = PAGE.format(
-            name=escape("/".join(directory.absolute().parts[-2:])), body="\n".join(body),
-            style=Path(__file__).with_suffix(".css").read_text(), n=config.train.n_steps,
-            step=max((line["step"] for line in lines), default=0),
-            bad=sum(line.get("outcome") in ("bad", "overflow") for line in lines),
-        )  # fmt: skip
         temporary.write_text(page, encoding="utf-8")
     return directory / "report.html"
 

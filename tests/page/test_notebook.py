@@ -1,0 +1,37 @@
+"""docs/first_steps.ipynb runs as it stands, and opens with what it shows."""
+
+import nbformat
+import pytest
+import runs
+from nbclient import NotebookClient
+
+PATH = runs.ROOT / "docs" / "first_steps.ipynb"
+
+
+def list_shown(notebook):
+    """The kinds of what is shown, in order: image/png, image/svg+xml or stdout."""
+    kinds = []
+    for output in (x for cell in notebook.cells for x in cell.get("outputs", ())):
+        assert output.output_type in ("execute_result", "stream"), output
+        kinds.append(output.get("name") or (set(output.data) - {"text/plain", "image/jpeg"}).pop())
+    return kinds
+
+
+def test_the_notebook_opens_with_outputs():
+    notebook = nbformat.read(PATH, 4)
+    nbformat.validate(notebook)
+    assert PATH.stat().st_size < 1_000_000
+    shown = list_shown(notebook)
+    assert shown.count("image/png") == 3 and shown.count("image/svg+xml") == 2
+
+
+@pytest.mark.timeout(600)
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    """With few steps of training; what is shown is of the same kinds."""
+    for name, value in {"STEPS": 20, "FOLDER": tmp_path, "CUDA_VISIBLE_DEVICES": ""}.items():
+        monkeypatch.setenv(name, str(value))
+    notebook = nbformat.read(PATH, 4)
+    expected = list_shown(notebook)
+    where = {"metadata": {"path": str(PATH.parent)}}
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
+    assert list_shown(notebook) == expected
