@@ -24,33 +24,23 @@ EVALUATION = {
 def run(tmp_path_factory, in_process):
     """A run whose training wrote its report."""
     run = tmp_path_factory.mktemp("a run")
-    words = [f"--config.{key}={value}" for key, value in RUN.items()]
-    words += ["--config=configs/digits_T_flow.py", f"--workdir={run}"]
-    assert in_process("train", [*words, "--config.train.fid_samples=0"]) == 0
+    words = ["--config=configs/digits_T_flow.py", f"--workdir={run}"]
+    assert in_process("train", [*words, *(f"--config.{k}={v}" for k, v in RUN.items())]) == 0
     return run
 
 
-def read_curve(text, title):
-    """The heights of a curve's points in [0, 1], in the order of steps."""
-    path = re.search(rf'>{title}<b>.*?class="curve" d="M\S+?L(.*?)"', text)[1]
-    return [(158 - float(place.split(",")[1])) / 150 for place in path.split("L")]
-
-
-def test_the_page_holds_the_run(run):
+def test_the_page_holds_the_run_and_asks_nobody(run):
     text, lines = (run / "report.html").read_text(), runs.steps_logged(run)
     for key, title in {"loss": "Loss", "grad_norm": "Gradient norm"}.items():
         values = [line[key] for line in lines]
-        assert f">{title}<b>{values[-1]:.4g}</b>" in text
+        places = re.search(rf'>{title}<b>.*?class="curve" d="M\S+?L(.*?)"', text)[1].split("L")
         heights = [(x - min(values)) / (max(values) - min(values)) for x in values]
-        assert read_curve(text, title) == pytest.approx(heights, abs=4e-4)  # 0.1 of 150 printed
+        found = [(158 - float(place.split(",")[1])) / 150 for place in places]
+        assert found == pytest.approx(heights, abs=4e-4)  # 0.1 of 150 printed
+        assert f">{title}<b>{values[-1]:.4g}</b>" in text
     assert "Step 4 of 4" in text and text.count("data:image/jpeg;base64,") == 2
     assert "<td>train.n_steps</td><td>1000</td><td>4</td>" in text
-    assert "configs/digits_T_flow.py" not in text and "digits_T_flow.py</td>" in text
-    assert "<td>packages.torch</td>" in text
-
-
-def test_the_page_asks_nobody(run):
-    text = (run / "report.html").read_text()
+    assert "<td>digits_T_flow.py</td>" in text and "<td>packages.torch</td>" in text
     assert len(text) < 5_000_000 and "prefers-color-scheme: dark" in text
     assert not re.search(r"https?:|<script|<link|@import|url\(", text)
     assert {x[:5] for x in re.findall(r'(?:src|href)="(.*?)"', text)} == {"data:"}
@@ -64,7 +54,6 @@ def test_evaluations_and_what_is_not_finite(run):
     text = write_report(run).read_text()
     assert "<td>frechet_distance</td><td>12.346</td><td>0.5</td>" in text
     assert "not finite: 1." in text and "preprocessing &lt;b&gt;" in text and "nan" not in text
-    assert len(read_curve(text, "Loss")) == 4
 
 
 def test_the_commands_go_on_and_a_report_that_fails_ends_nothing(run, in_process):
@@ -73,8 +62,7 @@ def test_the_commands_go_on_and_a_report_that_fails_ends_nothing(run, in_process
     assert [words[1] for words in commands] == ["train.py", "sample.py", "eval.py"]
     (run / "report.html").unlink()
     (run / "report.html").mkdir()
-    train, sample, _ = (words[2:] for words in commands)
-    assert in_process("train", [*train, "--config.train.n_steps=6"]) == 0
+    assert in_process("train", [*commands[0][2:], "--config.train.n_steps=6"]) == 0
     assert [line["step"] for line in runs.steps_logged(run)][-1] == 6
     assert "could not write report.html" in (run / "output.log").read_text()
-    assert in_process("sample", [*sample[:1], "--n=1", f"--out={run}/grid.png"]) == 0
+    assert in_process("sample", [commands[1][2], "--n=1", f"--out={run}/grid.png"]) == 0
