@@ -1,22 +1,21 @@
-"""A page on which checkpoints draw, for the browsers of this machine alone: make page.
-
-The page writes a command of sample.py and draws through its functions: the command's pictures are
-the page's bit for bit. Pictures are part of the answer to who asked, never files.
+"""make page: a page on which checkpoints draw, for the browsers of this machine alone. It writes a
+command of sample.py and draws through its functions, so that the pictures are the command's bit for
+bit. Pictures are part of the answer to who asked, never files.
 """
 
 import base64
+import io
 import os
 import queue
 import shlex
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from html import escape
 from pathlib import Path
 
 import gradio as gr
 import torch
-from torchvision.io import encode_png
+from PIL import Image
 
 import sample
 from libs.diffusion import SAMPLERS
@@ -32,25 +31,21 @@ FLAGS = {
 }
 NUMBERS = {  # label: lowest and highest value, step of its arrows
     "Per class": (1, 64, 1), "Seed": (0, 2**53 - 1, 1), "Steps": (1, 1000, 1),
-    "Guidance": (-100, 100, 0.1), "Guidance from": (0, 1, 0.1), "Guidance to": (0, 1, 0.1),
-    "Internal": (0, 100, 0.1), "Internal from": (0, 1, 0.1), "Internal to": (0, 1, 0.1),
+    "Guidance": (-100, 100, 0.1), "Guide from": (0, 1, 0.1), "Guide to": (0, 1, 0.1),
+    "Internal": (0, 100, 0.1), "Inner from": (0, 1, 0.1), "Inner to": (0, 1, 0.1),
 }  # fmt: skip
-MOST = 256  # pictures at once: what is predicted on the way stays in memory
 DRAWING = ThreadPoolExecutor(max_workers=1)  # a cancelled drawing ends after its network call
 PROGRESS = '<p role="status">{} …</p><div class="bar" style="--share: {:.1%}"></div>'
 
 
 def read_model(path):
-    """(config with sample.py's settings, names of classes) of a checkpoint. Names are those of the
-    environment.json in it or in its run directory, else numbers.
-    """
+    """Config with sample.py's settings and classes' names of a checkpoint's environment.json."""
     args = parse_flags(["sample.py", f"--nnet_path={path}"], sample.FLAGS)
     sample.set_sampling(args.config, args)
     count = args.config.nnet.num_classes if args.config.train.mode == "cond" else 0
     files = [folder / "environment.json" for folder in (Path(path), Path(path).parent.parent)]
-    known = [read_json(file).get("classes") or {} for file in files if file.is_file()] or [{}]
-    names = {number: name for name, number in known[0].items()}
-    return args.config, [names.get(number, str(number)) for number in range(count)]
+    known = next((read_json(file).get("classes") for file in files if file.is_file()), None)
+    return args.config, [*(known or map(str, range(count)))][:count]
 
 
 def write_words(path, classes, algorithm, *numbers):
@@ -59,55 +54,43 @@ def write_words(path, classes, algorithm, *numbers):
         if value is None or not low <= value <= high:
             given = "empty" if value is None else value
             raise UserError(f"{label} is {given}: give a number from {low} to {high:,}.")
-    n, seed, steps, scale, *interval, internal, start, end = numbers
-    flags = dict(nnet_path=path, classes=",".join(map(str, classes)), n=n, seed=seed)
-    flags |= dict(algorithm=algorithm, steps=steps, scale=scale)
-    flags["config.sample.guidance_interval"] = tuple(interval) if scale else ""
-    flags["config.sample.internal_scale"] = internal
-    flags["config.sample.internal_interval"] = (start, end) if internal else ""
-    return ["sample.py", *(f"--{flag}={value}" for flag, value in flags.items() if value != "")]
+    n, seed, steps, scale, start, end, internal, *interval = numbers
+    words = ["sample.py", f"--nnet_path={path}", f"--n={n}", f"--seed={seed}", f"--steps={steps}"]
+    words += [f"--algorithm={algorithm}", f"--scale={scale}"]
+    words += [f"--classes={','.join(map(str, classes))}"] * bool(classes)
+    words += [f"--config.sample.guidance_interval={start, end}"] * bool(scale)
+    words += [f"--config.sample.internal_scale={internal}"]
+    return words + [f"--config.sample.internal_interval={*interval,}"] * bool(internal)
 
 
-def iter_drawing(args):
-    """Yields (i, n, x_0) after network call i of n of each batch, x_0 as predicted (rows so far, C,
-    H, W) uint8, then (0, 0, [x_0 of call 1, ..., n, pictures]). Closing it ends the drawing.
+def draw_pictures(args, put, closed):
+    """[x_0 as predicted by network call 1, ..., n, pictures], each (rows x n, C, H, W) uint8. After
+    call i of n of each batch put((i, n, x_0 of the rows so far)), unless closed.is_set().
     """
-    events, closed, batches = queue.SimpleQueue(), threading.Event(), []
+    image_sampler, batches = sample.open_sampler(args), []
 
-    def draw():
-        image_sampler = sample.open_sampler(args)
+    def on_step(i, n, x_0):
+        if closed.is_set():
+            raise InterruptedError
+        batches.extend([[]] if i == 1 else [])
+        batches[-1].append(to_uint8(image_sampler.codec.decode(x_0)))
+        put((i, n, torch.cat([batch[-1] for batch in batches])))
 
-        def on_step(i, n, x_0):
-            if closed.is_set():
-                raise InterruptedError
-            batches.extend([[]] if i == 1 else [])
-            batches[-1].append(to_uint8(image_sampler.codec.decode(x_0)))
-            events.put((i, n, torch.cat([batch[-1] for batch in batches])))
-
-        pictures = draw_rows(image_sampler, args.classes, args.n, on_step)
-        return [*map(torch.cat, zip(*batches, strict=True)), to_uint8(pictures)]
-
-    future = DRAWING.submit(draw)
-    future.add_done_callback(events.put)
-    try:
-        while (event := events.get()) is not future:
-            yield event
-        yield 0, 0, future.result()
-    finally:
-        closed.set()
+    pictures = to_uint8(draw_rows(image_sampler, args.classes, args.n, on_step))
+    return [*map(torch.cat, zip(*batches, strict=True)), pictures]
 
 
 def render_grid(images, titles, args):
     """HTML of images (rows x n, C, H, W) below titles of rows, each a link to its own file."""
-    parts = [f'<div style="--n: {args.n}; --px: {images.shape[-1]}px"><section>']
+    parts = [f'<div style="--n: {args.n}; --px: {images.shape[-1]}px">']
     for k, image in enumerate(images):
-        url = f"data:image/png;base64,{base64.b64encode(encode_png(image).numpy()).decode()}"
+        file, pixels = io.BytesIO(), image.permute(1, 2, 0).squeeze(-1).numpy()
+        Image.fromarray(pixels).save(file, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
         if k % args.n == 0:
-            parts.append(f"</section><section><h3>{escape(titles[k // args.n])}</h3>")
-        parts.append(
-            f'<a href="{url}" download="seed{args.seed}-picture{k}.png" title="Save picture {k}">'
-            f'<img src="{url}" alt="Picture {k}"><span>{k} ↓</span></a>'
-        )
+            parts.append(f"{'</section>' * bool(k)}<section><h3>{escape(titles[k // args.n])}</h3>")
+        parts.append(f'<a href="{url}" download="seed{args.seed}-picture{k}.png" title="Save">')
+        parts.append(f'<img src="{url}" alt="Picture {k}"><span>{k} ↓</span></a>')
     return "".join([*parts, "</section></div>"])
 
 
@@ -120,9 +103,9 @@ def show_model(path):
     few = list(range(len(names)))[:: -(-len(names) // 4) or 1]
     numbers = [2, 0, given.sample_steps, given.scale if given.cfg and names else 0]
     numbers += [*(given.guidance_interval or (0, 1)), given.internal_scale]
-    numbers += given.internal_interval or (0, 1)
     classes = gr.update(choices=choices, value=few, visible=bool(names))
-    return [classes, gr.update(choices=fit, value=given.algorithm), *numbers]
+    algorithm = gr.update(choices=fit, value=given.algorithm)
+    return [classes, algorithm, *numbers, *(given.internal_interval or (0, 1))]
 
 
 def start(first, workdir):
@@ -142,65 +125,68 @@ def answer(status, *, busy=True, grid=None, slider=None, command=None, drawing=N
 
 def draw(*values):
     """Yields an answer for each network call."""
+    events, closed = queue.SimpleQueue(), threading.Event()
     try:
         words = write_words(*values)
         args, (_, names) = parse_flags(words, sample.FLAGS), read_model(values[0])
         titles = [names[label] for label in args.classes or range(len(names))] or [""]
-        if (count := len(titles) * args.n) > MOST:
-            raise UserError(f"{count} pictures at once are too many: give at most {MOST}.")
+        if (count := len(titles) * args.n) > 256:  # predictions on the way stay in memory
+            raise UserError(f"{count} pictures at once are too many: ask for at most 256.")
         command = "python " + " \\\n    ".join(shlex.quote(word) for word in words)
         command = gr.update(value=command, visible=True, lines=len(words))
         yield answer(PROGRESS.format("Loading the network", 0), command=command)
-        for i, n, images in iter_drawing(args):
-            if i:
-                bar = PROGRESS.format(f"Network call {i} of {n}", i / n)
-                yield answer(bar, grid=render_grid(images, titles, args))
-        slider = gr.update(maximum=len(images) - 1, value=len(images) - 1, visible=True)
-        grid, drawing = render_grid(images[-1], titles, args), (images, titles, args)
-        text = f"<p>{count} pictures. Press one to save it.</p>"
-        yield answer(text, busy=False, grid=grid, slider=slider, drawing=drawing)
-    except Exception as error:
-        yield answer(f'<p role="alert">{escape(str(error))}</p>', busy=False)
-        if not isinstance(error, UserError):
-            raise
+        future = DRAWING.submit(draw_pictures, args, events.put, closed)
+        future.add_done_callback(events.put)
+        while (event := events.get()) is not future:
+            i, n, images = event
+            bar = PROGRESS.format(f"Network call {i} of {n}", i / n)
+            yield answer(bar, grid=render_grid(images, titles, args))
+        drawing = frames, *_ = future.result(), titles, args
+        slider = gr.update(maximum=len(frames) - 1, value=len(frames) - 1, visible=True)
+        grid, text = render_grid(frames[-1], titles, args), f"{count} pictures. Press to save one."
+        yield answer(f"<p>{text}</p>", grid=grid, slider=slider, drawing=drawing)
+    except UserError as error:
+        yield answer(f'<p role="alert">{escape(str(error))}</p>')
+    finally:
+        closed.set()
 
 
-def add_numbers(labels):
-    with gr.Row():
-        return [gr.Number(label=x, step=NUMBERS[x][2], min_width=90) for x in labels]
+def end(status):
+    """The answer after a drawing; one that leaves its progress on the page was not finished."""
+    return answer("<p>Stopped before the end.</p>" if "bar" in status else status, busy=False)
 
 
 def make_page(*places):
     """The page, on checkpoints of `start(*places)`."""
-    labels, quick = list(NUMBERS), dict(queue=False, show_progress="hidden")
+    quick = dict(queue=False, show_progress="hidden", trigger_mode="always_last")
     with gr.Blocks(title="DiM", analytics_enabled=False) as page, gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             gr.HTML("<h1>DiM</h1><p>Diffusion with a Mamba backbone, drawing on this machine</p>")
             path = gr.Dropdown(label="Checkpoint")
             classes = gr.Dropdown(label="Classes: all, where none is chosen", multiselect=True)
-            numbers, algorithm = add_numbers(labels[:3]), gr.Dropdown(label="Sampler")
-            with gr.Accordion("Guidance", open=False):
-                gr.HTML("0 is none. Guidance acts in times from 1, noise, to 0, the picture.")
-                numbers += add_numbers(labels[3:6]) + add_numbers(labels[6:])
+            algorithm, numbers = gr.Dropdown(label="Sampler"), []
+            for k in 0, 3, 6:
+                with gr.Row():
+                    for label, (*_, step) in [*NUMBERS.items()][k : k + 3]:
+                        numbers.append(gr.Number(label=label, step=step, min_width=80))
             with gr.Row():
                 button = gr.Button("Draw", variant="primary", min_width=90)
                 cancel = gr.Button("Cancel", interactive=False, min_width=90)
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML("<p>Your pictures appear here.</p>", elem_id="status")
             grid, drawing = gr.HTML(elem_id="grid"), gr.State()
-            slider = gr.Slider(visible=False, step=1, label="As predicted after network call")
+            slider = gr.Slider(visible=False, step=1, label="Predicted pictures by calls made")
             command = gr.Textbox(label="As a command", buttons=["copy"], visible=False)
         model, shown = [classes, algorithm, *numbers], [status, button, cancel, grid]
         shown += [slider, command, drawing]
         page.load(lambda: start(*places), None, [path, *model], **quick)
         path.input(show_model, path, model, **quick)
-        wait = partial(answer, PROGRESS.format("Waiting for another drawing", 0))
-        waited = button.click(wait, None, shown, **quick)
+        waiting = PROGRESS.format("Waiting for another drawing", 0)
+        waited = button.click(lambda: answer(waiting), None, shown, **quick)
         drawn = waited.then(draw, [path, *model], shown, show_progress="hidden")
-        stop = partial(answer, "<p>Cancelled.</p>", busy=False)
-        cancel.click(stop, None, shown, cancels=drawn, **quick)
-        given, quick["trigger_mode"] = [slider, drawing], "always_last"
-        slider.input(lambda k, x: render_grid(x[0][k], *x[1:]), given, grid, **quick)
+        drawn.then(end, status, shown, **quick)  # also after the last answer on its way
+        cancel.click(end, status, shown, cancels=drawn, **quick)
+        slider.input(lambda k, x: render_grid(x[0][k], *x[1:]), [slider, drawing], grid, **quick)
     return page
 
 

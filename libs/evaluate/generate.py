@@ -238,7 +238,7 @@ def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
     return images if made.item() == n else None
 
 
-def draw_rows(image_sampler, classes, n, on_step=None):
+def draw_rows(image_sampler, classes, n, on_step=lambda *step: None):
     """n images each of `classes`, or of all classes, on the CPU, (rows x n, C, H, W), with a
     progress bar; one row of an unconditional model. on_step: of libs.diffusion.sample, batch by
     batch. UserError: a class that the model does not have; an image contains NaN.
@@ -254,8 +254,7 @@ def draw_rows(image_sampler, classes, n, on_step=None):
         def count(i, steps, x_0):
             bar.total = steps * len(batches)
             bar.update()
-            if on_step is not None:
-                on_step(i, steps, x_0)
+            on_step(i, steps, x_0)
 
         for rows in batches:
             batch_labels = labels[rows] if num_classes else None

@@ -6,8 +6,6 @@ import json
 import shlex
 import shutil
 import socket
-import time
-import urllib.request
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ WIDTHS = pytest.mark.parametrize("width", [1280, 390])
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """A model of ten named classes, two network calls; below it one without classes."""
+    """A folder of a model of ten named classes, with two network calls, and one without classes."""
     folder = tmp_path_factory.mktemp("runs")
     named, plain = folder / "named.ckpt", folder / "plain" / "ckpts" / "8.ckpt"
     for path in named, plain:
@@ -33,46 +31,34 @@ def checkpoints(tmp_path_factory):
     config = json.loads((plain / "config.json").read_text())
     config["train"]["mode"] = "uncond"
     (plain / "config.json").write_text(json.dumps(config))
-    return named, plain
+    return folder
 
 
 @pytest.fixture(scope="module")
 def url(checkpoints):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    named, _ = checkpoints
-    words = [f"--checkpoint={named}", f"--workdir={named.parent}", f"--port={port}"]
-    process, url = runs.start("app.py", *words, BROWSER="true"), f"http://127.0.0.1:{port}/"
-    for _ in range(600):
-        try:
-            urllib.request.urlopen(url).close()
-            break
-        except OSError:
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.1)
-    yield url
+    words = [f"--checkpoint={checkpoints / 'named.ckpt'}", f"--workdir={checkpoints}"]
+    process = runs.start("app.py", *words, f"--port={port}", BROWSER="true")
+    while "Running on" not in (line := process.stdout.readline()):
+        assert process.poll() is None, line
+    yield f"http://127.0.0.1:{port}/"
     process.kill()
-    process.wait()
 
 
 @pytest.fixture(scope="module")
 def chromium():
     with sync_playwright() as play:
-        options = dict(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
-        browser = play.chromium.launch(**options)
-        yield browser
-        browser.close()
+        yield play.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
 
 
 @pytest.fixture
 def visit(chromium, url):
     """visit(width): the page as a new person opens it; nothing may be asked of another machine."""
-    contexts, asked, complaints = [], [], []
+    asked, complaints = [], []
 
-    def open_page(width=1280):
-        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}))
-        page = contexts[-1].new_page()
+    def open_page(width):
+        page = chromium.new_page(viewport={"width": width, "height": 900})
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.goto(url)
@@ -80,15 +66,15 @@ def visit(chromium, url):
         return page
 
     yield open_page
-    for context in contexts:
-        context.close()
     assert complaints == [] and len(asked) > 10
     assert [x for x in asked if not x.startswith((url, "data:", "blob:"))] == []
 
 
 def draw(page):
+    old = page.locator("#grid").inner_html()
     page.get_by_role("button", name="Draw").click()
-    expect(page.locator("#status")).to_contain_text("Press one to save it", timeout=30_000)
+    new = "old => $('#grid').innerHTML != old && $('#status').innerText.includes('to save one')"
+    page.wait_for_function(new.replace("$", "document.querySelector"), arg=old)
 
 
 def read_pictures(page):
@@ -103,15 +89,13 @@ def read_pictures(page):
 def run_command(in_process, tmp_path):
     """run_command(page): pictures of the command that the page shows, cut out of its grid."""
 
-    def run(page, n=2, scale=38):
-        text = page.locator("textarea").input_value()
-        python, script, *words = shlex.split(text.replace("\\\n", ""))
-        assert (python, script) == ("python", "sample.py")
+    def run(page, scale=38):  # small pictures are enlarged for a grid of 600 pixels
+        text = page.locator("textarea").input_value().removeprefix("python sample.py")
+        words = shlex.split(text.replace("\\\n", ""))
         assert in_process("sample", [*words, f"--out={tmp_path / 'grid.png'}"]) == 0
         grid, side, gap = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0], 8 * scale, 2
-        tops = range(gap, len(grid), side + gap)
-        cells = [(y, gap + k * (side + gap)) for y in tops for k in range(n)]
-        return np.stack([grid[y : y + side : scale, x : x + side : scale] for y, x in cells])
+        rows = grid[gap:].reshape(-1, side + gap, grid.shape[1])[:, :side:scale, gap:]
+        return rows.reshape(len(rows), 8, 2, -1)[..., :side:scale].swapaxes(1, 2).reshape(-1, 8, 8)
 
     return run
 
@@ -119,7 +103,6 @@ def run_command(in_process, tmp_path):
 @WIDTHS
 def test_pictures_are_the_commands_and_files_have_names(visit, run_command, width):
     page = visit(width)
-    page.screenshot(path=SCREENSHOTS / f"{width}-start.png", full_page=True)
     draw(page)
     assert page.locator("h3").all_inner_texts() == ["ant", "dog", "gnu", "jay"]
     page.screenshot(path=SCREENSHOTS / f"{width}-drawn.png", full_page=True)
@@ -134,7 +117,7 @@ def test_pictures_are_the_commands_and_files_have_names(visit, run_command, widt
 
 
 @WIDTHS
-def test_change_of_class_seed_and_guidance(visit, run_command, width):
+def test_another_class_seed_step_and_checkpoint(visit, run_command, width):
     page = visit(width)
     classes = page.get_by_label("Classes")
     for _ in range(4):
@@ -142,9 +125,7 @@ def test_change_of_class_seed_and_guidance(visit, run_command, width):
     classes.fill("ibis")
     classes.press("Enter")
     page.get_by_label("Seed").fill("7")
-    page.get_by_text("Guidance", exact=True).click()
-    page.get_by_label("Guidance from").fill("0.3")
-    page.screenshot(path=SCREENSHOTS / f"{width}-guidance.png", full_page=True)
+    page.get_by_label("Guide from").fill("0.3")
     draw(page)
     assert page.locator("h3").all_inner_texts() == ["<ibis>"]
     found = read_pictures(page)
@@ -155,3 +136,46 @@ def test_change_of_class_seed_and_guidance(visit, run_command, width):
     expect(first).not_to_have_attribute("href", picture)
     page.get_by_role("slider").press("End")
     expect(first).to_have_attribute("href", picture)
+    page.get_by_label("Checkpoint").click()
+    page.get_by_role("option", name="plain").click()
+    expect(classes).to_have_count(0)
+    page.get_by_label("Sampler").click()
+    page.get_by_role("option", name="dpm_solver", exact=True).click()
+    draw(page)
+    np.testing.assert_array_equal(read_pictures(page), run_command(page))
+
+
+@WIDTHS
+def test_a_wrong_value_is_a_sentence(visit, width):
+    page = visit(width)
+    for label, value, right, said in (
+        ("Per class", "", "64", "Per class is empty: give a number from 1 to 64."),
+        ("Steps", "0", "2", "Steps is 0: give a number from 1 to 1,000."),
+        ("Internal", "0.5", "0", "the network has no head for it"),
+        ("Per class", "65", "2", "Per class is 65: give a number from 1 to 64."),
+    ):
+        page.get_by_label(label, exact=True).fill(value)
+        page.get_by_role("button", name="Draw").click()
+        expect(page.get_by_role("alert")).to_contain_text(said)
+        page.get_by_label(label, exact=True).fill(right)
+    page.screenshot(path=SCREENSHOTS / f"{width}-wrong.png", full_page=True)
+    draw(page)
+
+
+def test_two_people_take_turns_and_one_cancels(visit):
+    first, second = visit(1280), visit(390)
+    first.get_by_label("Steps").fill("1000")
+    first.get_by_label("Seed").fill("5")
+    first.get_by_role("button", name="Draw").click()
+    expect(first.locator("#status")).to_contain_text("of 1000", timeout=30_000)
+    second.get_by_role("button", name="Draw").click()
+    expect(second.locator("#status")).to_contain_text("Waiting for another drawing")
+    first.screenshot(path=SCREENSHOTS / "1280-drawing.png", full_page=True)
+    assert second.locator("#grid img").count() == 0
+    first.get_by_role("button", name="Cancel").click()
+    expect(first.locator("#status")).to_contain_text("Stopped before the end.")
+    expect(second.locator("#status")).to_contain_text("Press to save one", timeout=30_000)
+    shown = [read_pictures(page) for page in (first, second)]
+    assert not (shown[0][:, None] == shown[1]).all((-2, -1)).any()
+    first.get_by_label("Steps").fill("2")
+    draw(first)
