@@ -111,10 +111,10 @@ def show_model(path):
 def start(first, workdir):
     """Checkpoints, `first` and then the newest, and the model of one; UserError without any."""
     found = sorted(Path(workdir).rglob("*.ckpt"), key=lambda path: -path.stat().st_mtime)
-    paths = list(dict.fromkeys(str(path) for path in (Path(first), *found) if path.is_dir()))
+    paths = [str(path) for path in (Path(first), *found) if (path / "config.json").is_file()]
     if not paths:
         raise UserError(f"there is no checkpoint {first}, and none in {workdir}: run make demo")
-    return [gr.update(choices=paths, value=paths[0]), *show_model(paths[0])]
+    return [gr.update(choices=[*dict.fromkeys(paths)], value=paths[0]), *show_model(paths[0])]
 
 
 def answer(status, *, busy=True, grid=None, slider=None, command=None, drawing=None):
@@ -143,7 +143,7 @@ def draw(*values):
             yield answer(bar, grid=render_grid(images, titles, args))
         drawing = frames, *_ = future.result(), titles, args
         slider = gr.update(maximum=len(frames) - 1, value=len(frames) - 1, visible=True)
-        grid, text = render_grid(frames[-1], titles, args), f"{count} pictures. Press to save one."
+        grid, text = render_grid(frames[-1], titles, args), f"{count} pictures. Press any to save."
         yield answer(f"<p>{text}</p>", grid=grid, slider=slider, drawing=drawing)
     except UserError as error:
         yield answer(f'<p role="alert">{escape(str(error))}</p>')

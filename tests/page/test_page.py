@@ -73,7 +73,7 @@ def visit(chromium, url):
 def draw(page):
     old = page.locator("#grid").inner_html()
     page.get_by_role("button", name="Draw").click()
-    new = "old => $('#grid').innerHTML != old && $('#status').innerText.includes('to save one')"
+    new = "old => $('#grid').innerHTML != old && $('#status').innerText.includes('any to save')"
     page.wait_for_function(new.replace("$", "document.querySelector"), arg=old)
 
 
@@ -174,7 +174,7 @@ def test_two_people_take_turns_and_one_cancels(visit):
     assert second.locator("#grid img").count() == 0
     first.get_by_role("button", name="Cancel").click()
     expect(first.locator("#status")).to_contain_text("Stopped before the end.")
-    expect(second.locator("#status")).to_contain_text("Press to save one", timeout=30_000)
+    expect(second.locator("#status")).to_contain_text("Press any to save", timeout=30_000)
     shown = [read_pictures(page) for page in (first, second)]
     assert not (shown[0][:, None] == shown[1]).all((-2, -1)).any()
     first.get_by_label("Steps").fill("2")
