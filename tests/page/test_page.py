@@ -14,7 +14,6 @@ from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "<ibis>", "jay"]
-RELEASE = runs.ROOT / "tests" / "data" / "release_0_1"
 SCREENSHOTS = runs.ROOT / "build" / "page"  # for people to open
 WIDTHS = pytest.mark.parametrize("width", [1280, 390])
 
@@ -25,12 +24,11 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     named, plain = folder / "named.ckpt", folder / "plain" / "ckpts" / "8.ckpt"
     for path in named, plain:
-        shutil.copytree(RELEASE / "8.ckpt", path)
+        shutil.copytree(runs.ROOT / "tests/data/release_0_1/8.ckpt", path)
     classes = {name: number for number, name in enumerate(NAMES)}
     (named / "environment.json").write_text(json.dumps({"classes": classes}))
-    config = json.loads((plain / "config.json").read_text())
-    config["train"]["mode"] = "uncond"
-    (plain / "config.json").write_text(json.dumps(config))
+    config = (plain / "config.json").read_text()
+    (plain / "config.json").write_text(config.replace('"mode": "cond"', '"mode": "uncond"'))
     return folder
 
 
@@ -90,8 +88,8 @@ def run_command(in_process, tmp_path):
     """run_command(page): pictures of the command that the page shows, cut out of its grid."""
 
     def run(page, scale=38):  # small pictures are enlarged for a grid of 600 pixels
-        text = page.locator("textarea").input_value().removeprefix("python sample.py")
-        words = shlex.split(text.replace("\\\n", ""))
+        text = page.locator("textarea").input_value().replace("\\\n", "")
+        words = shlex.split(text.removeprefix("python sample.py"))
         assert in_process("sample", [*words, f"--out={tmp_path / 'grid.png'}"]) == 0
         grid, side, gap = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0], 8 * scale, 2
         rows = grid[gap:].reshape(-1, side + gap, grid.shape[1])[:, :side:scale, gap:]
@@ -149,16 +147,14 @@ def test_another_class_seed_step_and_checkpoint(visit, run_command, width):
 def test_a_wrong_value_is_a_sentence(visit, width):
     page = visit(width)
     for label, value, right, said in (
-        ("Per class", "", "64", "Per class is empty: give a number from 1 to 64."),
+        ("Per class", "", "2", "Per class is empty: give a number from 1 to 64."),
         ("Steps", "0", "2", "Steps is 0: give a number from 1 to 1,000."),
         ("Internal", "0.5", "0", "the network has no head for it"),
-        ("Per class", "65", "2", "Per class is 65: give a number from 1 to 64."),
     ):
         page.get_by_label(label, exact=True).fill(value)
         page.get_by_role("button", name="Draw").click()
         expect(page.get_by_role("alert")).to_contain_text(said)
         page.get_by_label(label, exact=True).fill(right)
-    page.screenshot(path=SCREENSHOTS / f"{width}-wrong.png", full_page=True)
     draw(page)
 
 
