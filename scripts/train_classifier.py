@@ -25,7 +25,7 @@ from datasets import get_dataset
 from libs.evaluate import Classifier
 from libs.runtime import REQUIRED, file_path, run_main
 
-PEAK_LR, WEIGHT_DECAY, LABEL_SMOOTHING, SEED = 3e-3, 0.05, 0.1, 0
+PEAK_LR, WEIGHT_DECAY, LABEL_SMOOTHING = 3e-3, 0.05, 0.1
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLAGS = {
     "dataset": (str, REQUIRED, "a data set of images with classes: digits, fashion_mnist, ..."),
@@ -35,13 +35,14 @@ FLAGS = {
     "epochs": (int, 10, "passes over the training part"),
     "batch_size": (int, 64, "images a step"),
     "shift": (int, 1, "images are moved by up to this many pixels"),
+    "seed": (int, 0, "of the split and the training"),
 }
 
 
-def load_split(dataset):
+def load_split(dataset, seed):
     """Images (n, C, H, W) in [-1, 1] of the training part, and a fifth of each class; labels."""
     images = np.stack([dataset[0, i][0] for i in range(len(dataset))])
-    split = dict(test_size=0.2, stratify=dataset.labels, random_state=SEED)
+    split = dict(test_size=0.2, stratify=dataset.labels, random_state=seed)
     return list(map(torch.from_numpy, train_test_split(images, dataset.labels, **split)))
 
 
@@ -57,9 +58,9 @@ def augment(images, shift, rng):
 
 def train(args, images, labels, num_classes):
     """The trained Classifier; the same images give the same weights."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(args.seed)
     model = Classifier(channels=images.shape[1], num_classes=num_classes).to(DEVICE)
-    rng = torch.Generator().manual_seed(SEED)
+    rng = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=WEIGHT_DECAY)
     steps = len(images) // args.batch_size
     total = args.epochs * steps
@@ -82,7 +83,7 @@ def main(args):
     utils.file_to_write(args.out, "--out")
     torch.set_num_threads(1)  # sums in one order: the same weights on any number of cores
     dataset = get_dataset(args.dataset, path=args.path, resolution=args.resolution)
-    images, held_out_images, labels, held_out_labels = load_split(dataset)
+    images, held_out_images, labels, held_out_labels = load_split(dataset, args.seed)
     model = train(args, images, labels, dataset.num_classes)
     with torch.inference_mode():
         found = [model(x.to(DEVICE)).argmax(1).cpu() for x in held_out_images.split(500)]
