@@ -299,7 +299,7 @@ def digits_classifier(tmp_path_factory):
 def test_a_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
     features = make_features("digits_classifier", digits_classifier, "cpu")
     script, digits = load_script("train_classifier"), get_dataset("digits")
-    images, held_out_images, _, held_out_labels = script.load_split(digits)
+    images, held_out_images, _, held_out_labels = script.load_split(digits, 0)
     assert len(held_out_images) == 360 and len(images) == 1437
     assert set(torch.bincount(held_out_labels).tolist()) <= {34, 35, 36, 37}  # stratified
     found = features.classify(held_out_images / 2 + 0.5)
