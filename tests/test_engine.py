@@ -180,7 +180,7 @@ device = accelerator.device
 for nnet in config.nnet, U_VIT:
     network, copy = (build_model(nnet, seed=1).to(device) for _ in "ab")
     ema = EMA(network, 0.5)
-    engine = make_engine(accelerator, network, [ema.model], config.optimizer,
+    engine = make_engine(accelerator, network, {{"nnet_ema": ema}}, config.optimizer,
                          Precision("no", device), max_norm=None, accumulation=1, graphed=False)
     parts = [*network.parameters(), *ema.model.parameters(),
              *engine.optimizer.param_groups[0]["params"]]
