@@ -5,10 +5,11 @@
 The config is fashion32_S_flow with the plain loss and what the names of the recipe change. The
 combinations of --sampler, --steps, --scale, --internal_scale and --average are evaluations of one
 training. Seconds: steps times the median step of train.py after its first 50, without compilation,
-evaluation and saving; --step_ms, else measured in 150 steps (--probe: these alone), sets n_steps,
-so that a cosine ends at the end. Records are added to benchmarks/results/recipes_<gpu>.json, the
-table beside them; recorded evaluations are not made again. `--draw=JSON` draws docs/recipes.png and
-fills the table of docs/training.md, without a GPU.
+evaluation and saving; 150 steps before (--probe: these alone) set n_steps, so that a cosine ends at
+the end. --step_ms, a median measured before, stands for both where the GPU has other work. Records
+are added to benchmarks/results/recipes_<gpu>.json, the table beside them; recorded evaluations are
+not made again. `--draw=JSON` draws docs/recipes.png and fills the table of docs/training.md,
+without a GPU.
 """
 
 import copy
@@ -115,9 +116,9 @@ def train(args, n_steps):
 
 def measure(args, keys):
     """The record with these keys, of a run that is made where it is not there."""
-    args.step_ms = args.step_ms or train(args, 150)[1]
-    steps = round(1e3 * args.seconds / args.step_ms)
-    (folder, ms), config = train(args, steps), make_config(args, steps)
+    steps = round(1e3 * args.seconds / (args.step_ms or train(args, 150)[1]))
+    (folder, found_ms), config = train(args, steps), make_config(args, steps)
+    ms = args.step_ms or found_ms
     config.dataset.update(name="fashion_mnist_test", fid_stats=args.stats or None)
     weights = folder / "ckpts" / f"{steps}.ckpt" / args.average
     path = folder / f"figures-{derive_seed(*map(str, keys))}.json"
