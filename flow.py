@@ -63,12 +63,10 @@ class Flow:
         return 1000 * t
 
     def mix(self, x0, eps, t):
-        """(1 - t) x0 + t eps, in x0's dtype."""
         t = per_sample(t, x0)
         return (1 - t).to(x0.dtype) * x0 + t.to(x0.dtype) * eps
 
     def target(self, pred, x0, eps, t):
-        """The velocity eps - x0, the noise, or the clean data."""
         return eps - x0 if pred == "velocity_pred" else {"noise_pred": eps, "x0_pred": x0}[pred]
 
     def to_x0_eps(self, pred, out, x_t, t):
@@ -81,6 +79,5 @@ class Flow:
         return out, (x_t - (1 - t) * out) / torch.where(t > 0, t, math.inf)
 
     def velocity(self, pred, out, x_t, t):
-        """dx_t/dt = eps - x0."""
         x0, eps = self.to_x0_eps(pred, out, x_t, t)
         return eps - x0

@@ -58,11 +58,9 @@ class VariancePreserving:
         return log_alpha - 0.5 * (1 - (2 * log_alpha).exp()).log()
 
     def alpha_bar(self, t):
-        """alpha^2."""
         return (2 * self.log_alpha(t)).exp()
 
     def beta_bar(self, t):
-        """sigma^2 = 1 - alpha^2."""
         return 1 - self.alpha_bar(t)
 
     def snr(self, t):
@@ -75,7 +73,6 @@ class VariancePreserving:
         return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
     def train_time(self, u):
-        """Training times (B,) from u (B,) uniform on [0, 1): u itself."""
         return u
 
     def mixing_factors(self, t):
@@ -88,7 +85,6 @@ class VariancePreserving:
         return alpha * x0 + sigma * eps
 
     def target(self, pred, x0, eps, t):
-        """The noise, or the clean data."""
         return {"noise_pred": eps, "x0_pred": x0}[pred]
 
     def to_x0_eps(self, pred, out, x_t, t):

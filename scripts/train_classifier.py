@@ -14,9 +14,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
@@ -65,17 +65,14 @@ def train(args, images, labels, num_classes):
     steps = len(images) // args.batch_size
     total = args.epochs * steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=total)
-    for step in tqdm(range(total), desc="classifier", unit="step"):
-        if step % steps == 0:
-            order = torch.randperm(len(images), generator=rng).split(args.batch_size)
-        batch = order[step % steps]
-        moved = augment(images[batch], args.shift, rng).to(DEVICE)
-        logits, y = model(moved), labels[batch].to(DEVICE)
-        loss = F.cross_entropy(logits, y, label_smoothing=LABEL_SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    for _ in tqdm(range(args.epochs), desc="classifier", unit="epoch"):
+        for batch in torch.randperm(len(images), generator=rng).split(args.batch_size)[:steps]:
+            moved = augment(images[batch], args.shift, rng).to(DEVICE)
+            logits, y = model(moved), labels[batch].to(DEVICE)
+            optimizer.zero_grad()
+            F.cross_entropy(logits, y, label_smoothing=LABEL_SMOOTHING).backward()
+            optimizer.step()
+            schedule.step()
     return model.eval()
 
 
@@ -89,9 +86,8 @@ def main(args):
         found = [model(x.to(DEVICE)).argmax(1).cpu() for x in held_out_images.split(500)]
     accuracy = (torch.cat(found) == held_out_labels).double().mean().item()
     print(f"held-out accuracy {accuracy:.4f} of {len(held_out_labels):,} images")
-    record = {"dataset": args.dataset, "held_out_accuracy": f"{accuracy:.4f}"}
     with utils.replacing(args.out) as temporary:
-        temporary.write_bytes(safetensors.torch.save(model.cpu().state_dict(), record))
+        save_file(model.cpu().state_dict(), temporary)
     print(f"wrote {args.out}")
 
 

@@ -60,7 +60,7 @@ def test_terms_by_their_formulas():
     for a, b in (out, target), (out[:, :1], target[:, :1]):
         dims = 1 if a.shape[1] > 1 else (1, 2, 3)  # of one channel, the whole image
         cos = (a * b).sum(dims) / (a.square().sum(dims) * b.square().sum(dims)).sqrt()
-        found = losses.LOSSES["direction"](a, b, {}, None)
+        found = losses.direction(a, b, {}, None)
         torch.testing.assert_close(found, 1 - cos.reshape(2, -1).mean(1))
     features, tokens = torch.randn(2, 4, 5, generator=rng), torch.randn(2, 4, 4, 5, generator=rng)
     standardised = (features - features.mean(1, keepdim=True)) / features.std(1, keepdim=True)
@@ -70,7 +70,7 @@ def test_terms_by_their_formulas():
         y = torch.einsum("ip,jq,bpqd->bijd", up, up, y.unflatten(1, (2, 2)))
         cos = (F.normalize(tokens, dim=-1) * F.normalize(y, dim=-1)).sum(-1)
         batch = losses.Batch(*[None] * 6, features=features)
-        found = losses.LOSSES["repa"](out, target, {"repa": tokens}, batch, kind=kind, block=2)
+        found = losses.repa(out, target, {"repa": tokens}, batch, kind=kind, block=2)
         torch.testing.assert_close(found, -cos.mean((1, 2)), rtol=1e-5, atol=1e-5)  # and 1e-6
 
 

@@ -55,7 +55,7 @@ class ClassifierFeatures:
             channels, num_classes = tensors["f.0.0.weight"].shape[1], len(tensors["h.bias"])
         self.network = Classifier(channels=channels, num_classes=num_classes)
         load_strict(self.network, tensors, path)
-        # Of the tensors: safetensors writes its metadata in random order, so files differ.
+        # Of the tensors, whichever kind of file they come from.
         weights = b"".join(x.numpy().tobytes() for x in self.network.state_dict().values())
         self.name = f"{self.kind}-{hashlib.sha256(weights).hexdigest()[:8]}"
         self.network.eval().requires_grad_(False).to(device)

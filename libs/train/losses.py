@@ -12,8 +12,7 @@ from libs.model import split_weight
 from sde import make_input
 from utils import look_up
 
-LOSSES = {}  # name, chosen by config.loss.<name> -> f(output, target, hidden, batch)
-
+LOSSES = {}  # name, chosen by config.loss.<name> -> (f(output, target, hidden, batch), its hidden)
 
 # What a loss term may ask of a micro-batch: clean z, noise eps and their mixture z_t, each
 # (B, C, H, W); process times t (B,); labels y (B,), dropped ones the null class, or None; the data
@@ -35,8 +34,7 @@ def loss_term(name, hidden=()):
     """
 
     def enter(function):
-        LOSSES[name] = term = functools.partial(function)  # a function may have several names
-        term.hidden = tuple(hidden)
+        LOSSES[name] = function, tuple(hidden)
         return function
 
     return enter
@@ -107,9 +105,9 @@ class Objective:
         self.p_uncond, self.null_label, self.tokens = p_uncond, null_label, tokens
         self.terms, hidden = [], set()
         for name, value in weights.items():
-            term, (weight, keywords) = look_up(LOSSES, name, "loss"), split_weight(value)
+            (term, needed), (weight, keywords) = look_up(LOSSES, name, "loss"), split_weight(value)
             self.terms.append((weight, functools.partial(term, **keywords)))
-            hidden.update(term.hidden)
+            hidden.update(needed)
         self.hidden = tuple(sorted(hidden, key=str))
 
     def __call__(self, model, x, y, draws, features=None):

@@ -4,8 +4,6 @@ import math
 
 import torch
 
-from utils import UserError
-
 
 class MuonAdamW(torch.optim.Optimizer):
     """Two optimizers with one state, each for a group. Muon does not read found_inf."""
@@ -28,11 +26,9 @@ def adamw(network, settings, parameters=None):
 
 
 def muon(network, settings):
-    """Muon on the matrices of the blocks' linear layers, dt_proj aside, at optimizer.lr times 0.2
-    sqrt(longer side), AdamW's way of a weight (arXiv 2502.16982, eq. 4), and AdamW on all else.
+    """Muon (torch 2.9) on the matrices of the blocks' linear layers but dt_proj, at optimizer.lr
+    times 0.2 sqrt(longer side) (arXiv 2502.16982, eq. 4); AdamW on all else.
     """
-    if not hasattr(torch.optim, "Muon"):
-        raise UserError(f"muon needs torch 2.9, this is {torch.__version__}: update, or take adamw")
     layers = (pair for block in network.blocks for pair in block.named_modules())
     linear = (m for name, m in layers if isinstance(m, torch.nn.Linear) and "dt_proj" not in name)
     matrices = {id(layer.weight): layer.weight for layer in linear}
