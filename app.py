@@ -21,8 +21,8 @@ import sample
 from libs.diffusion import SAMPLERS
 from libs.evaluate import draw_rows
 from libs.parts import choose_process
-from libs.runtime import file_path, parse_flags, run_main
-from utils import UserError, read_json, to_uint8
+from libs.runtime import file_path, parse_flags, read_class_names, run_main
+from utils import UserError, to_uint8
 
 FLAGS = {
     "checkpoint": (file_path, "pretrained/emoji64.ckpt", "the <step>.ckpt directory shown first"),
@@ -32,20 +32,18 @@ FLAGS = {
 NUMBERS = {  # label: lowest and highest value, step of its arrows
     "Per class": (1, 64, 1), "Seed": (0, 2**53 - 1, 1), "Steps": (1, 1000, 1),
     "Guidance": (-100, 100, 0.1), "Guide from": (0, 1, 0.1), "Guide to": (0, 1, 0.1),
-    "Internal": (0, 100, 0.1), "Inner from": (0, 1, 0.1), "Inner to": (0, 1, 0.1),
+    "Internal guidance": (0, 100, 0.1),
 }  # fmt: skip
 DRAWING = ThreadPoolExecutor(max_workers=1)  # a cancelled drawing ends after its network call
 PROGRESS = '<p role="status">{} …</p><div class="bar" style="--share: {:.1%}"></div>'
 
 
 def read_model(path):
-    """Config with sample.py's settings and classes' names of a checkpoint's environment.json."""
+    """Config with sample.py's settings, and the classes' names, of a checkpoint."""
     args = parse_flags(["sample.py", f"--nnet_path={path}"], sample.FLAGS)
     sample.set_sampling(args.config, args)
     count = args.config.nnet.num_classes if args.config.train.mode == "cond" else 0
-    files = [folder / "environment.json" for folder in (Path(path), Path(path).parent.parent)]
-    known = next((read_json(file).get("classes") for file in files if file.is_file()), None)
-    return args.config, [*(known or map(str, range(count)))][:count]
+    return args.config, (read_class_names(path) or [*map(str, range(count))])[:count]
 
 
 def write_words(path, classes, algorithm, *numbers):
@@ -54,13 +52,12 @@ def write_words(path, classes, algorithm, *numbers):
         if value is None or not low <= value <= high:
             given = "empty" if value is None else value
             raise UserError(f"{label} is {given}: give a number from {low} to {high:,}.")
-    n, seed, steps, scale, start, end, internal, *interval = numbers
+    n, seed, steps, scale, *interval, internal = numbers
     words = ["sample.py", f"--nnet_path={path}", f"--n={n}", f"--seed={seed}", f"--steps={steps}"]
     words += [f"--algorithm={algorithm}", f"--scale={scale}"]
-    words += [f"--classes={','.join(map(str, classes))}"] * bool(classes)
-    words += [f"--config.sample.guidance_interval={start, end}"] * bool(scale)
     words += [f"--config.sample.internal_scale={internal}"]
-    return words + [f"--config.sample.internal_interval={*interval,}"] * bool(internal)
+    words += [f"--classes={','.join(map(str, classes))}"] * bool(classes)
+    return words + [f"--config.sample.guidance_interval={*interval,}"] * bool(scale)
 
 
 def draw_pictures(args, put, closed):
@@ -105,7 +102,7 @@ def show_model(path):
     numbers += [*(given.guidance_interval or (0, 1)), given.internal_scale]
     classes = gr.update(choices=choices, value=few, visible=bool(names))
     algorithm = gr.update(choices=fit, value=given.algorithm)
-    return [classes, algorithm, *numbers, *(given.internal_interval or (0, 1))]
+    return [classes, algorithm, *numbers]
 
 
 def start(first, workdir):
@@ -159,7 +156,7 @@ def end(status):
 def make_page(*places):
     """The page, on checkpoints of `start(*places)`."""
     quick = dict(queue=False, show_progress="hidden", trigger_mode="always_last")
-    with gr.Blocks(title="DiM", analytics_enabled=False) as page, gr.Row(equal_height=False):
+    with gr.Blocks(title="DiM") as page, gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             gr.HTML("<h1>DiM</h1><p>Diffusion with a Mamba backbone, drawing on this machine</p>")
             path = gr.Dropdown(label="Checkpoint")
@@ -193,7 +190,7 @@ def make_page(*places):
 def main(args):
     start(args.checkpoint, args.workdir)  # says at once what is missing
     # No telemetry, no look for newer versions, no proxy on the way to this machine.
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_OFFLINE="1", NO_PROXY="*")
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", NO_PROXY="*")
     make_page(args.checkpoint, args.workdir).launch(
         server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False,
         inbrowser=True, footer_links=[], css_paths="app.css", theme=gr.themes.Base(),

@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+import sample
 import utils
 from libs import evaluate
-from libs.parts import load_weights, make_parts, open_dataset
-from libs.runtime import EVALUATION, REQUIRED, Precision, file_path, make_accelerator, run_main
+from libs.parts import open_dataset
+from libs.runtime import REQUIRED, file_path, run_main
 
 BATCH, TRIPLES, COLUMNS = 250, 2, 6  # triples: of a class; columns of them
-FLAGS = {name: EVALUATION[name] for name in ("nnet_path", "config")} | {
+FLAGS = {k: x for k, x in sample.FLAGS.items() if k not in ("classes", "n")} | {
     "held_out": (file_path, REQUIRED, "pictures that training has not seen, as dataset.path"),
     "output_path": (file_path, "memory.json", "json file of the figures"),
     "out": (file_path, "memory.png", "the grid"),
@@ -41,23 +42,16 @@ def measure(drawn, held_out, train):
 
 def main(args):
     evaluate.choose_metrics("kid")  # it may need a package
-    config, device = args.config, make_accelerator().device
-    process, codec, _, model = make_parts(config)
-    load_weights(config, model, args.nnet_path)
-    precision = Precision(config.train.mixed_precision, device)
-    parts = config, model.to(device).eval(), process, codec.to(device)
-    image_sampler = evaluate.make_image_sampler(*parts, precision=precision, seed=config.seed)
-    settings = config.sample
-    features = evaluate.make_features(settings.features, settings.fid_weights_path, device)
+    image_sampler, settings = sample.open_sampler(args), args.config.sample
+    path, device = settings.fid_weights_path, image_sampler.device
+    features = evaluate.make_features(settings.features, path, device)
 
-    train = open_dataset(config)
-    config.dataset.path = args.held_out
-    held_out = open_dataset(config)
+    train = open_dataset(args.config)
+    args.config.dataset.path = args.held_out
+    held_out = open_dataset(args.config)
     labels = [train.class_names.index(held_out.class_names[label]) for label in held_out.labels]
-    batches, labels = torch.arange(len(labels)).split(BATCH), torch.tensor(labels)
-    drawn = [image_sampler(rows.tolist(), labels[rows]).cpu() for rows in batches]
     real = [torch.stack([x[0, i][0] for i in range(len(x))]) / 2 + 0.5 for x in (held_out, train)]
-    images = [(x * 255).round() / 255 for x in (torch.cat(drawn), *real)]
+    images, labels = [evaluate.draw_rows(image_sampler, labels, 1), *real], torch.tensor(labels)
 
     shown = torch.cat([(labels == label).nonzero()[:TRIPLES, 0] for label in labels.unique()])
     figures, triples = {"n": len(labels), "features": features.name}, [images[0][shown]]

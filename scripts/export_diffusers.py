@@ -10,8 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import sample
-import utils
-from libs.runtime import REQUIRED, file_path, run_main
+from libs.runtime import REQUIRED, file_path, read_class_names, run_main
 from pipeline import DiMPipeline
 
 FLAGS = sample.FLAGS | {"out": (file_path, REQUIRED, "the folder to write")}
@@ -19,9 +18,7 @@ FLAGS = sample.FLAGS | {"out": (file_path, REQUIRED, "the folder to write")}
 
 def main(args):
     sampler = sample.open_sampler(args)
-    about = Path(args.nnet_path).absolute().parents[1] / "environment.json"
-    classes = utils.read_json(about).get("classes", {}) if about.is_file() else {}
-    names = {number: name for name, number in classes.items()} or None
+    names = dict(enumerate(read_class_names(args.nnet_path))) or None
     pipe = DiMPipeline.from_parts(args.config, sampler.model, sampler.codec, names)
     pipe.save_pretrained(args.out)
     print(f"wrote {args.out}")

@@ -103,7 +103,7 @@ def test_copies_are_found_and_the_export_loads(trained, tmp_path, in_process, mo
     paths = sorted((tmp_path / "train").rglob("*.png"))[:12]
     train = torch.from_numpy(np.stack([Image.open(path) for path in paths])).movedim(3, 1) / 255
     sampler = "libs.evaluate.generate.ImageSampler.__call__"
-    monkeypatch.setattr(sampler, lambda self, indices, labels: train[indices])
+    monkeypatch.setattr(sampler, lambda self, indices, *given: train[indices])
     assert in_process("scripts.check_memory", words) == 0
     figures = json.loads((tmp_path / "a.json").read_text())
     # cdist takes norms through products: an eighth of float32's digits of 768 numbers are left.

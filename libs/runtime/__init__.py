@@ -3,6 +3,7 @@
 run_main, parse_flags, TRAINING, EVALUATION     call a script's main with its flags, of these kinds:
 REQUIRED, file_path, int_list                   must be given; a path; 3,7
 load_config, config_beside                      of a file; the config.json beside weights
+read_class_names                                of the run that made weights
 make_accelerator, Precision                     the process's part in the run; its number format
 requested_engine, ranks, wait_without_timeout   what the processes agree on
 environment, get_logger, MetricsLog             what a run says about itself
@@ -21,6 +22,7 @@ from libs.runtime.flags import (
     int_list,
     load_config,
     parse_flags,
+    read_class_names,
     run_main,
 )
 from libs.runtime.launch import (

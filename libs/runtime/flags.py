@@ -43,6 +43,16 @@ def config_beside(weights):
     return (Path(weights) if Path(weights).is_dir() else Path(weights).parent) / "config.json"
 
 
+def read_class_names(weights):
+    """Names of the classes, by number, in the environment.json beside `weights` or, of a run's
+    <step>.ckpt, in the run directory; [] where there is none.
+    """
+    folder = config_beside(weights).absolute().parent
+    files = [path / "environment.json" for path in (folder, folder.parent.parent)]
+    known = next((read_json(path) for path in files if path.is_file()), {})
+    return [*known.get("classes", ())]
+
+
 def _find_config(weights):
     """The path of the config beside `weights`; None for None."""
     if weights and not (path := config_beside(weights)).is_file():

@@ -149,7 +149,7 @@ def test_a_wrong_value_is_a_sentence(visit, width):
     for label, value, right, said in (
         ("Per class", "", "2", "Per class is empty: give a number from 1 to 64."),
         ("Steps", "0", "2", "Steps is 0: give a number from 1 to 1,000."),
-        ("Internal", "0.5", "0", "the network has no head for it"),
+        ("Internal guidance", "0.5", "0", "the network has no head for it"),
     ):
         page.get_by_label(label, exact=True).fill(value)
         page.get_by_role("button", name="Draw").click()
