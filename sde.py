@@ -146,8 +146,7 @@ class DiscreteSchedule(VariancePreserving):
     def __init__(self):
         ends = math.sqrt(0.00085), math.sqrt(0.012)
         betas = torch.linspace(*ends, N_TIMESTEPS, dtype=torch.float64) ** 2
-        clean = torch.ones(1, dtype=torch.float64)
-        alpha_bar = torch.cat([clean, (1 - betas).cumprod(0)])
+        alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
         beta_bar = 1 - alpha_bar
         self._tables = {  # (1001,) float64, by step n
             "t": torch.arange(N_TIMESTEPS + 1, dtype=torch.float64) / N_TIMESTEPS,

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
+import writers
 from PIL import Image
 from torch.utils.data import DataLoader
-from writers import TRAIN_FILES, noise_image, write_fashion_mnist, write_folder
+from writers import noise_image, write_fashion_mnist, write_folder
 
 import datasets
 from datasets import get_dataset
@@ -68,7 +69,7 @@ def test_wrong_requests_are_refused(name, options, says):
 
 def test_cifar10_is_its_files(tmp_path, cifar10):
     folder = cifar10(tmp_path)
-    batches = [pickle.loads((folder / name).read_bytes()) for name in TRAIN_FILES]
+    batches = [pickle.loads((folder / name).read_bytes()) for name in writers.TRAIN_FILES]
     data = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
     for path in (tmp_path, folder):
         dataset = get_dataset("cifar10", path=path)
@@ -268,26 +269,13 @@ def test_too_many_unreadable_images_end_the_run(tmp_path):
 
 # ------------------------------------------------------------ ImageNet
 
-WNIDS = ["n01440764", "n01443537", "n02105855"]
-
-
-def write_imagenet(root, size=12):
-    """Two images a class as ImageNet has them: RGB, grey and CMYK JPEGs, a PNG named .JPEG."""
-    modes = [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("P", "PNG")]
-    for i in range(2 * len(WNIDS)):
-        path = root / "train" / WNIDS[i // 2] / f"{WNIDS[i // 2]}_{i}.JPEG"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mode, kind = modes[i % 4]
-        noise_image(i, (size + i, size)).convert(mode).save(path, kind)
-    return root
-
 
 def test_imagenet_is_its_train_folder_with_classes_by_wnid(tmp_path):
-    write_imagenet(tmp_path)
-    imagenet = get_dataset("imagenet", path=tmp_path, resolution=8)
-    assert (len(imagenet), imagenet.shape, imagenet.num_classes) == (6, (3, 8, 8), 3)
-    assert imagenet.class_names == WNIDS and imagenet.labels.tolist() == [0, 0, 1, 1, 2, 2]
-    for i in range(6):
+    imagenet = get_dataset("imagenet", path=writers.write_images(tmp_path), resolution=8)
+    assert (len(imagenet), imagenet.shape) == (writers.NUM_IMAGES, (3, 8, 8))
+    assert imagenet.class_names == writers.WNIDS and imagenet.num_classes == 3
+    assert imagenet.labels.tolist() == 5 * [0] + 5 * [1] + 4 * [2]
+    for i in range(writers.NUM_IMAGES):
         with Image.open(tmp_path / "train" / imagenet.files[i]) as image:
             expected = adm_center_crop(image.convert("RGB"), 8).transpose(2, 0, 1)
         np.testing.assert_array_equal(pixels_of(imagenet[0, i][0]), expected)
@@ -339,22 +327,12 @@ def stream(length, seed, stop):
 
 def global_batches(length, batch_size, processes, accumulation, batches, start_batch=0):
     """For each global batch, its keys in stream order, gathered from all ranks."""
-    ranks = [
-        GlobalBatchSampler(
-            length,
-            batch_size,
-            num_processes=processes,
-            rank=rank,
-            accumulation=accumulation,
-            seed=3,
-            start_batch=start_batch,
-        )
-        for rank in range(processes)
-    ]
+    given = dict(num_processes=processes, accumulation=accumulation, seed=3)
+    given["start_batch"] = start_batch
+    ranks = [GlobalBatchSampler(length, batch_size, rank=r, **given) for r in range(processes)]
     parts = [list(itertools.islice(rank, batches * accumulation)) for rank in ranks]
-    assert {len(micro) for rank in parts for micro in rank} == {
-        batch_size // (processes * accumulation)
-    }
+    sizes = {len(micro) for rank in parts for micro in rank}
+    assert sizes == {batch_size // (processes * accumulation)}
     micro_batches = [key for micro in zip(*parts, strict=True) for rank in micro for key in rank]
     return [micro_batches[i : i + batch_size] for i in range(0, len(micro_batches), batch_size)]
 

@@ -78,8 +78,6 @@ def test_terms_are_added_by_weight_and_may_ask_for_hidden_activations(monkeypatc
         assert set(hidden) == {2, 5} and batch.z.shape == output.shape == target.shape
         return hidden[2].square().mean((1, 2)) + hidden[5].mean((1, 2)) * batch.y
 
-    losses.loss_term("again", hidden=())(size)  # another term, which asks for nothing itself
-
     def network(x, t, y, hidden=()):
         tokens = {block: block * x.flatten(2).mT for block in hidden}
         return (0.5 * x, tokens) if hidden else 0.5 * x
@@ -96,7 +94,6 @@ def test_terms_are_added_by_weight_and_may_ask_for_hidden_activations(monkeypatc
     inner = 4 * z_t.square().flatten(1).mean(1) + 5 * z_t.flatten(1).mean(1) * torch.arange(4)
     torch.testing.assert_close(loss(mse=1.0), mse, rtol=0, atol=0)
     torch.testing.assert_close(loss(mse=0.5, size=0.25), 0.5 * mse + 0.25 * inner)
-    torch.testing.assert_close(loss(size=0.25, again=0.5), 0.75 * inner)
     with pytest.raises(UserError, match="loss is 'huber', expected one of mse"):
         loss(huber=1.0)
 

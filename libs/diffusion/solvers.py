@@ -27,18 +27,13 @@ def make_times(process, grid, intervals, dtype):
     return process.inverse_half_log_snr(torch.linspace(first, last, intervals + 1, **like))
 
 
-def fast_orders(steps):
-    """Orders of DPM-Solver-fast's blocks, `steps` in all: 3, 3, ..., then 2, 1 or 1 or 2."""
-    full, rest = divmod(steps, 3)
-    return [3] * (full - 1) + [2, 1] if rest == 0 else [3] * full + [rest]
-
-
 def make_blocks(process, grid, steps, dtype):
-    """'Fast' blocks: [(start, end, where in lam between them the inner points lie)]. On 'log_snr'
-    the blocks are equally long, their inner points even; on 'time' a block of order k takes k
-    intervals, and its inner points are the grid times between.
+    """'Fast' blocks, of order 3, then 2 and 1, or 1, or 2: [(start, end, where in lam between them
+    the inner points lie)]. On 'log_snr' the blocks are equally long, their inner points even; on
+    'time' a block of order k takes k intervals, and its inner points are the grid times between.
     """
-    orders = fast_orders(steps)
+    full, rest = divmod(steps, 3)
+    orders = [3] * (full - 1) + [2, 1] if rest == 0 else [3] * full + [rest]
     if grid == "log_snr":
         times = make_times(process, grid, len(orders), dtype)
         ratios = [[(i + 1) / order for i in range(order - 1)] for order in orders]
@@ -68,18 +63,16 @@ def _block(predict, process, x, start, end, ratios, *, data_prediction):
     def first_order(t, ratio):
         return c(t) / c(start) * x - s(t) * torch.expm1(ratio * k) * f_start
 
-    def change_of_f(x_inner, t):
-        return predict(x_inner, t) - f_start
-
     inner = [process.inverse_half_log_snr(lam_start + ratio * h) for ratio in ratios]
     if not ratios:
         return first_order(end, 1)
-    change = change_of_f(first_order(inner[0], ratios[0]), inner[0])
+    change = predict(first_order(inner[0], ratios[0]), inner[0]) - f_start
     if len(ratios) == 1:
         return first_order(end, 1) - s(end) * torch.expm1(k) / (2 * ratios[0]) * change
     r1, r2 = ratios
     x_inner = first_order(inner[1], r2) - s(inner[1]) * r2 / r1 * _psi(r2 * k) * change
-    return first_order(end, 1) - s(end) / r2 * _psi(k) * change_of_f(x_inner, inner[1])
+    change = predict(x_inner, inner[1]) - f_start
+    return first_order(end, 1) - s(end) / r2 * _psi(k) * change
 
 
 def solve_singlestep(predict, process, x, blocks, *, data_prediction):
