@@ -46,13 +46,14 @@ RUN = {"recipe": "flow", "set": "", "seed": 0, "seconds": 90.0, "n": 10_000}
 SAMPLING = {"sampler": "", "steps": 50, "scale": 0.4, "internal_scale": 0.0, "average": ""}
 PLACES = {
     "data": "assets/datasets/fashion_mnist", "workdir": "workdir/recipes", "stats": "",
-    "features": "assets/fashion_mnist_classifier.safetensors",  # judge; repa's features:
+    "features": str(harness.ROOT / "benchmarks" / "fashion_cnn.npz"),  # judge; repa's features:
     "teacher": "assets/fashion_mnist_classifier.safetensors", "step_ms": 0.0, "draw": "",
 }  # fmt: skip
 KEYS = ("recipe", "set", "seed", "seconds_asked", "n", "sampler", "steps_sampled", "guidance",
         "internal_guidance", "average")  # fmt: skip
 FIGURES = ("features", "precision", "network_calls", "class_agreement", "frechet_distance")
 COLUMNS = ("seconds", *KEYS[:3], *KEYS[4:], *FIGURES[2:])
+SHOWN = ("seconds", "recipe", "seed", "guidance", "internal_guidance", *FIGURES[2:])  # in docs
 COLORS = "tab:gray", "tab:green"
 DOCS, MARK = harness.ROOT / "docs", "<!-- from benchmarks/recipes.py -->\n"
 
@@ -121,9 +122,9 @@ def measure(args, keys):
     ms = args.step_ms or found_ms
     config.dataset.update(name="fashion_mnist_test", fid_stats=args.stats or None)
     weights = folder / "ckpts" / f"{steps}.ckpt" / args.average
-    path = folder / f"figures-{derive_seed(*map(str, keys))}.json"
+    path = folder / f"evaluation-{derive_seed(*map(str, keys))}.json"
     words = f"--nnet_path={weights}", f"--output_path={path}"
-    launch("eval.py", config, folder / "evaluation_config.json", *words)
+    launch("eval.py", config, folder / "recipe_evaluation.json", *words)
     found, model = read_json(path), {"dim": "DiM-S", "uvit": "U-ViT-S"}[config.nnet.name]
     return {
         **dict(zip(KEYS, keys, strict=True)), "model": model, "steps": steps,
@@ -133,18 +134,21 @@ def measure(args, keys):
     }  # fmt: skip
 
 
-def make_table(records):
+def make_table(records, columns=COLUMNS):
     """Markdown, by seconds asked for, images and distance."""
     order = ("seconds_asked", "n", "frechet_distance")
     ordered = sorted(records, key=lambda r: [r[key] for key in order])
-    rows = ([f"{r[k]:.4g}" if type(r[k]) is float else r[k] for k in COLUMNS] for r in ordered)
-    return harness.make_table(COLUMNS, rows)
+    rows = ([f"{r[k]:.4g}" if type(r[k]) is float else r[k] for k in columns] for r in ordered)
+    return harness.make_table(columns, rows)
 
 
 def draw(records):
-    """docs/recipes.png and the table of docs/training.md: of each training its best evaluation."""
+    """docs/recipes.png and the tables of docs/training.md: of each recipe as it stands here, seed
+    and length the best evaluation.
+    """
     from matplotlib.figure import Figure
 
+    records = [r for r in records if not r["set"]]
     worst_first = sorted(records, key=lambda r: -r["frechet_distance"])
     best = {repr([r[key] for key in KEYS[:5]]): r for r in worst_first}.values()
     figure = Figure(figsize=(9, 6), layout="constrained")
@@ -158,7 +162,7 @@ def draw(records):
         axes.scatter(*point, color=color)
         height = free[r["seconds_asked"]] = min(point[1], free.get(r["seconds_asked"], 1e9) / 1.17)
         line = dict(arrowstyle="-", color=color, lw=0.5, relpos=(0, 0.5))
-        text = f"{r['recipe']} {r['set']}, seed {r['seed']}".replace(" ,", ",")
+        text = f"{r['recipe']}, seed {r['seed']}"
         place = dict(xytext=(r["seconds"] + 9, height), va="center", fontsize=8)
         axes.annotate(text, point, **place, color=color, arrowprops=line)
     axes.set_xlim(right=1.3 * max(r["seconds"] for r in records))
@@ -167,7 +171,9 @@ def draw(records):
     axes.legend(loc="upper right")
     figure.savefig(DOCS / "recipes.png", dpi=120)
     before, _, after = (DOCS / "training.md").read_text().split(MARK)
-    block = f"![distance against seconds](recipes.png)\n\n{make_table(best)}"
+    block = "![distance against seconds](recipes.png)\n"
+    for n in sorted({r["n"] for r in best}):
+        block += f"\n{n:,} images:\n\n{make_table([r for r in best if r['n'] == n], SHOWN)}"
     (DOCS / "training.md").write_text(MARK.join([before, block, after]))
 
 
