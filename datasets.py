@@ -174,9 +174,8 @@ _SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation"}
 
 
 class ImageFolder(ImageDataset):
-    """Images below a directory or in a zip file, cropped in the centre to (3, resolution,
-    resolution), with the classes of libs.data.label_images. Without a resolution, the first image's
-    smaller side.
+    """Images below a directory or in a zip file, cropped in the centre to a square of `resolution`,
+    else of the first image's smaller side, with the classes of libs.data.label_images.
 
     An unreadable image is named in a warning and the next readable one stands in for it, label
     included, so that no other image changes its place; more than MAX_UNREADABLE of them, counted

@@ -13,9 +13,7 @@ def per_sample(value, x):
 
 
 def draw_logit_normal(u, mean, std):
-    """sigmoid(N(mean, std^2)) from its quantile function (Esser et al., arXiv 2403.03206, eq. 19),
-    which is finite within (0, 1).
-    """
+    """sigmoid(N(mean, std^2)) by its quantile function (Esser et al., arXiv 2403.03206, eq. 19)."""
     return torch.sigmoid(mean + std * torch.special.ndtri(u.clamp(2**-24, 1 - 2**-24)))
 
 

@@ -14,8 +14,7 @@ A process is a class in PROCESSES, chosen by `config.process.name`. Process time
     model_input(x, t)            if it has one: from x_t to the input that the network is given
 
 x0, eps, x_t and out are (B, ...), t is (B,) or 0-dim; results have the shape and dtype of x_t.
-What a process lacks, a log-SNR say, its class does not define: a sampler or guidance that needs
-that refuses the process by name.
+A sampler or guidance refuses by name a process that lacks an attribute it needs, a log-SNR say.
 
 Schedule functions such as `alpha` take times of any shape and return that shape, dtype and device.
 They use the naive formulas in the dtype of t, sigma as sqrt(1 - exp(2 log_alpha)): in float32 that
@@ -36,8 +35,7 @@ N_TIMESTEPS = 1000  # of the discrete schedule
 class VariancePreserving:
     """x_t = alpha x0 + sigma eps with alpha^2 + sigma^2 = 1.
 
-    A subclass adds log_alpha(t), log_alpha_slope(t) = d log_alpha / dt, inverse_half_log_snr(value)
-    and model_time(t).
+    A subclass adds log_alpha, log_alpha_slope = d log_alpha / dt, inverse_half_log_snr, model_time.
     """
 
     predictions = ("noise_pred", "x0_pred")

@@ -1,6 +1,4 @@
-"""Samplers, from noise z_T at t = 1 to z_0, by `config.sample.algorithm`; a new sampler is a
-function with the decorator `sampler`.
-"""
+"""Samplers by name, from noise z_T at t = 1 to z_0; a new one is a function with `@sampler`."""
 
 import functools
 import inspect

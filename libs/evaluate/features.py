@@ -92,8 +92,7 @@ class Dinov2Features:
 
     For tokens an image is resized to 14/16 of its side: a token stands for 16 x 16 of its pixels,
     as in REPA (arXiv 2410.06940). For the class token it is resized to 224 pixels, as the Frechet
-    distance takes it (EDM2, arXiv 2312.02696). Inside autocast the network computes in its
-    precision.
+    distance takes it (EDM2, arXiv 2312.02696). The precision is autocast's.
     """
 
     file, widest = "dinov2_vitb14_pretrain.pth or another size", "cls_token"

@@ -66,9 +66,8 @@ def split_weight(value):
 
 
 def add_heads(model, terms, *, training, **options):
-    """Add to `model` the heads of the loss terms `terms`, config.loss, or without training those
-    that sampling needs. options: further keywords by the name of the head. UserError: the network
-    takes no heads, or lacks the block.
+    """Add to `model` the heads of `terms`, config.loss; without training, only those for sampling.
+    options: further keywords by head. UserError: the network takes no heads, or lacks the block.
     """
     for name in [n for n in terms if n in HEADS and (training or HEADS[n].sampled)]:
         if not hasattr(model, "heads"):
