@@ -48,12 +48,10 @@ def load_split(dataset, seed):
 
 def augment(images, shift, rng):
     """Each image moved by up to `shift` pixels either way, over -1."""
-    n, channels, height, width = images.shape
-    padded = F.pad(images, (shift,) * 4, value=-1)
-    moves = torch.randint(2 * shift + 1, (2, n, 1), generator=rng)
-    rows, columns = moves[0] + torch.arange(height), moves[1] + torch.arange(width)  # (n, H), W
-    image, channel = torch.arange(n)[:, None, None, None], torch.arange(channels)[:, None, None]
-    return padded[image, channel, rows[:, None, :, None], columns[:, None, None]]
+    height, width = images.shape[2:]
+    moves = torch.randint(2 * shift + 1, (2, len(images)), generator=rng).tolist()
+    padded = zip(F.pad(images, (shift,) * 4, value=-1), *moves, strict=True)
+    return torch.stack([image[:, y : y + height, x : x + width] for image, y, x in padded])
 
 
 def train(args, images, labels, num_classes):
