@@ -4,9 +4,9 @@ Sections and keys have the names of the official repository; `nnet` holds the ke
 network's constructor. A key without a value is a typed placeholder, so that
 `--config.<key>=<value>` can set it.
 
-A section refuses keys that it lacks. `process`, `loss` and `nnet.mixer` take more keys, the
-keywords or names of what they choose. Another section is extended by giving it as a whole:
-`config.optimizer = common.d(name="sgd", lr=0.1, momentum=0.9)`.
+A section refuses keys that it lacks. `process`, `loss` and `nnet.mixer` take more keys, in a file
+or as flags: the keywords or names of what they choose. Another section is extended by giving it as
+a whole: `config.optimizer = common.d(name="sgd", lr=0.1, momentum=0.9)`.
 """
 
 import math
@@ -59,8 +59,9 @@ def dim_nnet(**differences):
         dim=placeholder(int),
         depth=placeholder(int),  # odd: half the blocks, a middle one, the other half
         num_classes=placeholder(int),
-        mixer=d(name="mamba"),  # or attention; further keys are the keywords of the mixer
-        mamba=d(d_state=16, d_conv=3, expand=2),  # the keywords of mamba
+        mixer=d(name="mamba"),  # or attention, with heads=dim // 64 and qkv_bias=False
+        # Of mamba: states a channel, width of the convolution, channels of the scan over dim.
+        mamba=d(d_state=16, d_conv=3, expand=2),
         num_pad_tokens=placeholder(int),  # pads at a row's or column's end; without it, d_conv
         pad_layout="lateral",  # or rho_pad
         scan_directions=3,  # 1 to 3, walked in turn by the blocks
@@ -180,10 +181,16 @@ def get_config():
         tiling=False,  # pictures beyond 512 px in tiles that overlap: less memory, slightly other
     )
 
-    # Of sde.PROCESSES; without it discrete where there is a z_shape, else vpsde.
+    # Of sde.PROCESSES; without it discrete where there is a z_shape, else vpsde. Further keys:
+    # vpsde: beta_min=0.1, beta_max=20.0
+    # flow, flow_from_discrete: times="uniform" or "logit_normal", mean=0.0 and std=1.0 of its
+    #   logit, shift=1.0; a higher shift means more noise in training and sampling
     config.process = d(name=placeholder(str))
     config.nnet = d()  # dim_nnet() or uvit_nnet()
-    # Terms of libs.train.losses by name: a weight, or a section with weight and keywords.
+    # Terms of libs.train.losses by name: a weight, or a section with weight and keywords:
+    # mse, direction: none
+    # internal: block=8, after which the head stands
+    # repa: block=8, features="classifier" or "dinov2", path="<its file>", kind="repa" or "irepa"
     config.loss = d(mse=1.0)
     # adamw, or muon: the matrices of the blocks by Muon; betas and eps are AdamW's
     config.optimizer = d(name="adamw", lr=0.0002, weight_decay=0.03, betas=(0.99, 0.999), eps=1e-8)

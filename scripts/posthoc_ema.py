@@ -1,5 +1,5 @@
 """Make the power-function average of any length after a run with two of them, say
---config.train.ema_lengths=(0.05,0.1). In the run directory `--nnet_path` finds its config.json.
+--config.train.ema_lengths='(0.05,0.1)'. In the run directory `--nnet_path` finds its config.json.
 
     python scripts/posthoc_ema.py --workdir=workdir/digits_T_DiM/default --length=0.08 \\
         --out=workdir/digits_T_DiM/default/nnet_ema_length_0.08.safetensors
