@@ -44,9 +44,7 @@ def config_beside(weights):
 
 
 def read_class_names(weights):
-    """Names of the classes, by number, in the environment.json beside `weights` or, of a run's
-    <step>.ckpt, in the run directory; [] where there is none.
-    """
+    """Names of the classes, by number, of the run that made `weights`; [] if none are known."""
     folder = config_beside(weights).absolute().parent
     files = [path / "environment.json" for path in (folder, folder.parent.parent)]
     known = next((read_json(path) for path in files if path.is_file()), {})

@@ -17,21 +17,16 @@ def list_shown(notebook):
     return kinds
 
 
-def test_the_notebook_opens_with_outputs():
+@pytest.mark.timeout(600)
+def test_the_notebook_opens_with_outputs_and_runs(tmp_path, monkeypatch):
+    """With few steps of training; what is shown is of the same kinds."""
     notebook = nbformat.read(PATH, 4)
     nbformat.validate(notebook)
+    expected = list_shown(notebook)
+    assert expected.count("image/png") == 3 and expected.count("image/svg+xml") == 2
     assert PATH.stat().st_size < 1_000_000
-    shown = list_shown(notebook)
-    assert shown.count("image/png") == 3 and shown.count("image/svg+xml") == 2
-
-
-@pytest.mark.timeout(600)
-def test_the_notebook_runs(tmp_path, monkeypatch):
-    """With few steps of training; what is shown is of the same kinds."""
     for name, value in {"STEPS": 20, "FOLDER": tmp_path, "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, str(value))
-    notebook = nbformat.read(PATH, 4)
-    expected = list_shown(notebook)
     where = {"metadata": {"path": str(PATH.parent)}}
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources=where).execute()
     assert list_shown(notebook) == expected
