@@ -3,7 +3,9 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -38,6 +40,15 @@ def look_up(table, name, key):
     if name not in table:
         raise UserError(f"{key} is {name!r}, expected one of {', '.join(table)}")
     return table[name]
+
+
+def bind(function, keywords, section):
+    """`function` with the keywords that `section` of a config has; UserError for one it lacks."""
+    parameters = inspect.signature(function).parameters.values()
+    takes = {p.name: p for p in parameters if p.default is not p.empty or p.kind == p.KEYWORD_ONLY}
+    for key in keywords if all(p.kind != p.VAR_KEYWORD for p in parameters) else ():
+        look_up(takes, key, f"a key of config.{section}")
+    return functools.partial(function, **keywords)
 
 
 def make_directory(path) -> Path:

@@ -62,6 +62,8 @@ def refused(in_process, capsys, tmp_path, trained):
         ([DIGITS, "--config.train.batchsize=8"], 'Did you mean "batch_size"'),
         ([DIGITS, "--config.trian.batch_size=8"], 'Did you mean "train"'),
         ([DIGITS, "--config.train=8"], "--config.train=8"),
+        ([DIGITS, "--config.optimizer.momentum=0.9"], "no key 'momentum'"),
+        ([DIGITS, "--config.loss.mse.weight=2"], "config.loss.mse is one value"),
         ([DIGITS, "--config.train.batch_size=many"], "--config.train.batch_size=many"),
         ([DIGITS, "--wrokdir=x"], "Did you mean: workdir"),
         ([DIGITS, "train.batch_size=8"], "unexpected argument 'train.batch_size=8'"),
@@ -80,6 +82,9 @@ def test_wrong_words(refused, words, says):
     "key, value, says",
     [
         ("process.name", "ddpm", "vpsde"),
+        ("process.shft", 2.0, "'shft'"),
+        ("loss.directoin", 0.5, "direction"),
+        ("nnet.mixer.heads", 4, "a key of config.nnet.mixer is 'heads', expected one of d_state"),
         ("pred", "x_pred", "noise_pred"),
         ("optimizer.name", "sgd", "adamw"),
         ("dataset.name", "mnist", "digits"),

@@ -397,6 +397,19 @@ def test_sections_that_take_more_keys(write_config, line):
     assert parse(f"--config={write_config(line)}", "--nnet_path=x").config.is_locked
 
 
+@pytest.mark.parametrize("config", ["configs/digits_T_flow.py", RELEASE / "8.ckpt/config.json"])
+def test_the_command_line_adds_keys_too(config):
+    """A literal or else text; a section within one is made, or has the keys that it had."""
+    added = {"loss.direction": 0.5, "loss.internal.weight": 0.25, "loss.repa.path": "a/b",
+             "loss.repa.weight": 1, "nnet.mixer.heads": 4, "process.shift": 2e-1}  # fmt: skip
+    before = flatten(parse(f"--config={config}", "--nnet_path=x").config)
+    words = [f"--config.{key}={value}" for key, value in added.items()]
+    args = parse(f"--config={config}", "--nnet_path=x", *words)
+    assert args.overrides == added and flatten(args.config) == before | added
+    directory = utils.run_directory("a.py", args.overrides, None).name
+    assert "loss.direction=0.5-loss.internal.weight=0.25-loss.repa.path=" in directory
+
+
 def test_config_files_from_elsewhere(write_config, tmp_path, monkeypatch):
     """An older file still loads, a module beside a file is found, a message names what exists."""
     old = parse(f"--config={RELEASE / 'digits_T_DiM.py'}", "--nnet_path=x").config

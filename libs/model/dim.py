@@ -20,7 +20,7 @@ from libs.model.mamba import Mamba
 from libs.model.routing import route_index
 from libs.model.scan_order import block_patterns, pad_index, sequence_order
 from libs.model.skips import LongSkips, TunedSkips
-from utils import look_up
+from utils import bind, look_up
 
 # Width and depth of the paper's models. Parameters: S 50,568,716 at 32x32x3 with 10 classes; L
 # 386,063,376 and H 862,407,184 at 32x32x4 with 1,000 classes. XL is ours, to compare backbones:
@@ -67,7 +67,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         self.pad = mamba["d_conv"] if num_pad_tokens is None else num_pad_tokens
         kind = look_up(MIXERS, keywords.pop("name"), "nnet.mixer.name")
         keywords = {**mamba, **keywords} if kind is Mamba else keywords
-        make_mixer = functools.partial(kind, dim, **keywords)
+        make_mixer = functools.partial(bind(kind, keywords, "nnet.mixer"), dim)
 
         rows = EXTRA_TOKENS + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))

@@ -3,6 +3,7 @@
 import difflib
 import errno
 import functools
+import operator
 import os
 import re
 import runpy
@@ -22,6 +23,7 @@ from utils import UserError, flatten, listed, look_up, read_json
 
 CONFIGS = Path(common.__file__).parent
 REQUIRED = object()  # the default of a flag that must be given
+_OPEN_KEY = re.compile(r"--?config\.(process|loss|nnet\.mixer)\.(?:(\w+)\.)?(\w+)(?:=|$)")
 
 
 class FlagError(UserError):
@@ -156,10 +158,27 @@ def _parse_last(flag, parse, word):
     parse(word)
 
 
+def _add_keys(config, words):
+    """Give `process`, `loss` and `nnet.mixer` the keys that `words` set and they lack, of any type:
+    what reads these sections refuses a wrong name.
+    """
+    for found in filter(None, map(_OPEN_KEY.match, words)):
+        place, inner, key = found.groups()
+        section = functools.reduce(operator.getitem, place.split("."), config)
+        if inner and inner not in section:
+            section[inner] = config_dict.ConfigDict()
+        section = section[inner] if inner else section
+        if not isinstance(section, config_dict.ConfigDict):
+            raise FlagError(f"config.{place}.{inner} is one value: it has no key {key}")
+        if key not in section:
+            section[key] = config_dict.placeholder(object)
+
+
 def _override(config, values, words):
     """Change `config` as --config.<key>=<value> in `words` says; {key: value}, other words."""
     delattr(values, "config")  # its path
     try:
+        _add_keys(config, words)
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=words)
     except (AttributeError, KeyError) as error:
         raise FlagError(_explain_key(error)) from error
