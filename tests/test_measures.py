@@ -260,7 +260,7 @@ def test_pictures_in_files_are_measured_without_a_network(measure, tmp_path, cap
     np.savez(tmp_path / "x.npz", arr_0=pictures.permute(0, 2, 3, 1).numpy())
     write_adm(tmp_path / "adm.npz", draw_pictures(0, 30, 8))
     words = ["--config.sample.metrics=standard,sfid,density_coverage"]
-    words += ["--config.sample.mini_batch_size=5"]
+    words += ["--config.sample.mini_batch_size=5", "--config.sample.repeats=3"]
     result, other = measure(folder, *words), measure(tmp_path / "x.npz", *words)
     means = (pictures / 255).mean((2, 3)).double()
     with np.load(tmp_path / "adm.npz") as file:
@@ -269,6 +269,7 @@ def test_pictures_in_files_are_measured_without_a_network(measure, tmp_path, cap
     assert result["frechet_distance"] == pytest.approx(expected, rel=1e-5)
     for name in ("frechet_distance", "sfid", "precision_recall", "density_coverage"):
         assert result[name] == pytest.approx(other[name], rel=1e-5)  # float32 in another layout
+    assert result["repeats"] == 1, "they have no other seeds"
     assert result["n"] == 23 and result["images"]["preprocessing"].startswith("RGB, centre crop")
     assert other["images"]["sha256"] == hash_file(tmp_path / "x.npz")
     assert result["extractors"] == {"tiny": "0" * 64}

@@ -7,7 +7,7 @@ import runs
 from PIL import Image
 
 
-def test_train_resume_sample_evaluate(in_process, tmp_path):
+def test_train_resume_sample_evaluate(in_process, tmp_path, capsys):
     """A run that stops and goes on has the losses of one that never stopped; its weights give
     pictures and an evaluation.
     """
@@ -22,11 +22,16 @@ def test_train_resume_sample_evaluate(in_process, tmp_path):
     assert in_process("sample", words) == 0
     assert Image.open(picture).size[0] >= 600
 
-    changes = dict(sample__n_samples=4, sample__mini_batch_size=2, sample__features="none")
-    words = runs.arguments(tmp_path / "run", **changes, sample__path=tmp_path / "pictures")
-    assert in_process("eval", [*words, f"--nnet_path={weights}"]) == 0
-    assert len(list((tmp_path / "pictures").glob("*.png"))) == 4
-    assert (tmp_path / "run" / "evaluation.json").is_file()
+    pictures, file = tmp_path / "pictures", weights / "nnet_ema_rate_0.9.safetensors"
+    changes = dict(n_samples=4, mini_batch_size=2, features="none", path=pictures)
+    words = [f"--config.sample.{key}={value}" for key, value in changes.items()]
+    assert in_process("eval", [f"--nnet_path={weights}", *words]) == 0
+    assert len(list(pictures.glob("*.png"))) == 4
+    result = tmp_path / "run" / "evaluation_12.json"
+    before = result.read_bytes()
+    assert "evaluation_12" in (tmp_path / "run" / "report.html").read_text()
+    assert in_process("eval", [f"--nnet_path={file}", *words]) == 1
+    assert result.read_bytes() == before and "another --output_path" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from libs.evaluate.report import describe_setting, summarize
 from libs.evaluate.run_report import report_run
 from libs.evaluate.stored import StoredImages
 from libs.files import hash_file, weights_file
-from libs.runtime import Precision, environment, ranks, wait_without_timeout
+from libs.runtime import Precision, config_beside, environment, ranks, wait_without_timeout
 from utils import UserError
 
 RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec they belong to
@@ -31,6 +31,7 @@ PNG_THREADS = 8
 def _open_source(args, config, device, parts, changes):
     """The images to measure, their number, and what records say of the network; hashes weights."""
     if args.images:
+        config.sample.repeats = 1  # they have no seed
         stored = StoredImages(args.images, config.dataset.resolution, device)
         return stored, stored.count, {}
     precision, file = Precision(config.train.mixed_precision, device), weights_file(args.nnet_path)
@@ -163,6 +164,17 @@ def _name_batches(folder, n, m, repeats):
     return [[(folder / f"{name}{k:06}.npz", x) for k, x in enumerate(parts)] for name in names]
 
 
+def _choose_output(args):
+    """Where the result goes by default: into the run that made the weights, if that is known."""
+    if args.images:
+        return f"{args.images.rstrip('/')}.json"
+    checkpoint = config_beside(args.nnet_path).parent
+    if checkpoint.parent.name == "ckpts" and not args.workdir:
+        return checkpoint.parents[1] / f"evaluation_{checkpoint.stem}.json"
+    directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
+    return directory / "evaluation.json"
+
+
 def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **parts):
     """Make sample.n_samples images, compare them with the real images, write and print the result.
 
@@ -179,9 +191,7 @@ def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **par
     images that are not finite.
     """
     settings, device, main = config.sample, accelerator.device, accelerator.is_main_process
-    directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
-    default = f"{args.images.rstrip('/')}.json" if args.images else directory / "evaluation.json"
-    output_path = Path(args.output_path or default)
+    output_path = Path(args.output_path or _choose_output(args))
     folder = output_path.with_name(f"{output_path.stem}.partial")
 
     metrics = choose_metrics(settings.metrics)

@@ -130,8 +130,8 @@ EVALUATION = {
     **TRAINING,
     "config": (file_path, None, "config file; otherwise the config.json beside the weights"),
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or a file with weights"),
-    "images": (file_path, None, "a folder or .npz of pictures to measure, in place of nnet_path"),
-    "output_path": (file_path, None, "json file of the result; otherwise evaluation.json"),
+    "images": (file_path, None, "a folder, .zip or .npz of pictures to measure, not a network"),
+    "output_path": (file_path, None, "json file of the result; otherwise evaluation_<step>.json"),
 }
 
 
