@@ -14,7 +14,7 @@ from configs import imagenet256_H_flow
 def get_config():
     config = imagenet256_H_flow.get_config()
     config.process.name, config.pred = "flow_from_discrete", "noise_pred"
-    config.nnet.pretrained_path = "workdir/imagenet256_H_DiM/default/ckpts/425000.ckpt/nnet_ema.pth"
+    config.nnet.pretrained_path = "assets/published/imagenet256_H_DiM/nnet_ema.pth"
     config.optimizer.lr, config.lr_scheduler.warmup_steps = 0.0001, 1000
     config.train.n_steps = 20_000
     return config

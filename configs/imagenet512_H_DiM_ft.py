@@ -22,7 +22,7 @@ def get_config():
     config.dataset.p_uncond = 0.15
     config.dataset.fid_stats = "assets/fid_stats/fid_stats_imagenet512_guided_diffusion.npz"
 
-    config.nnet.pretrained_path = "workdir/imagenet256_H_DiM/default/ckpts/425000.ckpt/nnet_ema.pth"
+    config.nnet.pretrained_path = "assets/published/imagenet256_H_DiM/nnet_ema.pth"
     config.nnet.input_size = 64
     config.nnet.pad_layout = "rho_pad"
 

