@@ -28,19 +28,18 @@ def _lock(config, *open_sections):
 
 
 # What a run would stumble over only later: key -> (lowest, highest), of each entry of a tuple.
-_SOME, _ANY, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
+_FROM_1, _FROM_0, _SHARE = (1, math.inf), (0, math.inf), (0, 1)
 RANGES = {
-    "gradient_accumulation_steps": _SOME, "ug_m": (2, math.inf), "dataset.p_uncond": _SHARE,
-    "nnet.scan_directions": (1, 3), "optimizer.lr": _ANY, "train.n_steps": _SOME,
-    "train.batch_size": _SOME, "train.ema_rate": _SHARE, "train.ema_rates": _SHARE,
-    "train.ema_lengths": (0.001, 0.28), "train.num_workers": _ANY, "train.max_bad_steps": _SOME,
-    "train.routed_share": _SHARE, "train.log_interval": _SOME, "train.eval_interval": _SOME,
-    "train.save_interval": _SOME, "train.keep_last": _SOME, "train.grid_samples": _ANY,
-    "train.fid_samples": _ANY,
-    "sample.sample_steps": _SOME, "sample.n_samples": (2, math.inf),
-    "sample.repeats": _SOME, "sample.mini_batch_size": _SOME, "sample.guidance_interval": _SHARE,
-    "sample.internal_scale": _ANY, "sample.internal_interval": _SHARE, "sample.reuse": _SOME,
-    "sample.reuse_from": _SOME,
+    "gradient_accumulation_steps": _FROM_1, "ug_m": (2, math.inf), "dataset.p_uncond": _SHARE,
+    "nnet.scan_directions": (1, 3), "optimizer.lr": _FROM_0, "train.n_steps": _FROM_1,
+    "train.batch_size": _FROM_1, "train.ema_rate": _SHARE, "train.ema_rates": _SHARE,
+    "train.ema_lengths": (0.001, 0.28), "train.num_workers": _FROM_0,
+    "train.max_bad_steps": _FROM_1, "train.routed_share": _SHARE, "train.log_interval": _FROM_1,
+    "train.eval_interval": _FROM_1, "train.save_interval": _FROM_1, "train.keep_last": _FROM_1,
+    "train.grid_samples": _FROM_0, "train.fid_samples": _FROM_0, "sample.sample_steps": _FROM_1,
+    "sample.n_samples": (2, math.inf), "sample.repeats": _FROM_1, "sample.mini_batch_size": _FROM_1,
+    "sample.guidance_interval": _SHARE, "sample.internal_scale": _FROM_0,
+    "sample.internal_interval": _SHARE, "sample.reuse": _FROM_1, "sample.reuse_from": _FROM_1,
 }  # fmt: skip
 CHOICES = {
     "train.mode": ("uncond", "cond"), "train.mixed_precision": ("no", "fp16", "bf16"),
