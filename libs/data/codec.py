@@ -97,7 +97,7 @@ def make_latent_codec(settings, dataset=None, *, decoding=True):
     no such file, no path though an autoencoder is needed, or latents of another autoencoder.
     """
     path, autoencoder = settings.pretrained_path, None
-    if not path and (decoding or not getattr(dataset, "latent", False)):
+    if not path and (decoding or dataset is None or not dataset.latent):
         raise UserError(
             "this needs the autoencoder: set --config.autoencoder.pretrained_path to U-ViT's "
             "autoencoder_kl_ema.pth or to a diffusers folder (or, to train on latents without "

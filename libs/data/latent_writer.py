@@ -91,7 +91,7 @@ class LatentWriter:
             with utils.replacing(self.folder / LABELS) as temporary:
                 labels.astype("<i8").tofile(temporary)
             entry = self._describe(LABELS)
-        results = {"labels": entry, "stand_ins": {}, "scaled": False}
+        results = {"labels": entry, "scaled": False}
         flips = 1 + self.settings["flips"]
         for key, kind in zip(("shards", "feature_shards"), self.kinds, strict=False):
             counts = {shard_name(i, kind): len(self.images(i)) for i in range(self.num_shards)}

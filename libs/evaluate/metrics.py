@@ -52,7 +52,7 @@ class FeatureSet:
 
     mu: torch.Tensor  # float64 (dim,)
     sigma: torch.Tensor  # float64 (dim, dim), unbiased
-    features: np.ndarray | None = None  # float32 (m, dim), of all images or a random subset
+    features: np.ndarray | None = None  # float32 (m, dim), of all images or some, evenly spaced
     agreement: float | None = None  # share of images that are classified as their labels
     source: dict | None = None  # where real images are from, for records
 

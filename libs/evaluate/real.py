@@ -116,7 +116,7 @@ def load_real(settings, extractors, dataset, *, metrics, side, device):
     kinds = {KINDS.get(name, "features") for name in metrics} & SUFFIXES.keys()
     if settings.fid_stats or not kinds:
         return _load_file(settings.fid_stats, extractors, kinds, metrics, side) if kinds else None
-    if dataset is None or getattr(dataset, "latent", False) or len(dataset) > MEASURE_UP_TO:
+    if dataset is None or dataset.latent or len(dataset) > MEASURE_UP_TO:
         raise UserError(
             "dataset.fid_stats names no statistics file: make one with "
             "scripts/compute_fid_stats.py, and pass --config.dataset.fid_stats=FILE"

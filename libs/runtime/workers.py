@@ -80,7 +80,7 @@ def _receive(loader, is_stopped, substitute):
 
 
 def read_batches(
-    dataset, *, num_workers, pin_memory=False, is_stopped=bool, substitute=None, **order
+    dataset, *, num_workers, pin_memory=False, is_stopped=lambda: False, substitute=None, **order
 ):
     """Iterator over batches of `dataset`, whose items are tuples, as lists of tensors.
 

@@ -26,7 +26,7 @@ class Prefetcher:
         return batch
 
 
-def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch, is_stopped=bool):
+def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch, is_stopped):
     """Endless Prefetcher of this rank's micro-batches of items from global batch `start_batch` on;
     settings: config.train. Our sampler shards and resumes: the loader is not given to accelerate.
     A batch that does not come while is_stopped() holds is NaN, so that the step is made by none.

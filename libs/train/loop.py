@@ -139,7 +139,7 @@ def make_objective(config, process, codec, network, dataset, device):
     return objective, draw
 
 
-def train(config, directory, *, model, process, codec, dataset, start_weights=list):
+def train(config, directory, *, model, process, codec, dataset, start_weights=lambda: []):
     """Train `model` to config.train.n_steps, from the newest good checkpoint in `directory` on.
 
     model, process, codec, dataset: as libs.parts makes them. start_weights: called where there is

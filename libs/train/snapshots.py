@@ -64,9 +64,10 @@ class Snapshots:
         save_interval, and all at the end.
         """
         settings, last = self.config.train, step == self.config.train.n_steps
-        due = {"save", "fid"} if last or step % settings.save_interval == 0 else set()
-        due |= {"grid"} if last or step % settings.eval_interval == 0 else set()
-        return due - {"" if settings.grid_samples else "grid", "" if self.wants_fid else "fid"}
+        saving = last or step % settings.save_interval == 0
+        drawing = settings.grid_samples and (last or step % settings.eval_interval == 0)
+        due = {"save": saving, "fid": saving and self.wants_fid, "grid": drawing}
+        return {name for name, wanted in due.items() if wanted}
 
     def missing(self, step):
         """What is due at `step` and was not made, since the run ended after its save; all processes
@@ -76,7 +77,7 @@ class Snapshots:
         if self.accelerator.is_main_process:
             path = self.directory / "metrics.jsonl"
             lines = map(json.loads, path.read_text().splitlines() if path.exists() else ())
-            if any(line["step"] == step and "frechet_distance" in line for line in lines):
+            if any(line["step"] == step and "loss" not in line for line in lines):
                 missing -= {"fid"}
             if (self.directory / "samples" / f"{step}.png").is_file():
                 missing -= {"grid"}
