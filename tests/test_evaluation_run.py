@@ -403,7 +403,7 @@ class FirstDigits:
     def __init__(self, length, whole):
         self.length, self.whole = length, whole
         self.shape, self.num_classes = whole.shape, whole.num_classes
-        self.list_sha256, self.sizes = whole.list_sha256, whole.sizes
+        self.list_sha256, self.sizes, self.latent = whole.list_sha256, whole.sizes, False
 
     def __len__(self):
         return self.length
