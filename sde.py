@@ -27,7 +27,7 @@ import math
 import torch
 
 from flow import Flow, per_sample
-from utils import UserError, look_up
+from utils import UserError, bind, look_up
 
 N_TIMESTEPS = 1000  # of the discrete schedule
 
@@ -223,12 +223,8 @@ class FlowFromDiscrete(Flow):
     network is given step 1000: its output means the x0 that it implies there.
     """
 
-    predictions = ("noise_pred",)
-
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.schedule, last = DiscreteSchedule(), torch.ones((), dtype=torch.float64)
-        self.end = torch.sigmoid(-self.schedule.half_log_snr(last)).item()
+    predictions, schedule = ("noise_pred",), DiscreteSchedule()
+    end = torch.sigmoid(-schedule.half_log_snr(torch.ones((), dtype=torch.float64))).item()
 
     def model_time(self, t):
         step = self.schedule.inverse_half_log_snr(self.half_log_snr(t)).clamp(max=1)
@@ -261,11 +257,7 @@ PROCESSES["flow_from_discrete"] = FlowFromDiscrete
 
 def make_process(name, **settings):
     """The process of this name in PROCESSES; settings are keywords of its class, else UserError."""
-    kind = look_up(PROCESSES, name, "process.name")
-    try:
-        return kind(**settings)
-    except TypeError as error:  # as of a checkpoint whose process.name is changed
-        raise UserError(f"config.process does not fit process {name}: {error}") from None
+    return bind(look_up(PROCESSES, name, "process.name"), "process", **settings)()
 
 
 def make_input(process, x, t):

@@ -42,13 +42,17 @@ def look_up(table, name, key):
     return table[name]
 
 
-def bind(function, keywords, section):
-    """`function` with the keywords that `section` of a config has; UserError for one it lacks."""
+def bind(function, section, /, *given, **keywords):
+    """functools.partial(function, *given, **keywords); UserError for a keyword that it does not
+    take. section: of the config, which has the keywords.
+    """
     parameters = inspect.signature(function).parameters.values()
-    takes = {p.name: p for p in parameters if p.default is not p.empty or p.kind == p.KEYWORD_ONLY}
-    for key in keywords if all(p.kind != p.VAR_KEYWORD for p in parameters) else ():
-        look_up(takes, key, f"a key of config.{section}")
-    return functools.partial(function, **keywords)
+    takes = [p.name for p in parameters][len(given) :]
+    wrong = [key for key in keywords if key not in takes]
+    if wrong and all(p.kind != p.VAR_KEYWORD for p in parameters):
+        said = f"{function.__name__} takes {', '.join(takes) or 'none'}"
+        raise UserError(f"config.{section} has no key {wrong[0]!r}: {said}")
+    return functools.partial(function, *given, **keywords)
 
 
 def make_directory(path) -> Path:

@@ -84,7 +84,7 @@ def test_wrong_words(refused, words, says):
         ("process.name", "ddpm", "vpsde"),
         ("process.shft", 2.0, "'shft'"),
         ("loss.directoin", 0.5, "direction"),
-        ("nnet.mixer.heads", 4, "a key of config.nnet.mixer is 'heads', expected one of d_state"),
+        ("nnet.mixer.heads", 4, "nnet.mixer has no key 'heads': Mamba takes d_state"),
         ("pred", "x_pred", "noise_pred"),
         ("optimizer.name", "sgd", "adamw"),
         ("dataset.name", "mnist", "digits"),

@@ -4,7 +4,6 @@ Tokens stay in raster order for the whole network; a scan direction is an index 
 mixer. The numbers equal those of the official network, its oddities included.
 """
 
-import functools
 import math
 
 import torch
@@ -67,7 +66,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         self.pad = mamba["d_conv"] if num_pad_tokens is None else num_pad_tokens
         kind = look_up(MIXERS, keywords.pop("name"), "nnet.mixer.name")
         keywords = {**mamba, **keywords} if kind is Mamba else keywords
-        make_mixer = functools.partial(bind(kind, keywords, "nnet.mixer"), dim)
+        make_mixer = bind(kind, "nnet.mixer", dim, **keywords)
 
         rows = EXTRA_TOKENS + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
