@@ -43,15 +43,13 @@ def look_up(table, name, key):
 
 
 def bind(function, section, /, *given, **keywords):
-    """functools.partial(function, *given, **keywords); UserError for a keyword that it does not
-    take. section: of the config, which has the keywords.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    takes = [p.name for p in parameters][len(given) :]
-    wrong = [key for key in keywords if key not in takes]
-    if wrong and all(p.kind != p.VAR_KEYWORD for p in parameters):
-        said = f"{function.__name__} takes {', '.join(takes) or 'none'}"
-        raise UserError(f"config.{section} has no key {wrong[0]!r}: {said}")
+    """functools.partial; UserError for a keyword of this section of a config that does not fit."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind_partial(*given, **keywords)
+    except TypeError as error:
+        takes = f"{function.__name__} takes {signature}"
+        raise UserError(f"config.{section}: {error}; {takes}") from None
     return functools.partial(function, *given, **keywords)
 
 

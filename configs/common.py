@@ -186,7 +186,7 @@ def get_config():
     #   logit, shift=1.0; a higher shift means more noise in training and sampling
     config.process = d(name=placeholder(str))
     config.nnet = d()  # dim_nnet() or uvit_nnet()
-    # Terms of libs.train.losses by name: a weight, or a section with weight and keywords:
+    # Terms of libs.train.losses by name: a weight, or a section with weight, else 1, and keywords:
     # mse, direction: none
     # internal: block=8, after which the head stands
     # repa: block=8, features="classifier" or "dinov2", path="<its file>", kind="repa" or "irepa"

@@ -28,7 +28,7 @@ from datasets import get_dataset
 from libs import evaluate
 from libs.data import load_autoencoder, make_latent_codec, open_latents
 from libs.files import read_safetensors, read_torch
-from libs.model import DiM, load_into, start_from, to_official
+from libs.model import DiM, load_into, split_weight, start_from, to_official
 from libs.parts import make_parts
 from libs.runtime import MetricsLog, StopRequest, flags, launch, read_batches
 from libs.train import checkpoint
@@ -401,11 +401,12 @@ def test_sections_that_take_more_keys(write_config, line):
 def test_the_command_line_adds_keys_too(config):
     """A literal or else text; a section within one is made, or has the keys that it had."""
     added = {"loss.direction": 0.5, "loss.internal.weight": 0.25, "loss.repa.path": "a/b",
-             "loss.repa.weight": 1, "nnet.mixer.heads": 4, "process.shift": 2e-1}  # fmt: skip
+             "nnet.mixer.heads": 4, "process.shift": 2e-1}  # fmt: skip
     before = flatten(parse(f"--config={config}", "--nnet_path=x").config)
     words = [f"--config.{key}={value}" for key, value in added.items()]
     args = parse(f"--config={config}", "--nnet_path=x", *words)
     assert args.overrides == added and flatten(args.config) == before | added
+    assert split_weight(args.config.loss.repa) == (1.0, {"path": "a/b"})
     directory = utils.run_directory("a.py", args.overrides, None).name
     assert "loss.direction=0.5-loss.internal.weight=0.25-loss.repa.path=" in directory
 

@@ -5,7 +5,7 @@ import itertools
 from torch import nn
 
 from libs.model.layers import RMSNorm, predict_image
-from utils import UserError, look_up
+from utils import UserError, bind, look_up
 
 
 class OutputHead(nn.Module):
@@ -60,9 +60,9 @@ HEADS = {"internal": OutputHead, "repa": Projector}
 
 
 def split_weight(value):
-    """(weight, keywords) of a value of config.loss: a weight, or a section with more keys."""
+    """(weight, keywords) of a config.loss value: a weight, or a section, whose weight may be 1."""
     keywords = dict(value) if hasattr(value, "keys") else {"weight": value}
-    return keywords.pop("weight"), keywords
+    return keywords.pop("weight", 1.0), keywords
 
 
 def add_heads(model, terms, *, training, **options):
@@ -72,7 +72,8 @@ def add_heads(model, terms, *, training, **options):
     for name in [n for n in terms if n in HEADS and (training or HEADS[n].sampled)]:
         if not hasattr(model, "heads"):
             raise UserError(f"{type(model).__name__} takes no heads: loss.{name} needs a DiM")
-        head = HEADS[name](model, **split_weight(terms[name])[1], **options.get(name, {}))
+        _, keywords = split_weight(terms[name])
+        head = bind(HEADS[name], f"loss.{name}", model, **keywords)(**options.get(name, {}))
         if head.block not in range(model.depth):
             last = model.depth - 1
             raise UserError(f"loss.{name}.block is {head.block}, expected 0 to {last}, the last")

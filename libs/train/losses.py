@@ -1,6 +1,5 @@
 """What training minimises: loss terms by name, and the random numbers that go into them."""
 
-import functools
 import math
 from collections import namedtuple
 
@@ -106,7 +105,7 @@ class Objective:
         self.terms, hidden = [], set()
         for name, value in weights.items():
             (term, needed), (weight, keywords) = look_up(LOSSES, name, "loss"), split_weight(value)
-            self.terms.append((weight, functools.partial(term, **keywords)))
+            self.terms.append((weight, utils.bind(term, f"loss.{name}", **keywords)))
             hidden.update(needed)
         self.hidden = tuple(sorted(hidden, key=str))
 
