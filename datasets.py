@@ -324,10 +324,10 @@ def get_dataset(
     UserError for an unknown name and for missing or damaged files.
     """
     kind = look_up(DATASETS, name, "dataset.name")
-    if getattr(kind, "needs_path", False) and not (path and Path(path).exists()):
+    if kind.needs_path and not (path and Path(path).exists()):
         where = "its directory (a zip file, of images)"
         raise UserError(f"the data set {name!r} needs {where} as dataset.path, not {path!r}")
-    options = {"features": True} if features and getattr(kind, "latent", False) else {}
+    options = {"features": True} if features and kind.latent else {}
     return kind(
         path=Path(path) if path else None, resolution=resolution, labels=labels,
         random_flip=random_flip, seed=seed, **options,

@@ -204,15 +204,14 @@ def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=
     i = 1, ..., n of output, with the x_0 that it predicts. UserError: see `choose_sampler`.
     """
     solve, predicts = choose_sampler(algorithm, process)
-    if on_step is not None:
-        n = count_calls(process, (1, 1, 1), pred=pred, algorithm=algorithm, steps=steps)
-        calls = itertools.count(1)
+    calls = itertools.count(1)
+    n = on_step and count_calls(process, (1, 1, 1), pred=pred, algorithm=algorithm, steps=steps)
 
-    def counted(x, t):
+    def told(x, t):
         out = output(x, t)
-        if on_step is not None:
-            on_step(next(calls), n, process.to_x0_eps(pred, out, x, t)[0])
+        on_step(next(calls), n, process.to_x0_eps(pred, out, x, t)[0])
         return out
 
+    predict = _convert(told if on_step else output, process, pred, predicts)
     x = z_T.to(torch.promote_types(z_T.dtype, torch.float32))
-    return solve(_convert(counted, process, pred, predicts), process, x, steps, noise)
+    return solve(predict, process, x, steps, noise)
