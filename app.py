@@ -19,7 +19,7 @@ from PIL import Image
 
 import sample
 from libs.diffusion import SAMPLERS
-from libs.evaluate import draw_rows
+from libs.evaluate import choose_classes, draw_rows
 from libs.parts import choose_process
 from libs.runtime import file_path, parse_flags, read_class_names, run_main
 from utils import UserError, to_uint8
@@ -97,7 +97,7 @@ def show_model(path):
     given, process = config.sample, choose_process(config)
     fit = [k for k, (*_, needs) in SAMPLERS.items() if all(hasattr(process, x) for x in needs)]
     choices = [(name, number) for number, name in enumerate(names)]
-    few = list(range(len(names)))[:: -(-len(names) // 4) or 1]
+    few = list(choose_classes(len(names), 4))
     numbers = [2, 0, given.sample_steps, given.scale if given.cfg and names else 0]
     numbers += [*(given.guidance_interval or (0, 1)), given.internal_scale]
     classes = gr.update(choices=choices, value=few, visible=bool(names))
@@ -126,7 +126,7 @@ def draw(*values):
     try:
         words = write_words(*values)
         args, (_, names) = parse_flags(words, sample.FLAGS), read_model(values[0])
-        titles = [names[label] for label in args.classes or range(len(names))] or [""]
+        titles = [names[label] for label in args.classes or choose_classes(len(names))] or [""]
         if (count := len(titles) * args.n) > 256:  # predictions on the way stay in memory
             raise UserError(f"{count} pictures at once are too many: ask for at most 256.")
         command = "python " + " \\\n    ".join(shlex.quote(word) for word in words)
@@ -160,7 +160,7 @@ def make_page(*places):
         with gr.Column(scale=2, min_width=300):
             gr.HTML("<h1>DiM</h1><p>Diffusion with a Mamba backbone, drawing on this machine</p>")
             path = gr.Dropdown(label="Checkpoint")
-            classes = gr.Dropdown(label="Classes: all, where none is chosen", multiselect=True)
+            classes = gr.Dropdown(label="Classes; without any, up to ten", multiselect=True)
             algorithm, numbers = gr.Dropdown(label="Sampler"), []
             for k in 0, 3, 6:
                 with gr.Row():

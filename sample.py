@@ -20,7 +20,7 @@ from libs.runtime import (
 FLAGS = {
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or weights with --config"),
     "config": EVALUATION["config"],
-    "classes": (int_list, None, "such as 3,7; else all, or none in an unconditional model"),
+    "classes": (int_list, None, "such as 3,7; else up to ten, evenly chosen"),
     "n": (int, 4, "images of each class"),
     "seed": (int, 0, "the same seed gives the same pictures"),
     "scale": (float, None, "guidance: cond + scale (cond - uncond); else the config's"),

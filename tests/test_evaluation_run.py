@@ -360,6 +360,9 @@ def test_inner_blocks_are_reused(tmp_path, every):
 
 
 def test_rows_of_classes(tmp_path):
+    few = generate.choose_classes
+    chosen = [*map(list, (few(1000), few(11), few(3, 4)))]
+    assert chosen == [list(range(0, 1000, 100)), [0, 2, 4, 6, 8, 10], [0, 1, 2]]
     image_sampler = make_image_sampler(tmp_path, sample__mini_batch_size=3)
     images = generate.draw_rows(image_sampler, (3, 7), 2)
     expected = image_sampler([0, 1, 2, 3], torch.tensor([3, 3, 7, 7]))

@@ -4,6 +4,7 @@ run_evaluation                      a whole evaluation
 compare                             results side by side, and what differs in their settings
 write_report, report_run            report.html of a run; whose failure is a line of the log
 make_image_sampler                  images by index, of a config
+choose_classes                      those that are drawn where none is asked for
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
 collect_features                    features of a training's images, over all processes
 FEATURES, make_features, read_dim   name -> feature network; one by its name; the width of one
@@ -25,6 +26,7 @@ from libs.evaluate.features import (
     read_dim,
 )
 from libs.evaluate.generate import (
+    choose_classes,
     collect_features,
     draw_rows,
     make_grid_images,

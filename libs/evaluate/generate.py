@@ -238,15 +238,20 @@ def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
     return images if made.item() == n else None
 
 
+def choose_classes(num_classes, most=10):
+    """At most `most` of the classes, evenly chosen: a range."""
+    return range(num_classes)[:: -(-num_classes // most) or 1]
+
+
 def draw_rows(image_sampler, classes, n, on_step=lambda *step: None):
-    """n images each of `classes`, or of all classes, on the CPU, (rows x n, C, H, W), with a
+    """n images each of `classes`, or of choose_classes, on the CPU, (rows x n, C, H, W), with a
     progress bar; one row of an unconditional model. on_step: of libs.diffusion.sample, batch by
     batch. UserError: a class that the model does not have; an image contains NaN.
     """
     num_classes = image_sampler.model.num_classes if image_sampler.conditional else 0
     for label in classes or ():
         require_class("--classes", label, num_classes)
-    labels = torch.tensor(classes or range(num_classes)).repeat_interleave(n)
+    labels = torch.tensor(classes or choose_classes(num_classes)).repeat_interleave(n)
     batches, images = torch.arange(len(labels) or n), []
     batches = batches.split(image_sampler.settings.mini_batch_size)
     with tqdm(unit="step") as bar:
