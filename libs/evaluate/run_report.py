@@ -85,7 +85,7 @@ def _show_commands(directory, config):
     commands = f"""python train.py --config={run}/config.json --workdir={run}
 # further, once it has ended: --config.train.n_steps={2 * config.train.n_steps}
 python sample.py {weights} --out=grid.png
-python eval.py {weights} --workdir={run}"""
+python eval.py {weights}"""
     return f"<pre>{escape(commands)}</pre>"
 
 
