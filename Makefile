@@ -33,7 +33,6 @@ test-slow: .venv/installed-slow
 	$(BIN)/python -m pytest -q -m slow
 
 test-page: .venv/installed-tests .venv-page/installed
-	mkdir -p build/page
 	.venv-page/bin/python -m pytest -q tests/page --durations=5
 
 # With the machine's own Python and packages; COMMIT=... where there is no git.
@@ -64,8 +63,7 @@ endef
 # Gradio wants an older Pillow: an environment of its own, which finds all else in .venv.
 .venv-page/installed: .venv/installed
 	test -x .venv-page/bin/python || $(BIN)/python -m venv .venv-page
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
-		> $$(.venv-page/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/venv.pth
+	realpath .venv/lib/python*/site-packages > $$(echo .venv-page/lib/python*/site-packages)/venv.pth
 	@echo "installing gradio into .venv-page, half a minute or so"
 	.venv-page/bin/python -m pip install --disable-pip-version-check -q -e ".[page]"
 	touch $@

@@ -4,7 +4,6 @@ bit. Pictures are part of the answer to who asked, never files.
 """
 
 import base64
-import io
 import os
 import queue
 import shlex
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import gradio as gr
 import torch
-from PIL import Image
+from torchvision.io import encode_png
 
 import sample
 from libs.diffusion import SAMPLERS
@@ -27,7 +26,6 @@ from utils import UserError, to_uint8
 FLAGS = {
     "checkpoint": (file_path, "pretrained/emoji64.ckpt", "the <step>.ckpt directory shown first"),
     "workdir": (file_path, "workdir", "the page lists its <step>.ckpt directories too"),
-    "port": (int, 7860, "of 127.0.0.1"),
 }
 NUMBERS = {  # label: lowest and highest value, step of its arrows
     "Per class": (1, 64, 1), "Seed": (0, 2**53 - 1, 1), "Steps": (1, 1000, 1),
@@ -35,7 +33,7 @@ NUMBERS = {  # label: lowest and highest value, step of its arrows
     "Internal guidance": (0, 100, 0.1),
 }  # fmt: skip
 DRAWING = ThreadPoolExecutor(max_workers=1)  # a cancelled drawing ends after its network call
-PROGRESS = '<p role="status">{} …</p><div class="bar" style="--share: {:.1%}"></div>'
+PROGRESS = '<p role="status">{} …</p><div class="bar" style="width: {:.1%}"></div>'
 
 
 def read_model(path):
@@ -50,40 +48,36 @@ def write_words(path, classes, algorithm, *numbers):
     """The words of sample.py for the values of the page; UserError for a number out of range."""
     for (label, (low, high, _)), value in zip(NUMBERS.items(), numbers, strict=True):
         if value is None or not low <= value <= high:
-            given = "empty" if value is None else value
-            raise UserError(f"{label} is {given}: give a number from {low} to {high:,}.")
+            raise UserError(f"{label}: give a number from {low} to {high:,}.")
     n, seed, steps, scale, *interval, internal = numbers
     words = ["sample.py", f"--nnet_path={path}", f"--n={n}", f"--seed={seed}", f"--steps={steps}"]
     words += [f"--algorithm={algorithm}", f"--scale={scale}"]
+    words += [f"--config.sample.guidance_interval={*interval,}"]
     words += [f"--config.sample.internal_scale={internal}"]
-    words += [f"--classes={','.join(map(str, classes))}"] * bool(classes)
-    return words + [f"--config.sample.guidance_interval={*interval,}"] * bool(scale)
+    return words + [f"--classes={','.join(map(str, classes))}"] * bool(classes)
 
 
 def draw_pictures(args, put, closed):
     """[x_0 as predicted by network call 1, ..., n, pictures], each (rows x n, C, H, W) uint8. After
-    call i of n of each batch put((i, n, x_0 of the rows so far)), unless closed.is_set().
+    call i of n of each batch put((i, n, its x_0 of the batches so far)), unless closed.is_set().
     """
-    image_sampler, batches = sample.open_sampler(args), []
+    image_sampler, predicted = sample.open_sampler(args), {}
 
-    def on_step(i, n, x_0):
+    def on_step(i, n, t, x_0):
         if closed.is_set():
             raise InterruptedError
-        batches.extend([[]] if i == 1 else [])
-        batches[-1].append(to_uint8(image_sampler.codec.decode(x_0)))
-        put((i, n, torch.cat([batch[-1] for batch in batches])))
+        predicted.setdefault(i, []).append(to_uint8(image_sampler.codec.decode(x_0)))
+        put((i, n, torch.cat(predicted[i])))
 
     pictures = to_uint8(draw_rows(image_sampler, args.classes, args.n, on_step))
-    return [*map(torch.cat, zip(*batches, strict=True)), pictures]
+    return [*map(torch.cat, predicted.values()), pictures]
 
 
 def render_grid(images, titles, args):
     """HTML of images (rows x n, C, H, W) below titles of rows, each a link to its own file."""
     parts = [f'<div style="--n: {args.n}; --px: {images.shape[-1]}px">']
     for k, image in enumerate(images):
-        file, pixels = io.BytesIO(), image.permute(1, 2, 0).squeeze(-1).numpy()
-        Image.fromarray(pixels).save(file, "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        url = f"data:image/png;base64,{base64.b64encode(encode_png(image).numpy()).decode()}"
         if k % args.n == 0:
             parts.append(f"{'</section>' * bool(k)}<section><h3>{escape(titles[k // args.n])}</h3>")
         parts.append(f'<a href="{url}" download="seed{args.seed}-picture{k}.png" title="Save">')
@@ -101,8 +95,7 @@ def show_model(path):
     numbers = [2, 0, given.sample_steps, given.scale if given.cfg and names else 0]
     numbers += [*(given.guidance_interval or (0, 1)), given.internal_scale]
     classes = gr.update(choices=choices, value=few, visible=bool(names))
-    algorithm = gr.update(choices=fit, value=given.algorithm)
-    return [classes, algorithm, *numbers]
+    return [classes, gr.update(choices=fit, value=given.algorithm), *numbers]
 
 
 def start(first, workdir):
@@ -161,11 +154,9 @@ def make_page(*places):
             gr.HTML("<h1>DiM</h1><p>Diffusion with a Mamba backbone, drawing on this machine</p>")
             path = gr.Dropdown(label="Checkpoint")
             classes = gr.Dropdown(label="Classes; without any, up to ten", multiselect=True)
-            algorithm, numbers = gr.Dropdown(label="Sampler"), []
-            for k in 0, 3, 6:
-                with gr.Row():
-                    for label, (*_, step) in [*NUMBERS.items()][k : k + 3]:
-                        numbers.append(gr.Number(label=label, step=step, min_width=80))
+            algorithm, ranges = gr.Dropdown(label="Sampler"), NUMBERS.items()
+            with gr.Row():
+                numbers = [gr.Number(label=k, step=x, min_width=110) for k, (*_, x) in ranges]
             with gr.Row():
                 button = gr.Button("Draw", variant="primary", min_width=90)
                 cancel = gr.Button("Cancel", interactive=False, min_width=90)
@@ -192,8 +183,8 @@ def main(args):
     # No telemetry, no look for newer versions, no proxy on the way to this machine.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", NO_PROXY="*")
     make_page(args.checkpoint, args.workdir).launch(
-        server_name="127.0.0.1", server_port=args.port, share=False, ssr_mode=False,
-        inbrowser=True, footer_links=[], css_paths="app.css", theme=gr.themes.Base(),
+        server_name="127.0.0.1", share=False, ssr_mode=False, inbrowser=True, footer_links=[],
+        css_paths="app.css", theme=gr.themes.Base(),
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ Such a folder holds weights and JSON, no code; its model_index.json names the cl
 """
 
 import torch
-from diffusers import ConfigMixin, DiTPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
+from diffusers import ConfigMixin, DiTPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.image_processor import VaeImageProcessor
 
 from configs import common
 from libs.data import Autoencoder, LatentCodec, PixelCodec
@@ -38,23 +39,17 @@ class DiMTransformer(ModelMixin, ConfigMixin):
         add_heads(self.network, loss, training=False)
 
 
-class DiMScheduler(SchedulerMixin, ConfigMixin):
-    """Process, sampler and guidance by keys of a config; libs.diffusion integrates."""
-
-    @register_to_config
-    def __init__(self, settings):
-        pass
-
-
 class DiMPipeline(DiTPipeline):
-    """Pictures of classes; `vae` is None for a network of pixels."""
+    """Pictures of classes; `vae` is None for a network of pixels. settings: process, sampler and
+    guidance, by keys of a config; libs.diffusion integrates, so that `scheduler` is None.
+    """
 
-    _optional_components = ["vae"]
+    _optional_components = ["vae", "scheduler"]
     model_cpu_offload_seq = None  # the network is called without the hooks of offloading
 
-    def __init__(self, transformer, scheduler, vae=None, id2label=None):
+    def __init__(self, transformer, vae=None, scheduler=None, id2label=None, settings=None):
         super().__init__(transformer, vae, scheduler, id2label)
-        self.register_to_config(id2label=id2label)
+        self.register_to_config(id2label=id2label, settings=settings)
 
     @classmethod
     def from_parts(cls, config, model, codec, id2label=None):
@@ -71,11 +66,11 @@ class DiMPipeline(DiTPipeline):
         whole["sample"].update(dict.fromkeys(PATHS))
         settings = {key: whole[key] for key in KEYS}
         settings["train"] = {key: whole["train"][key] for key in ("mode", "mixed_precision")}
-        return cls(transformer, DiMScheduler(settings), vae, id2label)
+        return cls(transformer, vae, id2label=id2label, settings=settings)
 
     def _make_image_sampler(self, steps, guidance_scale):
         config, network = common.get_config(), self.transformer.network.eval()
-        config.update(make_tuples(self.scheduler.config.settings))
+        config.update(make_tuples(self.config.settings))
         config.sample.sample_steps = steps or config.sample.sample_steps
         if guidance_scale is not None:
             config.sample.update(cfg=True, scale=guidance_scale - 1.0)
@@ -106,14 +101,12 @@ class DiMPipeline(DiTPipeline):
             seed = torch.randint(2**63 - 1, (), **options).item()
             generator = image_generators(seed, 1 if labels is None else len(labels))
         with self._make_image_sampler(num_inference_steps, guidance_scale) as image_sampler:
-            times = image_sampler.list_times()
 
-            def on_step(i, steps, x_0):
-                callback_on_step_end(self, i - 1, times[i - 1], {"latents": x_0})
+            def on_step(i, n, t, x_0):
+                timestep = image_sampler.process.model_time(t).item()
+                callback_on_step_end(self, i - 1, timestep, {"latents": x_0})
 
             given = on_step if callback_on_step_end else None, generator
             images = image_sampler(range(len(generator)), labels, *given)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-        images = self.numpy_to_pil(images) if output_type == "pil" else images
+        images = VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from libs.runtime import REQUIRED, file_path, run_main
 from utils import UserError
@@ -25,11 +25,10 @@ SIDE, HELD_OUT, MOST = 64, 0.1, 4  # pixels; share of families; variants of one,
 # What tells variants: variation selector, skin, gender, hair, direction, joiner.
 VARIANTS = "[\ufe0f\U0001f3fb-\U0001f3ff\u2640\u2642\U0001f9b0-\U0001f9b3\u27a1\u200d]"
 PEOPLE = str.maketrans("👨👩👦👧", "🧑🧑🧒🧒")
-NOTO, UNICODE = "truetype/noto/NotoColorEmoji.ttf", "unicode/emoji/emoji-test.txt"
 FLAGS = {
     "out": (file_path, REQUIRED, "the directory to write"),
-    "font": (file_path, f"/usr/share/fonts/{NOTO}", "colour font of bitmaps, the set noto"),
-    "emoji_test": (file_path, f"/usr/share/{UNICODE}", "Unicode's list of emoji by group"),
+    "font": (file_path, "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "the set noto"),
+    "emoji_test": (file_path, "/usr/share/unicode/emoji/emoji-test.txt", "emoji by group"),
     "sets": (str, "", "further sets, name=DIR,name=DIR"),
 }
 
@@ -69,18 +68,17 @@ def read_set(source, emoji):
         yield from ((k, names[k], Image.open(x).convert("RGBA")) for k, x in found.items() if x)
         return
     font = ImageFont.truetype(source, FONT_SIZE)
-    for text in (text for text in emoji if font.getlength(text) <= GLYPH[0]):
+    # With a direction, Pillow refuses to do without raqm (libfribidi0), which joins emoji.
+    for text in (text for text in emoji if font.getlength(text, direction="ltr") <= GLYPH[0]):
         picture = Image.new("RGBA", GLYPH)
         ImageDraw.Draw(picture).text((0, 0), text, font=font, embedded_color=True)
         yield text, names[text], picture
 
 
 def main(args):
-    if missing := [path for path in (args.font, args.emoji_test) if not Path(path).is_file()]:
+    if missing := [path for path in (args.font, args.emoji_test) if not Path(path).exists()]:
         packages = "fonts-noto-color-emoji unicode-data"
         raise UserError(f"there is no {missing[0]}: apt-get install {packages}, or name the file")
-    if not features.check("raqm"):
-        raise UserError("Pillow lacks raqm, which joins emoji: apt-get install libfribidi0")
     groups, sets = read_groups(args.emoji_test), [f"noto={args.font}", *args.sets.split(",")]
     for name, _, source in (word.partition("=") for word in sets if word):
         families = choose_variants(groups, name)

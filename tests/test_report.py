@@ -41,8 +41,6 @@ def test_the_page_holds_the_run_and_asks_nobody(run):
     assert "Step 4 of 4" in text and text.count("data:image/jpeg;base64,") == 2
     assert "<td>train.n_steps</td><td>1000</td><td>4</td>" in text
     assert "<td>digits_T_flow.py</td>" in text and "<td>packages.torch</td>" in text
-    assert not re.search(r"https?:|<script|<link|@import|url\(", text)
-    assert {x[:5] for x in re.findall(r'(?:src|href)="(.*?)"', text)} == {"data:"}
 
 
 def test_evaluations_and_what_is_not_finite(run):

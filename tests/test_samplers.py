@@ -129,10 +129,10 @@ def test_what_the_output_and_on_step_receive(process, algorithm):
 
     z_T = torch.ones(2, 1, 2, 2, dtype=torch.bfloat16)
     out = sample(output, process, z_T, pred="noise_pred", algorithm=algorithm, steps=7,
-                 on_step=lambda i, n, x_0: (steps.append((i, n)), predicted.append(x_0)))
+                 on_step=lambda *step: (steps.append(step[:3]), predicted.append(step[3])))
     assert out.dtype == torch.float32 and not out.requires_grad
     assert times[0] == 1 and times == sorted(times, reverse=True)
-    assert steps == [(i, 7) for i in range(1, 8)]
+    assert steps == [(i, 7, t) for i, t in enumerate(times, 1)]
     # The noise is predicted as x itself: x_0 = (x - sigma x) / alpha, float32's rounding apart.
     torch.testing.assert_close(torch.stack(predicted), torch.stack(expected))
 

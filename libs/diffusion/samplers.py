@@ -200,8 +200,9 @@ def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=
     """Integrate from z_T at t = 1 to z_0: (B, ...) float32, or float64 as z_T, on z_T's device.
 
     output(x, t): the raw, guided output of a network for `pred`; steps: of the sampler, most make
-    one call each; noise: ImageNoise, for stochastic algorithms; on_step(i, n, x_0) follows call
-    i = 1, ..., n of output, with the x_0 that it predicts. UserError: see `choose_sampler`.
+    one call each; noise: ImageNoise, for stochastic algorithms; on_step(i, n, t, x_0) follows
+    call i = 1, ..., n of output, at time t, with the x_0 that it predicts. UserError: see
+    `choose_sampler`.
     """
     solve, predicts = choose_sampler(algorithm, process)
     calls = itertools.count(1)
@@ -209,7 +210,7 @@ def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=
 
     def told(x, t):
         out = output(x, t)
-        on_step(next(calls), n, process.to_x0_eps(pred, out, x, t)[0])
+        on_step(next(calls), n, t, process.to_x0_eps(pred, out, x, t)[0])
         return out
 
     predict = _convert(told if on_step else output, process, pred, predicts)

@@ -122,16 +122,6 @@ class ImageSampler:
             return network
         return reuse_inner(network, self.settings.reuse, self.model.depth - self.model.reuse_from)
 
-    def list_times(self):
-        """The network's time, 0..1000, of each call in turn."""
-        times, process = [], self.process
-
-        def make_output(network):
-            return lambda x, t: times.append(process.model_time(t).item()) or network(x, t)
-
-        count_calls(process, self.z_shape, make_output, **self._sampling)
-        return times
-
     @torch.no_grad()
     def __call__(self, indices, labels=None, on_step=None, generators=None):
         """Images (B, C, H, W) float32 in [0, 1] of `indices`; labels (B,) int64 override
@@ -256,10 +246,10 @@ def draw_rows(image_sampler, classes, n, on_step=lambda *step: None):
     batches = batches.split(image_sampler.settings.mini_batch_size)
     with tqdm(unit="step") as bar:
 
-        def count(i, steps, x_0):
-            bar.total = steps * len(batches)
+        def count(i, calls, t, x_0):
+            bar.total = calls * len(batches)
             bar.update()
-            on_step(i, steps, x_0)
+            on_step(i, calls, t, x_0)
 
         for rows in batches:
             batch_labels = labels[rows] if num_classes else None

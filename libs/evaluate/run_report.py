@@ -94,10 +94,8 @@ def _show_config(config):
     shipped = {path.name: path for path in Path(common.__file__).parent.glob("[!_]*_*.py")}
     found = {k: utils.config_differences(load_config(str(p)), config) for k, p in shipped.items()}
     nearest = min(found, key=lambda name: len(found[name]))
-    if not found[nearest]:
-        return f"<p>The run has the values of {nearest}.</p>"
     rows = [line.replace(": ", " -> ", 1).split(" -> ", 2) for line in found[nearest]]
-    said = "<p>What the run changes against the config of the repository that is nearest to it.</p>"
+    said = f"<p>Values that differ from those of the repository's nearest config: {len(rows)}</p>"
     return said + _make_table(["", nearest, "this run"], rows)
 
 
