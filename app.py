@@ -1,6 +1,5 @@
-"""make page: a page on which checkpoints draw, for the browsers of this machine alone. It writes a
-command of sample.py and draws through its functions, so that the pictures are the command's bit for
-bit. Pictures are part of the answer to who asked, never files.
+"""make page: checkpoints draw on a page for the browsers of this machine alone. Its command of
+sample.py draws the same pictures bit for bit. Pictures go to who asked for them, never to a file.
 """
 
 import base64
@@ -27,10 +26,10 @@ FLAGS = {
     "checkpoint": (file_path, "pretrained/emoji64.ckpt", "the <step>.ckpt directory shown first"),
     "workdir": (file_path, "workdir", "the page lists its <step>.ckpt directories too"),
 }
-NUMBERS = {  # label: lowest and highest value, step of its arrows
-    "Per class": (1, 64, 1), "Seed": (0, 2**53 - 1, 1), "Steps": (1, 1000, 1),
-    "Guidance": (-100, 100, 0.1), "Guide from": (0, 1, 0.1), "Guide to": (0, 1, 0.1),
-    "Internal guidance": (0, 100, 0.1),
+NUMBERS = {  # label: flag of sample.py, step of its arrows; the last two are one flag
+    "Per class": ("n", 1), "Seed": ("seed", 1), "Steps": ("config.sample.sample_steps", 1),
+    "Guidance": ("scale", 0.1), "Internal guidance": ("config.sample.internal_scale", 0.1),
+    "Guide from": ("", 0.1), "Guide to": ("", 0.1),
 }  # fmt: skip
 DRAWING = ThreadPoolExecutor(max_workers=1)  # a cancelled drawing ends after its network call
 PROGRESS = '<p role="status">{} …</p><div class="bar" style="width: {:.1%}"></div>'
@@ -45,15 +44,12 @@ def read_model(path):
 
 
 def write_words(path, classes, algorithm, *numbers):
-    """The words of sample.py for the values of the page; UserError for a number out of range."""
-    for (label, (low, high, _)), value in zip(NUMBERS.items(), numbers, strict=True):
-        if value is None or not low <= value <= high:
-            raise UserError(f"{label}: give a number from {low} to {high:,}.")
-    n, seed, steps, scale, *interval, internal = numbers
-    words = ["sample.py", f"--nnet_path={path}", f"--n={n}", f"--seed={seed}", f"--steps={steps}"]
-    words += [f"--algorithm={algorithm}", f"--scale={scale}"]
-    words += [f"--config.sample.guidance_interval={*interval,}"]
-    words += [f"--config.sample.internal_scale={internal}"]
+    """The words of sample.py for the values of the page; UserError for an empty number."""
+    if None in numbers:
+        raise UserError(f"{[*NUMBERS][numbers.index(None)]} is empty: give a number.")
+    words = ["sample.py", f"--nnet_path={path}", f"--algorithm={algorithm}"]
+    words += [f"--{k}={x}" for (k, _), x in zip(NUMBERS.values(), numbers[:-2], strict=False)]
+    words += [f"--config.sample.guidance_interval={numbers[-2:]}"]
     return words + [f"--classes={','.join(map(str, classes))}"] * bool(classes)
 
 
@@ -77,11 +73,11 @@ def render_grid(images, titles, args):
     """HTML of images (rows x n, C, H, W) below titles of rows, each a link to its own file."""
     parts = [f'<div style="--n: {args.n}; --px: {images.shape[-1]}px">']
     for k, image in enumerate(images):
+        name = f"seed{args.seed}-picture{k}.png"
         url = f"data:image/png;base64,{base64.b64encode(encode_png(image).numpy()).decode()}"
         if k % args.n == 0:
             parts.append(f"{'</section>' * bool(k)}<section><h3>{escape(titles[k // args.n])}</h3>")
-        parts.append(f'<a href="{url}" download="seed{args.seed}-picture{k}.png" title="Save">')
-        parts.append(f'<img src="{url}" alt="Picture {k}"><span>{k} ↓</span></a>')
+        parts.append(f'<a href="{url}" download="{name}"><img src="{url}" alt="{name}"></a>')
     return "".join([*parts, "</section></div>"])
 
 
@@ -90,10 +86,9 @@ def show_model(path):
     config, names = read_model(path)
     given, process = config.sample, choose_process(config)
     fit = [k for k, (*_, needs) in SAMPLERS.items() if all(hasattr(process, x) for x in needs)]
-    choices = [(name, number) for number, name in enumerate(names)]
-    few = list(choose_classes(len(names), 4))
     numbers = [2, 0, given.sample_steps, given.scale if given.cfg and names else 0]
-    numbers += [*(given.guidance_interval or (0, 1)), given.internal_scale]
+    numbers += [given.internal_scale, *(given.guidance_interval or (0, 1))]
+    few, choices = [*choose_classes(len(names), 4)], [(x, i) for i, x in enumerate(names)]
     classes = gr.update(choices=choices, value=few, visible=bool(names))
     return [classes, gr.update(choices=fit, value=given.algorithm), *numbers]
 
@@ -120,8 +115,8 @@ def draw(*values):
         words = write_words(*values)
         args, (_, names) = parse_flags(words, sample.FLAGS), read_model(values[0])
         titles = [names[label] for label in args.classes or choose_classes(len(names))] or [""]
-        if (count := len(titles) * args.n) > 256:  # predictions on the way stay in memory
-            raise UserError(f"{count} pictures at once are too many: ask for at most 256.")
+        if not 1 <= (count := len(titles) * args.n) <= 256:  # predictions stay in memory
+            raise UserError(f"{count} pictures cannot be drawn at once: ask for 1 to 256.")
         command = "python " + " \\\n    ".join(shlex.quote(word) for word in words)
         command = gr.update(value=command, visible=True, lines=len(words))
         yield answer(PROGRESS.format("Loading the network", 0), command=command)
@@ -143,7 +138,7 @@ def draw(*values):
 
 def end(status):
     """The answer after a drawing; one that leaves its progress on the page was not finished."""
-    return answer("<p>Stopped before the end.</p>" if "bar" in status else status, busy=False)
+    return answer("<p>Stopped before the end.</p>" if "</div>" in status else status, busy=False)
 
 
 def make_page(*places):
@@ -154,9 +149,9 @@ def make_page(*places):
             gr.HTML("<h1>DiM</h1><p>Diffusion with a Mamba backbone, drawing on this machine</p>")
             path = gr.Dropdown(label="Checkpoint")
             classes = gr.Dropdown(label="Classes; without any, up to ten", multiselect=True)
-            algorithm, ranges = gr.Dropdown(label="Sampler"), NUMBERS.items()
+            algorithm, fields = gr.Dropdown(label="Sampler"), NUMBERS.items()
             with gr.Row():
-                numbers = [gr.Number(label=k, step=x, min_width=110) for k, (*_, x) in ranges]
+                numbers = [gr.Number(label=k, step=x, min_width=110) for k, (_, x) in fields]
             with gr.Row():
                 button = gr.Button("Draw", variant="primary", min_width=90)
                 cancel = gr.Button("Cancel", interactive=False, min_width=90)

@@ -1,10 +1,5 @@
-"""Networks of this repository with the interface of diffusers' DiTPipeline, from a checkout.
-
-    from pipeline import DiMPipeline, image_generators
-    pipe = DiMPipeline.from_pretrained("FOLDER").to("cuda")  # of scripts/export_diffusers.py
-    pipe(class_labels=[3, 7], generator=image_generators(0, 2)).images  # those of sample.py
-
-Such a folder holds weights and JSON, no code; its model_index.json names the classes below.
+"""Networks of this repository with the interface of diffusers' DiTPipeline: docs/diffusers.md. A
+folder of scripts/export_diffusers.py holds weights and JSON that names the classes below, no code.
 """
 
 import torch

@@ -11,9 +11,8 @@ from configs import common
 
 def get_config():
     config = common.use_flow(common.get_config(), block=4)
-    weights = "assets/emoji64_classifier{}.safetensors"  # of the judge, and of another seed
     config.loss.update(direction=0.5, repa=common.d(weight=0.5, block=4, features="classifier"))
-    config.loss.repa.path = weights.format("_1")
+    config.loss.repa.path = "assets/emoji64_classifier_1.safetensors"  # not the judge
     config.process.shift = 1.73  # sqrt(3 * 64 * 64 / 4096): more pixels need more noise
     config.dataset.update(name="folder", resolution=64, cfg=True, path="assets/emoji64/train")
     config.nnet = common.dim_nnet(input_size=64, in_channels=3, dim=256, depth=13, num_classes=36)
@@ -24,5 +23,6 @@ def get_config():
     config.train.update(mode="cond", mixed_precision="bf16", cuda_graphs=True, fid_samples=0)
     config.train.update(ema_rate=0.9995, ema_rates=(0.999, 0.9998))
     config.sample.update(sample_steps=20, internal_scale=0.7, labels="balanced")
-    config.sample.update(features="classifier", fid_weights_path=weights.format(""))
+    config.sample.features = "classifier"
+    config.sample.fid_weights_path = "assets/emoji64_classifier.safetensors"
     return config

@@ -7,7 +7,6 @@ Draws a picture of its class for each held-out one. In low-pass pixels and confi
 held-out pictures: about 1 for new ones, 0 for copies. The grid: drawn, nearest in both, and so on.
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -61,8 +60,8 @@ def main(args):
         figures[space], nearest = measure(*rows)
         triples.append(images[2][nearest[shown]])
     utils.save_grid(args.out, torch.stack(triples, 1).flatten(0, 1), 3 * COLUMNS)
-    print(json.dumps(figures, indent=2))
     utils.write_json(args.output_path, figures | {"sampling": image_sampler.sampling_spec()})
+    print(Path(args.output_path).read_text())
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Write a folder for DiMPipeline.from_pretrained; how it samples by default, sample.py's flags say.
 
-    python scripts/export_diffusers.py --nnet_path=workdir/digits_T_flow/default/ckpts/1000.ckpt \\
-        --out=digits_pipeline
+    python scripts/export_diffusers.py --nnet_path=CHECKPOINT --out=digits_pipeline
 """
 
 import sys

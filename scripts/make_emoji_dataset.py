@@ -1,6 +1,6 @@
 """Make class folders of emoji on white, train/<group>-<set>/<code points>.png and held_out/ alike.
 
-    apt-get install fonts-noto-color-emoji unicode-data
+    apt-get install fonts-noto-color-emoji unicode-data libfribidi0
     python scripts/make_emoji_dataset.py --out=assets/emoji64 --sets=twemoji=DIR,fluent=DIR
 
 A family of variants, by skin, hair and gender, lies on one side in all sets. Beside the font, sets
@@ -59,7 +59,7 @@ def choose_variants(emoji, name):
 
 def read_set(source, emoji):
     """(emoji, code points, RGBA picture) of those that are a file of the folder `source`, whose
-    names may lack variation selectors, or one glyph of the font.
+    names may lack variation selectors, or one glyph of the font. KeyError: Pillow lacks raqm.
     """
     names = {text: "-".join(f"{ord(character):04x}" for character in text) for text in emoji}
     if Path(source).is_dir():
@@ -68,7 +68,6 @@ def read_set(source, emoji):
         yield from ((k, names[k], Image.open(x).convert("RGBA")) for k, x in found.items() if x)
         return
     font = ImageFont.truetype(source, FONT_SIZE)
-    # With a direction, Pillow refuses to do without raqm (libfribidi0), which joins emoji.
     for text in (text for text in emoji if font.getlength(text, direction="ltr") <= GLYPH[0]):
         picture = Image.new("RGBA", GLYPH)
         ImageDraw.Draw(picture).text((0, 0), text, font=font, embedded_color=True)
@@ -77,8 +76,7 @@ def read_set(source, emoji):
 
 def main(args):
     if missing := [path for path in (args.font, args.emoji_test) if not Path(path).exists()]:
-        packages = "fonts-noto-color-emoji unicode-data"
-        raise UserError(f"there is no {missing[0]}: apt-get install {packages}, or name the file")
+        raise UserError(f"no {missing[0]}: apt-get install fonts-noto-color-emoji unicode-data")
     groups, sets = read_groups(args.emoji_test), [f"noto={args.font}", *args.sets.split(",")]
     for name, _, source in (word.partition("=") for word in sets if word):
         families = choose_variants(groups, name)

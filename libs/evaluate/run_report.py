@@ -105,18 +105,17 @@ def write_report(directory):
     config = load_config(str(directory / "config.json"))
     about = utils.flatten(utils.read_json(directory / "environment.json"))
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    sections = {"Curves": "", "Samples": ""}
-    for section, title, said, picture in _list_pictures(lines, directory / "samples"):
-        caption = f"<figcaption>{title}<b>{said}</b></figcaption>"
-        sections[section] += f"<figure>{caption}{picture}</figure>"
+    step = max((line["step"] for line in lines), default=0)
+    bad = sum(line.get("outcome") in ("bad", "overflow") for line in lines)
+    said = f"Step {step:,} of {config.train.n_steps:,}; not finite: {bad}."
+    sections = {"Progress": said, "Curves": "", "Samples": ""}
+    for part, title, said, picture in _list_pictures(lines, directory / "samples"):
+        sections[part] += f"<figure><figcaption>{title}<b>{said}</b></figcaption>{picture}</figure>"
     sections["Evaluation"] = _show_results(sorted(directory.glob("evaluation*.json")))
     sections["To go on"] = _show_commands(directory, config)
     sections["Config"] = _show_config(config)
     sections["Environment"] = _make_table(["", ""], ((k, str(x)[:300]) for k, x in about.items()))
     body = [f'<h2>{k}</h2><div class="{k}">{x}</div>' for k, x in sections.items() if x]
-    step = max((line["step"] for line in lines), default=0)
-    bad = sum(line.get("outcome") in ("bad", "overflow") for line in lines)
-    body = [f"<p>Step {step:,} of {config.train.n_steps:,}; not finite: {bad}.</p>", *body]
     name, style = "/".join(directory.absolute().parts[-2:]), Path(__file__).with_suffix(".css")
     page = PAGE.format(name=escape(name), style=style.read_text(), body="\n".join(body))
     with utils.replacing(directory / "report.html") as temporary:
