@@ -3,7 +3,7 @@
     python scripts/make_emoji_dataset.py --out=assets/emoji64 --sets=...
     python train.py --config=configs/emoji64_flow.py
 
-Expected: 11 minutes of one H200. The run has not been made.
+Measured: 10,840 steps in 598 s of one H200 (bf16, torch 2.11): pretrained/README.md.
 """
 
 from configs import common
@@ -19,9 +19,9 @@ def get_config():
     config.nnet.patch_size = 4  # two CPU cores draw a picture four times as fast as with 2
     config.optimizer.lr = 0.001
     config.lr_scheduler.update(name="cosine", warmup_steps=200)
-    config.train.update(n_steps=13_000, batch_size=256, eval_interval=13_000, save_interval=13_000)
+    config.train.update(n_steps=10_840, batch_size=256, eval_interval=2710, save_interval=2710)
     config.train.update(mode="cond", mixed_precision="bf16", cuda_graphs=True, fid_samples=0)
-    config.train.update(ema_rate=0.9995, ema_rates=(0.999, 0.9998))
+    config.train.update(ema_rate=0.999, ema_rates=(0.9995,))
     config.sample.update(sample_steps=20, internal_scale=0.7, labels="balanced")
     config.sample.features = "classifier"
     config.sample.fid_weights_path = "assets/emoji64_classifier.safetensors"
