@@ -67,7 +67,6 @@ def make_config(args, n_steps):
     changes |= {
         "seed": args.seed, "dataset.path": args.data, "nnet.in_channels": 1, "nnet.num_classes": 10,
         "train.n_steps": n_steps, "train.eval_interval": never, "train.save_interval": never,
-        "train.ema_rate": 0.995,  # 0.999 leaves a third of the first weights after 1,000 steps
         "train.mixed_precision": "bf16" if DEVICE == "cuda" else "no", "sample.n_samples": args.n,
         "sample.mini_batch_size": min(args.n, 1000), "sample.fid_weights_path": args.features,
         "sample.sample_steps": args.steps, "sample.scale": args.scale,
