@@ -57,7 +57,7 @@ def draw_pictures(args, put, closed):
     """[x_0 as predicted by network call 1, ..., n, pictures], each (rows x n, C, H, W) uint8. After
     call i of n of each batch put((i, n, its x_0 of the batches so far)), unless closed.is_set().
     """
-    image_sampler, predicted = sample.open_sampler(args), {}
+    predicted = {}
 
     def on_step(i, n, t, x_0):
         if closed.is_set():
@@ -65,7 +65,8 @@ def draw_pictures(args, put, closed):
         predicted.setdefault(i, []).append(to_uint8(image_sampler.codec.decode(x_0)))
         put((i, n, torch.cat(predicted[i])))
 
-    pictures = to_uint8(draw_rows(image_sampler, args.classes, args.n, on_step))
+    with sample.open_sampler(args) as image_sampler:
+        pictures = to_uint8(draw_rows(image_sampler, args.classes, args.n, on_step))
     return [*map(torch.cat, predicted.values()), pictures]
 
 

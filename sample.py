@@ -60,7 +60,8 @@ def open_sampler(args):
 
 def main(args):
     utils.file_to_write(args.out, "--out")
-    images = draw_rows(open_sampler(args), args.classes, args.n)
+    with open_sampler(args) as image_sampler:
+        images = draw_rows(image_sampler, args.classes, args.n)
     utils.save_grid(args.out, images, args.n)
     print(f"wrote {args.out}: {len(images)} images, {args.n} a row")
 

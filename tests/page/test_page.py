@@ -5,6 +5,7 @@ import io
 import json
 import shlex
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import torch
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
+import app
+import sample
 from libs.evaluate import write_report
-from libs.runtime import MetricsLog, load_config
+from libs.runtime import MetricsLog, SamplingNetwork, load_config, parse_flags
 from utils import save_grid, write_run_files
 
 NAMES = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen", "<ibis>", "jay"]
@@ -175,6 +178,15 @@ def test_two_people_take_turns_and_one_cancels(visit):
     assert not (shown[0][:, None] == shown[1]).all((-2, -1)).any()
     first.get_by_label("Steps").fill("2")
     draw(first)
+
+
+def test_a_drawing_gives_its_memory_back(checkpoints, monkeypatch):
+    released = []
+    monkeypatch.setattr(SamplingNetwork, "release", lambda network: released.append(network))
+    words = app.write_words(checkpoints / "named.ckpt", [3], "dpm_solver", 1, 0, 2, 0, 0, 0, 1)
+    args = parse_flags(words, sample.FLAGS)
+    assert app.draw_pictures(args, print, threading.Event())[-1].shape == (1, 1, 8, 8)
+    assert len(released) == 1
 
 
 @pytest.mark.parametrize("media, scheme, width, ground", [
