@@ -12,10 +12,12 @@ import sample
 from libs.runtime import REQUIRED, file_path, read_class_names, run_main
 from pipeline import DiMPipeline
 
-FLAGS = sample.FLAGS | {"out": (file_path, REQUIRED, "the folder to write")}
+FLAGS = {k: x for k, x in sample.FLAGS.items() if k not in ("classes", "n", "seed")}
+FLAGS |= {"out": (file_path, REQUIRED, "the folder to write")}
 
 
 def main(args):
+    args.seed = 0  # nothing is drawn
     sampler = sample.open_sampler(args)
     names = dict(enumerate(read_class_names(args.nnet_path))) or None
     pipe = DiMPipeline.from_parts(args.config, sampler.model, sampler.codec, names)
