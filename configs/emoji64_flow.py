@@ -22,7 +22,7 @@ def get_config():
     config.train.update(n_steps=10_840, batch_size=256, eval_interval=2710, save_interval=2710)
     config.train.update(mode="cond", mixed_precision="bf16", cuda_graphs=True, fid_samples=0)
     config.train.update(ema_rate=0.999, ema_rates=(0.9995,))
-    config.sample.update(sample_steps=20, internal_scale=0.7, labels="balanced")
+    config.sample.update(sample_steps=20, internal_scale=0.7, labels="balanced", n_samples=7200)
     config.sample.features = "classifier"
     config.sample.fid_weights_path = "assets/emoji64_classifier.safetensors"
     return config
