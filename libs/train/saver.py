@@ -71,12 +71,13 @@ class Saver:
 
     def _copy(self, values):
         """`values`, nested, with copies of the device's tensors, complete once self.copied is; the
-        optimizer's next step waits for them. What was gathered lies on the host already.
+        optimizer's next step waits for them. What was gathered lies on the host already. So do the
+        counters of torch's unfused optimizers, which each step changes: they are copied, too.
         """
         self.memory.rewind()
 
         def place(x):
-            if x.device.type != self.kind:
+            if x.device.type != self.kind and x.dim():
                 return x
             return self.memory.take(x).copy_(x, non_blocking=True)
 
