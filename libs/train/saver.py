@@ -58,9 +58,10 @@ class Saver:
     def __init__(self, state, accelerator, directory, config):
         self.state, self.accelerator = state, accelerator
         self.directory, self.config = directory, config
-        self.kind = accelerator.device.type
-        self.stream = torch.cuda.Stream(accelerator.device) if self.kind == "cuda" else None
-        self.memory, self.copied = HostMemory(pinned=self.kind == "cuda"), None
+        self.device_type = accelerator.device.type
+        on_gpu = self.device_type == "cuda"
+        self.stream = torch.cuda.Stream(accelerator.device) if on_gpu else None
+        self.memory, self.copied = HostMemory(pinned=on_gpu), None
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def __enter__(self):
@@ -77,7 +78,7 @@ class Saver:
         self.memory.rewind()
 
         def place(x):
-            if x.device.type != self.kind and x.dim():
+            if x.device.type != self.device_type and x.dim():
                 return x
             return self.memory.take(x).copy_(x, non_blocking=True)
 
