@@ -32,7 +32,6 @@ from libs.model import DiM, load_into, split_weight, start_from, to_official
 from libs.parts import make_parts
 from libs.runtime import MetricsLog, StopRequest, flags, launch, read_batches
 from libs.train import checkpoint
-from libs.train.resume import find_best
 from utils import UserError, flatten, read_json, write_json
 
 # ---------------------------------------- files, folders and autoencoders
@@ -805,8 +804,8 @@ def test_the_checkpoint_with_the_best_fid_stays(tmp_path):
     lines = [(1, 9.0), (2, 3.0), (3, "NaN"), (4, 5.0)]
     metrics = [{"step": step, "frechet_distance": fid} for step, fid in lines] + [{"step": 5}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    best = find_best(tmp_path / "metrics.jsonl")
-    assert best == 2 and find_best(tmp_path / "absent.jsonl") is None
+    best = checkpoint.find_best(tmp_path / "metrics.jsonl")
+    assert best == 2 and checkpoint.find_best(tmp_path / "absent.jsonl") is None
     for step in range(1, 7):
         parts = dict(weights={}, training_state={}, config={}, keep_last=2, best=best)
         checkpoint.save(tmp_path / "ckpts", step, **parts)

@@ -1,6 +1,5 @@
 """What a run needs to go on as if it had never stopped."""
 
-import json
 import logging
 from collections import namedtuple
 from dataclasses import dataclass
@@ -30,14 +29,6 @@ class Progress:
 # Everything that changes in training; all of it is in a checkpoint. averages: as of make_averages;
 # the engine has the optimizer, the Precision the loss scaler.
 TrainState = namedtuple("TrainState", "network averages engine precision progress")
-
-
-def find_best(metrics):
-    """The step of the best FID in a metrics.jsonl; None without one."""
-    lines = metrics.read_text().splitlines() if metrics.exists() else ()
-    lines = (json.loads(line) for line in lines if "frechet_distance" in line)  # of 50,000, few
-    found = [(line["frechet_distance"], line["step"]) for line in lines]
-    return min((pair for pair in found if isinstance(pair[0], float)), default=(0, None))[1]
 
 
 def make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation):

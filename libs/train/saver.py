@@ -13,7 +13,6 @@ from accelerate.utils import recursively_apply
 from libs.runtime import wait_without_timeout
 from libs.train import checkpoint
 from libs.train.engine import ZeroEngine
-from libs.train.resume import find_best
 
 log = logging.getLogger("dim")
 
@@ -115,7 +114,7 @@ class Saver:
         if isinstance(engine, ZeroEngine):
             self.accelerator.wait_for_everyone()  # each has written its part
         if self.accelerator.is_main_process:
-            best = find_best(self.directory.parent / "metrics.jsonl")
+            best = checkpoint.find_best(self.directory.parent / "metrics.jsonl")
             parts = self._copy(dict(weights=weights, training_state=training_state))
             keep_last, config = self.config.train.keep_last, self.config.to_dict()
             parts |= dict(config=config, keep_last=keep_last, best=best)
