@@ -803,6 +803,7 @@ def test_a_class_more_at_resume_is_refused_and_splits_are_warned_of(tmp_path, in
 def test_the_checkpoint_with_the_best_fid_stays(tmp_path):
     lines = [(1, 9.0), (2, 3.0), (3, "NaN"), (4, 5.0)]
     metrics = [{"step": step, "frechet_distance": fid} for step, fid in lines] + [{"step": 5}]
+    metrics += [{"step": 6, "real_halves.frechet_distance": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     best = checkpoint.find_best(tmp_path / "metrics.jsonl")
     assert best == 2 and checkpoint.find_best(tmp_path / "absent.jsonl") is None

@@ -85,7 +85,7 @@ def save(directory, step, *, weights, training_state, config, keep_last, best=No
 def find_best(metrics):
     """The step of the best FID in a metrics.jsonl; None without one."""
     lines = metrics.read_text().splitlines() if metrics.exists() else ()
-    lines = (json.loads(line) for line in lines if "frechet_distance" in line)  # of 50,000, few
+    lines = (json.loads(line) for line in lines if '"frechet_distance"' in line)  # of 50,000, few
     found = [(line["frechet_distance"], line["step"]) for line in lines]
     return min((pair for pair in found if isinstance(pair[0], float)), default=(0, None))[1]
 
