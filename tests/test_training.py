@@ -3,6 +3,7 @@ makes at intervals.
 """
 
 import re
+import signal
 import types
 
 import pytest
@@ -273,6 +274,33 @@ def test_settings_of_the_optimizer_are_the_config_s(tmp_path):
     (group,) = state["param_groups"]
     assert group["weight_decay"] == 0.5 and tuple(group["betas"]) == (0, 0.5)
     assert state["state"]["head.weight"]["step"] == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# Stops
+
+
+class Stopping(PixelCodec):
+    """In a run's call number `last` comes a SIGTERM, and its z is multiplied by `factor`."""
+
+    def __init__(self, last, factor=1.0):
+        self.left, self.factor = last, factor
+
+    def encode(self, x, noise=None):
+        self.left -= 1
+        if self.left:
+            return x
+        signal.raise_signal(signal.SIGTERM)
+        return self.factor * x
+
+
+def test_a_run_with_more_steps_than_the_config_has_ended_well(tmp_path):
+    """Else a scheduler starts it again."""
+    with pytest.raises(SystemExit, match="143"):
+        train(tmp_path, make_config(), codec=Stopping(2))
+    train(tmp_path, make_config(train__n_steps=1))
+    said = (tmp_path / "output.log").read_text()
+    assert said.index("stopped at step 2") < said.index("finished 2 steps")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=la
             saver.finish()
             snapshots.write_figures(wait=True)
             step_log.bar.close()
-        finished = progress.step == settings.n_steps and not stop.requested
+        finished = progress.step >= settings.n_steps and not stop.requested
         said = "finished %d steps" if finished else "stopped at step %d; the same command goes on"
         log.info(said, progress.step)
         if accelerator.is_main_process:
