@@ -303,6 +303,22 @@ def test_a_run_with_more_steps_than_the_config_has_ended_well(tmp_path):
     assert said.index("stopped at step 2") < said.index("finished 2 steps")
 
 
+def test_a_save_at_a_stop_keeps_the_best_checkpoint_whose_fid_is_being_computed(
+    tmp_path, monkeypatch
+):
+    figures = types.SimpleNamespace(done=lambda: False, result=lambda: {"frechet_distance": 1.0})
+
+    def measure_fid(self, step):
+        self.pending = step, figures
+
+    monkeypatch.setattr(snapshots.Snapshots, "measure_fid", measure_fid)
+    monkeypatch.setattr(snapshots.Snapshots, "prepare_fid", lambda self: None)
+    config = make_config(train__save_interval=2, train__keep_last=1, train__fid_samples=4)
+    with pytest.raises(SystemExit, match="143"):
+        train(tmp_path, config, codec=Stopping(3))
+    assert {path.name for path in (tmp_path / "ckpts").iterdir()} == {"2.ckpt", "3.ckpt"}
+
+
 # ---------------------------------------------------------------------------------------------
 # What a run writes
 

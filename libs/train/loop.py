@@ -181,7 +181,7 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=la
                 if outcome in ("overflow", "bad"):
                     report_bad_step(outcome, progress, stats, settings.max_bad_steps)
                 due = snapshots.due(progress.step) if outcome == "ok" else ()
-                snapshots.write_figures(wait="save" in due)  # which keeps the best FID's
+                snapshots.write_figures(wait=stopping or "save" in due)  # a save keeps the best
                 saver.check()
                 if stopping or "save" in due:
                     saver.save()
