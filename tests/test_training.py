@@ -337,6 +337,12 @@ def test_the_log_has_classes_and_a_run_goes_on_with_the_same_alone(tmp_path):
         train(run, config, dataset=snapshots.open_dataset(config))
 
 
+def test_a_run_directory_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot make the directory .*file/run: Not a directory"):
+        train(tmp_path / "file" / "run", make_config())
+
+
 def test_published_weights_among_a_run_s_checkpoints_are_not_touched(tmp_path):
     """As the evaluation's command has them."""
     published = tmp_path / "ckpts" / "4.ckpt" / "nnet_ema.pth"

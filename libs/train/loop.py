@@ -33,7 +33,7 @@ STOPPED = 143  # exit status after SIGTERM or Ctrl-C, which save first: 128 + 15
 @contextlib.contextmanager
 def open_run(directory, accelerator):
     """The run directory, locked, and its log; yields the StopRequest."""
-    directory.mkdir(parents=True, exist_ok=True)
+    utils.make_directory(directory)
     main = accelerator.is_main_process
     with utils.RunLock(directory) if main else contextlib.nullcontext(), StopRequest() as stop:
         get_logger(directory, accelerator.process_index)
