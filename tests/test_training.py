@@ -319,6 +319,15 @@ def test_a_save_at_a_stop_keeps_the_best_checkpoint_whose_fid_is_being_computed(
     assert {path.name for path in (tmp_path / "ckpts").iterdir()} == {"2.ckpt", "3.ckpt"}
 
 
+def test_a_run_that_stopped_before_its_first_step_owes_no_pictures(tmp_path):
+    config = make_config(train__n_steps=1, train__grid_samples=20)
+    with pytest.raises(SystemExit, match="143"):
+        train(tmp_path, config, codec=Stopping(1, factor=float("nan")))
+    assert (tmp_path / "ckpts" / "0.ckpt").is_dir()
+    train(tmp_path, config)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["1.png"]
+
+
 # ---------------------------------------------------------------------------------------------
 # What a run writes
 

@@ -166,7 +166,7 @@ def train(config, directory, *, model, process, codec, dataset, start_weights=la
             snapshots = Snapshots(
                 config, directory, accelerator, state, process, codec, metrics_log, stop
             )
-            if found:
+            if progress.step:  # at 0 nothing is due: the network is untrained
                 snapshots.make(snapshots.missing(progress.step), progress.step)
             step_log, stopping = StepLog(metrics_log, settings, progress.step), False
             while progress.step < settings.n_steps and not stopping:
