@@ -90,7 +90,7 @@ def test_terms_are_added_by_weight_and_may_ask_for_hidden_activations(monkeypatc
         return objective(network, torch.ones(4, 1, 8, 8), torch.arange(4), make_draws())
 
     draws, process = make_draws(), VPSDE()
-    z_t = process.mix(torch.ones(4, 1, 8, 8), draws.eps, draws.time)
+    z_t = process.mix(torch.ones(4, 1, 8, 8), draws.eps, draws.u_time)
     mse = (0.5 * z_t - draws.eps).square().flatten(1).mean(1)
     inner = 4 * z_t.square().flatten(1).mean(1) + 5 * z_t.flatten(1).mean(1) * torch.arange(4)
     torch.testing.assert_close(loss(mse=1.0), mse, rtol=0, atol=0)
@@ -108,7 +108,7 @@ def test_labels_are_dropped_as_the_draws_say():
         given = []
         objective(
             lambda x, t, y: given.append(y) or x, torch.ones(4, 1, 8, 8), torch.arange(4),
-            make_draws()._replace(label=torch.tensor([0.05, 0.5, 0.0, 0.1])),
+            make_draws()._replace(u_label=torch.tensor([0.05, 0.5, 0.0, 0.1])),
         )  # fmt: skip
         return given[0]
 

@@ -18,10 +18,10 @@ LOSSES = {}  # name, chosen by config.loss.<name> -> (f(output, target, hidden, 
 # set's x; features (B, N, D), tokens that an image network makes of the clean images, or None.
 Batch = namedtuple("Batch", "z eps z_t t y x features")
 
-# The random numbers of a global batch, or of some of its rows (B); all float32. time, label (B,)
-# and drop_path (B, depth) are uniform in [0, 1); eps (B, C, H, W) and latent, of the same shape or
-# None, are standard normal. route: (B, h/2, w/2) int64, 0 to 3, as DiM takes it, or None.
-Draws = namedtuple("Draws", "time label drop_path eps latent route", defaults=(None,))
+# The random numbers of a global batch, or of some of its rows (B); all float32. u_time, u_label
+# (B,) and u_drop_path (B, depth) are uniform in [0, 1); eps (B, C, H, W) and codec_eps, of the same
+# shape or None, are standard normal. route: (B, h/2, w/2) int64, 0 to 3, as DiM takes it, or None.
+Draws = namedtuple("Draws", "u_time u_label u_drop_path eps codec_eps route", defaults=(None,))
 
 
 def loss_term(name, hidden=()):
@@ -84,11 +84,11 @@ def make_draws(seed, batch, *, size, shape, depth, encoding, device, routing=(0,
     rng = torch.Generator(device).manual_seed(utils.derive_seed("training", seed, batch))
     uniform = torch.rand(size, 2 + depth, generator=rng, device=device)
     eps = torch.randn(size, *shape, generator=rng, device=device)
-    latent = torch.randn(size, *shape, generator=rng, device=device) if encoding else None
+    codec_eps = torch.randn(size, *shape, generator=rng, device=device) if encoding else None
     until, *groups = routing
     routed = batch < until
     route = torch.randint(4, (size, *groups), generator=rng, device=device) if routed else None
-    return Draws(uniform[:, 0], uniform[:, 1], uniform[:, 2:], eps, latent, route)
+    return Draws(uniform[:, 0], uniform[:, 1], uniform[:, 2:], eps, codec_eps, route)
 
 
 class Objective:
@@ -114,12 +114,12 @@ class Objective:
         them, with Draws of these rows.
         """
         features = self.tokens(0.5 * x + 0.5) if self.tokens else features
-        dropped = draws.label < (self.p_uncond or 0.0)
+        dropped = draws.u_label < (self.p_uncond or 0.0)
         y = None if self.p_uncond is None else torch.where(dropped, self.null_label, y)
-        z, eps = self.codec.encode(x, draws.latent), draws.eps
-        t = self.process.train_time(draws.time)
+        z, eps = self.codec.encode(x, draws.codec_eps), draws.eps
+        t = self.process.train_time(draws.u_time)
         z_t = self.process.mix(z, eps, t)
-        options = {"drop_path_draw": draws.drop_path} if draws.drop_path.shape[1] else {}
+        options = {"drop_path_draw": draws.u_drop_path} if draws.u_drop_path.shape[1] else {}
         options |= {"hidden": self.hidden} if self.hidden else {}
         options |= {} if draws.route is None else {"route": draws.route}
         z_in = make_input(self.process, z_t, t)

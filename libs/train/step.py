@@ -48,7 +48,7 @@ def take_step(accelerator, state, objective, batches, draws, accumulation, lr, s
         group["lr"] = lr
     engine.optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=accelerator.device)
-    size = len(draws.time) // (accelerator.num_processes * accumulation)
+    size = len(draws.u_time) // (accelerator.num_processes * accumulation)
     for m in range(accumulation):
         start = (m * accelerator.num_processes + accelerator.process_index) * size
         rows = Draws(*(draw if draw is None else draw[start : start + size] for draw in draws))
