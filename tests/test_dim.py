@@ -167,10 +167,10 @@ def test_hidden_tokens_are_those_after_a_block():
     outputs = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
-    out, hidden = model(x, t, y, hidden=(1, 4))
-    assert torch.equal(out, model(x, t, y)) and hidden.keys() == {1, 4}
-    assert hidden[1].shape == (3, 2 + 3 + 7 * 7, 16)
-    assert all(torch.equal(tokens, outputs[k]) for k, tokens in hidden.items())
+    out, inner = model(x, t, y, hidden=(1, 4))
+    assert torch.equal(out, model(x, t, y)) and inner.keys() == {1, 4}
+    assert inner[1].shape == (3, 2 + 3 + 7 * 7, 16)
+    assert all(torch.equal(tokens, outputs[k]) for k, tokens in inner.items())
 
 
 @torch.no_grad()
@@ -204,8 +204,8 @@ def test_attention_in_place_of_mamba():
     torch.manual_seed(0)
     model = DiM(**TINY, mixer=dict(name="attention", heads=4), num_pad_tokens=1)
     x, t, y = inputs()
-    out, hidden = model(x, t, y, hidden=(0,))
-    assert hidden[0].shape == (3, 2 + 1 + 5 * 5, 16)
+    out, inner = model(x, t, y, hidden=(0,))
+    assert inner[0].shape == (3, 2 + 1 + 5 * 5, 16)
     out.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     state = to_official(model)
@@ -218,13 +218,13 @@ def test_without_padding_the_sequence_is_time_label_and_image(layout):
     torch.manual_seed(0)
     model, (x, t, y) = DiM(**TINY, num_pad_tokens=0, pad_layout=layout), inputs()
     torch.nn.init.normal_(model.pos_embed)
-    out, hidden = model(x, t, y, hidden=(0,))
+    out, inner = model(x, t, y, hidden=(0,))
     image = model.patch_embed(x) + model.pos_embed[:, 2:].mT.unflatten(2, (4, 4))
     image = model.first_smoother(image).flatten(2).mT
     extra = torch.stack([sinusoidal_embedding(t, 16), model.label_embed(y)], 1)
     tokens = torch.cat([extra + model.pos_embed[:, :2], image], 1)
     expected = model.blocks[0](tokens, model.modulation(t, y), None)
-    torch.testing.assert_close(hidden[0], expected)
+    torch.testing.assert_close(inner[0], expected)
     out.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

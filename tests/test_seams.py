@@ -98,8 +98,8 @@ class Mean(nn.Module):
         return self.up(self.down(x).mean(1, keepdim=True)).expand_as(x)
 
 
-def small_tokens(output, target, hidden, batch):
-    return (1 - batch.t) * hidden[2].float().square().mean((1, 2))
+def small_tokens(output, target, inner, batch):
+    return (1 - batch.t) * inner[2].float().square().mean((1, 2))
 
 
 def sgd(network, settings):

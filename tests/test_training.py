@@ -75,9 +75,9 @@ def test_terms_are_added_by_weight_and_may_ask_for_hidden_activations(monkeypatc
     monkeypatch.setattr(losses, "LOSSES", dict(losses.LOSSES))
 
     @losses.loss_term("size", hidden=(2, 5))
-    def size(output, target, hidden, batch):
-        assert set(hidden) == {2, 5} and batch.z.shape == output.shape == target.shape
-        return hidden[2].square().mean((1, 2)) + hidden[5].mean((1, 2)) * batch.y
+    def size(output, target, inner, batch):
+        assert set(inner) == {2, 5} and batch.z.shape == output.shape == target.shape
+        return inner[2].square().mean((1, 2)) + inner[5].mean((1, 2)) * batch.y
 
     def network(x, t, y, hidden=()):
         tokens = {block: block * x.flatten(2).mT for block in hidden}

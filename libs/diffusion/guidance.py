@@ -30,8 +30,8 @@ def at_process_time(network, process):
 
 
 def internal(predict, settings):
-    """`predict` with out + internal_scale * (out - inner) within internal_interval, ends included;
-    inner is the output of the head `internal`, a weaker model (arXiv 2512.24176, eq. 6).
+    """`predict` with out + internal_scale * (out - weak) within internal_interval, ends included;
+    weak is the output of the head `internal`, a weaker model (arXiv 2512.24176, eq. 6).
     """
     scale, interval = settings.get("internal_scale"), settings.get("internal_interval")
     lo, hi = interval or (0.0, 1.0)
@@ -39,9 +39,9 @@ def internal(predict, settings):
     def corrected(x, t, y, hidden=()):
         if not scale or t < lo or t > hi:
             return predict(x, t, y, hidden=hidden)
-        out, found = predict(x, t, y, hidden=(*hidden, "internal"))
-        out = out + scale * (out - found["internal"])
-        return (out, found) if hidden else out
+        out, inner = predict(x, t, y, hidden=(*hidden, "internal"))
+        out = out + scale * (out - inner["internal"])
+        return (out, inner) if hidden else out
 
     return corrected
 

@@ -16,8 +16,8 @@ def reuse_inner(network, every, last):
         shape = x.shape
         if calls % every:
             return network(x, t, y, reused=tokens, **({"hidden": hidden} if hidden else {}))
-        out, found = network(x, t, y, hidden=(*hidden, last))
-        tokens = found.pop(last)
-        return (out, found) if hidden else out
+        out, inner = network(x, t, y, hidden=(*hidden, last))
+        tokens = inner.pop(last)
+        return (out, inner) if hidden else out
 
     return call

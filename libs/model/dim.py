@@ -144,12 +144,12 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         scales = self.drop_path_scales(tokens, drop_path_draw)
         blocks = {k: self.heads[k].block if isinstance(k, str) else k for k in hidden}
         arguments = tokens, t, modulation, (h, w), scales, blocks.values(), route, reused
-        tokens, found = self.run_blocks(*arguments)
+        tokens, by_block = self.run_blocks(*arguments)
         image = self.smooth(self.last_smoother, self.crop(tokens, (h, w)))        # (B, h, w, dim)
         condition = F.silu(time + label)                                          # (B, dim)
         own = self.norm_out, self.head_modulation, self.head, self.patch_size
         out = layers.predict_image(image, condition, *own)                        # (B, C, H, W)
-        inner = {k: found[block] for k, block in blocks.items()}
+        inner = {k: by_block[block] for k, block in blocks.items()}
         for name in (name for name in self.heads if name in inner):
             inner[name] = self.heads[name](self.crop(inner[name], (h, w)), condition)
         return (out, inner) if hidden else out
@@ -201,7 +201,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         grids = (route.shape[1:] if k in routed else grid for k in range(self.depth))
         walks = zip(self.patterns, grids, strict=True)
         orders = [sequence_order(p, *sides, self.pad, front, x.device) for p, sides in walks]
-        skips, found, dense = LongSkips(), {}, None
+        skips, inner, dense = LongSkips(), {}, None
         if self.skip_tuning or self.freeu:
             skips = TunedSkips(self.num_skips, t, self.skip_tuning, self.freeu)
         last = self.depth - self.reuse_from
@@ -224,5 +224,5 @@ class DiM(nn.Module, PyTorchModelHubMixin):
             if k in routed[-1:]:
                 x, dense = routing.restore(x, dense, index), None
             if k in hidden:
-                found[k] = x if dense is None else routing.restore(x, dense, index)
-        return x, found
+                inner[k] = x if dense is None else routing.restore(x, dense, index)
+        return x, inner

@@ -31,7 +31,7 @@ class OutputHead(nn.Module):
         return predict_image(image, condition, *parts, self.patch_size)
 
 
-# kind of a Projector -> (side of the kernels, channels of the hidden layers)
+# kind of a Projector -> (side of the kernels, channels between the layers)
 PROJECTORS = {"repa": (1, (2048, 2048)), "irepa": (3, ())}
 
 
@@ -44,8 +44,8 @@ class Projector(nn.Module):
 
     def __init__(self, model, *, feature_dim, block=8, kind="repa", features=None, path=None):
         super().__init__()
-        kernel, hidden = look_up(PROJECTORS, kind, "loss.repa.kind")
-        dims, self.block, layers = (model.dim, *hidden, feature_dim), block, []
+        kernel, widths = look_up(PROJECTORS, kind, "loss.repa.kind")
+        dims, self.block, layers = (model.dim, *widths, feature_dim), block, []
         for sides in itertools.pairwise(dims):
             layers += [nn.SiLU(), nn.Conv2d(*sides, kernel, padding="same")]
         self.layers = nn.Sequential(*layers[1:])

@@ -11,7 +11,7 @@ from libs.model import split_weight
 from sde import make_input
 from utils import look_up
 
-LOSSES = {}  # name, chosen by config.loss.<name> -> (f(output, target, hidden, batch), its hidden)
+LOSSES = {}  # name, chosen by config.loss.<name> -> (f(output, target, inner, batch), its hidden)
 
 # What a loss term may ask of a micro-batch: clean z, noise eps and their mixture z_t, each
 # (B, C, H, W); process times t (B,); labels y (B,), dropped ones the null class, or None; the data
@@ -25,11 +25,11 @@ Draws = namedtuple("Draws", "u_time u_label u_drop_path eps codec_eps route", de
 
 
 def loss_term(name, hidden=()):
-    """Decorator: f(output, target, hidden, batch) -> (B,) float32 becomes config.loss.<name>; f and
+    """Decorator: f(output, target, inner, batch) -> (B,) float32 becomes config.loss.<name>; f and
     a head of that name take the keywords that stand there beside the weight.
 
-    output, target (B, C, H, W): of the network and of the process; hidden: of those that the
-    decorator names, block -> tokens (B, L, D) and head -> its output; batch: a Batch.
+    output, target (B, C, H, W): of the network and of the process; inner: of the blocks and heads
+    `hidden`, block -> tokens (B, L, D) and head -> its output; batch: a Batch.
     """
 
     def enter(function):
@@ -40,13 +40,13 @@ def loss_term(name, hidden=()):
 
 
 @loss_term("mse")
-def mse(output, target, hidden, batch):
+def mse(output, target, inner, batch):
     """Squared error averaged over C, H, W, in float32 (Ho et al., arXiv 2006.11239, eq. 14)."""
     return (output.float() - target.float()).square().flatten(1).mean(1)
 
 
 @loss_term("direction")
-def direction(output, target, hidden, batch):
+def direction(output, target, inner, batch):
     """1 - cos(output, target) over the channels, averaged over H, W (arXiv 2501.01423); over C, H,
     W of one channel, where a pixel's cosine is a sign without a gradient.
     """
@@ -56,18 +56,18 @@ def direction(output, target, hidden, batch):
 
 
 @loss_term("internal", hidden=("internal",))
-def internal(output, target, hidden, batch, **of_the_head):
+def internal(output, target, inner, batch, **of_the_head):
     """The squared error of the head `internal` (arXiv 2512.24176)."""
-    return mse(hidden["internal"], target, hidden, batch)
+    return mse(inner["internal"], target, inner, batch)
 
 
 @loss_term("repa", hidden=("repa",))
-def repa(output, target, hidden, batch, kind="repa", **of_the_head):
+def repa(output, target, inner, batch, kind="repa", **of_the_head):
     """Minus the cosine of projected tokens and features, averaged over the tokens (REPA, arXiv
     2410.06940, equation 8). kind 'irepa' standardises each feature over the tokens of an image.
     Features, whose grid is square, are resized to the tokens', bilinear with antialiasing.
     """
-    tokens, features = hidden["repa"].float(), batch.features.float()  # (B, h, w, D), (B, N, D)
+    tokens, features = inner["repa"].float(), batch.features.float()  # (B, h, w, D), (B, N, D)
     if kind == "irepa":
         std, mean = torch.std_mean(features, 1, keepdim=True)
         features = (features - mean) / (std + 1e-6)
@@ -124,7 +124,7 @@ class Objective:
         options |= {} if draws.route is None else {"route": draws.route}
         z_in = make_input(self.process, z_t, t)
         output = model(z_in, self.process.model_time(t), y, **options)
-        output, hidden = output if self.hidden else (output, {})
+        output, inner = output if self.hidden else (output, {})
         target = self.process.target(self.pred, z, eps, t)
         batch = Batch(z, eps, z_t, t, y, x, features)
-        return sum(weight * term(output, target, hidden, batch) for weight, term in self.terms)
+        return sum(weight * term(output, target, inner, batch) for weight, term in self.terms)
