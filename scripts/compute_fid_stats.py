@@ -38,8 +38,7 @@ def main(args):
     given = dict(metrics=choose_metrics(args.metrics, "--metrics"), dinov2_path=args.dinov2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     extractors = Extractors(args.features, args.weights, device, **given)
-    classify = extractors.classify
-    given = dict(path=args.path, resolution=args.resolution, labels=bool(classify))
+    given = dict(path=args.path, resolution=args.resolution, labels=bool(extractors.classify))
     dataset = get_dataset(args.dataset, **given)
     print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")
     count, kept = len(dataset), min(args.kept_features, len(dataset))
@@ -47,14 +46,15 @@ def main(args):
     stored[[i * count // kept for i in range(kept)]] = True  # of a folder, each class has its share
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
     batches = extract_features(dataset, range(count), extractors, **loading)
-    statistics, agreeing = Statistics(extractors), 0
+    statistics, known = Statistics(extractors), []
     parts = tqdm(stored.split(args.batch_size))
-    for (found, pixels, labels), chosen in zip(batches, parts, strict=True):
+    for (found, correct), chosen in zip(batches, parts, strict=True):
         statistics.update(found, chosen)
-        agreeing += (classify(pixels).cpu() == labels).sum().item() if classify else 0
+        known.append(correct)
     images = f"{args.dataset}, {count} images; {dataset.preprocessing}; 8 bit"
     record = {"count": count, "resolution": args.resolution, "preprocessing": images}
-    record |= {"class_agreement": agreeing / count} if classify else {}
+    if dataset.num_classes:
+        record["class_agreement"] = torch.cat(known).double().mean().item()
     statistics.save(args.out, **record)
     print(f"wrote {args.out}: {extractors.name}, {record}")
 

@@ -423,8 +423,8 @@ class FirstPixels:
     def __call__(self, images):
         return images[:, 0, 4, :2]
 
-    def classify(self, images):
-        return torch.zeros(len(images), dtype=torch.int64)
+    def classify(self, features):
+        return torch.zeros(len(features), dtype=torch.int64)
 
 
 @pytest.mark.parametrize("mode", ["cond", "uncond"])

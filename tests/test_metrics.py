@@ -222,7 +222,7 @@ def test_classifier_features_are_those_of_its_tensors(tmp_path):
     torch.testing.assert_close(tokens, x.permute(0, 2, 3, 1).flatten(1, 2), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(features(images), x.mean((2, 3)), rtol=1e-5, atol=1e-5)
     logits = x.mean((2, 3)) @ tensors["h.weight"].T + tensors["h.bias"]
-    assert torch.equal(features.classify(images), logits.argmax(1)) and x.std() > 0.01
+    assert torch.equal(features.classify(features(images)), logits.argmax(1)) and x.std() > 0.01
     del tensors["h.bias"]
     save_file(tensors, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="b.safetensors is .* no file of scripts/train_classifier"):
@@ -302,7 +302,7 @@ def test_a_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
     images, held_out_images, _, held_out_labels = script.load_split(digits, 0)
     assert len(held_out_images) == 360 and len(images) == 1437
     assert set(torch.bincount(held_out_labels).tolist()) <= {34, 35, 36, 37}  # stratified
-    found = features.classify(held_out_images / 2 + 0.5)
+    found = features.classify(features(held_out_images / 2 + 0.5))
     accuracy = (found == held_out_labels).double().mean().item()
     assert accuracy >= 0.98
 
@@ -338,7 +338,7 @@ def test_compute_fid_stats_command(digits_classifier, tmp_path):
     np.testing.assert_allclose(found.sigma, np.cov(values.T), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found.features, values, rtol=1e-4, atol=1e-4)  # all of them
     assert found.source["origin"][:4] == "ours" and found.source["count"] == 1797
-    right = features.classify(images).numpy() == digits.labels
+    right = features.classify(features(images)).numpy() == digits.labels
     assert found.source["class_agreement"] == right.mean() > 0.95
     with np.load(path) as file:
         assert "1797 images" in str(file["preprocessing"])

@@ -74,9 +74,9 @@ class ClassifierFeatures:
         """images float32 (B, C, H, W) in [0, 1] -> float32 (B, H/4 W/4, 128), in raster order."""
         return self._map(images).flatten(2).mT
 
-    def classify(self, images):
-        """images float32 (B, C, H, W) in [0, 1] -> int64 (B,), the most likely class."""
-        return self.network.h(self(images)).argmax(1)
+    def classify(self, features):
+        """features float32 (B, 128) -> int64 (B,), the most likely class."""
+        return self.network.h(features).argmax(1)
 
 
 class DigitsClassifierFeatures(ClassifierFeatures):
@@ -136,7 +136,7 @@ class Dinov2Features:
 
 
 # name -> class(path or None, device) with `name`, `dim`, a call images (B, C, H, W) in [0, 1] ->
-# (B, dim) and, if it has them, `classify`: images -> labels (B,); `tokens`: images -> (B, N, dim);
+# (B, dim) and, if it has them, `classify`: (B, dim) -> labels; `tokens`: images -> (B, N, dim);
 # `kinds` {name: width} and `extract`: images -> {name: (B, width)}, the call's among them.
 FEATURES = {"inception": InceptionFeatures, "inception_tf": TensorFlowInceptionFeatures}
 FEATURES |= {"digits_classifier": DigitsClassifierFeatures, "classifier": ClassifierFeatures}
@@ -214,11 +214,13 @@ def to_images(pixels, device="cpu"):
 
 
 def extract_features(dataset, indices, extractors, *, batch_size=BATCH, num_workers=0):
-    """For each batch of the images `indices` of a data set: {kind: features (B, width)}, images
-    (B, C, H, W) as 8-bit files hold them, and labels (B,), all on the CPU.
+    """For each batch of the images `indices` of a data set, in 8 bits, on the CPU: {kind: features
+    (B, width)}, and bool (B,), which images are classified as their labels, or None.
     """
+    classify = extractors.classify if dataset.num_classes else None
     order = dict(batch_size=batch_size, sampler=[(0, index) for index in indices])
     rng = torch.Generator()  # a DataLoader draws; not from the training's stream
     for x, y in read_batches(dataset, num_workers=num_workers, generator=rng, **order):
-        images = round_to_8_bit(x * 0.5 + 0.5)
-        yield {kind: rows.cpu() for kind, rows in extractors(images).items()}, images, y
+        found = extractors(round_to_8_bit(x * 0.5 + 0.5))
+        correct = classify and classify(found["features"]).cpu() == y
+        yield {kind: rows.cpu() for kind, rows in found.items()}, correct

@@ -176,10 +176,10 @@ def iter_features(source, extractors, batches, *, quiet, stop=lambda: False):
         for indices in batches:
             if stop():
                 return
-            images, correct = round_to_8_bit(next(made)), None
-            if classify:
-                correct = classify(images) == source.get_labels(indices).to(images.device)
-            yield indices, images, extractors(images) if extractors else {}, correct
+            images = round_to_8_bit(next(made))
+            found = extractors(images) if extractors else {}
+            correct = classify and classify(found["features"]).cpu() == source.get_labels(indices)
+            yield indices, images, found, correct
             bar.update(len(indices))
 
 

@@ -126,13 +126,11 @@ def load_real(settings, extractors, dataset, *, metrics, side, device):
             f"the images of the data set {settings.name} are {dataset.shape[-1]} pixels wide, but "
             f"the generated images {side}: give dataset.resolution or dataset.fid_stats that fit"
         )
-    classify, parts, agreeing = extractors.classify if dataset.num_classes else None, [], 0
-    for found, images, labels in extract_features(dataset, range(len(dataset)), extractors):
-        parts.append(found)
-        if classify:
-            agreeing += (classify(images).cpu() == labels).sum().item()
+    measured = extract_features(dataset, range(len(dataset)), extractors)
+    parts, correct = zip(*measured, strict=True)
+    agreement = None if correct[0] is None else torch.cat(correct).double().mean().item()
     identity = {"dataset": settings.name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
     source = {"file": None, "count": len(dataset), "origin": "measured here", "images": identity}
-    more = dict(agreement=agreeing / len(dataset) if classify else None, source=source)
+    more = dict(agreement=agreement, source=source)
     rows = {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in kinds}
     return {kind: make_feature_set(rows[kind], device, **more) for kind in kinds}
