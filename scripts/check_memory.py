@@ -34,8 +34,9 @@ def measure(drawn, held_out, train):
     found = {"drawn": own.median().item(), "held_out": others.median().item()}
     found["ratio"] = found["drawn"] / found["held_out"]
     sets = [evaluate.make_feature_set(rows.numpy(), "cpu") for rows in (drawn, held_out, train)]
-    for name, (i, j) in {"kid": (0, 1), "kid_to_train": (0, 2), "kid_of_train": (2, 1)}.items():
-        found[name] = evaluate.METRICS["kid"](sets[i], sets[j])["mean"]
+    for name, pair in {"kid": (0, 1), "kid_to_train": (0, 2), "kid_of_train": (2, 1)}.items():
+        sides = [{"features": sets[k]} for k in pair]
+        found[name] = evaluate.compute_metrics(*sides, ["kid"])["kid"]["mean"]
     return found, nearest
 
 

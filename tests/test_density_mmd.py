@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
 from libs.evaluate import metrics
-from libs.evaluate.metrics import density_coverage, maximum_mean_discrepancy
+from libs.evaluate.metrics import FeatureSet, density_coverage, maximum_mean_discrepancy
+
+
+def sets_of(*arrays):
+    return [FeatureSet(torch.zeros(()), None, rows) for rows in arrays]
 
 
 def brute_force(real, generated, k):
@@ -30,7 +35,7 @@ def test_density_and_coverage_against_brute_force(block, offset, k):
     generated = (random.normal(size=(45, 6)) * 1.1 + 0.5 + offset).astype(np.float32)
     expected = brute_force(real, generated, k)
     assert all(0.1 < share < 0.95 for share in expected), "a test of something"
-    found = density_coverage(real, generated, k=k)
+    found = density_coverage(*sets_of(generated, real), k=k)
     assert (found["density"], found["coverage"]) == pytest.approx(expected, rel=1e-12)
     assert (found["real"], found["generated"], found["k"]) == (70, 45, k)
 
@@ -41,7 +46,7 @@ def column(*values):
 
 def test_density_and_coverage_on_a_line():
     """By hand. Real 0..9, k 1: open balls of radius 1, so that edges are outside."""
-    found = density_coverage(column(*range(10)), column(-0.5, 3, 3.5, 10, 20), k=1)
+    found = density_coverage(*sets_of(column(-0.5, 3, 3.5, 10, 20), column(*range(10))), k=1)
     # -0.5 is in the ball of 0, 3 in that of 3, 3.5 in those of 3 and 4, 10 and 20 in none.
     assert (found["density"], found["coverage"]) == (4 / 5, 3 / 10)
 
@@ -56,6 +61,6 @@ def test_mmd_is_cmmds_definition(block):
         return np.exp(-(((a[:, None] - b) ** 2).sum(2)) / 200).mean()
 
     expected = 1000 * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
-    found = maximum_mean_discrepancy(*(rows.astype(np.float32) for rows in sets))
+    found = maximum_mean_discrepancy(*sets_of(*(rows.astype(np.float32) for rows in sets)))
     assert found == pytest.approx(expected, rel=1e-5) and found > 1  # cosines in float32
-    assert maximum_mean_discrepancy(x, x) == pytest.approx(0, abs=1e-6)
+    assert maximum_mean_discrepancy(*sets_of(x, x)) == pytest.approx(0, abs=1e-6)

@@ -280,7 +280,7 @@ def test_repeats_are_evaluations_by_other_seeds(files, tmp_path):
 
 
 def test_features_and_metrics_by_name(files, tmp_path, monkeypatch):
-    """A feature network and a metric of one's own are two functions in two tables."""
+    """A feature network and a metric of one's own are a class in a table and a function."""
 
     class Means:
         name, dim = "means", 1
@@ -295,7 +295,8 @@ def test_features_and_metrics_by_name(files, tmp_path, monkeypatch):
         return float(abs(generated.features.mean() - real.features.mean()))
 
     monkeypatch.setitem(features_module.FEATURES, "means", Means)
-    monkeypatch.setitem(metrics.METRICS, "gap", gap)
+    monkeypatch.setitem(metrics.METRICS, "gap", None)
+    metrics.metric("gap")(gap)
     result = evaluate(tmp_path, files, sample__features="means", sample__metrics="standard,gap")
     digits = open_dataset(parse(tmp_path).config)
     real = np.mean([digits[0, i][0].numpy() / 2 + 0.5 for i in range(len(digits))])

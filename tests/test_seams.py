@@ -13,7 +13,8 @@ from torch import nn
 
 import datasets
 from libs.diffusion import GUIDANCE, SAMPLERS, sampler
-from libs.evaluate import METRICS, Classifier
+from libs.evaluate import Classifier, metric
+from libs.evaluate.metrics import METRICS
 from libs.model import MIXERS
 from libs.train import LOSSES, OPTIMIZERS, SCHEDULES, loss_term
 from sde import PROCESSES, per_sample
@@ -149,6 +150,7 @@ def used(monkeypatch):
         monkeypatch.setitem(registry, name, record)
     sampler("corrected_euler", predicts="velocity")(SAMPLERS["corrected_euler"])
     loss_term("small_tokens", hidden=(2,))(LOSSES["small_tokens"])
+    metric("first_feature")(METRICS["first_feature"])
     return names
 
 

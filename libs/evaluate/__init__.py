@@ -10,8 +10,8 @@ collect_features                    features of a training's images, over all pr
 FEATURES, make_features, read_dim   name -> feature network; one by its name; the width of one
 Extractors, make_extractors         the feature networks that metrics need, in one; of a config
 extract_features, load_real         features of a data set's images, by batches; of real images
-METRICS, choose_metrics             name -> f(generated, real) -> figures; names in a text
-compute_metrics, make_feature_set   figures of features; an array of features, for METRICS
+metric, choose_metrics              decorator of f(generated, real) -> figure; names in a text
+compute_metrics, make_feature_set   figures of features; an array of features, for metrics
 Statistics                          sums of features, for a statistics file
 Classifier                          for its training
 """
@@ -32,7 +32,7 @@ from libs.evaluate.generate import (
     make_grid_images,
     make_image_sampler,
 )
-from libs.evaluate.metrics import METRICS, choose_metrics, compute_metrics, make_feature_set
+from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set, metric
 from libs.evaluate.real import Statistics, load_real
 from libs.evaluate.report import compare
 from libs.evaluate.run import run_evaluation

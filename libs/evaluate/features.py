@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from libs.evaluate.inception import InceptionFeatures, TensorFlowInceptionFeatures
-from libs.evaluate.metrics import KINDS
+from libs.evaluate.metrics import METRICS
 from libs.files import hash_file, load_strict, read_arrays, read_safetensors, read_torch, reading
 from libs.runtime import read_batches
 from utils import UserError, look_up
@@ -167,7 +167,7 @@ class Extractors:
     """
 
     def __init__(self, name, path, device, *, metrics=(), dinov2_path=None):
-        wanted = {"features": ""} | {KINDS.get(metric, "features"): metric for metric in metrics}
+        wanted = {"features": ""} | {METRICS[metric].kind: metric for metric in metrics}
         self.first, self.second = make_features(name, path, device), None
         self.name, self.classify = self.first.name, getattr(self.first, "classify", None)
         widths = {"features": self.first.dim, **getattr(self.first, "kinds", {})}

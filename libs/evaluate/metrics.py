@@ -1,10 +1,7 @@
-"""Metrics of generated images: functions of the features of two sets of images, by name.
-
-A new metric is a function f(generated, real) -> its figure of two FeatureSets, in METRICS;
-sample.metrics names it.
-"""
+"""Metrics of generated images: functions of the features of two sets of images, by name."""
 
 import importlib
+from collections import namedtuple
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -13,7 +10,24 @@ import torch
 
 from utils import UserError, look_up
 
+METRICS = {}  # name -> Metric, whose fields are the arguments of `metric`
+Metric = namedtuple("Metric", "function kind rows alone package")
 BLOCK = 2000  # rows of features at a time; 2,000 x 50,000 distances in float64 are 800 MB
+
+
+def metric(name, *, kind="features", rows=None, alone=False, package=False):
+    """Decorator that registers f(generated, real) -> figure for json, of FeatureSets.
+
+    kind: of the features, `features` those of sample.features; rows: 'needed' if moments of real
+    images do not suffice, 'used' if real.features may be None; alone: if real may be None;
+    package: if it needs torch-fidelity.
+    """
+
+    def register(function):
+        METRICS[name] = Metric(function, kind, rows, alone, package)
+        return function
+
+    return register
 
 
 def iter_blocks(features, device):
@@ -85,12 +99,21 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(0.0, distance.item())  # below zero only by rounding
 
 
-def density_coverage(real, generated, device="cpu", k=5):
-    """Naeem et al. 2020 (arXiv 2002.09797, eq. 4 and 5), of float arrays (m, dim) and (n, dim): a
-    ball reaches from each real feature to its k-th nearest other; density is the mean number of
-    balls that hold a generated feature, over k, and coverage the share of balls that hold one.
+@metric("fd_dinov2", kind="dinov2")
+@metric("sfid", kind="spatial")
+@metric("frechet_distance")
+def _distance(generated, real):
+    return frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
+
+
+@metric("density_coverage", rows="needed")
+def density_coverage(generated, real, k=5):
+    """Naeem et al. 2020 (arXiv 2002.09797, eq. 4 and 5), of the features in float64: a ball reaches
+    from each real feature to its k-th nearest other; density is the mean number of balls that hold
+    a generated feature, over k, and coverage the share of balls that hold one.
     """
-    real, generated = (torch.from_numpy(x).to(device, torch.float64) for x in (real, generated))
+    rows, device = (generated.features, real.features), generated.mu.device
+    generated, real = (torch.from_numpy(x).to(device, torch.float64) for x in rows)
     # The nearest is the feature itself.
     radii = [torch.cdist(x, real).topk(k + 1, largest=False).values for x in real.split(BLOCK)]
     radii = torch.cat(radii)[:, -1]
@@ -100,11 +123,13 @@ def density_coverage(real, generated, device="cpu", k=5):
     return {**figures, "real": len(real), "generated": len(generated)}
 
 
-def maximum_mean_discrepancy(real, generated, device="cpu"):
-    """1000 times the squared MMD of float arrays (m, dim) and (n, dim), as CMMD has it (Jayasumana
-    et al. 2024, arXiv 2401.09603, eq. 4): features scaled to length 1, the kernel
-    exp(-|x - y|^2 / 200), the biased estimate.
+@metric("mmd_dinov2", kind="dinov2", rows="needed")
+def maximum_mean_discrepancy(generated, real):
+    """1000 times the squared MMD of the features, as CMMD has it (Jayasumana et al. 2024, arXiv
+    2401.09603, eq. 4): features scaled to length 1, the kernel exp(-|x - y|^2 / 200), the biased
+    estimate.
     """
+    made, real, device = generated.features, real.features, generated.mu.device
 
     def compare(a, b):
         """The mean kernel less 1, whose digits float32 would lose beside 1."""
@@ -115,17 +140,14 @@ def maximum_mean_discrepancy(real, generated, device="cpu"):
                 total += cosines.sub_(1).div_(100).expm1_().sum(dtype=torch.float64).item()
         return total / (len(a) * len(b))
 
-    pairs = compare(real, real) + compare(generated, generated) - 2 * compare(real, generated)
-    return 1000 * pairs
+    return 1000 * (compare(real, real) + compare(made, made) - 2 * compare(real, made))
 
 
+metric("class_agreement", alone=True)(lambda generated, real: generated.agreement)
 HALVINGS, WIDE = 20, 512
 
 
-def _distance(generated, real):
-    return frechet_distance(generated.mu, generated.sigma, real.mu, real.sigma)
-
-
+@metric("real_halves")
 def _real_halves(generated, real):
     """The floor for generated images: the mean distance of HALVINGS random pairs of halves of the
     real images (one pair of features wider than WIDE: seconds); `ratio` is the images' own over it.
@@ -149,12 +171,14 @@ def _ask_fidelity(name, *sets, **options):
     return getattr(module, f"{name}_features_to_metric")(*rows, **options)
 
 
+@metric("inception_score", kind="logits", alone=True, package=True)
 def _inception_score(generated, real):
     """Salimans et al. 2016 (arXiv 1606.03498), over SPLITS parts in a random order."""
     found = _ask_fidelity("isc", generated, splits=SPLITS)
     return {key: found[f"inception_score_{key}"] for key in ("mean", "std")} | {"splits": SPLITS}
 
 
+@metric("kid", rows="needed", package=True)
 def _kid(generated, real):
     """Bińkowski et al. 2018 (arXiv 1801.01401): cubic kernel, mean over random subsets."""
     size = min(SUBSET_SIZE, len(generated.features), len(real.features))
@@ -164,6 +188,7 @@ def _kid(generated, real):
     return {**figures, "subsets": SUBSETS, "subset_size": size}
 
 
+@metric("precision_recall", rows="used")
 def _precision_recall(generated, real):
     """Kynkäänniemi et al. 2019 (arXiv 1904.06991); None without torch-fidelity or features."""
     m, n = (0 if x.features is None else len(x.features) for x in (real, generated))
@@ -175,32 +200,14 @@ def _precision_recall(generated, real):
     return {**shares, "k": NEIGHBOURS, "real": m, "generated": n}
 
 
-def _on_rows(function):
-    """A metric of f(real, generated, device) of arrays."""
-    return lambda made, real: function(real.features, made.features, made.mu.device)
-
-
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000  # torch-fidelity's, and papers'
 NEIGHBOURS = 3  # the paper's k, and ADM's
-# name -> f(generated, real) -> figure for json; FeatureSets, real.features may be None.
-METRICS = {
-    "frechet_distance": _distance, "sfid": _distance, "fd_dinov2": _distance,
-    "class_agreement": lambda generated, real: generated.agreement, "real_halves": _real_halves,
-    "precision_recall": _precision_recall, "inception_score": _inception_score, "kid": _kid,
-    "density_coverage": _on_rows(density_coverage),
-    "mmd_dinov2": _on_rows(maximum_mean_discrepancy),
-}  # fmt: skip
 GROUPS = {
     "training": ("frechet_distance", "class_agreement", "real_halves"),
     "standard": ("frechet_distance", "class_agreement", "real_halves", "precision_recall"),
     "adm": ("frechet_distance", "sfid", "inception_score", "precision_recall"),
     "dinov2": ("fd_dinov2", "mmd_dinov2"),
 }
-# The kind of features, where it is not `features`, those of sample.features.
-KINDS = {"inception_score": "logits", "sfid": "spatial", "fd_dinov2": "dinov2"}
-KINDS["mmd_dinov2"] = "dinov2"
-WITHOUT_REAL = ("class_agreement", "inception_score")
-NEED_ROWS = ("kid", "density_coverage", "mmd_dinov2")  # the features of real images, not moments
 
 
 def _has_fidelity():
@@ -213,7 +220,7 @@ def choose_metrics(text, key="sample.metrics"):
     """
     known = {**{name: (name,) for name in METRICS}, **GROUPS}
     names = [name for word in text.split(",") for name in look_up(known, word.strip(), key)]
-    needing = [name for name in names if name in ("inception_score", "kid")]
+    needing = [name for name in names if METRICS[name].package]
     if needing and not _has_fidelity():
         raise UserError(f"the metric {needing[0]} needs torch-fidelity: pip install torch-fidelity")
     return tuple(dict.fromkeys(names))
@@ -223,8 +230,8 @@ def compute_metrics(generated, real, names):
     """{name: figure} of two dicts {kind: FeatureSet}; None where features are not there."""
     figures = {}
     for name in names:
-        kind = KINDS.get(name, "features")
+        function, kind, _, alone, _ = METRICS[name]
         made, reference = (sets.get(kind) for sets in (generated or {}, real or {}))
-        known = made is not None and (reference is not None or name in WITHOUT_REAL)
-        figures[name] = METRICS[name](made, reference) if known else None
+        known = made is not None and (reference is not None or alone)
+        figures[name] = function(made, reference) if known else None
     return figures

@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from libs.evaluate.features import BATCH, extract_features, to_images
-from libs.evaluate.metrics import KINDS, NEED_ROWS, FeatureSet, Moments, make_feature_set
+from libs.evaluate.metrics import METRICS, FeatureSet, Moments, make_feature_set
 from libs.files import hash_file, map_array, read_arrays
 from utils import UserError, replacing
 
@@ -87,19 +87,19 @@ def _load_file(path, extractors, kinds, metrics, side):
     """{kind: FeatureSet} of a statistics file, with features of ADM's pictures where `metrics` need
     them. UserError: a metric needs features of real images that the file lacks.
     """
-    sets, needing = {}, set(metrics).intersection(NEED_ROWS)
+    sets = {}
     for kind in kinds:
         given = dict(extractor=extractors.names[kind], resolution=side, dim=extractors.dims[kind])
         sets[kind] = load_statistics(path, **given, kind=kind)
     pictures = map_array(path, "arr_0")
-    if pictures is not None and needing | {"precision_recall"} & set(metrics):
+    if pictures is not None and any(METRICS[name].rows for name in metrics):
         parts = tqdm(np.split(pictures, range(BATCH, len(pictures), BATCH)), "arr_0")
         found = [extractors(to_images(part)) for part in parts]
         for kind in sets:
             rows = torch.cat([part[kind] for part in found]).cpu().numpy()
             sets[kind] = replace(sets[kind], features=rows)
-    for name in needing:
-        if sets[KINDS.get(name, "features")].features is None:
+    for name in metrics:
+        if METRICS[name].rows == "needed" and sets[METRICS[name].kind].features is None:
             raise UserError(
                 f"{path} has no features of real images, which {name} needs: make a file with "
                 "scripts/compute_fid_stats.py"
@@ -113,7 +113,7 @@ def load_real(settings, extractors, dataset, *, metrics, side, device):
     settings: config.dataset; side: of the generated images in pixels. UserError: neither a file nor
     a data set of few images; they do not fit the generated ones.
     """
-    kinds = {KINDS.get(name, "features") for name in metrics} & SUFFIXES.keys()
+    kinds = {METRICS[name].kind for name in metrics} & SUFFIXES.keys()
     if settings.fid_stats or not kinds:
         return _load_file(settings.fid_stats, extractors, kinds, metrics, side) if kinds else None
     if dataset is None or dataset.latent or len(dataset) > MEASURE_UP_TO:
