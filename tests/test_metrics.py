@@ -22,7 +22,8 @@ from libs.evaluate import features as features_module
 from libs.evaluate import inception
 from libs.evaluate.features import Classifier, DigitsClassifierFeatures, make_features
 from libs.evaluate.metrics import Moments, frechet_distance
-from libs.evaluate.real import Statistics, load_statistics
+from libs.evaluate.real import Statistics
+from libs.evaluate.real import load_statistics as load_kinds
 from libs.files import hash_file
 from utils import UserError
 
@@ -99,6 +100,11 @@ def test_moments_that_are_not_finite_are_refused():
 # ------------------------------------------------------------ statistics files
 
 EXPECT = {"extractor": "net-1", "resolution": 32, "dim": 3}
+
+
+def load_statistics(path, *, extractor, resolution, dim, kind="features"):
+    extractors = SimpleNamespace(dims={kind: dim}, names={kind: extractor})
+    return load_kinds(path, extractors, [kind], metrics=(), side=resolution)[kind]
 
 
 def test_statistics_come_back_as_written(tmp_path):

@@ -58,40 +58,38 @@ def _describe_file(path, arrays, pictures):
     return found | {"count": None} | {k: arrays[k].item() for k in numbers if k in arrays}
 
 
-def load_statistics(path, *, extractor, resolution, dim, kind="features"):
-    """The FeatureSet of a kind in a statistics file, for images of `resolution` and features
-    (n, dim) named `extractor`; UserError if it is not there, or made for others. Files that do not
-    name their extractor are taken as they are, float32 or float64.
+def _read_kind(arrays, kind, extractors, side, source):
+    """The FeatureSet of a kind in the arrays of a statistics file; UserError if it is not there, or
+    made for others. Files that do not name their extractor are taken as they are, float32 or
+    float64.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no {path}: scripts/compute_fid_stats.py makes statistics")
-    arrays, pictures = read_arrays(path, leave_out=("arr_0",)), map_array(path, "arr_0")
-    names, expected = [name + SUFFIXES[kind] for name in ("mu", "sigma")], [(dim,), (dim, dim)]
-    shapes = [np.shape(arrays.get(name)) for name in names]
+    names, dim = [name + SUFFIXES[kind] for name in ("mu", "sigma")], extractors.dims[kind]
+    shapes, expected = [np.shape(arrays.get(name)) for name in names], [(dim,), (dim, dim)]
+    path = source["file"]
     if shapes != expected:
         said = f"{' and '.join(names)} have shapes {shapes}, expected {expected}"
         raise UserError(f"{path}: {said}; scripts/compute_fid_stats.py --metrics makes them")
-    if pictures is not None:
-        arrays["resolution"] = np.asarray(pictures.shape[1])
     name = "extractor_dinov2" if kind == "dinov2" else "extractor"
-    for key, expected in ((name, extractor), ("resolution", resolution)):
+    for key, expected in ((name, extractors.names[kind]), ("resolution", side)):
         found = arrays[key].item() if key in arrays else expected
         if found != expected:
             raise UserError(f"{path} was made with {key} {found}, expected {expected}")
     mu, sigma = (torch.from_numpy(arrays[name].astype(np.float64)) for name in names)
-    rows = arrays.get(f"features{SUFFIXES[kind]}")
-    return FeatureSet(mu, sigma, rows, source=_describe_file(path, arrays, pictures))
+    return FeatureSet(mu, sigma, arrays.get(f"features{SUFFIXES[kind]}"), source=source)
 
 
-def _load_file(path, extractors, kinds, metrics, side):
-    """{kind: FeatureSet} of a statistics file, with features of ADM's pictures where `metrics` need
-    them. UserError: a metric needs features of real images that the file lacks.
+def load_statistics(path, extractors, kinds, *, metrics, side):
+    """{kind: FeatureSet} of a statistics file, for images of `side` pixels, with features of ADM's
+    pictures where `metrics` need them. UserError: there is no file; it was made for others, or
+    lacks a kind, or features of real images that a metric needs.
     """
-    sets = {}
-    for kind in kinds:
-        given = dict(extractor=extractors.names[kind], resolution=side, dim=extractors.dims[kind])
-        sets[kind] = load_statistics(path, **given, kind=kind)
-    pictures = map_array(path, "arr_0")
+    if not Path(path).is_file():
+        raise UserError(f"there is no {path}: scripts/compute_fid_stats.py makes statistics")
+    arrays, pictures = read_arrays(path, leave_out=("arr_0",)), map_array(path, "arr_0")
+    source = _describe_file(path, arrays, pictures)
+    if pictures is not None:
+        arrays["resolution"] = np.asarray(pictures.shape[1])
+    sets = {kind: _read_kind(arrays, kind, extractors, side, source) for kind in kinds}
     if pictures is not None and any(METRICS[name].rows for name in metrics):
         parts = tqdm(np.split(pictures, range(BATCH, len(pictures), BATCH)), "arr_0")
         found = [extractors(to_images(part)) for part in parts]
@@ -114,8 +112,10 @@ def load_real(settings, extractors, dataset, *, metrics, side, device):
     a data set of few images; they do not fit the generated ones.
     """
     kinds = {METRICS[name].kind for name in metrics} & SUFFIXES.keys()
-    if settings.fid_stats or not kinds:
-        return _load_file(settings.fid_stats, extractors, kinds, metrics, side) if kinds else None
+    if not kinds:
+        return None
+    if settings.fid_stats:
+        return load_statistics(settings.fid_stats, extractors, kinds, metrics=metrics, side=side)
     if dataset is None or dataset.latent or len(dataset) > MEASURE_UP_TO:
         raise UserError(
             "dataset.fid_stats names no statistics file: make one with "
