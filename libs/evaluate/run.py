@@ -28,20 +28,28 @@ RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec 
 PNG_THREADS = 8
 
 
-def _open_source(args, config, device, parts, changes):
-    """The images to measure, their number, and what records say of the network; hashes weights."""
+def _open_source(args, config, device, parts):
+    """The images to measure, and their number."""
     if args.images:
         config.sample.repeats = 1  # they have no seed
         stored = StoredImages(args.images, config.dataset.resolution, device)
-        return stored, stored.count, {}
-    precision, file = Precision(config.train.mixed_precision, device), weights_file(args.nnet_path)
+        return stored, stored.count
+    precision = Precision(config.train.mixed_precision, device)
     model, process, codec = parts["model"].to(device).eval(), parts["process"], parts["codec"]
     image_sampler = make_image_sampler(
         config, model, process, codec.to(device), precision=precision, seed=config.seed
     )
+    return image_sampler, config.sample.n_samples
+
+
+def _describe_network(args, config, changes):
+    """What records say of the network."""
+    if args.images:
+        return {}
+    file = weights_file(args.nnet_path)
     weights = {"file": str(file), "sha256": hash_file(file), "changes": list(changes)}
     nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
-    return image_sampler, config.sample.n_samples, {"weights": weights, "nnet": nnet}
+    return {"weights": weights, "nnet": nnet}
 
 
 def evaluation_spec(source, extractors, metrics, real, settings, n):
@@ -198,13 +206,14 @@ def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **par
     extractors = make_extractors(settings, metrics, device)
     if not (extractors or settings.path or settings.adm_npz):
         raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
-    source, n, network = _open_source(args, config, device, parts, changes)
+    source, n = _open_source(args, config, device, parts)
     side, all_ranks = source.image_shape[-1], ranks(accelerator)
     repeats = _name_batches(folder, n, settings.mini_batch_size, settings.repeats)
     if main:
         given = dict(metrics=metrics, side=side, device=device)
         real = extractors and load_real(config.dataset, extractors, dataset, **given)
-        spec = evaluation_spec(source, extractors, metrics, real, settings, n) | network
+        spec = evaluation_spec(source, extractors, metrics, real, settings, n)
+        spec |= _describe_network(args, config, changes)
         claim_places(output_path, folder, settings, spec)
         made = sum(len(indices) for x in repeats for path, indices in x if not path.exists())
     wait_without_timeout(accelerator)
