@@ -114,10 +114,10 @@ def write_batches(source, extractors, batches, settings, *, quiet):
             require_finite(images, indices)
             arrays = {**arrays, "correct": correct}
             if path or adm_npz:
-                pixels = (images * 255).round().byte()
+                pixels = utils.to_uint8(images)
             if path:
                 paths = [Path(path, f"{index}.png") for index in indices]
-                list(threads.map(utils.save_png, paths, pixels.cpu()))
+                list(threads.map(utils.save_png, paths, pixels))
             if adm_npz:
                 arrays["pixels"] = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
             arrays = {name: x.cpu().numpy() for name, x in arrays.items() if x is not None}
