@@ -29,17 +29,13 @@ PNG_THREADS = 8
 
 
 def _open_source(args, config, device, parts):
-    """The images to measure, and their number."""
+    """The images to measure."""
     if args.images:
-        config.sample.repeats = 1  # they have no seed
-        stored = StoredImages(args.images, config.dataset.resolution, device)
-        return stored, stored.count
+        return StoredImages(args.images, config.dataset.resolution, device)
     precision = Precision(config.train.mixed_precision, device)
     model, process, codec = parts["model"].to(device).eval(), parts["process"], parts["codec"]
-    image_sampler = make_image_sampler(
-        config, model, process, codec.to(device), precision=precision, seed=config.seed
-    )
-    return image_sampler, config.sample.n_samples
+    given = dict(precision=precision, seed=config.seed)
+    return make_image_sampler(config, model, process, codec.to(device), **given)
 
 
 def _describe_network(args, config, changes):
@@ -52,10 +48,10 @@ def _describe_network(args, config, changes):
     return {"weights": weights, "nnet": nnet}
 
 
-def evaluation_spec(source, extractors, metrics, real, settings, n):
+def evaluation_spec(source, extractors, metrics, real, settings, n, seeds):
     """All that batches and result depend on but the network: dict. settings: config.sample."""
     return {
-        "n": n, "metrics": metrics, "repeats": settings.repeats,
+        "n": n, "metrics": metrics, "repeats": seeds,
         "features": extractors.name if extractors else "none",
         "extractors": extractors.hashes if extractors else {},
         "statistics": next(iter(real.values())).source if real else None,
@@ -206,13 +202,14 @@ def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **par
     extractors = make_extractors(settings, metrics, device)
     if not (extractors or settings.path or settings.adm_npz):
         raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
-    source, n = _open_source(args, config, device, parts)
+    source = _open_source(args, config, device, parts)
     side, all_ranks = source.image_shape[-1], ranks(accelerator)
-    repeats = _name_batches(folder, n, settings.mini_batch_size, settings.repeats)
+    n, seeds = (source.count, 1) if args.images else (settings.n_samples, settings.repeats)
+    repeats = _name_batches(folder, n, settings.mini_batch_size, seeds)
     if main:
         given = dict(metrics=metrics, side=side, device=device)
         real = extractors and load_real(config.dataset, extractors, dataset, **given)
-        spec = evaluation_spec(source, extractors, metrics, real, settings, n)
+        spec = evaluation_spec(source, extractors, metrics, real, settings, n, seeds)
         spec |= _describe_network(args, config, changes)
         claim_places(output_path, folder, settings, spec)
         made = sum(len(indices) for x in repeats for path, indices in x if not path.exists())
