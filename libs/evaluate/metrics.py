@@ -12,7 +12,16 @@ from utils import UserError, look_up
 
 METRICS = {}  # name -> Metric, whose fields are the arguments of `metric`
 Metric = namedtuple("Metric", "function kind rows alone package")
+GROUPS = {
+    "training": ("frechet_distance", "class_agreement", "real_halves"),
+    "standard": ("frechet_distance", "class_agreement", "real_halves", "precision_recall"),
+    "adm": ("frechet_distance", "sfid", "inception_score", "precision_recall"),
+    "dinov2": ("fd_dinov2", "mmd_dinov2"),
+}
 BLOCK = 2000  # rows of features at a time; 2,000 x 50,000 distances in float64 are 800 MB
+HALVINGS, WIDE = 20, 512  # of `real_halves`
+SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000  # torch-fidelity's, and papers'
+NEIGHBOURS = 3  # the paper's k, and ADM's
 
 
 def metric(name, *, kind="features", rows=None, alone=False, package=False):
@@ -144,7 +153,6 @@ def maximum_mean_discrepancy(generated, real):
 
 
 metric("class_agreement", alone=True)(lambda generated, real: generated.agreement)
-HALVINGS, WIDE = 20, 512
 
 
 @metric("real_halves")
@@ -192,26 +200,12 @@ def _kid(generated, real):
 def _precision_recall(generated, real):
     """Kynkäänniemi et al. 2019 (arXiv 1904.06991); None without torch-fidelity or features."""
     m, n = (0 if x.features is None else len(x.features) for x in (real, generated))
-    if min(m, n) <= NEIGHBOURS or not _has_fidelity():
+    if min(m, n) <= NEIGHBOURS or not find_spec("torch_fidelity"):
         return None
     options = dict(prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
     found = _ask_fidelity("prc", generated, real, **options)
     shares = {key: found[key] for key in ("precision", "recall")}
     return {**shares, "k": NEIGHBOURS, "real": m, "generated": n}
-
-
-SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000  # torch-fidelity's, and papers'
-NEIGHBOURS = 3  # the paper's k, and ADM's
-GROUPS = {
-    "training": ("frechet_distance", "class_agreement", "real_halves"),
-    "standard": ("frechet_distance", "class_agreement", "real_halves", "precision_recall"),
-    "adm": ("frechet_distance", "sfid", "inception_score", "precision_recall"),
-    "dinov2": ("fd_dinov2", "mmd_dinov2"),
-}
-
-
-def _has_fidelity():
-    return find_spec("torch_fidelity") is not None
 
 
 def choose_metrics(text, key="sample.metrics"):
@@ -221,7 +215,7 @@ def choose_metrics(text, key="sample.metrics"):
     known = {**{name: (name,) for name in METRICS}, **GROUPS}
     names = [name for word in text.split(",") for name in look_up(known, word.strip(), key)]
     needing = [name for name in names if METRICS[name].package]
-    if needing and not _has_fidelity():
+    if needing and not find_spec("torch_fidelity"):
         raise UserError(f"the metric {needing[0]} needs torch-fidelity: pip install torch-fidelity")
     return tuple(dict.fromkeys(names))
 
