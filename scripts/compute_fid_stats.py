@@ -46,15 +46,14 @@ def main(args):
     stored[[i * count // kept for i in range(kept)]] = True  # of a folder, each class has its share
     loading = dict(batch_size=args.batch_size, num_workers=args.num_workers)
     batches = extract_features(dataset, range(count), extractors, **loading)
-    statistics, known = Statistics(extractors), []
+    statistics, correct = Statistics(extractors), []
     parts = tqdm(stored.split(args.batch_size))
-    for (found, correct), chosen in zip(batches, parts, strict=True):
+    for found, chosen in zip(batches, parts, strict=True):
         statistics.update(found, chosen)
-        known.append(correct)
+        correct += found.get("correct", torch.empty(0)).tolist()
     images = f"{args.dataset}, {count} images; {dataset.preprocessing}; 8 bit"
     record = {"count": count, "resolution": args.resolution, "preprocessing": images}
-    if dataset.num_classes:
-        record["class_agreement"] = torch.cat(known).double().mean().item()
+    record |= {"class_agreement": sum(correct) / count} if correct else {}
     statistics.save(args.out, **record)
     print(f"wrote {args.out}: {extractors.name}, {record}")
 

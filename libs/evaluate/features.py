@@ -215,12 +215,12 @@ def to_images(pixels, device="cpu"):
 
 def extract_features(dataset, indices, extractors, *, batch_size=BATCH, num_workers=0):
     """For each batch of the images `indices` of a data set, in 8 bits, on the CPU: {kind: features
-    (B, width)}, and bool (B,), which images are classified as their labels, or None.
+    (B, width)} and, with classes, `correct`, bool (B,): which are classified as their labels.
     """
     classify = extractors.classify if dataset.num_classes else None
     order = dict(batch_size=batch_size, sampler=[(0, index) for index in indices])
     rng = torch.Generator()  # a DataLoader draws; not from the training's stream
     for x, y in read_batches(dataset, num_workers=num_workers, generator=rng, **order):
         found = extractors(round_to_8_bit(x * 0.5 + 0.5))
-        correct = classify and classify(found["features"]).cpu() == y
-        yield {kind: rows.cpu() for kind, rows in found.items()}, correct
+        correct = {"correct": classify(found["features"]).cpu() == y} if classify else {}
+        yield {name: rows.cpu() for name, rows in found.items()} | correct

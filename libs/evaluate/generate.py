@@ -167,8 +167,8 @@ def require_finite(images, indices):
 
 def iter_features(source, extractors, batches, *, quiet, stop=lambda: False):
     """For each of `batches` (lists of indices), until stop() is true: indices, images (B, C, H, W)
-    as 8-bit files hold them, {kind: features (B, width)}, empty without extractors, and bool (B,),
-    which images are classified as their labels, or None. source: an ImageSampler or StoredImages.
+    as 8-bit files hold them, and, as far as they are defined, {kind: features (B, width)} and
+    `correct`, bool (B,): which are classified as their labels. source: ImageSampler, StoredImages.
     """
     classify = extractors.classify if extractors and source.conditional else None
     made = getattr(source, "read_ahead", functools.partial(map, source))(batches)
@@ -178,8 +178,9 @@ def iter_features(source, extractors, batches, *, quiet, stop=lambda: False):
                 return
             images = round_to_8_bit(next(made))
             found = extractors(images) if extractors else {}
-            correct = classify and classify(found["features"]).cpu() == source.get_labels(indices)
-            yield indices, images, found, correct
+            if classify:
+                found["correct"] = classify(found["features"]).cpu() == source.get_labels(indices)
+            yield indices, images, found
             bar.update(len(indices))
 
 
@@ -195,20 +196,19 @@ def collect_features(image_sampler, extractors, accelerator, *, n, stop=lambda: 
     """
     device, main = accelerator.device, accelerator.is_main_process
     rows = {kind: torch.zeros(n, dim, device=device) for kind, dim in extractors.dims.items()}
-    rows["agreeing"], rows["made"] = torch.zeros(2, n, device=device)
+    rows["correct"], rows["made"] = torch.zeros(2, n, device=device)
     batches = _deal_indices(n, image_sampler.settings.mini_batch_size, accelerator)
     made = iter_features(image_sampler, extractors, batches, quiet=not main, stop=stop)
     with image_sampler:
-        for indices, _, found, correct in made:
+        for indices, _, found in made:
             rows["made"][indices] = 1
-            found |= {} if correct is None else {"agreeing": correct}
             for name, values in found.items():
                 rows[name][indices] = values.to(rows[name])
     rows = {kind: accelerator.reduce(values, "sum").cpu() for kind, values in rows.items()}
     if not rows.pop("made").all():
         return None
     require_finite(rows["features"], range(n))
-    agreement = rows.pop("agreeing").double().mean().item()
+    agreement = rows.pop("correct").double().mean().item()
     known = dict(agreement=agreement) if extractors.classify and image_sampler.conditional else {}
     sets = rows.items() if main else ()
     return {kind: make_feature_set(x.numpy(), "cpu", **known) for kind, x in sets} or None

@@ -126,11 +126,10 @@ def load_real(settings, extractors, dataset, *, metrics, side, device):
             f"the images of the data set {settings.name} are {dataset.shape[-1]} pixels wide, but "
             f"the generated images {side}: give dataset.resolution or dataset.fid_stats that fit"
         )
-    measured = extract_features(dataset, range(len(dataset)), extractors)
-    parts, correct = zip(*measured, strict=True)
-    agreement = None if correct[0] is None else torch.cat(correct).double().mean().item()
+    parts = list(extract_features(dataset, range(len(dataset)), extractors))
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    agreement = rows["correct"].double().mean().item() if "correct" in rows else None
     identity = {"dataset": settings.name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
     source = {"file": None, "count": len(dataset), "origin": "measured here", "images": identity}
     more = dict(agreement=agreement, source=source)
-    rows = {kind: torch.cat([part[kind] for part in parts]).numpy() for kind in kinds}
-    return {kind: make_feature_set(rows[kind], device, **more) for kind in kinds}
+    return {kind: make_feature_set(rows[kind].numpy(), device, **more) for kind in kinds}

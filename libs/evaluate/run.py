@@ -106,9 +106,8 @@ def write_batches(source, extractors, batches, settings, *, quiet):
     path, adm_npz = settings and (settings.path, settings.adm_npz) or (None, None)
     made = iter_features(source, extractors, [i for _, i in batches], quiet=quiet)
     with ThreadPoolExecutor(PNG_THREADS) as threads:
-        for (file, _), (indices, images, arrays, correct) in zip(batches, made, strict=True):
+        for (file, _), (indices, images, arrays) in zip(batches, made, strict=True):
             require_finite(images, indices)
-            arrays = {**arrays, "correct": correct}
             if path or adm_npz:
                 pixels = utils.to_uint8(images)
             if path:
@@ -116,7 +115,7 @@ def write_batches(source, extractors, batches, settings, *, quiet):
                 list(threads.map(utils.save_png, paths, pixels))
             if adm_npz:
                 arrays["pixels"] = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-            arrays = {name: x.cpu().numpy() for name, x in arrays.items() if x is not None}
+            arrays = {name: x.cpu().numpy() for name, x in arrays.items()}
             with utils.replacing(file) as temporary, open(temporary, "wb") as target:
                 np.savez(target, **arrays)
 
