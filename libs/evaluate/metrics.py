@@ -26,7 +26,6 @@ NEIGHBOURS = 3  # the paper's k, and ADM's
 
 def metric(name, *, kind="features", rows=None, alone=False, package=False):
     """Decorator that registers f(generated, real) -> figure for json, of FeatureSets.
-
     kind: of the features, `features` those of sample.features; rows: 'needed' if moments of real
     images do not suffice, 'used' if real.features may be None; alone: if real may be None;
     package: if it needs torch-fidelity.
@@ -134,9 +133,8 @@ def density_coverage(generated, real, k=5):
 
 @metric("mmd_dinov2", kind="dinov2", rows="needed")
 def maximum_mean_discrepancy(generated, real):
-    """1000 times the squared MMD of the features, as CMMD has it (Jayasumana et al. 2024, arXiv
-    2401.09603, eq. 4): features scaled to length 1, the kernel exp(-|x - y|^2 / 200), the biased
-    estimate.
+    """1000 times the squared MMD, as CMMD has it (Jayasumana et al. 2024, arXiv 2401.09603, eq. 4):
+    features scaled to length 1, the kernel exp(-|x - y|^2 / 200), the biased estimate.
     """
     made, real, device = generated.features, real.features, generated.mu.device
 

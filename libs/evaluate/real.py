@@ -60,8 +60,7 @@ def _describe_file(path, arrays, pictures):
 
 def _read_kind(arrays, kind, extractors, side, source):
     """The FeatureSet of a kind in the arrays of a statistics file; UserError if it is not there, or
-    made for others. Files that do not name their extractor are taken as they are, float32 or
-    float64.
+    made for others. Files that do not name their extractor are taken as they are.
     """
     names, dim = [name + SUFFIXES[kind] for name in ("mu", "sigma")], extractors.dims[kind]
     shapes, expected = [np.shape(arrays.get(name)) for name in names], [(dim,), (dim, dim)]
@@ -93,9 +92,8 @@ def load_statistics(path, extractors, kinds, *, metrics, side):
     if pictures is not None and any(METRICS[name].rows for name in metrics):
         parts = tqdm(np.split(pictures, range(BATCH, len(pictures), BATCH)), "arr_0")
         found = [extractors(to_images(part)) for part in parts]
-        for kind in sets:
-            rows = torch.cat([part[kind] for part in found]).cpu().numpy()
-            sets[kind] = replace(sets[kind], features=rows)
+        rows = {kind: torch.cat([part[kind] for part in found]).cpu().numpy() for kind in sets}
+        sets = {kind: replace(known, features=rows[kind]) for kind, known in sets.items()}
     for name in metrics:
         if METRICS[name].rows == "needed" and sets[METRICS[name].kind].features is None:
             raise UserError(
@@ -128,8 +126,7 @@ def load_real(settings, extractors, dataset, *, metrics, side, device):
         )
     parts = list(extract_features(dataset, range(len(dataset)), extractors))
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    agreement = rows["correct"].double().mean().item() if "correct" in rows else None
+    known = {"agreement": rows["correct"].double().mean().item()} if "correct" in rows else {}
     identity = {"dataset": settings.name, "list_sha256": dataset.list_sha256(*dataset.sizes)}
     source = {"file": None, "count": len(dataset), "origin": "measured here", "images": identity}
-    more = dict(agreement=agreement, source=source)
-    return {kind: make_feature_set(rows[kind].numpy(), device, **more) for kind in kinds}
+    return {k: make_feature_set(rows[k].numpy(), device, source=source, **known) for k in kinds}

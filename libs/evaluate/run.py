@@ -38,11 +38,9 @@ def _open_source(args, config, device, parts):
     return make_image_sampler(config, model, process, codec.to(device), **given)
 
 
-def _describe_network(args, config, changes):
+def _describe_network(path, config, changes):
     """What records say of the network."""
-    if args.images:
-        return {}
-    file = weights_file(args.nnet_path)
+    file = weights_file(path)
     weights = {"file": str(file), "sha256": hash_file(file), "changes": list(changes)}
     nnet = {key: value for key, value in config.nnet.to_dict().items() if key != "pretrained_path"}
     return {"weights": weights, "nnet": nnet}
@@ -98,23 +96,20 @@ def claim_places(output_path, folder, settings, spec):
         utils.remove_leftovers(settings.path)
 
 
-def write_batches(source, extractors, batches, settings, *, quiet):
+def write_batches(source, extractors, batches, path=None, adm_npz=None, *, quiet):
     """Make the images of `batches`; write PNG files and, last, each one's file: features (B, width)
     float32 of each kind, correct (B,) bool, pixels (B, H, W, 3) uint8, as far as they are defined.
-    settings: config.sample, or None: neither PNG files nor pixels.
+    path: of PNG files; adm_npz: where pixels go in the end; None: neither.
     """
-    path, adm_npz = settings and (settings.path, settings.adm_npz) or (None, None)
     made = iter_features(source, extractors, [i for _, i in batches], quiet=quiet)
     with ThreadPoolExecutor(PNG_THREADS) as threads:
         for (file, _), (indices, images, arrays) in zip(batches, made, strict=True):
             require_finite(images, indices)
-            if path or adm_npz:
-                pixels = utils.to_uint8(images)
             if path:
                 paths = [Path(path, f"{index}.png") for index in indices]
-                list(threads.map(utils.save_png, paths, pixels))
+                list(threads.map(utils.save_png, paths, images.cpu()))
             if adm_npz:
-                arrays["pixels"] = pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+                arrays["pixels"] = utils.to_uint8(images).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
             arrays = {name: x.cpu().numpy() for name, x in arrays.items()}
             with utils.replacing(file) as temporary, open(temporary, "wb") as target:
                 np.savez(target, **arrays)
@@ -130,12 +125,10 @@ def load_batches(batches, name):
 
 def load_generated(batches, kinds, device):
     """{kind: FeatureSet} of the images of all batches."""
-    correct, sets = list(load_batches(batches, "correct")), {}
+    correct = list(load_batches(batches, "correct"))
     agreement = float(np.concatenate(correct).mean()) if correct else None
-    for kind in kinds:
-        rows = np.concatenate(list(load_batches(batches, kind)))
-        sets[kind] = make_feature_set(rows, device, agreement=agreement)
-    return sets
+    rows = {kind: np.concatenate(list(load_batches(batches, kind))) for kind in kinds}
+    return {kind: make_feature_set(x, device, agreement=agreement) for kind, x in rows.items()}
 
 
 def write_adm_npz(path, batches, shape):
@@ -209,16 +202,17 @@ def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **par
         given = dict(metrics=metrics, side=side, device=device)
         real = extractors and load_real(config.dataset, extractors, dataset, **given)
         spec = evaluation_spec(source, extractors, metrics, real, settings, n, seeds)
-        spec |= _describe_network(args, config, changes)
+        spec |= {} if args.images else _describe_network(args.nnet_path, config, changes)
         claim_places(output_path, folder, settings, spec)
         made = sum(len(indices) for x in repeats for path, indices in x if not path.exists())
     wait_without_timeout(accelerator)
     began = time.monotonic()
     for repeat, batches in enumerate(repeats):
-        source.seed, files = config.seed + repeat, settings if repeat == 0 else None
+        source.seed = config.seed + repeat
+        files = () if repeat else (settings.path, settings.adm_npz)
         own = batches[accelerator.process_index :: accelerator.num_processes]
         own = [(path, indices) for path, indices in own if not path.exists()]
-        write_batches(source, extractors, own, files, quiet=not main)
+        write_batches(source, extractors, own, *files, quiet=not main)
     wait_without_timeout(accelerator)
     accelerator.end_training()  # with gloo, a process that exits without it aborts now and then
     if not main:
