@@ -129,7 +129,7 @@ def draw(*values):
             yield answer(bar, grid=render_grid(images, titles, args))
         drawing = frames, *_ = future.result(), titles, args
         slider = gr.update(maximum=len(frames) - 1, value=len(frames) - 1, visible=True)
-        grid, text = render_grid(frames[-1], titles, args), f"{count} pictures. Press any to save."
+        grid, text = render_grid(frames[-1], titles, args), "Press any picture to save it."
         yield answer(f"<p>{text}</p>", grid=grid, slider=slider, drawing=drawing)
     except UserError as error:
         yield answer(f'<p role="alert">{escape(str(error))}</p>')

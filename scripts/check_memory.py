@@ -55,7 +55,7 @@ def main(args):
         images, labels = [evaluate.draw_rows(image_sampler, labels, 1), *real], torch.tensor(labels)
 
     shown = torch.cat([(labels == label).nonzero()[:TRIPLES, 0] for label in labels.unique()])
-    figures, triples = {"n": len(labels), "features": features.name}, [images[0][shown]]
+    figures, triples = {"n": len(labels), "judge": features.name}, [images[0][shown]]
     spaces = {"pixels": torch.nn.AdaptiveAvgPool2d(16), "features": features}
     for space, embed in spaces.items():
         rows = [torch.cat([embed(x).flatten(1).cpu() for x in k.split(BATCH)]) for k in images]

@@ -81,7 +81,7 @@ def draw(page):
     page.get_by_role("button", name="Draw").click()
     for state in ":disabled", ":enabled":
         page.wait_for_selector(f"button.primary{state}")
-    expect(page.locator("#status")).to_contain_text("any to save")
+    expect(page.locator("#status")).to_contain_text("to save it")
 
 
 def read_pictures(page):
@@ -173,7 +173,7 @@ def test_two_people_take_turns_and_one_cancels(visit):
     assert second.locator("#grid img").count() == 0
     first.get_by_role("button", name="Cancel").click()
     expect(first.locator("#status")).to_contain_text("Stopped before the end.")
-    expect(second.locator("#status")).to_contain_text("Press any to save", timeout=30_000)
+    expect(second.locator("#status")).to_contain_text("Press any picture", timeout=30_000)
     shown = [read_pictures(page) for page in (first, second)]
     assert not (shown[0][:, None] == shown[1]).all((-2, -1)).any()
     first.get_by_label("Steps").fill("2")
