@@ -51,6 +51,7 @@ def test_examples_train_and_sample(number, tmp_path, in_process):
 
 def test_the_snippet_of_the_readme_draws(in_process, monkeypatch, tmp_path):
     words = [f"--nnet_path={runs.ROOT}/pretrained/emoji64.ckpt", f"--out={tmp_path}/emoji_pipeline"]
+    words.append("--config.sample.sample_steps=2")
     assert in_process("scripts.export_diffusers", words) == 0
     monkeypatch.chdir(tmp_path)
     (snippet,) = read_blocks(runs.ROOT / "README.md", "python")
