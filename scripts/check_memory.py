@@ -7,11 +7,9 @@ Draws a picture of its class for each held-out one. In low-pass pixels and confi
 held-out pictures: about 1 for new ones, 0 for copies. The grid: drawn, nearest in both, and so on.
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import checkout  # noqa: F401 - finds the project
 import torch
 
 import sample

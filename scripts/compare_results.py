@@ -5,9 +5,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkout  # noqa: F401 - finds the project
 
 from libs.evaluate import compare
 from utils import UserError, read_json

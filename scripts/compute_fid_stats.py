@@ -5,11 +5,8 @@ them, how they were made, which an evaluation checks, and features of some image
         --resolution=32 --features=inception --out=assets/fid_stats/cifar10.npz
 """
 
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import checkout  # noqa: F401 - finds the project
 import torch
 from tqdm import tqdm
 

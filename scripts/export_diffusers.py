@@ -3,10 +3,8 @@
     python scripts/export_diffusers.py --nnet_path=CHECKPOINT --out=digits_pipeline
 """
 
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkout  # noqa: F401 - finds the project
 
 import sample
 from libs.runtime import REQUIRED, file_path, read_class_names, run_main

@@ -15,11 +15,8 @@ that the loss term `repa` takes.
 import contextlib
 import itertools
 import os
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import checkout  # noqa: F401 - finds the project
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import Dataset

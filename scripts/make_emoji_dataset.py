@@ -10,11 +10,9 @@ are folders of pictures named as 1f468-200d-1f373.png; pretrained/README.md says
 import collections
 import hashlib
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import checkout  # noqa: F401 - finds the project
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from libs.runtime import REQUIRED, file_path, run_main

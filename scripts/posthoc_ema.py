@@ -5,11 +5,9 @@
         --out=workdir/digits_T_DiM/default/nnet_ema_length_0.08.safetensors
 """
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import checkout  # noqa: F401 - finds the project
 from safetensors import safe_open
 from safetensors.torch import save_file
 

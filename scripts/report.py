@@ -1,9 +1,8 @@
 """Write a run directory's report.html: python scripts/report.py workdir/digits_T_flow/default"""
 
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import checkout  # noqa: F401 - finds the project
 
 from libs.evaluate import write_report
 from libs.runtime import REQUIRED, file_path, run_main

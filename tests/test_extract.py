@@ -154,7 +154,7 @@ def test_features_are_the_networks_tokens(whole, inputs, featured):
 # after, until one ends by itself.
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, ".")
+sys.path[:0] = [".", "scripts"]
 import torch
 torch.set_num_threads(1)
 from diffusers import AutoencoderKL  # seconds, for every child
