@@ -12,7 +12,6 @@ from libs.data import Autoencoder, LatentCodec, PixelCodec
 from libs.diffusion import image_generators
 from libs.evaluate import make_image_sampler
 from libs.model import add_heads, build_model
-from libs.runtime import Precision
 from sde import make_process
 from utils import make_tuples
 
@@ -72,9 +71,7 @@ class DiMPipeline(DiTPipeline):
         vae, codec = self.vae and Autoencoder(self.vae), PixelCodec()
         if vae:
             codec = LatentCodec(vae, scaling=vae.scaling, downsample=vae.downsample)
-        precision = Precision(config.train.mixed_precision, self._execution_device)
-        given = make_process(**config.process), codec
-        return make_image_sampler(config, network, *given, precision=precision, seed=0)
+        return make_image_sampler(config, network, make_process(**config.process), codec, seed=0)
 
     @torch.no_grad()
     def __call__(

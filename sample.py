@@ -7,15 +7,7 @@
 import utils
 from libs.evaluate import draw_rows, make_image_sampler
 from libs.parts import load_weights, make_parts
-from libs.runtime import (
-    EVALUATION,
-    REQUIRED,
-    Precision,
-    file_path,
-    int_list,
-    make_accelerator,
-    run_main,
-)
+from libs.runtime import EVALUATION, REQUIRED, file_path, int_list, make_accelerator, run_main
 
 FLAGS = {
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or weights with --config"),
@@ -52,10 +44,8 @@ def open_sampler(args):
     process, codec, _, model = make_parts(config)
     for change in load_weights(config, model, args.nnet_path):
         print(change)
-    return make_image_sampler(
-        config, model.to(device).eval(), process, codec.to(device),
-        precision=Precision(config.train.mixed_precision, device), seed=args.seed,
-    )  # fmt: skip
+    model, codec = model.to(device).eval(), codec.to(device)
+    return make_image_sampler(config, model, process, codec, seed=args.seed)
 
 
 def main(args):

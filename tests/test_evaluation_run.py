@@ -26,7 +26,7 @@ from libs.files import hash_file
 from libs.model.build import build_model
 from libs.parts import open_dataset
 from libs.runtime import flags
-from libs.runtime.launch import Precision, make_accelerator
+from libs.runtime.launch import make_accelerator
 from sde import VPSDE
 from utils import UserError, read_json
 
@@ -306,12 +306,10 @@ def test_features_and_metrics_by_name(files, tmp_path, monkeypatch):
 
 
 def make_image_sampler(tmp_path, codec=None, **changes):
-    config, precision = parse(tmp_path, **changes).config, Precision("no", CPU)
+    config = parse(tmp_path, **changes).config
     torch.manual_seed(0)
     model = build_model(config.nnet).eval()
-    return generate.make_image_sampler(
-        config, model, VPSDE(), codec or PixelCodec(), precision=precision, seed=1
-    )
+    return generate.make_image_sampler(config, model, VPSDE(), codec or PixelCodec(), seed=1)
 
 
 def test_labels(tmp_path):

@@ -13,7 +13,7 @@ from libs.diffusion import ImageNoise, choose_sampler, count_calls, make_guided,
 from libs.evaluate.features import round_to_8_bit
 from libs.evaluate.metrics import make_feature_set
 from libs.ops import turn_on_fp8
-from libs.runtime import SamplingNetwork
+from libs.runtime import Precision, SamplingNetwork
 from utils import UserError
 
 
@@ -147,9 +147,10 @@ class ImageSampler:
         return make_guided(network, self.process, y, upsample=self.upsample, **given)
 
 
-def make_image_sampler(config, model, process, codec, *, precision, seed):
+def make_image_sampler(config, model, process, codec, *, seed):
     """The ImageSampler of a config; model and codec are on their device."""
     upsample = {key: config[f"ug_{key}"] for key in ("m", "theta", "eta", "T")}
+    precision = Precision(config.train.mixed_precision, next(model.parameters()).device)
     given = dict(pred=config.pred, conditional=config.train.mode == "cond", settings=config.sample)
     given |= dict(upsample=upsample if config.ug_m else None, precision=precision, seed=seed)
     return ImageSampler(model, process, codec, **given)

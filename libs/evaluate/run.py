@@ -21,7 +21,7 @@ from libs.evaluate.report import describe_setting, summarize
 from libs.evaluate.run_report import report_run
 from libs.evaluate.stored import StoredImages
 from libs.files import hash_file, weights_file
-from libs.runtime import Precision, config_beside, environment, ranks, wait_without_timeout
+from libs.runtime import config_beside, environment, ranks, wait_without_timeout
 from utils import UserError
 
 RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec they belong to
@@ -32,10 +32,8 @@ def _open_source(args, config, device, parts):
     """The images to measure."""
     if args.images:
         return StoredImages(args.images, config.dataset.resolution, device)
-    precision = Precision(config.train.mixed_precision, device)
-    model, process, codec = parts["model"].to(device).eval(), parts["process"], parts["codec"]
-    given = dict(precision=precision, seed=config.seed)
-    return make_image_sampler(config, model, process, codec.to(device), **given)
+    model, codec = parts["model"].to(device).eval(), parts["codec"].to(device)
+    return make_image_sampler(config, model, parts["process"], codec, seed=config.seed)
 
 
 def _describe_network(path, config, changes):
