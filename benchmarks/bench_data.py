@@ -6,7 +6,7 @@ benchmarks/results/features_cpu.json, the table beside them. A figure is the med
 its spread the 10th and 90th percentile. Needs 1.1 GB of disk and memory.
 
 `--pictures=50000` times eval.py --images instead: pictures of 256 px in an npz (10 GB of disk and
-memory) and 5,000 PNG files, through Inception with random weights, then the metrics against 10,000
+memory) and 2,000 PNG files, through Inception with random weights, then the metrics against 10,000
 real pictures. Records are in metrics_<gpu>.json.
 """
 
@@ -90,12 +90,17 @@ def make_cells(r):
 
 def write_pictures(folder, n):
     """Weights, statistics as ADM's, and pictures of 256 px: {layout: path}."""
-    network = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, weights=None)
+    network = torchvision.models.inception_v3(
+        num_classes=1008, aux_logits=False, init_weights=False
+    )
+    for layer in network.modules():  # features as large as the pictures' values
+        if isinstance(layer, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(layer.weight)
     torch.save(network.state_dict(), folder / "inception.pth")
     some = np.random.default_rng(0).integers(256, size=(1000, 256, 256, 3), dtype=np.uint8)
     np.savez(folder / "pictures.npz", arr_0=np.resize(some, (n, 256, 256, 3)))
     (folder / "png").mkdir()
-    for i in range(min(n, 5000)):
+    for i in range(min(n, 2000)):
         save_png(folder / "png" / f"{i}.png", torch.from_numpy(some[i % 1000]).permute(2, 0, 1))
     real = dict(mu=np.zeros(2048), sigma=np.eye(2048), mu_s=np.zeros(2023), sigma_s=np.eye(2023))
     np.savez(folder / "real.npz", **real, arr_0=np.resize(some, (min(n, 10_000), 256, 256, 3)))

@@ -65,6 +65,7 @@ def make_config(job):
     if config.z_shape is not None:
         config.dataset.update(name="imagenet256_features", path=f"{job['folder']}/latents")
         config.dataset.random_flip = False
+        config.autoencoder.pretrained_path = None  # no pictures are made
     return config
 
 
@@ -114,8 +115,8 @@ def launch(job):
 
 def list_jobs(args, folder):
     """A job for each model, number of GPUs, mode and engine."""
-    counts = sorted(map(int, args.gpus))
-    for model, gpus, mode in itertools.product(args.models, counts, ("weak", "strong")):
+    counts, modes = sorted(map(int, args.gpus)), ("weak",) if args.saves else ("weak", "strong")
+    for model, gpus, mode in itertools.product(args.models, counts, modes):
         _, share, total = MODELS[model]
         for engine in args.engines if gpus > 1 else ["one"]:
             images = share if mode == "weak" else total // gpus

@@ -8,8 +8,8 @@ training. Seconds: steps times the median step of train.py after its first 50, w
 evaluation and saving; 150 steps before (--probe: these alone) set n_steps, so that a cosine ends at
 the end. --step_ms, a median measured before, stands for both where the GPU has other work. Records
 are added to benchmarks/results/recipes_<gpu>.json, the table beside them; recorded evaluations are
-not made again. `--draw=JSON` draws docs/recipes.png and fills the table of docs/training.md,
-without a GPU.
+not made again. `--draw=JSON` draws docs/recipes.png and docs/sampling.png (the evaluations of the
+longest training) and fills the tables of docs/training.md and docs/performance.md, without a GPU.
 """
 
 import copy
@@ -51,10 +51,13 @@ PLACES = {
 }  # fmt: skip
 KEYS = ("recipe", "set", "seed", "seconds_asked", "n", "sampler", "steps_sampled", "guidance",
         "internal_guidance", "average")  # fmt: skip
-FIGURES = ("features", "precision", "network_calls", "class_agreement", "frechet_distance")
-COLUMNS = ("seconds", *KEYS[:3], *KEYS[4:], *FIGURES[2:])
-SHOWN = ("seconds", "recipe", "seed", "guidance", "internal_guidance", *FIGURES[2:])  # in docs
+FIGURES = ("features", "precision", "img_s", "network_calls", "class_agreement", "frechet_distance")
+COLUMNS = ("seconds", *KEYS[:3], *KEYS[4:], *FIGURES[3:])
+GUIDANCE = "guidance", "internal_guidance"
+SHOWN = ("seconds", "recipe", "seed", *GUIDANCE, *FIGURES[3:])  # in docs/training.md
+OF_SAMPLING = ("steps_sampled", *GUIDANCE, "set", *FIGURES[1:])  # in docs/performance.md
 COLORS = "tab:gray", "tab:green"
+LABELS = "guidance, internal guidance", "internal guidance alone"
 DOCS, MARK = harness.ROOT / "docs", "<!-- from benchmarks/recipes.py -->\n"
 
 
@@ -141,37 +144,71 @@ def make_table(records, columns=COLUMNS):
     return harness.make_table(columns, rows)
 
 
-def draw(records):
-    """docs/recipes.png and the tables of docs/training.md: of each recipe as it stands here, seed
-    and length the best evaluation of most images.
-    """
+def fill(name, picture, block):
+    """Between the MARKs of docs/`name`: the picture and the Markdown `block`."""
+    before, _, after = (DOCS / name).read_text().split(MARK)
+    (DOCS / name).write_text(f"{before}{MARK}![{picture[0]}]({picture[1]})\n{block}{MARK}{after}")
+
+
+def make_axes(records, **options):
+    """(figure, its axes)."""
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot(ylabel="Frechet distance", **options)
+    axes.set_title(f"{records[-1]['gpu']}, torch {records[-1]['torch']}")
+    return figure, axes
+
+
+def draw_recipes(records):
+    """Of each recipe as it stands here, seed and length the best evaluation of most images."""
     records = [r for r in records if not r["set"]]
     records.sort(key=lambda r: (r["n"], -r["frechet_distance"]))
     best = list({repr([r[key] for key in KEYS[:4]]): r for r in records}.values())
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot(yscale="log", xlabel="seconds of training", ylabel="Frechet distance")
-    axes.set_title(f"{best[-1]['gpu']}, torch {best[-1]['torch']}")
+    figure, axes = make_axes(best, xlabel="seconds of training", yscale="log")
     free = {}  # seconds asked for -> where the next name has room, from above
-    for r in sorted(best, key=lambda r: -r["frechet_distance"]):
+    for r in sorted(best, key=lambda r: (r["seed"], -r["frechet_distance"])):
         point, color = (r["seconds"], r["frechet_distance"]), COLORS[r["n"] >= 10_000]
-        axes.scatter(*point, color=color)
+        axes.scatter(*point, color=color, marker="x" if r["seed"] else "o")
+        if r["seed"]:  # beside the first
+            continue
         height = free[r["seconds_asked"]] = min(point[1], free.get(r["seconds_asked"], 1e9) / 1.17)
         line = dict(arrowstyle="-", color=color, lw=0.5, relpos=(0, 0.5))
-        text = f"{r['recipe']}, seed {r['seed']}"
         place = dict(xytext=(r["seconds"] + 9, height), va="center", fontsize=8)
-        axes.annotate(text, point, **place, color=color, arrowprops=line)
-    axes.set_xlim(right=1.3 * max(r["seconds"] for r in best))
+        axes.annotate(r["recipe"], point, **place, color=color, arrowprops=line)
+    axes.set(xlim=(0, 1.3 * max(r["seconds"] for r in best)), ylim=(0.05, None))
     for n, color in zip(("fewer than 10,000 images", "10,000 images"), COLORS, strict=True):
         axes.scatter([], [], color=color, label=n)
+    axes.scatter([], [], color="black", marker="x", label="a second seed")
     axes.legend(loc="upper right")
     figure.savefig(DOCS / "recipes.png", dpi=120)
-    before, _, after = (DOCS / "training.md").read_text().split(MARK)
-    block = "![distance against seconds](recipes.png)\n"
+    block = ""
     for n in sorted({r["n"] for r in best}):
         block += f"\n{n:,} images:\n\n{make_table([r for r in best if r['n'] == n], SHOWN)}"
-    (DOCS / "training.md").write_text(MARK.join([before, block, after]))
+    fill("training.md", ("distance against seconds", "recipes.png"), block)
+
+
+def draw_sampling(records):
+    """The evaluations of fewest images of the longest training."""
+    longest = max(r["seconds_asked"] for r in records)
+    records = [r for r in records if r["seconds_asked"] == longest]
+    records = [r for r in records if r["n"] == min(r["n"] for r in records)]
+    figure, axes = make_axes(records, xlabel="pictures a second")
+    for r in records:
+        point, alone = (r["img_s"], r["frechet_distance"]), not r["guidance"]
+        axes.scatter(*point, color=COLORS[alone])
+        text = (
+            f"{r['network_calls']} calls; {r['guidance']:g}, {r['internal_guidance']:g} {r['set']}"
+        )
+        place = dict(xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(text, point, **place)
+    for color, label in zip(COLORS, LABELS, strict=True):
+        axes.scatter([], [], color=color, label=label)
+    axes.set(xlim=(0, 1.3 * max(r["img_s"] for r in records)), ylim=(0, None))
+    axes.legend(loc="lower left")
+    figure.savefig(DOCS / "sampling.png", dpi=120)
+    picture = "distance against pictures a second", "sampling.png"
+    fill("performance.md", picture, "\n" + make_table(records, OF_SAMPLING))
 
 
 def main(argv=None):
@@ -182,7 +219,7 @@ def main(argv=None):
     parser.add_argument("--probe", action="store_true")
     args = parser.parse_args(argv)
     if args.draw:
-        return draw(read_json(args.draw))
+        return draw_recipes(read_json(args.draw)) or draw_sampling(read_json(args.draw))
     path = harness.result_path(args.out, "recipes", DEVICE)
     for values in itertools.product(*(getattr(args, flag) for flag in SAMPLING)):
         vars(args).update(zip(SAMPLING, values, strict=True))
