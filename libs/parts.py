@@ -4,7 +4,7 @@ from collections import namedtuple
 
 from datasets import LATENTS, get_dataset
 from libs.data import PixelCodec, make_latent_codec
-from libs.evaluate import FEATURES, read_dim
+from libs.evaluate import FEATURES, make_features
 from libs.model import add_heads, build_model, load_into, split_weight
 from libs.runtime import config_beside
 from sde import make_process
@@ -98,7 +98,7 @@ def _get_feature_dim(repa, dataset):
             f"--features), or images and a loss.repa.features of {', '.join(known)}, with its file "
             "as loss.repa.path"
         )
-    return read_dim(keywords["features"], keywords.get("path"))
+    return make_features(keywords["features"], keywords.get("path"), "cpu").dim
 
 
 def make_parts(config, *, data=None):
@@ -117,9 +117,9 @@ def make_parts(config, *, data=None):
     stored = config.dataset.fid_stats or config.dataset.name in LATENTS
     measured = data == "real" and config.sample.features != "none" and not stored
     dataset = open_dataset(config, augmented=training) if training or measured else None
-    model = build_model(config.nnet, seed=config.seed if training else None)
     aligned = training and "repa" in config.loss
     given = {"feature_dim": _get_feature_dim(config.loss.repa, dataset)} if aligned else {}
+    model = build_model(config.nnet, seed=config.seed if training else None)
     add_heads(model, config.loss, training=training, repa=given)
     codec = PixelCodec()
     if config.z_shape is not None:

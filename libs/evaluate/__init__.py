@@ -7,7 +7,7 @@ make_image_sampler                  images by index, of a config
 choose_classes                      those that are drawn where none is asked for
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
 collect_features                    features of a training's images, over all processes
-FEATURES, make_features, read_dim   name -> feature network; one by its name; the width of one
+FEATURES, make_features             name -> feature network; one by its name
 Extractors, make_extractors         the feature networks that metrics need, in one; of a config
 extract_features, load_real         features of a data set's images, by batches; of real images
 metric, choose_metrics              decorator of f(generated, real) -> figure; names in a text
@@ -23,7 +23,6 @@ from libs.evaluate.features import (
     extract_features,
     make_extractors,
     make_features,
-    read_dim,
 )
 from libs.evaluate.generate import (
     choose_classes,

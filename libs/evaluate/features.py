@@ -46,12 +46,11 @@ class ClassifierFeatures:
     """Features and classes by a file of scripts/train_classifier.py, or an .npz of its tensors."""
 
     kind, path, dim = "classifier", None, 128
-    file, widest = "file of scripts/train_classifier.py", "h.weight"
 
     def __init__(self, path=None, device="cpu"):
-        path = path or self.path
-        tensors = _read_tensors(path, self.file)
-        with reading(path, self.file):
+        path, file = path or self.path, "file of scripts/train_classifier.py"
+        tensors = _read_tensors(path, file)
+        with reading(path, file):
             channels, num_classes = tensors["f.0.0.weight"].shape[1], len(tensors["h.bias"])
         self.network = Classifier(channels=channels, num_classes=num_classes)
         load_strict(self.network, tensors, path)
@@ -95,14 +94,12 @@ class Dinov2Features:
     distance takes it (EDM2, arXiv 2312.02696). The precision is autocast's.
     """
 
-    file, widest = "dinov2_vitb14_pretrain.pth or another size", "cls_token"
-
     def __init__(self, path=None, device="cpu"):
         import timm  # of the extra `repa`
 
-        tensors = _read_tensors(path, self.file)
+        tensors = _read_tensors(path, "dinov2_vitb14_pretrain.pth or another size")
         with reading(path, "DINOv2"):
-            self.dim, places = tensors[self.widest].shape[-1], tensors["pos_embed"].shape[1]
+            _, places, self.dim = tensors["pos_embed"].shape
             registers = "_reg4" if {"reg_token", "register_tokens"} & tensors.keys() else ""
             # The largest alone has another kind of MLP; the other sizes differ in these numbers.
             name = f"vit_{'giant' if self.dim == 1536 else 'base'}_patch14{registers}_dinov2"
@@ -146,14 +143,6 @@ FEATURES |= {"dinov2": Dinov2Features}
 def make_features(name, path, device):
     """The feature network of that name in FEATURES, None of 'none'; path None: its usual place."""
     return None if name == "none" else look_up(FEATURES, name, "sample.features")(path, device)
-
-
-def read_dim(name, path):
-    """D of the tokens (B, N, D) of FEATURES[name], by the shape of a tensor in its file."""
-    kind = FEATURES[name]
-    path = path or getattr(kind, "path", None)
-    with reading(path, kind.file):
-        return _read_tensors(path, kind.file)[kind.widest].shape[-1]
 
 
 BATCH = 100  # images at a time through the feature networks, 2 GB of Inception's activations
