@@ -129,7 +129,7 @@ def test_muon_steps_the_matrices_of_the_blocks_and_adamw_the_others():
     """Against float64 and a plain AdamW."""
     settings = make_config(optimizer__name="muon", optimizer__lr=0.01).optimizer
     network, plain = (build_model(make_config().nnet, seed=1) for _ in "ab")
-    muon, adamw = optimizer.muon(network, settings), optimizer.adamw(plain, settings)
+    muon, adamw = optimizer.MuonAdamW(network, settings), optimizer.adamw(plain, settings)
     rule = r"blocks\.\d\.(mixer\.(in|out|x)_proj|skip\.linear)\.weight"
     exact = {n: p.detach().double() for n, p in network.named_parameters() if re.fullmatch(rule, n)}
     found = {id(p) for p in muon.param_groups[0]["params"]}

@@ -5,11 +5,27 @@ import math
 import torch
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Two optimizers with one state, each for a group. Muon does not read found_inf."""
+def adamw(network, settings, parameters=None):
+    """AdamW over all parameters, or these, in one group: each is decayed, as in official runs."""
+    betas, decay = tuple(map(float, settings.betas)), settings.weight_decay
+    parameters = network.parameters() if parameters is None else parameters
+    return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, decay, fused=True)
 
-    def __init__(self, muon, adamw):
-        self.parts = muon, adamw
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon (torch 2.9) on the matrices of the blocks' linear layers but dt_proj, at optimizer.lr
+    times 0.2 sqrt(longer side) (arXiv 2502.16982, eq. 4); AdamW on all else. A group each, with one
+    state. Muon does not read found_inf.
+    """
+
+    def __init__(self, network, settings):
+        layers = (pair for block in network.blocks for pair in block.named_modules())
+        linear = (m for k, m in layers if isinstance(m, torch.nn.Linear) and "dt_proj" not in k)
+        matrices = {id(layer.weight): layer.weight for layer in linear}
+        others = [p for p in network.parameters() if id(p) not in matrices]
+        rate, decay, adjusted = settings.lr, settings.weight_decay, "match_rms_adamw"
+        muon = torch.optim.Muon(matrices.values(), rate, decay, adjust_lr_fn=adjusted)
+        self.parts = muon, adamw(network, settings, others)
         super().__init__([part.param_groups[0] for part in self.parts], {})
 
     def step(self, closure=None):
@@ -18,27 +34,7 @@ class MuonAdamW(torch.optim.Optimizer):
             part.step()
 
 
-def adamw(network, settings, parameters=None):
-    """AdamW over all parameters, or these, in one group: each is decayed, as in official runs."""
-    betas, decay = tuple(map(float, settings.betas)), settings.weight_decay
-    parameters = network.parameters() if parameters is None else parameters
-    return torch.optim.AdamW(parameters, settings.lr, betas, settings.eps, decay, fused=True)
-
-
-def muon(network, settings):
-    """Muon (torch 2.9) on the matrices of the blocks' linear layers but dt_proj, at optimizer.lr
-    times 0.2 sqrt(longer side) (arXiv 2502.16982, eq. 4); AdamW on all else.
-    """
-    layers = (pair for block in network.blocks for pair in block.named_modules())
-    linear = (m for name, m in layers if isinstance(m, torch.nn.Linear) and "dt_proj" not in name)
-    matrices = {id(layer.weight): layer.weight for layer in linear}
-    others = [p for p in network.parameters() if id(p) not in matrices]
-    rate, decay, adjusted = settings.lr, settings.weight_decay, "match_rms_adamw"
-    stepped = torch.optim.Muon(matrices.values(), rate, decay, adjust_lr_fn=adjusted)
-    return MuonAdamW(stepped, adamw(network, settings, others))
-
-
-OPTIMIZERS = {"adamw": adamw, "muon": muon}  # f(network, config.optimizer) -> an Optimizer
+OPTIMIZERS = {"adamw": adamw, "muon": MuonAdamW}  # f(network, config.optimizer) -> an Optimizer
 
 
 def warmup_constant(step, warmup_steps, n_steps):
