@@ -143,7 +143,7 @@ def test_no_step_of_a_sampler_makes_the_host_wait(algorithm, process, pred):
     def draw(network):
         network = reuse_inner(network, 2, 4) if pred == "x0_pred" else network
         noise = ImageNoise(0, range(2), (3, 16, 16))
-        z, output = noise.initial().to(GPU), make_guided(network, process, y, **guidance)
+        z, output = noise.draw().to(GPU), make_guided(network, process, y, **guidance)
         options = dict(pred=pred, algorithm=algorithm, steps=6, noise=noise)
         return lambda: sample(output, process, z, **options)
 

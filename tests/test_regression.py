@@ -72,7 +72,7 @@ def diffusion_outputs():
         euler = ["euler_maruyama_sde"] if isinstance(process, VPSDE) else []
         for algorithm in ("dpm_solver", "dpm_solver_pp_2m", *euler):
             noise = ImageNoise(0, [0, 1], (4, 8, 8))
-            z_T = noise.initial()
+            z_T = noise.draw()
             options = dict(pred="noise_pred", algorithm=algorithm, steps=6, noise=noise)
             z = sample(output, process, z_T, **options)
             found[f"{name}/{algorithm}"] = z

@@ -150,7 +150,7 @@ def test_every_algorithm_makes_the_distribution(process):
     preds = process.predictions if isinstance(process, Flow) else ["noise_pred"]
     for name, pred in itertools.product(sorted(offered), preds):
         noise = ImageNoise(0, range(64), (1, 8, 8))
-        out = run(process, noise.initial(), pred, algorithm=name, steps=100, noise=noise)
+        out = run(process, noise.draw(), pred, algorithm=name, steps=100, noise=noise)
         assert out.mean().item() == pytest.approx(MU, abs=0.04), (name, pred)
         assert out.std().item() == pytest.approx(S, abs=0.05), (name, pred)
 
@@ -166,7 +166,7 @@ def test_marginals_of_the_sde_of_flow():
         return velocity(seen.setdefault(t.item(), x), t)
 
     given = dict(algorithm="euler_maruyama_flow", steps=steps, noise=noise)
-    seen[0.0] = run(Flow(), noise.initial(), "velocity_pred", output, **given)
+    seen[0.0] = run(Flow(), noise.draw(), "velocity_pred", output, **given)
     for t, x in seen.items():  # 16,384 numbers: 0.03 is 4 standard errors
         assert x.mean().item() == pytest.approx((1 - t) * MU, abs=0.03)
         assert x.std().item() == pytest.approx(math.hypot((1 - t) * S, t), abs=0.03)
@@ -182,7 +182,7 @@ def test_marginals_of_the_sde_of_flow():
 def test_an_image_does_not_depend_on_its_batch(process, algorithm):
     def images(indices):
         noise = ImageNoise(3, indices, (1, 4, 4))
-        return run(PROCESSES[process], noise.initial(), algorithm=algorithm, steps=10, noise=noise)
+        return run(PROCESSES[process], noise.draw(), algorithm=algorithm, steps=10, noise=noise)
 
     together = images([4, 5, 6, 7])
     assert torch.equal(together[[2]], images([6]))
@@ -197,12 +197,11 @@ def test_image_noise_belongs_to_the_image():
     shape = (3, 5, 7)
     batch = ImageNoise(1, [0, 1, 2**31], shape)
     alone, swapped = ImageNoise(1, [1], shape), ImageNoise(1, [2**31, 0], shape)
-    first, second = batch.initial(), batch.draw()
+    first, second = batch.draw(), batch.draw()
     assert first.shape == (3, *shape) and first.dtype == torch.float32
-    assert torch.equal(first[[1]], alone.initial()) and torch.equal(second[[1]], alone.draw())
-    assert torch.equal(first[[2, 0]], swapped.initial())
-    assert torch.equal(first, batch.initial())
-    different = [first[0], first[1], second[0], ImageNoise(2, [0], shape).initial()[0]]
+    assert torch.equal(first[[1]], alone.draw()) and torch.equal(second[[1]], alone.draw())
+    assert torch.equal(first[[2, 0]], swapped.draw())
+    different = [first[0], first[1], second[0], ImageNoise(2, [0], shape).draw()[0]]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(different, 2))
 
 

@@ -32,17 +32,13 @@ def image_generators(seed, images):
 
 class ImageNoise:
     """Gaussian noise of the images `indices`, each of shape (C, H, W): the same bits for any batch,
-    device and number of processes. `generators`: one for each image, `image_generators` by default.
+    device and number of processes. The first draw is for z_T. `generators`: one for each image,
+    `image_generators` by default.
     """
 
     def __init__(self, seed, indices, shape, generators=None):
         self.shape = tuple(shape)
         self.generators = generators or image_generators(seed, indices)
-        self._initial = self.draw()
-
-    def initial(self):
-        """The images' first numbers, for z_T: (B, C, H, W) float32 on the CPU."""
-        return self._initial
 
     def draw(self):
         """The images' next numbers: (B, C, H, W) float32 on the CPU."""

@@ -191,7 +191,7 @@ def count_calls(process, z_shape, make_output=lambda network: network, *, reused
         return (x, inner) if hidden else x
 
     noise = ImageNoise(0, [0], z_shape)
-    sample(make_output(network), process, noise.initial(), noise=noise, **given)
+    sample(make_output(network), process, noise.draw(), noise=noise, **given)
     return sum(counts)
 
 

@@ -132,7 +132,7 @@ class ImageSampler:
         noise = ImageNoise(self.seed, indices, self.z_shape, generators)
         given = self._sampling | dict(noise=noise, on_step=on_step)
         with self._network.ready() as network, self.precision.autocast():
-            output, z_T = self._guide(self._reuse(network), y), noise.initial().to(self.device)
+            output, z_T = self._guide(self._reuse(network), y), noise.draw().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
 
     def __enter__(self):
