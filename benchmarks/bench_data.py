@@ -1,19 +1,17 @@
 """Times cached latents: `python benchmarks/bench_data.py`, on a quiet machine.
 
 Writes random records in packed shards, warms the page cache, and reads 256 random records at a
-time: raw, as labelled items, and out of a DataLoader. Prints a table and adds the records to
-benchmarks/results/features_cpu.json, the table beside them. A figure is the median of many batches,
-its spread the 10th and 90th percentile. Needs 1.1 GB of disk and memory.
+time on one core, raw and as labelled items. Records are added to features_cpu.json in
+benchmarks/results, the table beside them. A figure is the median of many batches, its spread the
+10th and 90th percentile. Needs 1.1 GB of disk and memory.
 
 `--pictures=50000` times eval.py --images instead: pictures of 256 px in an npz (10 GB of disk and
 memory) and 2,000 PNG files, through Inception with random weights, then the metrics against 10,000
 real pictures. Records are in metrics_<gpu>.json.
 """
 
-import itertools
 import os
 import runpy
-import statistics
 import sys
 import tempfile
 from unittest import mock
@@ -22,10 +20,9 @@ import harness
 import numpy as np
 import torch
 import torchvision
-from torch.utils.data import DataLoader
 
 from datasets import get_dataset
-from libs.data import GlobalBatchSampler, LatentWriter, open_latents
+from libs.data import LatentWriter, open_latents
 from libs.files import hash_file
 from utils import read_json, save_png
 
@@ -52,34 +49,26 @@ def write_packed(folder, resolution, flips, size=PACKED_BYTES):
     return folder
 
 
-def measure(call, repeats):
-    """BATCH items in each call(i), i = 0, 1, ...: items a second, median and percentiles."""
-    numbers = itertools.count()
-    times = harness.time_apart(lambda: call(next(numbers)), "cpu", repeats)
-    low, high = times[-1 - len(times) // 10], times[len(times) // 10]
-    median, low, high = (1e3 * BATCH / ms for ms in (statistics.median(times), low, high))
-    return {"per_s": round(median), "spread": [round(low), round(high)]}
+def measure(read, repeats, length):
+    """read(BATCH random numbers below `length`): items a second, median and percentiles."""
+    batches = iter(np.random.default_rng(1).integers(length, size=(repeats + 3, BATCH)))
+    times = harness.time_apart(lambda: read(next(batches)), "cpu", repeats)
+    found = harness.summarize([1e3 * BATCH / ms for ms in reversed(times)])
+    return {"per_s": round(found["ms"]), "spread": [round(x) for x in found["spread"]]}
 
 
 def time_packed(folder, resolution, repeats):
-    """Rows of packed shards: raw records, labelled items, and items out of a DataLoader."""
+    """Rows of packed shards: raw records, and labelled items."""
     packed = write_packed(folder / str(resolution), resolution, flips=True)
     latents = open_latents(packed)  # written just now: the cache is warm
-    records = np.random.default_rng(1).integers(len(latents), size=(repeats + 3, BATCH))
     dataset = get_dataset(f"imagenet{resolution}_features", path=packed, random_flip=True)
-    sampler = GlobalBatchSampler(
-        len(dataset), BATCH, num_processes=1, rank=0, accumulation=1, seed=0
-    )
-    keys = list(itertools.islice(sampler, repeats + 3))
-    loader = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=2))
-    calls = {
-        "read, new array": lambda i: latents.read(records[i]),
-        "items": lambda i: dataset.__getitems__(keys[i]),
-        "DataLoader, 2 workers": lambda i: next(loader),
-    }
     row = {"px": resolution, "layout": "shards", "bytes": latents.read([0]).nbytes}
-    for what, call in calls.items():
-        yield {**row, "what": what, **measure(call, repeats)}
+    yield {**row, "what": "read, new array", **measure(latents.read, repeats, len(latents))}
+
+    def read_items(images):
+        return dataset.__getitems__([(0, image) for image in images.tolist()])
+
+    yield {**row, "what": "items", **measure(read_items, repeats, len(dataset))}
 
 
 def make_cells(r):
@@ -148,7 +137,6 @@ def main(argv=None):
     path, rows = args.out / "features_cpu.json", [{**row, **about} for row in rows]
     records = harness.merge(harness.load(path), rows, ("px", "layout", "what"))
     harness.write(path, records, head + harness.make_table(COLUMNS, map(make_cells, records)))
-    print(head + harness.make_table(COLUMNS, map(make_cells, rows)))
 
 
 if __name__ == "__main__":
