@@ -2,6 +2,8 @@
 matrix products in them.
 """
 
+import functools
+
 import harness  # noqa: F401 - finds the project
 import torch
 from torch import nn
@@ -49,14 +51,8 @@ def build_uvit(pixels):
     return build_model(nnet)
 
 
-NETWORKS = {
-    "DiM-S": lambda pixels: build_dim("S", pixels),
-    "DiM-L": lambda pixels: build_dim("L", pixels),
-    "DiM-H": lambda pixels: build_dim("H", pixels),
-    "DiM-XL": lambda pixels: build_dim("XL", pixels),
-    "U-ViT-H": build_uvit,
-    "DiT-XL/2": lambda pixels: DiT(pixels // 8),
-}
+NETWORKS = {f"DiM-{size}": functools.partial(build_dim, size) for size in PRESETS}
+NETWORKS |= {"U-ViT-H": build_uvit, "DiT-XL/2": lambda pixels: DiT(pixels // 8)}
 
 
 def get_input_shape(pixels):
