@@ -7,10 +7,7 @@
 The same command resumes an interrupted run.
 """
 
-import functools
-
 import utils
-from libs.model import start_from
 from libs.parts import make_parts
 from libs.runtime import TRAINING, run_main
 from libs.train import train
@@ -19,11 +16,8 @@ FLAGS = TRAINING
 
 
 def main(args):
-    config = args.config
     directory = utils.run_directory(args.config_path, args.overrides, args.workdir)
-    parts = make_parts(config, data="training")
-    start_weights = functools.partial(start_from, parts.model, config.nnet.pretrained_path)
-    train(config, directory, **parts._asdict(), start_weights=start_weights)
+    train(args.config, directory, **make_parts(args.config, data="training")._asdict())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 import utils
 from libs.evaluate import make_features, report_run
+from libs.model import start_from
 from libs.ops import describe_backends
 from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator, ranks
 from libs.train.loader import make_batches
@@ -139,19 +140,20 @@ def make_objective(config, process, codec, network, dataset, device):
     return objective, draw
 
 
-def train(config, directory, *, model, process, codec, dataset, start_weights=lambda: []):
-    """Train `model` to config.train.n_steps, from the newest good checkpoint in `directory` on.
+def train(config, directory, *, model, process, codec, dataset):
+    """Train `model` to config.train.n_steps, from the newest good checkpoint in `directory` on,
+    else from the weights nnet.pretrained_path, or from scratch.
 
-    model, process, codec, dataset: as libs.parts makes them. start_weights: called where there is
-    no checkpoint; gives the model its first weights and returns lines for the log. UserError for a
-    directory in use, a full disk, no whole checkpoint, too many non-finite steps in a row;
-    SystemExit with status 143 after a signal, the state being saved.
+    model, process, codec, dataset: as libs.parts makes them. UserError for a directory in use, a
+    full disk, no whole checkpoint, too many non-finite steps in a row; SystemExit with status 143
+    after a signal, the state being saved.
     """
     accelerator, directory, settings = make_accelerator(), Path(directory), config.train
     accumulation, device = config.gradient_accumulation_steps, accelerator.device
     with open_run(directory, accelerator) as stop:
         found = find_checkpoint(directory / "ckpts", accelerator)
-        lines = [f"resuming from {found}"] if found else start_weights()
+        start = config.nnet.pretrained_path
+        lines = [f"resuming from {found}"] if found else start_from(model, start)
         optimizer, max_norm = config.optimizer, config.max_grad_norm
         state = make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation)
         progress, codec = state.progress, codec.to(device)
