@@ -25,7 +25,7 @@ from torch import nn
 
 from configs.common import d
 from libs.diffusion import make_guided, sample
-from libs.runtime import GraphedTraining, Precision, SamplingNetwork
+from libs.runtime import GraphedTraining, SamplingNetwork
 from sde import make_process
 
 SHAPES = {  # task: (pixels, batch)
@@ -47,6 +47,7 @@ HOLD = {  # what a change of structure must not slow down
     "DiM-H sample 256 32 bf16 graph",
 }  # fmt: skip
 WHAT = ("model", "task", "pixels", "batch", "precision", "compiled", "graph")
+DTYPE = torch.bfloat16  # of autocast, around fp8 products too
 SECONDS = 0.7  # of each measurement, about
 SOLVER_STEPS = 5  # timed at once
 IMAGE_STEPS = 50  # of an image, for images a second
@@ -96,14 +97,9 @@ def make_network(case, device):
     return network
 
 
-def make_precision(case, device):
-    """fp8 is bf16 around fp8 products."""
-    return Precision("bf16" if case.precision == "fp8" else case.precision, torch.device(device))
-
-
 def make_training_step(case, network, device, stack):
     """(a function that makes one optimizer step on random data that lie on the device, 1)."""
-    precision, process = make_precision(case, device), make_process(PROCESS[case.pixels > 32])
+    process = make_process(PROCESS[case.pixels > 32])
     x, _, y = make_inputs(network.train(), case.pixels, case.batch, device)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-4, weight_decay=0.03, fused=True)
     call = torch.compile(network) if case.compiled else network
@@ -113,14 +109,12 @@ def make_training_step(case, network, device, stack):
     def step():
         optimizer.zero_grad(set_to_none=True)
         t, eps = process.train_time(torch.rand(case.batch, device=device)), torch.randn_like(x)
-        with precision.autocast():
+        with torch.autocast(device, DTYPE):
             out = call(process.mix(x, eps, t), process.model_time(t), y)
         loss = (out.float() - eps).square().mean()
-        precision.scaler.scale(loss).backward()
-        precision.scaler.unscale_(optimizer)
+        loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        precision.scaler.step(optimizer)
-        precision.scaler.update()
+        optimizer.step()
         return loss
 
     return step, 1
@@ -128,13 +122,11 @@ def make_training_step(case, network, device, stack):
 
 def prepare_for_sampling(case, network, device, stack):
     """f(x, t, y) as samplers call it, until `stack` ends: no gradients, matrices in bf16."""
-    precision = make_precision(case, device)
     network = network.eval().requires_grad_(False)
     network = torch.compile(network) if case.compiled else network
     stack.enter_context(torch.no_grad())
-    stack.enter_context(precision.autocast())
-    sampling = SamplingNetwork(network, precision.dtype, graphs=case.graph)
-    return stack.enter_context(sampling.ready())
+    stack.enter_context(torch.autocast(device, DTYPE))
+    return stack.enter_context(SamplingNetwork(network, DTYPE, graphs=case.graph).ready())
 
 
 def make_forward(case, network, device, stack):
