@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from configs import common
 from libs.data import Autoencoder, LatentCodec, PixelCodec
 from libs.diffusion import image_generators
-from libs.evaluate import make_image_sampler
+from libs.evaluate import ImageSampler
 from libs.model import add_heads, build_model
 from sde import make_process
 from utils import make_tuples
@@ -71,7 +71,7 @@ class DiMPipeline(DiTPipeline):
         vae, codec = self.vae and Autoencoder(self.vae), PixelCodec()
         if vae:
             codec = LatentCodec(vae, scaling=vae.scaling, downsample=vae.downsample)
-        return make_image_sampler(config, network, make_process(**config.process), codec, seed=0)
+        return ImageSampler(config, network, make_process(**config.process), codec, seed=0)
 
     @torch.no_grad()
     def __call__(

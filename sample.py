@@ -5,7 +5,7 @@
 """
 
 import utils
-from libs.evaluate import draw_rows, make_image_sampler
+from libs.evaluate import ImageSampler, draw_rows
 from libs.parts import load_weights, make_parts
 from libs.runtime import EVALUATION, REQUIRED, file_path, int_list, make_accelerator, run_main
 
@@ -45,7 +45,7 @@ def open_sampler(args):
     for change in load_weights(config, model, args.nnet_path):
         print(change)
     model, codec = model.to(device).eval(), codec.to(device)
-    return make_image_sampler(config, model, process, codec, seed=args.seed)
+    return ImageSampler(config, model, process, codec, seed=args.seed)
 
 
 def main(args):

@@ -309,7 +309,7 @@ def make_image_sampler(tmp_path, codec=None, **changes):
     config = parse(tmp_path, **changes).config
     torch.manual_seed(0)
     model = build_model(config.nnet).eval()
-    return generate.make_image_sampler(config, model, VPSDE(), codec or PixelCodec(), seed=1)
+    return generate.ImageSampler(config, model, VPSDE(), codec or PixelCodec(), seed=1)
 
 
 def test_labels(tmp_path):

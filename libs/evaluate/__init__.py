@@ -3,7 +3,7 @@
 run_evaluation                      a whole evaluation
 compare                             results side by side, and what differs in their settings
 write_report, report_run            report.html of a run; whose failure is a line of the log
-make_image_sampler                  images by index, of a config
+ImageSampler                        images by index, of a config
 choose_classes                      those that are drawn where none is asked for
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
 collect_features                    features of a training's images, over all processes
@@ -25,11 +25,11 @@ from libs.evaluate.features import (
     make_features,
 )
 from libs.evaluate.generate import (
+    ImageSampler,
     choose_classes,
     collect_features,
     draw_rows,
     make_grid_images,
-    make_image_sampler,
 )
 from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set, metric
 from libs.evaluate.real import Statistics, load_real

@@ -28,28 +28,27 @@ def require_class(flag, label, num_classes):
 class ImageSampler:
     """Image by index; the memory that makes sampling fast goes back at the end of a `with` block.
 
-    Args:
-        model: the network, in eval mode; process, codec: of training.
-        pred: what the network predicts; conditional: whether it is given labels.
-        settings: config.sample; upsample: keywords of upsampling guidance, or None.
-        precision: libs.runtime.Precision; seed: keys noise and random labels, with the index.
+    config: a whole one, in which the section `sample` and what training chose are read. model: the
+    network, in eval mode, on its device as codec is; process, codec: of training; seed: keys noise
+    and random labels, with the index.
 
     UserError: a class that the model does not have; an algorithm that cannot be.
     """
 
-    def __init__(
-        self, model, process, codec, *, pred, conditional, settings, upsample, precision, seed
-    ):
-        self.model, self.process, self.codec = model, process, codec
-        self.pred, self.conditional, self.settings = pred, conditional, settings
-        self.upsample, self.precision, self.seed = upsample, precision, seed
+    def __init__(self, config, model, process, codec, *, seed):
+        self.model, self.process, self.codec, self.seed = model, process, codec, seed
+        self.pred, self.conditional = config.pred, config.train.mode == "cond"
+        self.settings = settings = config.sample
         steps, algorithm = settings.sample_steps, settings.algorithm
-        self._sampling = dict(pred=pred, algorithm=algorithm, steps=steps)
+        self._sampling = dict(pred=self.pred, algorithm=algorithm, steps=steps)
+        upsample = {key: config[f"ug_{key}"] for key in ("m", "theta", "eta", "T")}
+        self.upsample = upsample if config.ug_m else None
         self.z_shape = (model.in_channels, *model.input_size)
         self.image_shape = tuple(codec.image_shape(self.z_shape))
         self.device = next(model.parameters()).device
+        self.precision = Precision(config.train.mixed_precision, self.device)
         if settings.vis_label is not None:
-            classes = model.num_classes if conditional else 0
+            classes = model.num_classes if self.conditional else 0
             require_class("sample.vis_label", settings.vis_label, classes)
         if settings.internal_scale and "internal" not in getattr(model, "heads", ()):
             raise UserError(
@@ -59,8 +58,8 @@ class ImageSampler:
         if settings.reuse:
             self._choose_inner_blocks(settings.reuse_from or model.reuse_from)
         if settings.fp8:
-            turn_on_fp8(model, precision.dtype, "sample.fp8")
-        self._network = SamplingNetwork(model, precision.dtype, graphs=settings.cuda_graphs)
+            turn_on_fp8(model, self.precision.dtype, "sample.fp8")
+        self._network = SamplingNetwork(model, self.precision.dtype, graphs=settings.cuda_graphs)
         # A sampler that refuses does so here, not at the first grid of a long training.
         choose_sampler(settings.algorithm, process)
         self._guide(model, None)
@@ -145,15 +144,6 @@ class ImageSampler:
         """output(x, t) of the guided network for labels y."""
         given = dict(pred=self.pred, null_label=self.model.num_classes, settings=self.settings)
         return make_guided(network, self.process, y, upsample=self.upsample, **given)
-
-
-def make_image_sampler(config, model, process, codec, *, seed):
-    """The ImageSampler of a config; model and codec are on their device."""
-    upsample = {key: config[f"ug_{key}"] for key in ("m", "theta", "eta", "T")}
-    precision = Precision(config.train.mixed_precision, next(model.parameters()).device)
-    given = dict(pred=config.pred, conditional=config.train.mode == "cond", settings=config.sample)
-    given |= dict(upsample=upsample if config.ug_m else None, precision=precision, seed=seed)
-    return ImageSampler(model, process, codec, **given)
 
 
 def require_finite(images, indices):

@@ -14,7 +14,7 @@ import numpy as np
 
 import utils
 from libs.evaluate.features import make_extractors
-from libs.evaluate.generate import iter_features, make_image_sampler, require_finite
+from libs.evaluate.generate import ImageSampler, iter_features, require_finite
 from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set
 from libs.evaluate.real import load_real
 from libs.evaluate.report import describe_setting, summarize
@@ -33,7 +33,7 @@ def _open_source(args, config, device, parts):
     if args.images:
         return StoredImages(args.images, config.dataset.resolution, device)
     model, codec = parts["model"].to(device).eval(), parts["codec"].to(device)
-    return make_image_sampler(config, model, parts["process"], codec, seed=config.seed)
+    return ImageSampler(config, model, parts["process"], codec, seed=config.seed)
 
 
 def _describe_network(path, config, changes):

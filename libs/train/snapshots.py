@@ -30,7 +30,7 @@ class Snapshots:
         self.metrics_log, self.is_stopped = metrics_log, lambda: stop.requested
         average = state.averages["nnet_ema"].model
         parts = average, process, codec
-        self.image_sampler = evaluate.make_image_sampler(config, *parts, seed=config.seed)
+        self.image_sampler = evaluate.ImageSampler(config, *parts, seed=config.seed)
         self.extractors = self.real = self.pending = None
         self.metrics = evaluate.choose_metrics(config.train.metrics, "train.metrics")
         self.thread = ThreadPoolExecutor(1)  # training goes on while figures are computed
