@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 import utils
+from configs.common import d
 from datasets import get_dataset
 from libs.evaluate import FEATURES, Extractors, Statistics, choose_metrics, extract_features
 from libs.runtime import REQUIRED, file_path, run_main
@@ -32,9 +33,9 @@ FLAGS = {
 
 def main(args):
     utils.file_to_write(args.out, "--out")
-    given = dict(metrics=choose_metrics(args.metrics, "--metrics"), dinov2_path=args.dinov2)
+    settings = d(features=args.features, fid_weights_path=args.weights, dinov2_path=args.dinov2)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    extractors = Extractors(args.features, args.weights, device, **given)
+    extractors = Extractors(settings, choose_metrics(args.metrics, "--metrics"), device)
     given = dict(path=args.path, resolution=args.resolution, labels=bool(extractors.classify))
     dataset = get_dataset(args.dataset, **given)
     print(f"{len(dataset):,} images; left out: {dataset.left_out or 'nothing'}")

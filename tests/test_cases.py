@@ -579,7 +579,7 @@ def test_fid_is_tried_again(in_process, monkeypatch, tmp_path, capsys):
             raise extractors
         return extractors
 
-    monkeypatch.setattr(evaluate, "make_extractors", make_extractors)
+    monkeypatch.setattr(evaluate, "Extractors", make_extractors)
     monkeypatch.setattr(evaluate, "load_real", lambda *arguments, **keywords: object())
     monkeypatch.setattr(evaluate, "collect_features", lambda *a, **k: object())
     monkeypatch.setattr(evaluate, "compute_metrics", lambda *a: {"frechet_distance": 1.5})

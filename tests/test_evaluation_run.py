@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import utils
+from configs.common import d
 from libs.data.codec import PixelCodec
 from libs.evaluate import features as features_module
 from libs.evaluate import generate, metrics
@@ -379,7 +380,8 @@ def test_measuring_in_training_gives_the_figures_of_an_evaluation(files, tmp_pat
     result = evaluate(tmp_path, files, seed=1, sample__n_samples=8)
     image_sampler = make_image_sampler(tmp_path, seed=1)
     image_sampler.model.load_state_dict(load_file(files / "a.safetensors"))
-    extractors = Extractors("digits_classifier", files / "classifier.safetensors", CPU)
+    given = d(features="digits_classifier", fid_weights_path=files / "classifier.safetensors")
+    extractors = Extractors(given, [], CPU)
     config, names = parse(tmp_path).config, metrics.GROUPS["training"]
     given = dict(metrics=names, side=8, device=CPU)
     real = load_real(config.dataset, extractors, open_dataset(config), **given)
@@ -431,7 +433,8 @@ def test_real_images_are_measured_as_they_are(tmp_path, mode, monkeypatch):
     config = parse(tmp_path, train__mode=mode).config
     whole = open_dataset(config)
     monkeypatch.setitem(features_module.FEATURES, "first_pixels", lambda *_: FirstPixels())
-    features, first = Extractors("first_pixels", None, CPU), FirstDigits(70, whole)
+    given, first = d(features="first_pixels", fid_weights_path=None), FirstDigits(70, whole)
+    features = Extractors(given, [], CPU)
     given = dict(metrics=["frechet_distance"], device=CPU)
     real = load_real(config.dataset, features, first, side=8, **given)["features"]
     images = np.stack([whole[0, i][0].numpy() / 2 + 0.5 for i in range(70)])

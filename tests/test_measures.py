@@ -9,6 +9,7 @@ import torch
 import torchvision
 from PIL import Image
 
+from configs.common import d
 from libs.evaluate import compare, inception, metrics
 from libs.evaluate import features as features_module
 from libs.evaluate.features import Extractors
@@ -20,6 +21,7 @@ from libs.runtime.flags import load_config
 from utils import UserError, read_json
 
 SIDE = 299
+TINY = d(features="tiny", fid_weights_path=None)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_figures_are_those_of_torch_fidelitys_pipeline(weights, monkeypatch):
     for name, value in {"SPLITS": 3, "SUBSETS": 10, "SUBSET_SIZE": 8}.items():
         monkeypatch.setattr(metrics, name, value)
     names = choose_metrics("frechet_distance,inception_score,kid,precision_recall")
-    extractors = Extractors("inception_tf", weights, "cpu", metrics=names)
+    extractors = Extractors(d(features="inception_tf", fid_weights_path=weights), names, "cpu")
     sets = (extractors(x / 255).items() for x in pictures)
     sets = [{kind: make_feature_set(x.numpy(), "cpu") for kind, x in found} for found in sets]
     figures = compute_metrics(*sets, names)
@@ -161,7 +163,7 @@ def test_metrics_that_cannot_be_are_told_at_the_start(monkeypatch):
     assert choose_metrics("adm, kid,sfid")[-1] == "kid" and len(choose_metrics("adm,sfid")) == 4
     monkeypatch.setitem(features_module.FEATURES, "tiny", Tiny)
     with pytest.raises(UserError, match="inception_score needs Inception: .*features=inception"):
-        Extractors("tiny", None, "cpu", metrics=["sfid", "inception_score"])
+        Extractors(TINY, ["sfid", "inception_score"], "cpu")
     monkeypatch.setattr(metrics, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="kid needs torch-fidelity: pip install torch-fidelity"):
         choose_metrics("standard,kid")
@@ -206,7 +208,7 @@ def test_adms_statistics_are_recognized(tiny, tmp_path):
     path, pictures = tmp_path / "VIRTUAL_imagenet8_labeled.npz", draw_pictures(0, 150, 8)
     written = write_adm(path, pictures)
     names = choose_metrics("frechet_distance,sfid,precision_recall")
-    extractors = Extractors("tiny", None, "cpu", metrics=names)
+    extractors = Extractors(TINY, names, "cpu")
     settings = load_config("configs/common.py").dataset
     settings.fid_stats = str(path)
     given = dict(metrics=names, device="cpu")

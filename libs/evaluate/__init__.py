@@ -8,7 +8,7 @@ choose_classes                      those that are drawn where none is asked for
 draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
 collect_features                    features of a training's images, over all processes
 FEATURES, make_features             name -> feature network; one by its name
-Extractors, make_extractors         the feature networks that metrics need, in one; of a config
+Extractors                          the feature networks that metrics need, in one
 extract_features, load_real         features of a data set's images, by batches; of real images
 metric, choose_metrics              decorator of f(generated, real) -> figure; names in a text
 compute_metrics, make_feature_set   figures of features; an array of features, for metrics
@@ -16,14 +16,7 @@ Statistics                          sums of features, for a statistics file
 Classifier                          for its training
 """
 
-from libs.evaluate.features import (
-    FEATURES,
-    Classifier,
-    Extractors,
-    extract_features,
-    make_extractors,
-    make_features,
-)
+from libs.evaluate.features import FEATURES, Classifier, Extractors, extract_features, make_features
 from libs.evaluate.generate import (
     ImageSampler,
     choose_classes,

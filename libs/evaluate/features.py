@@ -151,17 +151,19 @@ BATCH = 100  # images at a time through the feature networks, 2 GB of Inception'
 class Extractors:
     """The feature networks that `metrics` need: one pass over images serves all.
 
-    name, path: of sample.features, for the kind `features`; dinov2_path: for the kind `dinov2`.
-    dims, names: the width and network of each kind. UserError: a kind that the networks lack.
+    settings: config.sample, with features, fid_weights_path and, for the kind `dinov2`,
+    dinov2_path. dims, names: the width and network of each kind. UserError: a kind that the
+    networks lack.
     """
 
-    def __init__(self, name, path, device, *, metrics=(), dinov2_path=None):
+    def __init__(self, settings, metrics, device):
         wanted = {"features": ""} | {METRICS[metric].kind: metric for metric in metrics}
-        self.first, self.second = make_features(name, path, device), None
+        self.first = make_features(settings.features, settings.fid_weights_path, device)
+        self.second = None
         self.name, self.classify = self.first.name, getattr(self.first, "classify", None)
         widths = {"features": self.first.dim, **getattr(self.first, "kinds", {})}
         if "dinov2" in wanted:
-            self.second = make_features("dinov2", dinov2_path, device)
+            self.second = make_features("dinov2", settings.dinov2_path, device)
             widths["dinov2"] = self.second.dim
         if missing := wanted.keys() - widths.keys():
             raise UserError(
@@ -182,14 +184,6 @@ class Extractors:
         """images (B, C, H, W) in [0, 1] -> {kind: float32 (B, width)}."""
         parts = [self._extract(part) for part in images.split(BATCH)]
         return {kind: torch.cat([part[kind] for part in parts]) for kind in self.dims}
-
-
-def make_extractors(settings, metrics, device):
-    """The Extractors of config.sample for `metrics`; None where sample.features is 'none'."""
-    if settings.features == "none":
-        return None
-    paths = dict(path=settings.fid_weights_path, dinov2_path=settings.dinov2_path)
-    return Extractors(settings.features, device=device, metrics=metrics, **paths)
 
 
 def round_to_8_bit(images):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from libs.evaluate.features import make_extractors
+from libs.evaluate.features import Extractors
 from libs.evaluate.generate import ImageSampler, iter_features, require_finite
 from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set
 from libs.evaluate.real import load_real
@@ -189,7 +189,7 @@ def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **par
     folder = output_path.with_name(f"{output_path.stem}.partial")
 
     metrics = choose_metrics(settings.metrics)
-    extractors = make_extractors(settings, metrics, device)
+    extractors = None if settings.features == "none" else Extractors(settings, metrics, device)
     if not (extractors or settings.path or settings.adm_npz):
         raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
     source = _open_source(args, config, device, parts)

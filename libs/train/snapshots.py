@@ -46,7 +46,7 @@ class Snapshots:
         """
         config, device, extractors = self.config, self.accelerator.device, None
         try:
-            extractors = evaluate.make_extractors(config.sample, self.metrics, device)
+            extractors = evaluate.Extractors(config.sample, self.metrics, device)
             if self.accelerator.is_main_process:
                 images = None if config.dataset.fid_stats else open_dataset(config)
                 given = dict(metrics=self.metrics, side=self.image_sampler.image_shape[-1])
