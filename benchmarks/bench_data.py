@@ -2,8 +2,8 @@
 
 Writes random records in packed shards, warms the page cache, and reads 256 random records at a
 time on one core, raw and as labelled items. Records are added to features_cpu.json in
-benchmarks/results, the table beside them. A figure is the median of many batches, its spread the
-10th and 90th percentile. Needs 1.1 GB of disk and memory.
+benchmarks/results, the table beside them: per_s is the median of many batches, spread the 10th and
+90th percentile. Needs 1.1 GB of disk and memory.
 
 `--pictures=50000` times eval.py --images instead: pictures of 256 px in an npz (10 GB of disk and
 memory) and 2,000 PNG files, through Inception with random weights, then the metrics against 10,000
@@ -28,7 +28,7 @@ from utils import read_json, save_png
 
 BATCH = 256
 PACKED_BYTES = 1 << 29  # 16 times the last-level cache of the machine of the published figures
-COLUMNS = ("px", "layout", "what", "a second", "10-90%", "GB/s")
+COLUMNS = ("px", "layout", "what", "bytes", "per_s", "spread", "cpu", "cores", "torch", "load")
 
 
 def write_packed(folder, resolution, flips, size=PACKED_BYTES):
@@ -69,12 +69,6 @@ def time_packed(folder, resolution, repeats):
         return dataset.__getitems__([(0, image) for image in images.tolist()])
 
     yield {**row, "what": "items", **measure(read_items, repeats, len(dataset))}
-
-
-def make_cells(r):
-    low, high = r["spread"]
-    rate = f"{r['per_s'] * r['bytes'] / 1e9:.2f}"
-    return r["px"], r["layout"], r["what"], f"{r['per_s']:,}", f"{low:,} - {high:,}", rate
 
 
 def write_pictures(folder, n):
@@ -123,20 +117,16 @@ def main(argv=None):
             rows = list(time_metrics(harness.Path(name), args.pictures))
         rows = [row | harness.describe_setting(device, args.commit) for row in rows]
         return harness.write(path, rows, harness.make_table(rows[0], (r.values() for r in rows)))
-    cpu, load, cores = harness.device_name("cpu"), os.getloadavg()[0], os.cpu_count()
+    about = {"cpu": harness.device_name("cpu"), "cores": os.cpu_count()}
+    about |= {"torch": torch.__version__, "load": round(os.getloadavg()[0], 2)}
     torch.set_num_threads(1)  # as in the workers of a DataLoader
     with tempfile.TemporaryDirectory() as name:
         folder = harness.Path(name)
         rows = [row for px in (256, 512) for row in time_packed(folder, px, args.repeats)]
-    head = (
-        f"`bench_data.py`: {cpu}, {cores} cores, torch {torch.__version__}; load average at the "
-        f"start {load:.1f}. {BATCH} random records or items at a time from a warm cache, on one "
-        "core; items are (float32 moments, label) by the keyed draw of flips.\n\n"
-    )
-    about = {"cpu": cpu, "cores": cores, "torch": torch.__version__, "load": round(load, 2)}
     path, rows = args.out / "features_cpu.json", [{**row, **about} for row in rows]
-    records = harness.merge(harness.load(path), rows, ("px", "layout", "what"))
-    harness.write(path, records, head + harness.make_table(COLUMNS, map(make_cells, records)))
+    records = harness.merge(harness.load(path), rows, COLUMNS[:3])
+    table = harness.make_table(COLUMNS, ([r[key] for key in COLUMNS] for r in records))
+    harness.write(path, records, table)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,6 @@ HOLD = {  # what a change of structure must not slow down
     "DiM-H train 256 64 bf16 eager", "DiM-H train 256 64 fp8 eager",
     "DiM-H sample 256 32 bf16 graph",
 }  # fmt: skip
-WHAT = ("model", "task", "pixels", "batch", "precision", "compiled", "graph")
 DTYPE = torch.bfloat16  # of autocast, around fp8 products too
 SECONDS = 0.7  # of each measurement, about
 SOLVER_STEPS = 5  # timed at once
@@ -207,14 +206,14 @@ def run(cases, path, setting, device):
             failed += [case] if case.model.startswith("DiM") else []
             continue
         print(" | ".join(make_cells(record)), flush=True)
-        records = harness.merge(harness.load(path), [record], (*WHAT, "gpu", "commit"))
+        records = harness.merge(harness.load(path), [record], (*Case._fields, "gpu", "commit"))
         harness.write(path, records, make_table(records))
     return failed
 
 
 def get_latest(records):
     """The record of each case that was measured last."""
-    return list({tuple(r[k] for k in WHAT): r for r in records}.values())
+    return list({tuple(r[k] for k in Case._fields): r for r in records}.values())
 
 
 COLUMNS = ("model", "task", "px", "batch", "precision", "how", "median ms", "10-90%", "img/s",
@@ -226,7 +225,7 @@ def make_cells(r):
     first = f" ({r['compile_s']:.0f} s)" if r["compile_s"] and not r["graph"] else ""
     gib = "-" if r["gib"] is None else f"{r['gib']:.1f}"
     return [
-        *(str(r[k]) for k in WHAT[:5]), describe_way(r) + first, f"{r['ms']:.2f}",
+        *(str(r[k]) for k in Case._fields[:5]), describe_way(r) + first, f"{r['ms']:.2f}",
         f"{low:.2f} - {high:.2f}", f"{r['img_s']:.4g}", gib, f"{r['mfu']:.1%}",
         f"{r['limit_ms']:.2f}", f"{r['ms'] / r['limit_ms']:.2f}", r["commit"],
     ]  # fmt: skip
