@@ -206,10 +206,10 @@ def derive_seed(*keys: int | str) -> int:
 
 def to_uint8(images):
     """Images, float in [0, 1] (clamped) or uint8, as files hold them, on the CPU."""
-    import torch
-    if images.dtype == torch.uint8:
-        return images.detach().cpu()
-    return images.detach().cpu().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    images = images.detach().cpu()
+    if images.is_floating_point():
+        images = images.float().clamp(0, 1).mul(255).round().byte()
+    return images
 
 
 def save_png(path, image) -> None:
