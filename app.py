@@ -59,14 +59,14 @@ def draw_pictures(args, put, closed):
     """
     predicted = {}
 
-    def on_step(i, n, t, x_0):
+    def on_call(i, n, t, x_0):
         if closed.is_set():
             raise InterruptedError
         predicted.setdefault(i, []).append(to_uint8(image_sampler.codec.decode(x_0)))
         put((i, n, torch.cat(predicted[i])))
 
     with sample.open_sampler(args) as image_sampler:
-        pictures = to_uint8(draw_rows(image_sampler, args.classes, args.n, on_step))
+        pictures = to_uint8(draw_rows(image_sampler, args.classes, args.n, on_call))
     return [*map(torch.cat, predicted.values()), pictures]
 
 

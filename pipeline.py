@@ -94,11 +94,11 @@ class DiMPipeline(DiTPipeline):
             generator = image_generators(seed, 1 if labels is None else len(labels))
         with self._make_image_sampler(num_inference_steps, guidance_scale) as image_sampler:
 
-            def on_step(i, n, t, x_0):
+            def on_call(i, n, t, x_0):
                 timestep = image_sampler.process.model_time(t).item()
                 callback_on_step_end(self, i - 1, timestep, {"latents": x_0})
 
-            given = on_step if callback_on_step_end else None, generator
+            given = on_call if callback_on_step_end else None, generator
             images = image_sampler(range(len(generator)), labels, *given)
         images = VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)

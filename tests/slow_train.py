@@ -19,7 +19,7 @@ def slow_down(module, name, seconds):
     setattr(module, name, lambda *given: time.sleep(seconds) or function(*given))
 
 
-slow_down(loop, "update", 0.3)
+slow_down(loop, "finish_step", 0.3)
 slow_down(checkpoint, "write_json", float(os.environ.get("SLOW_SAVE_S", "0")) / 2)
 
 if __name__ == "__main__":

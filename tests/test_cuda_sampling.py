@@ -23,7 +23,7 @@ from libs.train.engine import Engine
 from libs.train.loader import Prefetcher
 from libs.train.losses import Objective, make_draws
 from libs.train.resume import Progress, TrainState
-from libs.train.step import take_step, update
+from libs.train.step import finish_step, take_step
 from sde import VPSDE, make_process
 
 pytestmark = pytest.mark.cuda
@@ -207,7 +207,7 @@ def test_a_training_step_waits_once_and_only_for_its_verdict(name, graphed):
             finite = max(stats.loss, stats.grad_norm) < float("inf")
             if not finite:  # an overflow is rare, and may ask for the new loss scale
                 torch.cuda.set_sync_debug_mode("default")
-            outcomes.append(update(state, stats))
+            outcomes.append(finish_step(state, stats))
         if outcomes.count("ok") == 4:
             break
         assert k < 30, outcomes

@@ -110,7 +110,7 @@ def test_2m_is_diffusers_2m():
     ("vpsde", "euler_maruyama_ode"),
     *itertools.product(VP, ["euler", "dpm_solver", "dpm_solver_pp_2m", "DDIMScheduler"]),
 ])
-def test_what_the_output_and_on_step_receive(process, algorithm):
+def test_what_the_output_and_on_call_receive(process, algorithm):
     """And both predictions give the same images."""
     x = torch.linspace(-3, 3, 64, dtype=torch.float64).reshape(1, 1, 8, 8)
     found, expected = (
@@ -129,7 +129,7 @@ def test_what_the_output_and_on_step_receive(process, algorithm):
 
     z_T = torch.ones(2, 1, 2, 2, dtype=torch.bfloat16)
     out = sample(output, process, z_T, pred="noise_pred", algorithm=algorithm, steps=7,
-                 on_step=lambda *step: (steps.append(step[:3]), predicted.append(step[3])))
+                 on_call=lambda *step: (steps.append(step[:3]), predicted.append(step[3])))
     assert out.dtype == torch.float32 and not out.requires_grad
     assert times[0] == 1 and times == sorted(times, reverse=True)
     assert steps == [(i, 7, t) for i, t in enumerate(times, 1)]

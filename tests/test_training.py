@@ -18,7 +18,7 @@ from libs.files import weights_file
 from libs.model.build import build_model
 from libs.train import loop, losses, optimizer, snapshots
 from libs.train.resume import Progress
-from libs.train.step import update
+from libs.train.step import finish_step
 from sde import VPSDE
 from utils import UserError
 
@@ -244,7 +244,7 @@ def test_a_gradient_that_overflows_at_every_scale_counts_once_the_scale_is_below
         stats = types.SimpleNamespace(
             loss=1.0, grad_norm=float("inf"), loss_scale=scale, stop=False
         )
-        outcomes.append(update(state, stats))
+        outcomes.append(finish_step(state, stats))
     assert outcomes == ["overflow", "overflow", "bad", "bad"]  # scales 2, 1, 0.5, 0.25
     assert state.progress == Progress(step=0, batch=4, bad_in_a_row=2)
 

@@ -196,23 +196,23 @@ def count_calls(process, z_shape, make_output=lambda network: network, *, reused
 
 
 @torch.no_grad()
-def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_step=None):
+def sample(output, process, z_T, *, pred, algorithm, steps, noise=None, on_call=None):
     """Integrate from z_T at t = 1 to z_0: (B, ...) float32, or float64 as z_T, on z_T's device.
 
     output(x, t): the raw, guided output of a network for `pred`; steps: of the sampler, most make
-    one call each; noise: ImageNoise, for stochastic algorithms; on_step(i, n, t, x_0) follows
+    one call each; noise: ImageNoise, for stochastic algorithms; on_call(i, n, t, x_0) follows
     call i = 1, ..., n of output, at time t, with the x_0 that it predicts. UserError: see
     `choose_sampler`.
     """
     solve, predicts = choose_sampler(algorithm, process)
     calls = itertools.count(1)
-    n = on_step and count_calls(process, (1, 1, 1), pred=pred, algorithm=algorithm, steps=steps)
+    n = on_call and count_calls(process, (1, 1, 1), pred=pred, algorithm=algorithm, steps=steps)
 
     def told(x, t):
         out = output(x, t)
-        on_step(next(calls), n, t, process.to_x0_eps(pred, out, x, t)[0])
+        on_call(next(calls), n, t, process.to_x0_eps(pred, out, x, t)[0])
         return out
 
-    predict = _convert(told if on_step else output, process, pred, predicts)
+    predict = _convert(told if on_call else output, process, pred, predicts)
     x = z_T.to(torch.promote_types(z_T.dtype, torch.float32))
     return solve(predict, process, x, steps, noise)

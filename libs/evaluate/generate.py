@@ -122,14 +122,14 @@ class ImageSampler:
         return reuse_inner(network, self.settings.reuse, self.model.depth - self.model.reuse_from)
 
     @torch.no_grad()
-    def __call__(self, indices, labels=None, on_step=None, generators=None):
+    def __call__(self, indices, labels=None, on_call=None, generators=None):
         """Images (B, C, H, W) float32 in [0, 1] of `indices`; labels (B,) int64 override
-        `get_labels`, generators those of the noise; on_step: of libs.diffusion.sample.
+        `get_labels`, generators those of the noise; on_call: of libs.diffusion.sample.
         """
         labels = self.get_labels(indices) if labels is None else labels
         y = None if labels is None else labels.to(self.device)
         noise = ImageNoise(self.seed, indices, self.z_shape, generators)
-        given = self._sampling | dict(noise=noise, on_step=on_step)
+        given = self._sampling | dict(noise=noise, on_call=on_call)
         with self._network.ready() as network, self.precision.autocast():
             output, z_T = self._guide(self._reuse(network), y), noise.draw().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
@@ -224,9 +224,9 @@ def choose_classes(num_classes, most=10):
     return range(num_classes)[:: -(-num_classes // most) or 1]
 
 
-def draw_rows(image_sampler, classes, n, on_step=lambda *step: None):
+def draw_rows(image_sampler, classes, n, on_call=lambda *call: None):
     """n images each of `classes`, or of choose_classes, on the CPU, (rows x n, C, H, W), with a
-    progress bar; one row of an unconditional model. on_step: of libs.diffusion.sample, batch by
+    progress bar; one row of an unconditional model. on_call: of libs.diffusion.sample, batch by
     batch. UserError: a class that the model does not have; an image contains NaN.
     """
     num_classes = image_sampler.model.num_classes if image_sampler.conditional else 0
@@ -235,12 +235,12 @@ def draw_rows(image_sampler, classes, n, on_step=lambda *step: None):
     labels = torch.tensor(classes or choose_classes(num_classes)).repeat_interleave(n)
     batches, images = torch.arange(len(labels) or n), []
     batches = batches.split(image_sampler.settings.mini_batch_size)
-    with tqdm(unit="step") as bar:
+    with tqdm(unit="call") as bar:
 
         def count(i, calls, t, x_0):
             bar.total = calls * len(batches)
             bar.update()
-            on_step(i, calls, t, x_0)
+            on_call(i, calls, t, x_0)
 
         for rows in batches:
             batch_labels = labels[rows] if num_classes else None

@@ -23,7 +23,7 @@ from libs.train.optimizer import SCHEDULES
 from libs.train.resume import find_checkpoint, make_state
 from libs.train.saver import Saver
 from libs.train.snapshots import Snapshots
-from libs.train.step import report_bad_step, take_step, update
+from libs.train.step import finish_step, report_bad_step, take_step
 from utils import look_up
 
 log = logging.getLogger("dim")
@@ -177,7 +177,7 @@ def train(config, directory, *, model, process, codec, dataset):
                 stats = take_step(
                     accelerator, state, objective, batches, draws, accumulation, lr, stop
                 )
-                outcome, stopping = update(state, stats), stats.stop
+                outcome, stopping = finish_step(state, stats), stats.stop
                 if outcome:
                     step_log.write(progress, stats, outcome)
                 if outcome in ("overflow", "bad"):

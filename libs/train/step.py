@@ -67,7 +67,7 @@ def take_step(accelerator, state, objective, batches, draws, accumulation, lr, s
     return stats
 
 
-def update(state, stats):
+def finish_step(state, stats):
     """What follows from a step with these fetched StepStats: if loss and gradient are finite, the
     optimizer has made it, and average and counters follow; returns 'ok', 'overflow' or 'bad'; or
     None for a step that is not finite in a run that stops: the next start makes it.
