@@ -55,21 +55,17 @@ class ImageSampler:
                 "sample.internal_scale asks for internal guidance, but the network has no head for "
                 "it: train with config.loss.internal, or set --config.sample.internal_scale=0"
             )
-        if settings.reuse:
-            self._choose_inner_blocks(settings.reuse_from or model.reuse_from)
+        if settings.reuse:  # of blocks first to depth - first, or more: routed ones are not parted
+            first = settings.reuse_from or model.reuse_from
+            if first > model.num_skips:
+                raise UserError(f"sample.reuse_from is {first}, expected 1 to {model.num_skips}")
+            model.reuse_from = min(first, model.routing.blocks[0]) if model.routing else first
         if settings.fp8:
             turn_on_fp8(model, self.precision.dtype, "sample.fp8")
         self._network = SamplingNetwork(model, self.precision.dtype, graphs=settings.cuda_graphs)
         # A sampler that refuses does so here, not at the first grid of a long training.
         choose_sampler(settings.algorithm, process)
         self._guide(model, None)
-
-    def _choose_inner_blocks(self, first):
-        """Blocks first to depth - first, or more: routed blocks are not parted."""
-        if first > self.model.num_skips:
-            raise UserError(f"sample.reuse_from is {first}, expected 1 to {self.model.num_skips}")
-        routing = self.model.routing
-        self.model.reuse_from = min(first, routing.blocks[0]) if routing else first
 
     def get_labels(self, indices):
         """Labels (B,) int64 of images by index, or None in an unconditional run."""
@@ -112,14 +108,8 @@ class ImageSampler:
             return {}
         first = self.model.reuse_from
         given = self._sampling | dict(reused_cost=(2 * first - 1) / self.model.depth)
-        cost = count_calls(self.process, self.z_shape, lambda n: guide(self._reuse(n)), **given)
+        cost = count_calls(self.process, self.z_shape, guide, **given)
         return dict(reuse=self.settings.reuse, reuse_from=first, network_cost=round(cost, 3))
-
-    def _reuse(self, network):
-        """The network for one batch, under sample.reuse."""
-        if not self.settings.reuse:
-            return network
-        return reuse_inner(network, self.settings.reuse, self.model.depth - self.model.reuse_from)
 
     @torch.no_grad()
     def __call__(self, indices, labels=None, on_call=None, generators=None):
@@ -131,7 +121,7 @@ class ImageSampler:
         noise = ImageNoise(self.seed, indices, self.z_shape, generators)
         given = self._sampling | dict(noise=noise, on_call=on_call)
         with self._network.ready() as network, self.precision.autocast():
-            output, z_T = self._guide(self._reuse(network), y), noise.draw().to(self.device)
+            output, z_T = self._guide(network, y), noise.draw().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
 
     def __enter__(self):
@@ -141,8 +131,11 @@ class ImageSampler:
         self._network.release()
 
     def _guide(self, network, y):
-        """output(x, t) of the guided network for labels y."""
-        given = dict(pred=self.pred, null_label=self.model.num_classes, settings=self.settings)
+        """output(x, t) of the guided network for one batch, of labels y."""
+        settings, model = self.settings, self.model
+        if settings.reuse:
+            network = reuse_inner(network, settings.reuse, model.depth - model.reuse_from)
+        given = dict(pred=self.pred, null_label=model.num_classes, settings=settings)
         return make_guided(network, self.process, y, upsample=self.upsample, **given)
 
 
