@@ -28,8 +28,7 @@ class Snapshots:
     def __init__(self, config, directory, accelerator, state, process, codec, metrics_log, stop):
         self.config, self.directory, self.accelerator = config, directory, accelerator
         self.metrics_log, self.is_stopped = metrics_log, lambda: stop.requested
-        average = state.averages["nnet_ema"].model
-        parts = average, process, codec
+        parts = state.averages["nnet_ema"].model, process, codec
         self.image_sampler = evaluate.ImageSampler(config, *parts, seed=config.seed)
         self.extractors = self.real = self.pending = None
         self.metrics = evaluate.choose_metrics(config.train.metrics, "train.metrics")
