@@ -17,7 +17,7 @@ from torchvision.io import encode_png
 
 import sample
 from libs.diffusion import SAMPLERS
-from libs.evaluate import choose_classes, draw_rows
+from libs.evaluate import choose_classes
 from libs.parts import choose_process
 from libs.runtime import file_path, parse_flags, read_class_names, run_main
 from utils import UserError, to_uint8
@@ -66,7 +66,7 @@ def draw_pictures(args, put, closed):
         put((i, n, torch.cat(predicted[i])))
 
     with sample.open_sampler(args) as image_sampler:
-        pictures = to_uint8(draw_rows(image_sampler, args.classes, args.n, on_call))
+        pictures = to_uint8(image_sampler.draw_rows(args.classes, args.n, on_call))
     return [*map(torch.cat, predicted.values()), pictures]
 
 

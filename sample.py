@@ -5,7 +5,7 @@
 """
 
 import utils
-from libs.evaluate import ImageSampler, draw_rows
+from libs.evaluate import ImageSampler
 from libs.parts import load_weights, make_parts
 from libs.runtime import EVALUATION, REQUIRED, file_path, int_list, make_accelerator, run_main
 
@@ -51,7 +51,7 @@ def open_sampler(args):
 def main(args):
     utils.file_to_write(args.out, "--out")
     with open_sampler(args) as image_sampler:
-        images = draw_rows(image_sampler, args.classes, args.n)
+        images = image_sampler.draw_rows(args.classes, args.n)
     utils.save_grid(args.out, images, args.n)
     print(f"wrote {args.out}: {len(images)} images, {args.n} a row")
 

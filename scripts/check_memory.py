@@ -50,7 +50,7 @@ def main(args):
     labels = [train.class_names.index(held_out.class_names[label]) for label in held_out.labels]
     real = [torch.stack([x[0, i][0] for i in range(len(x))]) / 2 + 0.5 for x in (held_out, train)]
     with image_sampler:
-        images, labels = [evaluate.draw_rows(image_sampler, labels, 1), *real], torch.tensor(labels)
+        images, labels = [image_sampler.draw_rows(labels, 1), *real], torch.tensor(labels)
 
     shown = torch.cat([(labels == label).nonzero()[:TRIPLES, 0] for label in labels.unique()])
     figures, triples = {"n": len(labels), "judge": features.name}, [images[0][shown]]

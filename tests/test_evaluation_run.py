@@ -197,7 +197,7 @@ def test_images_that_are_not_finite_are_told_and_never_done(latent, tmp_path):
     """By sample.py and, before a batch is written, by an evaluation."""
     image_sampler = make_image_sampler(tmp_path, codec=NaN(), sample__mini_batch_size=4)
     with pytest.raises(UserError, match="images that are not finite: image 1 .*sample.scale"):
-        generate.draw_rows(image_sampler, None, 1)
+        image_sampler.draw_rows(None, 1)
     with pytest.raises(UserError, match="images that are not finite: image 1 "):
         latent(NaN(), sample__features="none")
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.npz"))
@@ -364,15 +364,15 @@ def test_rows_of_classes(tmp_path):
     chosen = [*map(list, (few(1000), few(11), few(3, 4)))]
     assert chosen == [list(range(0, 1000, 100)), [0, 2, 4, 6, 8, 10], [0, 1, 2]]
     image_sampler = make_image_sampler(tmp_path, sample__mini_batch_size=3)
-    images = generate.draw_rows(image_sampler, (3, 7), 2)
+    images = image_sampler.draw_rows((3, 7), 2)
     expected = image_sampler([0, 1, 2, 3], torch.tensor([3, 3, 7, 7]))
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
     with pytest.raises(UserError, match="--classes asks for class 10, but the model has 10"):
-        generate.draw_rows(image_sampler, (10,), 2)
+        image_sampler.draw_rows((10,), 2)
     unconditional = make_image_sampler(tmp_path, train__mode="uncond", sample__cfg=False)
-    assert generate.draw_rows(unconditional, None, 2).shape == (2, 1, 8, 8)
+    assert unconditional.draw_rows(None, 2).shape == (2, 1, 8, 8)
     with pytest.raises(UserError, match="--classes asks for class 3, but the model has 0"):
-        generate.draw_rows(unconditional, (3,), 2)
+        unconditional.draw_rows((3,), 2)
 
 
 def test_measuring_in_training_gives_the_figures_of_an_evaluation(files, tmp_path):

@@ -5,8 +5,7 @@ compare                             results side by side, and what differs in th
 write_report, report_run            report.html of a run; whose failure is a line of the log
 ImageSampler                        images by index, of a config
 choose_classes                      those that are drawn where none is asked for
-draw_rows, make_grid_images         pictures of sample.py; of a training, over all processes
-collect_features                    features of a training's images, over all processes
+make_grid_images, collect_features  a training's pictures, over all processes; their features
 FEATURES, make_features             name -> feature network; one by its name
 Extractors                          the feature networks that metrics need, in one
 extract_features, load_real         features of a data set's images, by batches; of real images
@@ -17,13 +16,7 @@ Classifier                          for its training
 """
 
 from libs.evaluate.features import FEATURES, Classifier, Extractors, extract_features, make_features
-from libs.evaluate.generate import (
-    ImageSampler,
-    choose_classes,
-    collect_features,
-    draw_rows,
-    make_grid_images,
-)
+from libs.evaluate.generate import ImageSampler, choose_classes, collect_features, make_grid_images
 from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set, metric
 from libs.evaluate.real import Statistics, load_real
 from libs.evaluate.report import compare

@@ -25,6 +25,21 @@ def require_class(flag, label, num_classes):
         )
 
 
+def require_finite(images, indices):
+    """UserError naming the first of `indices` whose image contains NaN: a file would show black."""
+    finite = images.isfinite().flatten(1).all(1).tolist()
+    if not all(finite):
+        raise UserError(
+            f"the network makes images that are not finite: image {indices[finite.index(False)]} "
+            "contains NaN; check the weights, sample.scale and the precision"
+        )
+
+
+def choose_classes(num_classes, most=10):
+    """At most `most` of the classes, evenly chosen: a range."""
+    return range(num_classes)[:: -(-num_classes // most) or 1]
+
+
 class ImageSampler:
     """Image by index; the memory that makes sampling fast goes back at the end of a `with` block.
 
@@ -124,6 +139,30 @@ class ImageSampler:
             output, z_T = self._guide(network, y), noise.draw().to(self.device)
             return self.codec.decode(sample(output, self.process, z_T, **given))
 
+    def draw_rows(self, classes, n, on_call=lambda *call: None):
+        """n images each of `classes`, or of choose_classes, on the CPU, (rows x n, C, H, W), with a
+        progress bar; one row of an unconditional model. on_call: of libs.diffusion.sample, batch by
+        batch. UserError: a class that the model does not have; an image contains NaN.
+        """
+        num_classes = self.model.num_classes if self.conditional else 0
+        for label in classes or ():
+            require_class("--classes", label, num_classes)
+        labels = torch.tensor(classes or choose_classes(num_classes)).repeat_interleave(n)
+        batches, images = torch.arange(len(labels) or n), []
+        batches = batches.split(self.settings.mini_batch_size)
+        with tqdm(unit="call") as bar:
+
+            def count(i, calls, t, x_0):
+                bar.total = calls * len(batches)
+                bar.update()
+                on_call(i, calls, t, x_0)
+
+            for rows in batches:
+                batch_labels = labels[rows] if num_classes else None
+                images.append(self(rows.tolist(), batch_labels, count).cpu())
+                require_finite(images[-1], rows.tolist())
+        return torch.cat(images)
+
     def __enter__(self):
         return self
 
@@ -137,16 +176,6 @@ class ImageSampler:
             network = reuse_inner(network, settings.reuse, model.depth - model.reuse_from)
         given = dict(pred=self.pred, null_label=model.num_classes, settings=settings)
         return make_guided(network, self.process, y, upsample=self.upsample, **given)
-
-
-def require_finite(images, indices):
-    """UserError naming the first of `indices` whose image contains NaN: a file would show black."""
-    finite = images.isfinite().flatten(1).all(1).tolist()
-    if not all(finite):
-        raise UserError(
-            f"the network makes images that are not finite: image {indices[finite.index(False)]} "
-            "contains NaN; check the weights, sample.scale and the precision"
-        )
 
 
 def iter_features(source, extractors, batches, *, quiet, stop=lambda: False):
@@ -210,33 +239,3 @@ def make_grid_images(image_sampler, accelerator, n, stop=lambda: False):
             made += len(indices)
     made, images = accelerator.reduce(made, "sum"), accelerator.reduce(images, "sum")
     return images if made.item() == n else None
-
-
-def choose_classes(num_classes, most=10):
-    """At most `most` of the classes, evenly chosen: a range."""
-    return range(num_classes)[:: -(-num_classes // most) or 1]
-
-
-def draw_rows(image_sampler, classes, n, on_call=lambda *call: None):
-    """n images each of `classes`, or of choose_classes, on the CPU, (rows x n, C, H, W), with a
-    progress bar; one row of an unconditional model. on_call: of libs.diffusion.sample, batch by
-    batch. UserError: a class that the model does not have; an image contains NaN.
-    """
-    num_classes = image_sampler.model.num_classes if image_sampler.conditional else 0
-    for label in classes or ():
-        require_class("--classes", label, num_classes)
-    labels = torch.tensor(classes or choose_classes(num_classes)).repeat_interleave(n)
-    batches, images = torch.arange(len(labels) or n), []
-    batches = batches.split(image_sampler.settings.mini_batch_size)
-    with tqdm(unit="call") as bar:
-
-        def count(i, calls, t, x_0):
-            bar.total = calls * len(batches)
-            bar.update()
-            on_call(i, calls, t, x_0)
-
-        for rows in batches:
-            batch_labels = labels[rows] if num_classes else None
-            images.append(image_sampler(rows.tolist(), batch_labels, count).cpu())
-            require_finite(images[-1], rows.tolist())
-    return torch.cat(images)
