@@ -14,8 +14,10 @@ from writers import write_fashion_mnist
 
 sys.path.insert(0, str(runs.ROOT / "benchmarks"))
 
+import bench_data  # noqa: E402
 import bench_model  # noqa: E402
 import bench_ops  # noqa: E402
+import bench_scaling  # noqa: E402
 import harness  # noqa: E402
 import networks  # noqa: E402
 import recipes  # noqa: E402
@@ -189,15 +191,30 @@ def test_a_row_is_trained_measured_recorded_and_not_made_again(tmp_path, in_proc
     assert (tmp_path / "recipes_cpu.md").read_text().count("| flow,internal |") == 2
 
 
-def test_the_picture_and_the_table_show_the_best_evaluation(tmp_path, monkeypatch):
+def test_pictures_and_tables_show_the_best_evaluation_and_all_of_the_longest(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(recipes, "DOCS", tmp_path)
-    made = {**dict.fromkeys(recipes.COLUMNS, 0), **SETTING, "recipe": "flow", "seconds": 89.96}
-    figures, made["seconds_asked"] = ((0.0, 3.25), (0.4, 1.125), (0.8, 2.5)), 90
+    made = {**dict.fromkeys([*recipes.COLUMNS, *recipes.OF_SAMPLING], 0), **SETTING, "set": ""}
+    made |= {"recipe": "flow", "seconds": 89.96, "seconds_asked": 90, "img_s": 117.25}
+    figures = (0.0, 3.25), (0.4, 1.125), (0.8, 2.5)
     records = [{**made, "guidance": scale, "frechet_distance": x} for scale, x in figures]
     (tmp_path / "records.json").write_text(json.dumps(records))
-    (tmp_path / "training.md").write_text(f"before\n{recipes.MARK}old\n{recipes.MARK}after\n")
+    documents = [tmp_path / name for name in ("training.md", "performance.md")]
+    for path in documents:
+        path.write_text(f"before\n{recipes.MARK}old\n{recipes.MARK}after\n")
     recipes.main([f"--draw={tmp_path}/records.json"])
-    before, table, after = (tmp_path / "training.md").read_text().split(recipes.MARK)
-    assert (before, after) == ("before\n", "after\n") and (tmp_path / "recipes.png").stat().st_size
-    assert table.splitlines()[-1].startswith("| 89.96 | flow | 0 | 0.4 |") and "| 1.125 |" in table
+    found = [path.read_text().split(recipes.MARK) for path in documents]
+    assert all((before, after) == ("before\n", "after\n") for before, _, after in found)
+    assert all((tmp_path / name).stat().st_size for name in ("recipes.png", "sampling.png"))
+    best, every = (table.splitlines()[4:] for _, table, _ in found)
+    assert best[-1].startswith("| 89.96 | flow | 0 | 0.4 |") and "| 1.125 |" in best[-1]
+    assert [line.count("| 117.2 |") for line in every[-3:]] == [1, 1, 1]
+
+
+def test_latents_of_the_scaling_benchmark_need_no_autoencoder(tmp_path):
+    bench_data.write_packed(tmp_path / "latents", 256, flips=False, size=1 << 19)
+    job = dict(model="L", steps=2, batch=8, saves=True, accumulation=1, folder=tmp_path)
+    config = bench_scaling.make_config(job)
+    config.nnet.update(dim=16, depth=3)
+    found = make_parts(config, data="training")
+    assert len(found.dataset) == 32 and found.codec.latent_shape((8, 32, 32)) == (4, 32, 32)
