@@ -2,6 +2,7 @@
 
 import importlib
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -220,10 +221,12 @@ def choose_metrics(text, key="sample.metrics"):
 
 def compute_metrics(generated, real, names):
     """{name: figure} of two dicts {kind: FeatureSet}; None where features are not there."""
-    figures = {}
-    for name in names:
+
+    def compute(name):
         function, kind, _, alone, _ = METRICS[name]
         made, reference = (sets.get(kind) for sets in (generated or {}, real or {}))
         known = made is not None and (reference is not None or alone)
-        figures[name] = function(made, reference) if known else None
-    return figures
+        return function(made, reference) if known else None
+
+    with ThreadPoolExecutor() as threads:  # the longest keep one core, beside the GPU, busy
+        return dict(zip(names, threads.map(compute, names), strict=True))
