@@ -325,7 +325,7 @@ def get_dataset(
     """
     kind = look_up(DATASETS, name, "dataset.name")
     if kind.needs_path and not (path and Path(path).exists()):
-        where = "its directory (a zip file, of images)"
+        where = "its directory (or zip file of images)"
         raise UserError(f"the data set {name!r} needs {where} as dataset.path, not {path!r}")
     options = {"features": True} if features and kind.latent else {}
     return kind(

@@ -17,7 +17,7 @@ from libs.train import fit_average
 
 FLAGS = {
     "workdir": (file_path, REQUIRED, "run directory"),
-    "length": (float, REQUIRED, "sigma_rel of the average, at the last checkpoint's step"),
+    "length": (float, REQUIRED, "sigma_rel at the last checkpoint's step, 0.001 to 0.28"),
     "out": (file_path, REQUIRED, "the .safetensors file to write"),
 }
 

@@ -37,7 +37,7 @@ def _explain_key(error):
     # An AttributeError holds the KeyError, which lists the fields of a locked section.
     reason = error.args[0].args[0] if isinstance(error.args[0], KeyError) else error.args[0]
     key, hint = re.split("\n| does not exist", reason)[0], re.search("\nDid you mean .*", reason)
-    return f"the config has no key {key.removeprefix('Key ')}{hint[0] if hint else ''}"
+    return f"the config has no key {key.removeprefix('Key ')}{'.' + hint[0] if hint else ''}"
 
 
 def config_beside(weights):
@@ -56,10 +56,9 @@ def read_class_names(weights):
 def _find_config(weights):
     """The path of the config beside `weights`; None for None."""
     if weights and not (path := config_beside(weights)).is_file():
-        raise FlagError(
-            f"there is no config.json of a run beside {weights}: give a <step>.ckpt directory, or "
-            "--config=<config file> of the model"
-        )
+        lack = "has no config.json beside it" if Path(weights).exists() else "does not exist"
+        advice = "give a <step>.ckpt directory, or --config=<config file> of the model"
+        raise FlagError(f"{weights} {lack}: {advice}")
     return str(path) if weights else None
 
 
@@ -130,7 +129,7 @@ EVALUATION = {
     **TRAINING,
     "config": (file_path, None, "config file; otherwise the config.json beside the weights"),
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or a file with weights"),
-    "images": (file_path, None, "a folder, .zip or .npz of pictures to measure, not a network"),
+    "images": (file_path, None, "a folder, .zip or .npz of pictures, measured without --nnet_path"),
     "output_path": (file_path, None, "json file of the result; otherwise evaluation_<step>.json"),
 }
 

@@ -81,7 +81,7 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     log.info("%s images of shape %s", f"{len(dataset):,}", dataset.shape)
     if dataset.left_out:
         log.info("left out: %s", dataset.left_out)
-    log.info("%d classes: %s", dataset.num_classes, utils.listed(names))
+    log.info("%d classes%s", dataset.num_classes, ": " * bool(names) + utils.listed(names))
     for line in (*(f"operator {line}" for line in describe_backends(accelerator.device)), *lines):
         log.info("%s", line)
     for line in utils.write_run_files(directory, config, found):
