@@ -168,7 +168,7 @@ def test_weights_without_a_config(refused, trained, tmp_path):
     refused("sample", [f"--nnet_path={own}"], *says, expected=2)
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     refused("sample", [f"--nnet_path={own}"], *says, expected=2)
-    refused("sample", [f"--nnet_path={tmp_path}/4.ckpt"], "4.ckpt does not exist", expected=2)
+    refused("sample", ["--nnet_path=ckpts/4.ckpt"], "ckpts/4.ckpt does not exist", expected=2)
 
 
 def test_a_run_of_another_network_is_not_resumed(refused, trained, tmp_path):
