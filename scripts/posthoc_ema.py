@@ -36,7 +36,7 @@ def main(args):
         total[name] = sum(w * file.get_tensor(name).double() for w, file in terms).float()
     with utils.replacing(out) as temporary:
         save_file(total, temporary)
-    print(f"wrote {out} from {len(paths)} averages; the profile is {error:.2g} of its norm away")
+    print(f"wrote {out} from {len(paths)} averages; the error is {error:.1%}")
 
 
 if __name__ == "__main__":
