@@ -45,7 +45,7 @@ def test_refused_where_it_cannot_run():
     with pytest.raises(UserError, match="fp8 are asked for, but it needs a GPU, not cpu"):
         model.use_fp8("cpu")
     assert not any(block.mixer.fp8 for block in model.blocks)
-    with pytest.raises(UserError, match="train.fp8 replaces .*: add --mixed_precision bf16"):
+    with pytest.raises(UserError, match="train.fp8 replaces .*: add --config.train.mixed_pre"):
         fp8.turn_on_fp8(model, None, "train.fp8")
     with pytest.raises(UserError, match="sample.fp8 is for DiM, not for Linear"):
         fp8.turn_on_fp8(torch.nn.Linear(2, 2), torch.bfloat16, "sample.fp8")

@@ -65,8 +65,8 @@ def turn_on_fp8(network, dtype, key):
         raise UserError(f"{key} is for DiM, not for {type(network).__name__}: leave it out")
     if dtype is None:
         raise UserError(
-            f"{key} replaces products in half precision: add --mixed_precision bf16 to accelerate "
-            f"launch, or --config.{key}=False"
+            f"{key} replaces products in half precision: add --config.train.mixed_precision=bf16, "
+            f"or --config.{key}=False"
         )
     network.use_fp8(next(network.parameters()).device)
 
