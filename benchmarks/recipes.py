@@ -197,9 +197,8 @@ def draw_sampling(records):
     for r in records:
         point, alone = (r["img_s"], r["frechet_distance"]), not r["guidance"]
         axes.scatter(*point, color=COLORS[alone])
-        text = (
-            f"{r['network_calls']} calls; {r['guidance']:g}, {r['internal_guidance']:g} {r['set']}"
-        )
+        scales = f"{r['guidance']:g}, {r['internal_guidance']:g}"
+        text = f"{r['network_calls']} calls; {scales} {r['set']}"
         place = dict(xytext=(8, 0), textcoords="offset points", va="center", fontsize=8)
         axes.annotate(text, point, **place)
     for color, label in zip(COLORS, LABELS, strict=True):
@@ -219,7 +218,8 @@ def main(argv=None):
     parser.add_argument("--probe", action="store_true")
     args = parser.parse_args(argv)
     if args.draw:
-        return draw_recipes(read_json(args.draw)) or draw_sampling(read_json(args.draw))
+        draw_recipes(read_json(args.draw))
+        return draw_sampling(read_json(args.draw))
     path = harness.result_path(args.out, "recipes", DEVICE)
     for values in itertools.product(*(getattr(args, flag) for flag in SAMPLING)):
         vars(args).update(zip(SAMPLING, values, strict=True))

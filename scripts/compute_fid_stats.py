@@ -5,7 +5,6 @@ them, how they were made, which an evaluation checks, and features of some image
         --resolution=32 --features=inception --out=assets/fid_stats/cifar10.npz
 """
 
-
 import checkout  # noqa: F401 - finds the project
 import torch
 from tqdm import tqdm

@@ -3,7 +3,6 @@
     python scripts/export_diffusers.py --nnet_path=CHECKPOINT --out=digits_pipeline
 """
 
-
 import checkout  # noqa: F401 - finds the project
 
 import sample

@@ -8,7 +8,6 @@
 The images are held in memory. Prints the accuracy on a held-out fifth.
 """
 
-
 import checkout  # noqa: F401 - finds the project
 import numpy as np
 import torch

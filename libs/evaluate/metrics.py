@@ -228,5 +228,5 @@ def compute_metrics(generated, real, names):
         known = made is not None and (reference is not None or alone)
         return function(made, reference) if known else None
 
-    with ThreadPoolExecutor() as threads:  # the longest keep one core, beside the GPU, busy
+    with ThreadPoolExecutor() as threads:  # precision and recall need one core for long
         return dict(zip(names, threads.map(compute, names), strict=True))
