@@ -166,12 +166,14 @@ def draw_recipes(records):
     records.sort(key=lambda r: (r["n"], -r["frechet_distance"]))
     best = list({repr([r[key] for key in KEYS[:4]]): r for r in records}.values())
     figure, axes = make_axes(best, xlabel="seconds of training", yscale="log")
-    free = {}  # seconds asked for -> where the next name has room, from above
+    free, first = {}, {}  # seconds asked for -> where the next name has room, from above; points
     for r in sorted(best, key=lambda r: (r["seed"], -r["frechet_distance"])):
         point, color = (r["seconds"], r["frechet_distance"]), COLORS[r["n"] >= 10_000]
-        axes.scatter(*point, color=color, marker="x" if r["seed"] else "o")
-        if r["seed"]:  # beside the first
+        start = first.setdefault((r["recipe"], r["seconds_asked"], r["n"]), point)
+        if start is not point:  # another seed of what has its name already
+            axes.plot(*zip(start, point, strict=True), color=color, marker="x", markevery=[1], lw=1)
             continue
+        axes.scatter(*point, color=color)
         height = free[r["seconds_asked"]] = min(point[1], free.get(r["seconds_asked"], 1e9) / 1.17)
         line = dict(arrowstyle="-", color=color, lw=0.5, relpos=(0, 0.5))
         place = dict(xytext=(r["seconds"] + 9, height), va="center", fontsize=8)
@@ -179,7 +181,7 @@ def draw_recipes(records):
     axes.set(xlim=(0, 1.3 * max(r["seconds"] for r in best)), ylim=(0.05, None))
     for n, color in zip(("fewer than 10,000 images", "10,000 images"), COLORS, strict=True):
         axes.scatter([], [], color=color, label=n)
-    axes.scatter([], [], color="black", marker="x", label="a second seed")
+    axes.plot([], color="black", marker="x", lw=1, label="a second seed")
     axes.legend(loc="upper right")
     figure.savefig(DOCS / "recipes.png", dpi=120)
     block = ""
