@@ -45,8 +45,9 @@ class SkipProjection(nn.Module):
         x, skip = x.to(dtype), skip.to(dtype)
         if self.fp8 and dtype != torch.float32:
             return fp8_linear(x, x_weight, bias) + fp8_linear(skip, skip_weight)
-        merged = F.linear(x, x_weight, bias).flatten(0, 1)
-        return torch.addmm(merged, skip.flatten(0, 1), skip_weight.T).view(x.shape)
+        merged = F.linear(x.flatten(0, 1), x_weight, bias)
+        # In place, as else the sum begins with a copy of `merged`.
+        return merged.addmm_(skip.flatten(0, 1), skip_weight.to(dtype).T).view(x.shape)
 
 
 def filter_skip(skip, scale):
