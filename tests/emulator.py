@@ -30,7 +30,7 @@ def gradients(outputs, inputs, g):
 
 def put(places):
     for place, value in places:
-        if place is not None and 0 not in place.stride():  # else nobody reads it
+        if place is not None and place.numel() and 0 not in place.stride():  # else nobody reads it
             place.copy_(value)
 
 
@@ -73,6 +73,7 @@ def convolution(rows, x, outputs, backward):
 def norm(rows, x, outputs, backward):
     weight, modulation, table = x["weight"], x["modulation"], x["table"]
     put([(rows["n"], modulated_norm_ref(rows["x"], weight, modulation, table))])
+    put([(rows.get("rounded"), rows["x"])])
     if not backward:
         return
     shift, scale, _ = (table + modulation).unbind(1)
@@ -84,7 +85,8 @@ def norm(rows, x, outputs, backward):
         return xhat * gain[:, None] + shift[:, None]
 
     g_x, g_gain, g_shift = gradients(forward, inputs, rows["g_n"].float())
-    put([(rows["g_x"], g_x + rows["g_out"]), (outputs["g_gain"], g_gain)])
+    g_rounded = 0 if rows["g_rounded"] is None else rows["g_rounded"]
+    put([(rows["g_x"], g_x + rows["g_out"] + g_rounded), (outputs["g_gain"], g_gain)])
     put([(outputs["g_shift"], g_shift)])
 
 

@@ -57,12 +57,12 @@ def make_inputs(B, L, dim, keep=False):
 
 
 def results_of(forward, block, dtype, x, modulation, order, keep, g, out=None):
-    """Output and the gradients of x, modulation and every parameter."""
+    """Output and the gradients of x, which a skip takes too, modulation and every parameter."""
     x, modulation = (v.detach().requires_grad_() for v in (x, modulation))
     block.zero_grad()
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != x.dtype):
-        y = forward(block, x, modulation, order, keep)
-    y.backward(g.to(y.dtype))
+        y, kept = forward(block, x, modulation, order, keep)
+    torch.autograd.backward((y, kept), (g.to(y.dtype), g.to(kept.dtype)))
     named = {f"gradient of {name}": p.grad.clone() for name, p in block.named_parameters()}
     return {
         "out": y.detach(), "gradient of x": x.grad, "gradient of modulation": modulation.grad,
@@ -76,7 +76,7 @@ def fused(block, x, modulation, order, keep):
 
 
 def composed(block, x, modulation, order, keep):
-    return compose_block(block.mixer, x, around(block, modulation), order, keep, None)
+    return compose_block(block.mixer, x, around(block, modulation), order, keep, None), x
 
 
 def check(monkeypatch, dtype, B=2, L=61, dim=64, keep=False, rounds=False, x_dtype=None):
@@ -139,7 +139,7 @@ def test_a_backward_inside_autocast_computes_as_the_forward_did():
         leaf = x.clone().requires_grad_()
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             with torch.autocast("cuda", enabled=False):
-                out = fused(block, leaf, modulation, order, None)
+                out, _ = fused(block, leaf, modulation, order, None)
             found.append(torch.autograd.grad(out, [leaf, *block.parameters()], g))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

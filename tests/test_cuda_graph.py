@@ -126,8 +126,8 @@ def around(block, modulation):
 def block_results(forward, block, x, modulation):
     x, modulation = (v.clone().requires_grad_() for v in (x, modulation))
     block.zero_grad()
-    out = forward(x, modulation)
-    out.square().sum().backward()
+    out, kept = forward(x, modulation)
+    (out.square().sum() + kept.float().square().sum()).backward()
     named = {name: p.grad.clone() for name, p in block.named_parameters()}
     return {"out": out.detach(), "x": x.grad, "modulation": modulation.grad, **named}
 
@@ -149,8 +149,8 @@ def test_block(gpu, dtype, monkeypatch):
     actual = block_results(fused, block, x, modulation)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         expected = block_results(
-            lambda x, modulation: compose_block(
-                block.mixer, x, around(block, modulation), order, scale, None
+            lambda x, modulation: (
+                compose_block(block.mixer, x, around(block, modulation), order, scale, None), x
             ),
             block, x, modulation,
         )  # fmt: skip

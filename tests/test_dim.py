@@ -166,7 +166,7 @@ def test_hidden_tokens_are_those_after_a_block():
     model, (x, t, y) = DiM(**TINY).eval(), inputs()
     outputs = []
     for block in model.blocks:
-        block.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+        block.register_forward_hook(lambda _, inputs, output: outputs.append(output[0]))
     out, inner = model(x, t, y, hidden=(1, 4))
     assert torch.equal(out, model(x, t, y)) and inner.keys() == {1, 4}
     assert inner[1].shape == (3, 2 + 3 + 7 * 7, 16)
@@ -223,7 +223,7 @@ def test_without_padding_the_sequence_is_time_label_and_image(layout):
     image = model.first_smoother(image).flatten(2).mT
     extra = torch.stack([sinusoidal_embedding(t, 16), model.label_embed(y)], 1)
     tokens = torch.cat([extra + model.pos_embed[:, :2], image], 1)
-    expected = model.blocks[0](tokens, model.modulation(t, y), None)
+    expected, _ = model.blocks[0](tokens, model.modulation(t, y), None)
     torch.testing.assert_close(inner[0], expected)
     out.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -133,7 +133,7 @@ def test_intermediates(case, arrays):
         along = slice(None) if order is None else order
         residual = torch.from_numpy(arrays[f"inter/block{k}_residual"])
         stream = torch.from_numpy(arrays[f"inter/block{k}_branch"]) + residual
-        assert_close(seen[f"block{k}/out"][:, along], stream, OUTPUT, f"stream after block {k}")
+        assert_close(seen[f"block{k}/out"][0][:, along], stream, OUTPUT, f"stream after block {k}")
         if f"skip{k}/out" in seen:
             assert_close(
                 seen[f"skip{k}/out"][:, along], residual, OUTPUT, f"skip projection of block {k}"

@@ -13,16 +13,18 @@
 
 struct AdalnParams {
   Int64 batch, length, dim, chunks, chunk_length;     // dim: a multiple of 8
-  Rows x, n, branch, out, g_n, g_out, g_x, g_branch;  // (B, L, dim), rows aligned to 16 bytes
+  // (B, L, dim), rows aligned to 16 bytes. rounded: x in kInput; it and g_rounded may be absent.
+  Rows x, n, branch, out, g_n, g_out, g_x, g_branch, rounded, g_rounded;
   const float *modulation, *table, *weight, *drop_path_scale;  // (B, 3, dim), (3, dim), (dim), (B) or none
   float *parts_shift, *parts_gain, *parts_factor;     // (chunks, B, dim)
   const float *g_shift, *g_gain, *g_factor;           // (B, dim)
   float *g_modulation, *g_table, *g_weight;
 };
-static_assert(sizeof(AdalnParams) == 5 * 8 + 8 * 24 + 13 * 8, "mirrored by libs/ops/cuda/adaln.py");
+static_assert(sizeof(AdalnParams) == 5 * 8 + 10 * 24 + 13 * 8, "mirrored by adaln.py");
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // at most; a block has dim / 8 threads
 constexpr float kEpsilon = 1e-5f;
+constexpr bool kRounds = sizeof(kX) > sizeof(kInput);
 
 typedef Vec<float, 8> Float8;
 template <class T> using Vec8 = Packed<T, 8, 16>;

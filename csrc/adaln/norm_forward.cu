@@ -1,4 +1,4 @@
-// n = x / rms(x) * gain + shift; see adaln.cuh.
+// n = x / rms(x) * gain + shift, and where it is wanted x in the type of n; see adaln.cuh.
 #include "adaln/adaln.cuh"
 
 extern "C" __global__ void __launch_bounds__(kThreads)
@@ -6,7 +6,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   __shared__ float sums[2][kRows][kWarps];
   const TokenCoord at(p);
   const Sequence<kX> x(p.x, at);
-  const Sequence<kInput> n(p.n, at);
+  const Sequence<kInput> n(p.n, at), rounded(p.rounded, at);
   const Float8 gain = make_gain(p, at), shift = add_modulation(p, at, 0);
   const float mean = 1.0f / static_cast<float>(p.dim);
   int buffer = 0;
@@ -25,9 +25,11 @@ extern "C" __global__ void __launch_bounds__(kThreads)
     UNROLL for (int r = 0; r < kRows; ++r) {
       const float scale = rsqrtf(fmaf(squares[r], mean, kEpsilon));
       Float8 value = widen(vectors[r]);
+      const bool exists = at.valid && first + r < at.end;
+      if (kRounds && p.rounded.data && exists) rounded.store(first + r, value);
       UNROLL for (int i = 0; i < 8; ++i)
         value.v[i] = fmaf(value.v[i] * scale, gain.v[i], shift.v[i]);
-      if (at.valid && first + r < at.end) n.store(first + r, value);
+      if (exists) n.store(first + r, value);
     }
   }
 }

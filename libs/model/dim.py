@@ -218,7 +218,9 @@ class DiM(nn.Module, PyTorchModelHubMixin):
             if k > self.num_skips:
                 x, skip = skips.pop(x, orders[k - 1])
             arguments = (x, modulation, orders[k], drop_path_scales[k], skip)
-            x = layers.run_block(block, self.activation_checkpointing, *arguments)
+            given, (x, kept) = x, layers.run_block(block, self.activation_checkpointing, *arguments)
+            if skips.saved and skips.saved[-1] is given:
+                skips.saved[-1] = kept
             if 1 <= k <= self.num_skips:
                 skips.saved.append(x)
             if k in routed[-1:]:

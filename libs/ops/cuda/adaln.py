@@ -22,7 +22,8 @@ _CHUNK, _SMALL_CHUNK = 16, 4  # tokens of a block; the latter where they would n
 
 # Of every kernel in csrc/adaln; a kernel reads the fields it needs. All but rows are float32.
 AdalnParams = find_slots(
-    "batch length dim chunks chunk_length", "x n branch out g_n g_out g_x g_branch",
+    "batch length dim chunks chunk_length",
+    "x n branch out g_n g_out g_x g_branch rounded g_rounded",
     "modulation table weight drop_path_scale parts_shift parts_gain parts_factor g_shift g_gain "
     "g_factor g_modulation g_table g_weight",
 )  # fmt: skip
@@ -75,19 +76,19 @@ def _run(plan_of, adaln, x_dtype, out_dtype, rows, outputs=None):
     launch.run(prepared, first.device, rows, scalars, outputs)
 
 
-def norm(x, adaln, dtype):
-    """x (B, L, dim) -> n in `dtype`."""
+def norm(x, adaln, dtype, rounded=None):
+    """x (B, L, dim) -> n in `dtype`. rounded: where x is to be written in `dtype` too."""
     n = x.new_empty(x.shape, dtype=dtype)
-    _run(plan_norm_forward, adaln, x.dtype, dtype, {"x": x, "n": n})
+    _run(plan_norm_forward, adaln, x.dtype, dtype, {"x": x, "n": n, "rounded": rounded})
     return n
 
 
-def norm_backward(g_n, g_out, x, adaln, n):
-    """(g_x, g_shift, g_gain): g_out is the gradient that reaches x past the branch; g_shift and
-    g_gain are (B, dim). n (B, L, dim) is written again."""
+def norm_backward(g_n, g_out, x, adaln, n, g_rounded=None):
+    """(g_x, g_shift, g_gain): g_out and g_rounded are the gradients that reach x past the branch
+    and as `rounded`; g_shift and g_gain are (B, dim). n (B, L, dim) is written again."""
     g_x = torch.empty_like(x)
     g_shift, g_gain = (x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) for _ in range(2))
-    rows = {"x": x, "g_n": g_n, "g_out": g_out, "g_x": g_x, "n": n}
+    rows = {"x": x, "g_n": g_n, "g_out": g_out, "g_x": g_x, "n": n, "g_rounded": g_rounded}
     outputs = {"g_shift": g_shift, "g_gain": g_gain}
     _run(plan_norm_backward, adaln, x.dtype, g_out.dtype, rows, outputs)
     return g_x, g_shift, g_gain

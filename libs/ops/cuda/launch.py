@@ -293,6 +293,7 @@ def operator(name, schema, results, run, fake, backward, fake_backward, collect=
         return *wanted, *[None] * (count + len(ctx.rest) - len(wanted))
 
     _define(name, schema, forwards, run, fake)
-    before = _tensors([f"g_{i}" for i in range(forwards)])  # gradients, saved results
+    # Gradients, all but the first of which may be missing, and saved results.
+    before = ", ".join(f"Tensor{'?' * (i > 0)} g_{i}" for i in range(forwards))
     _define(f"{name}_bwd", f"{before}, {schema}", backwards, backward, fake_backward)
     torch.library.register_autograd(f"dim::{name}", gradients, setup_context=save, lib=_library)

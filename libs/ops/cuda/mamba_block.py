@@ -85,18 +85,25 @@ def _scan_inputs(u, xz, dtBC, dt_proj, p, order):
     return selective_scan.Inputs(u, delta, A, B, C, p.D, z, p.dt_bias, order, True)
 
 
+def _empty_rounded(i):
+    """For x in the products' dtype (B, L, dim), without entries where that is its own."""
+    batch, *rest = i.x.shape
+    return i.x.new_empty((0 if i.x.dtype == i.dtype else batch, *rest), dtype=i.dtype)
+
+
 def _forward(*inputs):
     *inputs, out_dtype = inputs
     i = _pack(*inputs)
     p, (weights, cast) = i.parameters, _cast(i.parameters, i.dtype)
-    xz = _product(adaln.norm(i.x, i.adaln, i.dtype), weights.in_proj, i.fp8)
+    rounded = _empty_rounded(i)
+    xz = _product(adaln.norm(i.x, i.adaln, i.dtype, rounded), weights.in_proj, i.fp8)
     u = _convolve(xz, p, i.order)
     dtBC = _product(u, weights.x_proj)
     scan = _scan_inputs(u, xz, dtBC, weights.dt_proj, p, i.order)
     prepared = selective_scan.plan(launch_plan.scan_forward, u, p.A_log)
     y, _ = selective_scan.run_forward(prepared, scan)
     branch = _product(y, weights.out_proj, i.fp8)
-    return adaln.gate(i.x, branch, i.adaln, out_dtype), xz, dtBC, branch, *cast
+    return adaln.gate(i.x, branch, i.adaln, out_dtype), rounded, xz, dtBC, branch, *cast
 
 
 def _scan_backward(g_branch, saved, weights, u, i, g_z):
@@ -133,7 +140,7 @@ def _mixer_backward(g_branch, saved, weights, i):
 
 
 @torch.autocast("cuda", enabled=False)  # which may be another than the forward's
-def _backward(g_out, *rest):
+def _backward(g_out, g_rounded, *rest):
     saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) : -1])
     weights = Matrices(*(
         cast if cast.numel() else getattr(i.parameters, name)
@@ -144,7 +151,8 @@ def _backward(g_out, *rest):
     g_xz, g = _mixer_backward(g_branch, saved, weights, i)
     g_n = _through(g_xz, weights.in_proj, i.fp8)
     n = torch.empty_like(g_n)
-    g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, i.x, i.adaln, n)
+    g_rounded = None if g_rounded is None else g_rounded.contiguous()
+    g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, i.x, i.adaln, n, g_rounded)
     g_in_proj = _weight_gradient(g_xz, n, i.parameters.in_proj)
     g_modulation, g_table, g_weight = adaln.modulation_backward(g_shift, g_gain, g_factor, i.adaln)
     return g_x, g_modulation, *Parameters(table=g_table, weight=g_weight, in_proj=g_in_proj, **g)
@@ -160,6 +168,7 @@ def _empty_outputs(*inputs):
     rows, p = i.x.shape[:2], i.parameters
     return (
         i.x.new_empty(i.x.shape, dtype=out_dtype),
+        _empty_rounded(i),
         i.x.new_empty((*rows, p.in_proj.shape[0]), dtype=i.dtype),
         i.x.new_empty((*rows, p.x_proj.shape[0]), dtype=i.dtype),
         i.x.new_empty(i.x.shape, dtype=i.dtype),
@@ -172,9 +181,9 @@ launch.operator(
     "Tensor x, Tensor modulation, Tensor? drop_path_scale, "
     f"{', '.join(f'Tensor {name}' for name in Parameters._fields)}, Tensor? order, "
     "ScalarType dtype, bool fp8, ScalarType out_dtype",
-    (1 + len(Saved._fields), 2 + len(Parameters._fields)),
+    (2 + len(Saved._fields), 2 + len(Parameters._fields)),
     _forward, _empty_outputs,
-    _backward, lambda g, *rest: launch.like(*_differentiable(*rest[len(Saved._fields) : -1])),
+    _backward, lambda *all: launch.like(*_differentiable(*all[2 + len(Saved._fields) : -1])),
     lambda g, found: (*found[:2], None, *found[2:]),
     saved=len(Saved._fields),
 )  # fmt: skip
@@ -182,7 +191,8 @@ launch.operator(
 
 def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, in_fp8, out_dtype):
     """The block above as one operator, where libs.ops.is_fused: out (B, L, dim) in out_dtype, which
-    is float32 or `dtype`, that of the products. Differentiable in every tensor but drop_path_scale.
+    is float32 or `dtype`, that of the products; and x in `dtype`, whose gradient costs no pass of
+    its own. Differentiable in every tensor but drop_path_scale.
 
     x (B, L, dim); modulation (B, 3, dim): shift, scale, gate; drop_path_scale (B,) or None;
     parameters: by the names of Parameters; order (L,) or None; in_fp8: in_proj's and out_proj's
@@ -192,8 +202,8 @@ def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, i
         parameters[name] if name in Matrices._fields else launch.as_parameter(parameters[name])
         for name in Parameters._fields
     ]
-    out, *_ = torch.ops.dim.mamba_block(
+    out, rounded, *_ = torch.ops.dim.mamba_block(
         x, launch.as_parameter(modulation), launch.as_parameter(drop_path_scale), *parameters,
         launch.as_order(order), dtype, in_fp8, out_dtype,
     )  # fmt: skip
-    return out
+    return out, x if x.dtype == dtype else rounded

@@ -93,20 +93,23 @@ def check_adaln(gpu, dtype):
     at = adaln.Adaln(*(t.to(gpu.device) for t in parameters))
     for x_dtype, out_dtype in streams(launch.spell_dtype(dtype)):
         x_dtype, out_dtype = DTYPES[x_dtype], DTYPES[out_dtype]
-        (x,), (branch, g_n), (g_out,) = (
+        (x,), (branch, g_n, g_rounded), (g_out,) = (
             _random(seed, kind, *[sequence] * count)
-            for seed, kind, count in ((1, x_dtype, 1), (2, dtype, 2), (3, out_dtype, 1))
+            for seed, kind, count in ((1, x_dtype, 1), (2, dtype, 3), (3, out_dtype, 1))
         )
+        g_rounded *= x_dtype != dtype  # else x is not rounded
         exact = _exact((x, branch, *parameters))
         n = reference.modulated_norm_ref(exact[0], exact[4], exact[2], exact[3])
         out = reference.gated_residual_ref(*exact[:4], exact[5])
-        g = _gradients((n, out), exact[:5], (g_n, g_out))
-        x, branch, g_n, g_out = (t.to(gpu.device) for t in (x, branch, g_n, g_out))
-        yield "norm", (adaln.norm(x, at, dtype),), (n,)
+        g = _gradients((n, out, exact[0]), exact[:5], (g_n, g_out, g_rounded))
+        tensors = x, branch, g_n, g_out, g_rounded
+        x, branch, g_n, g_out, g_rounded = (t.to(gpu.device) for t in tensors)
+        rounded = x if x_dtype == dtype else torch.empty_like(branch)
+        yield "norm", (adaln.norm(x, at, dtype, rounded), rounded), (n, exact[0])
         yield "gate", (adaln.gate(x, branch, at, out_dtype),), (out,)
         g_branch, g_factor = adaln.gate_backward(g_out, branch, at)
         again = torch.empty_like(g_n)
-        g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, at, again)
+        g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, at, again, g_rounded)
         g_parameters = adaln.modulation_backward(g_shift, g_gain, g_factor, at)
         yield "gradients of norm and gate", (g_x, g_branch, *g_parameters, again), (*g, n)
 
