@@ -153,7 +153,7 @@ def test_opcheck():
     parameters = [named[name].detach() for name in mamba_block.Parameters._fields]
     arguments = [x, modulation, keep, *parameters]
     arguments = [v.requires_grad_() if v is not keep else v for v in arguments]
-    options = (order.long(), torch.float32, False, torch.float32)
+    options = (order.long(), torch.float32, False, torch.float32, torch.float32)
     torch.library.opcheck(torch.ops.dim.mamba_block, (*arguments, *options))
 
 

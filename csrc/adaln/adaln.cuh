@@ -6,7 +6,7 @@
 // A thread owns 8 neighbouring channels, a block all channels of kRows tokens at a time and a chunk of
 // the tokens of one batch entry, so that sums over tokens stay in registers.
 //
-// -D: kInput (of branch and n), kX (of x), kOut (of out), kRows.
+// -D: kInput (of branch and n), kStream (of g_x), kX (of x, often kStream), kOut (of out), kRows.
 #pragma once
 #include "common/math.cuh"
 #include "common/types.cuh"
@@ -24,7 +24,7 @@ static_assert(sizeof(AdalnParams) == 5 * 8 + 10 * 24 + 13 * 8, "mirrored by adal
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;  // at most; a block has dim / 8 threads
 constexpr float kEpsilon = 1e-5f;
-constexpr bool kRounds = sizeof(kX) > sizeof(kInput);
+constexpr bool kRounds = sizeof(kStream) > sizeof(kInput);
 
 typedef Vec<float, 8> Float8;
 template <class T> using Vec8 = Packed<T, 8, 16>;

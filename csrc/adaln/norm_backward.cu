@@ -11,7 +11,7 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Sequence<kX> x(p.x, at);
   const Sequence<kInput> g_n(p.g_n, at);
   const Sequence<kOut> g_out(p.g_out, at);
-  const Sequence<kX> g_x(p.g_x, at);
+  const Sequence<kStream> g_x(p.g_x, at);
   const Sequence<kInput> n(p.n, at), g_rounded(p.g_rounded, at);
   const Float8 gain = make_gain(p, at), shift = add_modulation(p, at, 0);
   Float8 g_gain = {}, g_shift = {};

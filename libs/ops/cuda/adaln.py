@@ -29,11 +29,12 @@ AdalnParams = find_slots(
 )  # fmt: skip
 
 
-def _plan(name, rows, sums, batch, length, dim, x, out, dtype, multiprocessors):
-    """x, out, dtype: names of the dtypes of x, of out, and of branch and n."""
+def _plan(name, rows, sums, batch, length, dim, stream, x, out, dtype, multiprocessors):
+    """stream, x, out, dtype: names of the dtypes of g_x, of x, of out, and of branch and n."""
     kernel = make_kernel(
-        f"adaln/{name}.cu", name, kInput=CTYPES[dtype], kX=CTYPES[x], kOut=CTYPES[out], kRows=rows
-    )
+        f"adaln/{name}.cu", name, kInput=CTYPES[dtype], kStream=CTYPES[stream], kX=CTYPES[x],
+        kOut=CTYPES[out], kRows=rows,
+    )  # fmt: skip
     full = batch * length >= 8 * multiprocessors * _CHUNK
     chunk_length = _CHUNK if full else _SMALL_CHUNK
     chunks = -(-length // chunk_length)
@@ -43,7 +44,7 @@ def _plan(name, rows, sums, batch, length, dim, x, out, dtype, multiprocessors):
     return Plan((launch,), {"chunks": chunks, "chunk_length": chunk_length}, scratch, added)
 
 
-# Of (batch, length, dim, x, out, dtype, multiprocessors). A backward adds up what it names.
+# Of (batch, length, dim, stream, x, out, dtype, multiprocessors). A backward adds up what it names.
 plan_norm_forward = functools.partial(_plan, "norm_forward", _ROWS, ())
 plan_norm_backward = functools.partial(_plan, "norm_backward", _BACKWARD_ROWS, ("shift", "gain"))
 plan_gate_forward = functools.partial(_plan, "gate_forward", _ROWS, ())
@@ -54,8 +55,8 @@ def plan_modulation_backward(batch, dim, dtype, multiprocessors):
     """Gradients of modulation, table and weight from those of shift, gain and factor; all float32,
     whichever dtype the network has."""
     kernel = make_kernel(
-        "adaln/modulation_backward.cu", "modulation_backward", kInput="float", kX="float",
-        kOut="float", kRows=1,
+        "adaln/modulation_backward.cu", "modulation_backward", kInput="float",
+        kStream="float", kX="float", kOut="float", kRows=1,
     )  # fmt: skip
     return Plan((Launch(kernel, (-(-dim // 32), 1, 1), (256, 1, 1)),))
 
@@ -65,12 +66,13 @@ def plan_modulation_backward(batch, dim, dtype, multiprocessors):
 Adaln = namedtuple("Adaln", "modulation table weight drop_path_scale", defaults=(None,))
 
 
-def _run(plan_of, adaln, x_dtype, out_dtype, rows, outputs=None):
-    """Launches a plan over `rows` (field -> (B, L, dim))."""
+def _run(plan_of, adaln, stream_dtype, out_dtype, rows, outputs=None):
+    """Launches a plan over `rows` (field -> (B, L, dim)), x first where there is one."""
     first = next(iter(rows.values()))
     batch, length, dim = first.shape
     dtype = rows["n" if "n" in rows else "branch"].dtype
-    shape = (batch, length, dim, launch.spell_dtype(x_dtype), launch.spell_dtype(out_dtype))
+    dtypes = map(launch.spell_dtype, (stream_dtype, first.dtype, out_dtype))
+    shape = (batch, length, dim, *dtypes)
     prepared = launch.prepared(first.device.index, plan_of, AdalnParams, shape, dtype)
     scalars = {"batch": batch, "length": length, "dim": dim, **adaln._asdict()}
     launch.run(prepared, first.device, rows, scalars, outputs)
@@ -83,14 +85,15 @@ def norm(x, adaln, dtype, rounded=None):
     return n
 
 
-def norm_backward(g_n, g_out, x, adaln, n, g_rounded=None):
-    """(g_x, g_shift, g_gain): g_out and g_rounded are the gradients that reach x past the branch
-    and as `rounded`; g_shift and g_gain are (B, dim). n (B, L, dim) is written again."""
-    g_x = torch.empty_like(x)
+def norm_backward(g_n, g_out, x, adaln, n, dtype, g_rounded=None):
+    """(g_x in `dtype`, g_shift, g_gain): g_out and g_rounded are the gradients that reach x past
+    the branch and as `rounded`, which x may be; g_shift and g_gain are (B, dim). n (B, L, dim) is
+    written again."""
+    g_x = torch.empty_like(x, dtype=dtype)
     g_shift, g_gain = (x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) for _ in range(2))
     rows = {"x": x, "g_n": g_n, "g_out": g_out, "g_x": g_x, "n": n, "g_rounded": g_rounded}
     outputs = {"g_shift": g_shift, "g_gain": g_gain}
-    _run(plan_norm_backward, adaln, x.dtype, g_out.dtype, rows, outputs)
+    _run(plan_norm_backward, adaln, dtype, g_out.dtype, rows, outputs)
     return g_x, g_shift, g_gain
 
 
@@ -138,7 +141,7 @@ def _norm_backward_operator(g_n, x, weight, modulation, table, dtype):
     zeros, n = g_n.new_zeros(g_n.shape[2]), g_n.new_empty(g_n.shape[2])
     zeros, n = zeros.expand(g_n.shape), n.expand(g_n.shape)
     adaln = Adaln(modulation, table, weight)
-    g_x, g_shift, g_gain = norm_backward(as_vectors(g_n), zeros, as_vectors(x), adaln, n)
+    g_x, g_shift, g_gain = norm_backward(as_vectors(g_n), zeros, as_vectors(x), adaln, n, x.dtype)
     g = modulation_backward(g_shift, g_gain, torch.zeros_like(g_shift), adaln)
     g_modulation, g_table, g_weight = g
     return g_x, g_weight, g_modulation, g_table

@@ -263,13 +263,16 @@ def _define(name, inputs, results, run, fake):
     torch.library.register_fake(f"dim::{name}", fake, lib=_library)
 
 
-def operator(name, schema, results, run, fake, backward, fake_backward, collect=None, saved=0):
+def operator(
+    name, schema, results, run, fake, backward, fake_backward, collect=None, saved=0, keep=None
+):
     """Registers dim::<name> and its derivative dim::<name>_bwd, for torch.compile and autograd.
 
     schema: of the inputs, tensors first. run(*inputs) and backward(*g, *saved, *inputs) return so
     many tensors as `results` says, fake and fake_backward the same without numbers. collect(g,
     found): gradients of the first inputs, from those of the results and `backward`'s. saved: how
-    many of the last results only the backward wants.
+    many of the last results only the backward wants. keep(results, inputs): the saved results and
+    inputs, where it is not just these.
     """
     count, (forwards, backwards) = schema.count("Tensor"), results
 
@@ -277,7 +280,8 @@ def operator(name, schema, results, run, fake, backward, fake_backward, collect=
         extra = output[forwards - saved :] if saved else ()
         ctx.mark_non_differentiable(*extra)
         ctx.set_materialize_grads(not saved)
-        ctx.save_for_backward(*extra, *inputs[:count])
+        kept = keep(output, inputs) if keep else (*extra, *inputs)
+        ctx.save_for_backward(*kept[: saved + count])
         ctx.rest = inputs[count:]
 
     def gradients(ctx, *g):

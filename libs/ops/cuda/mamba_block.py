@@ -3,10 +3,11 @@
     n   = x / rms(x) weight (1 + scale) + shift
     out = x + drop_path_scale (1 + gate) out_proj(scan(conv(in_proj(n))))
 
-The forward saves x, in_proj's and x_proj's outputs and the branch; the backward makes n, the
-convolution, the step sizes and the scan's output again, the last inside the scan's own walk. No
-activation is transposed or copied in between; of the gradients only that of x_proj's output is
-put together from its parts, 128 channels of 6,144 in DiM-H.
+The forward saves x (in the products' dtype, as a long skip wants it), in_proj's and x_proj's
+outputs and the branch; the backward makes n, the convolution, the step sizes and the scan's output
+again, the last inside the scan's own walk. No activation is transposed or copied in between; of the
+gradients only that of x_proj's output is put together from its parts, 128 channels of 6,144 in
+DiM-H.
 """
 
 from collections import namedtuple
@@ -33,14 +34,14 @@ Matrices = namedtuple("Matrices", "in_proj x_proj dt_proj out_proj")
 # What the forward saves, besides its inputs: in_proj's output xz (B, L, 2 D), x_proj's output dtBC
 # (B, L, R + 2 N), branch (B, L, dim), and Matrices, empty where they had the products' dtype.
 Saved = namedtuple("Saved", ("xz", "dtBC", "branch", *Matrices._fields))
-# The operator's inputs, but for the result's dtype. dtype: of the products.
-Inputs = namedtuple("Inputs", "x adaln parameters order dtype fp8")
+# The operator's inputs. dtype: of the products; x_dtype: of x where the backward has it rounded.
+Inputs = namedtuple("Inputs", "x adaln parameters order dtype fp8 x_dtype out_dtype")
 
 
 def _pack(x, modulation, drop_path_scale, *rest):
-    *parameters, order, dtype, fp8_ = rest
-    p = Parameters(*parameters)
-    return Inputs(x, Adaln(modulation, p.table, p.weight, drop_path_scale), p, order, dtype, fp8_)
+    count = len(Parameters._fields)
+    p = Parameters(*rest[:count])
+    return Inputs(x, Adaln(modulation, p.table, p.weight, drop_path_scale), p, *rest[count:])
 
 
 def _product(x, weight, in_fp8=False):
@@ -87,12 +88,10 @@ def _scan_inputs(u, xz, dtBC, dt_proj, p, order):
 
 def _empty_rounded(i):
     """For x in the products' dtype (B, L, dim), without entries where that is its own."""
-    batch, *rest = i.x.shape
-    return i.x.new_empty((0 if i.x.dtype == i.dtype else batch, *rest), dtype=i.dtype)
+    return torch.empty_like(i.x[:0] if i.x.dtype == i.dtype else i.x, dtype=i.dtype)
 
 
 def _forward(*inputs):
-    *inputs, out_dtype = inputs
     i = _pack(*inputs)
     p, (weights, cast) = i.parameters, _cast(i.parameters, i.dtype)
     rounded = _empty_rounded(i)
@@ -103,7 +102,7 @@ def _forward(*inputs):
     prepared = selective_scan.plan(launch_plan.scan_forward, u, p.A_log)
     y, _ = selective_scan.run_forward(prepared, scan)
     branch = _product(y, weights.out_proj, i.fp8)
-    return adaln.gate(i.x, branch, i.adaln, out_dtype), rounded, xz, dtBC, branch, *cast
+    return adaln.gate(i.x, branch, i.adaln, i.out_dtype), rounded, xz, dtBC, branch, *cast
 
 
 def _scan_backward(g_branch, saved, weights, u, i, g_z):
@@ -141,7 +140,7 @@ def _mixer_backward(g_branch, saved, weights, i):
 
 @torch.autocast("cuda", enabled=False)  # which may be another than the forward's
 def _backward(g_out, g_rounded, *rest):
-    saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) : -1])
+    saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) :])
     weights = Matrices(*(
         cast if cast.numel() else getattr(i.parameters, name)
         for name, cast in zip(Matrices._fields, saved[3:], strict=True)
@@ -152,7 +151,7 @@ def _backward(g_out, g_rounded, *rest):
     g_n = _through(g_xz, weights.in_proj, i.fp8)
     n = torch.empty_like(g_n)
     g_rounded = None if g_rounded is None else g_rounded.contiguous()
-    g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, i.x, i.adaln, n, g_rounded)
+    g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, i.x, i.adaln, n, i.x_dtype, g_rounded)
     g_in_proj = _weight_gradient(g_xz, n, i.parameters.in_proj)
     g_modulation, g_table, g_weight = adaln.modulation_backward(g_shift, g_gain, g_factor, i.adaln)
     return g_x, g_modulation, *Parameters(table=g_table, weight=g_weight, in_proj=g_in_proj, **g)
@@ -162,12 +161,23 @@ def _differentiable(x, modulation, drop_path_scale, *rest):
     return x, modulation, *rest[: len(Parameters._fields)]
 
 
+def _empty_gradients(g_out, g_rounded, *rest):
+    inputs = rest[len(Saved._fields) :]
+    g_x, *others = launch.like(*_differentiable(*inputs))
+    return g_x.to(_pack(*inputs).x_dtype), *others
+
+
+def _keep(output, inputs):
+    """What the backward wants: x rounded where the forward rounded it."""
+    _, rounded, *saved = output
+    return *saved, rounded if rounded.numel() else inputs[0], *inputs[1:]
+
+
 def _empty_outputs(*inputs):
-    *inputs, out_dtype = inputs
     i = _pack(*inputs)
     rows, p = i.x.shape[:2], i.parameters
     return (
-        i.x.new_empty(i.x.shape, dtype=out_dtype),
+        i.x.new_empty(i.x.shape, dtype=i.out_dtype),
         _empty_rounded(i),
         i.x.new_empty((*rows, p.in_proj.shape[0]), dtype=i.dtype),
         i.x.new_empty((*rows, p.x_proj.shape[0]), dtype=i.dtype),
@@ -180,12 +190,12 @@ launch.operator(
     "mamba_block",
     "Tensor x, Tensor modulation, Tensor? drop_path_scale, "
     f"{', '.join(f'Tensor {name}' for name in Parameters._fields)}, Tensor? order, "
-    "ScalarType dtype, bool fp8, ScalarType out_dtype",
+    "ScalarType dtype, bool fp8, ScalarType x_dtype, ScalarType out_dtype",
     (2 + len(Saved._fields), 2 + len(Parameters._fields)),
     _forward, _empty_outputs,
-    _backward, lambda *all: launch.like(*_differentiable(*all[2 + len(Saved._fields) : -1])),
+    _backward, _empty_gradients,
     lambda g, found: (*found[:2], None, *found[2:]),
-    saved=len(Saved._fields),
+    saved=len(Saved._fields), keep=_keep,
 )  # fmt: skip
 
 
@@ -204,6 +214,6 @@ def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, i
     ]
     out, rounded, *_ = torch.ops.dim.mamba_block(
         x, launch.as_parameter(modulation), launch.as_parameter(drop_path_scale), *parameters,
-        launch.as_order(order), dtype, in_fp8, out_dtype,
+        launch.as_order(order), dtype, in_fp8, x.dtype, out_dtype,
     )  # fmt: skip
     return out, x if x.dtype == dtype else rounded

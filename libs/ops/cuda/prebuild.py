@@ -29,10 +29,10 @@ def _plans(dtype, arch, gpu):
         yield launch_plan.conv_forward(*shape, 3, dtype, gpu)
         yield launch_plan.conv_backward(*shape, 3, dtype, gpu)
     for x, out in streams(dtype):
-        yield adaln.plan_norm_forward(2, 366, 1536, x, dtype, dtype, gpu)
-        yield adaln.plan_norm_backward(2, 366, 1536, x, out, dtype, gpu)
-        yield adaln.plan_gate_forward(2, 366, 1536, x, out, dtype, gpu)
-        yield adaln.plan_gate_backward(2, 366, 1536, dtype, out, dtype, gpu)
+        yield adaln.plan_norm_forward(2, 366, 1536, x, x, dtype, dtype, gpu)
+        yield adaln.plan_norm_backward(2, 366, 1536, x, dtype, out, dtype, gpu)
+        yield adaln.plan_gate_forward(2, 366, 1536, x, x, out, dtype, gpu)
+        yield adaln.plan_gate_backward(2, 366, 1536, dtype, out, out, dtype, gpu)
     yield adaln.plan_modulation_backward(2, 1536, dtype, gpu)
     if arch >= fp8.OLDEST_ARCH and dtype != "float32":
         yield from (fp8.plan_rows(1, columns, dtype, gpu) for columns in fp8.COLUMNS)

@@ -109,7 +109,9 @@ def check_adaln(gpu, dtype):
         yield "gate", (adaln.gate(x, branch, at, out_dtype),), (out,)
         g_branch, g_factor = adaln.gate_backward(g_out, branch, at)
         again = torch.empty_like(g_n)
-        g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, x, at, again, g_rounded)
+        g_x, g_shift, g_gain = adaln.norm_backward(
+            g_n, g_out, rounded, at, again, x_dtype, g_rounded
+        )
         g_parameters = adaln.modulation_backward(g_shift, g_gain, g_factor, at)
         yield "gradients of norm and gate", (g_x, g_branch, *g_parameters, again), (*g, n)
 
