@@ -109,6 +109,9 @@ def test_rows_are_copied_only_where_they_must():
     assert launch.as_rows(both[..., 5:]).data_ptr() == both[..., 5:].data_ptr()
     assert launch.as_rows(torch.randn(2, 5, 19).mT).is_contiguous()
     assert cuda_adaln.as_vectors(torch.randn(33)[1:]).data_ptr() % 16 == 0
+    for first, end, copied in ((4, 8, False), (5, 8, False), (5, 9, True)):  # 4 aligned, 3, 4
+        given = torch.randn(2, 19, 16)[..., first:end]
+        assert (cuda_conv._rows(given).data_ptr() != given.data_ptr()) == copied
 
 
 # ---------------------------------------- the block
@@ -228,7 +231,7 @@ def test_double_backward_is_refused(dispatched):
 def test_the_self_check_tells_right_from_wrong(gpu, monkeypatch, dtype):
     gpu.arch = 80  # without fp8, whose kernels are not emulated
     found = list(self_check.worst_errors(gpu, dtype))
-    assert len(found) >= 15 and all(error <= allowed for _, error, allowed in found)
+    assert len(found) >= 13 and all(error <= allowed for _, error, allowed in found)
     run = emulator.run
 
     def spoil(plan, device, rows, scalars, outputs=None):

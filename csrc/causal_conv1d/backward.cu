@@ -4,8 +4,6 @@
 // behind. Sums over a chunk are written as parts, which sum_parts.cu adds in a fixed order.
 #include "causal_conv1d/conv.cuh"
 
-constexpr int kTile = 4;  // rows loaded together
-
 struct Gradients {
   float weight[kWidth][kVector] = {};
   float bias[kVector] = {};
@@ -19,22 +17,11 @@ struct Gradients {
   __device__ __forceinline__ void store(const ConvParams& p, const ConvCoord& at) const {
     const Int64 first = (at.batch * p.chunks + at.chunk) * p.channels + at.channel;
     UNROLL for (int i = 0; i < kVector; ++i) {
-      if (i >= at.valid) break;
       p.parts_bias[first + i] = bias[i];
       UNROLL for (int w = 0; w < kWidth; ++w) p.parts_weight[(first + i) * kWidth + w] = weight[w][i];
     }
   }
 };
-
-__device__ __forceinline__ FloatVec before_activation(const FloatVec& g_y, const Window& x,
-                                                   const Filter& filter, bool use_silu) {
-  if (!use_silu) return g_y;
-  const FloatVec value = x.convolve(filter);
-  FloatVec g;
-  UNROLL for (int i = 0; i < kVector; ++i)
-    g.v[i] = g_y.v[i] * silu_derivative(value.v[i], sigmoid(value.v[i]));
-  return g;
-}
 
 // dx of the step kWidth - 1 before the newest of g
 __device__ __forceinline__ FloatVec transposed(const Window& g, const Filter& filter) {
@@ -45,44 +32,64 @@ __device__ __forceinline__ FloatVec transposed(const Window& g, const Filter& fi
   return sum;
 }
 
-template <bool kAligned> __device__ __forceinline__ void walk(const ConvParams& p, const ConvCoord& at) {
-  const Column<const kInput> x(p.x, at.batch, at.channel), g_y(p.g_y, at.batch, at.channel);
-  const Column<kInput> g_x(p.g_x, at.batch, at.channel);
-  const Filter filter(p, at);
-  const int length = static_cast<int>(p.length), last = at.end + kWidth - 1;
+template <bool kSilu> struct Backward {
+  const ConvParams& p;
+  const ConvCoord& at;
+  const Column<const kInput> x, g_y;
+  const Column<kInput> g_x;
+  const Filter filter;
   Gradients gradients;
   Window window, g_window = {};
-  window.fill<kAligned>(p, at, x);
-  for (int first = at.first; first < last; first += kTile) {
+  int rows[kTile + kWidth - 1];  // of the steps before a tile and of the tile
+
+  __device__ __forceinline__ Backward(const ConvParams& p, const ConvCoord& at)
+      : p(p), at(at), x(p.x, at.batch, at.channel), g_y(p.g_y, at.batch, at.channel),
+        g_x(p.g_x, at.batch, at.channel), filter(p, at) {
+    window.fill(p, at, x);
+    int first = at.first;
+    for (; first + kTile <= at.end; first += kTile) walk<true>(first);
+    for (; first < at.end + kWidth - 1; first += kTile) walk<false>(first);
+    gradients.store(p, at);
+  }
+  // The steps of a tile. kWhole: none of them is beyond the chunk, which saves branches a step.
+  template <bool kWhole> __device__ __forceinline__ void walk(int first) {
+    const int length = static_cast<int>(p.length);
     RawVec x_raw[kTile], g_raw[kTile];
     UNROLL for (int t = 0; t < kTile; ++t) {
-      const int row = row_of(p, min(first + t, length - 1));
-      x_raw[t] = load<kAligned>(x.at(row), at.valid);
-      g_raw[t] = load<kAligned>(g_y.at(row), at.valid);
+      const int row = row_of(p, kWhole ? first + t : min(first + t, length - 1));
+      x_raw[t] = load(x.at(row));
+      g_raw[t] = load(g_y.at(row));
+      rows[kWidth - 1 + t] = row;
     }
     UNROLL for (int t = 0; t < kTile; ++t) {
       const int step = first + t;
-      if (step >= last) break;
+      if (!kWhole && step >= at.end + kWidth - 1) break;
       window.push(widen(x_raw[t]));
       FloatVec g = {};
-      if (step < length)
-        g = before_activation(widen(g_raw[t]), window, filter, p.silu);
+      if (kWhole || step < length) g = before_activation(widen(g_raw[t]));
       g_window.push(g);
-      if (step < at.end) gradients.add(g, window);
-      const int done = step - kWidth + 1;
-      if (done >= at.first)
-        store<kAligned>(g_x.at(row_of(p, done)), transposed(g_window, filter), at.valid);
+      if (kWhole || step < at.end) gradients.add(g, window);
+      if (t >= kWidth - 1 || step - kWidth + 1 >= at.first)
+        store(g_x.at(rows[t]), transposed(g_window, filter));
     }
+    UNROLL for (int w = 0; w < kWidth - 1; ++w) rows[w] = rows[kTile + w];
   }
-  gradients.store(p, at);
-}
+  __device__ __forceinline__ FloatVec before_activation(const FloatVec& g_y) const {
+    if (!kSilu) return g_y;
+    const FloatVec value = window.convolve(filter);
+    FloatVec g;
+    UNROLL for (int i = 0; i < kVector; ++i)
+      g.v[i] = g_y.v[i] * silu_derivative(value.v[i], sigmoid(value.v[i]));
+    return g;
+  }
+};
 
 extern "C" __global__ void __launch_bounds__(kThreads)
     conv_backward(const __grid_constant__ ConvParams p) {
   const ConvCoord at(p);
-  if (at.valid == 0) return;
-  if (p.channels % kVector == 0 && aligned(p.x) && aligned(p.g_y) && aligned(p.g_x))
-    walk<true>(p, at);
+  if (!at.valid) return;
+  if (p.silu)
+    Backward<true>(p, at);
   else
-    walk<false>(p, at);
+    Backward<false>(p, at);
 }

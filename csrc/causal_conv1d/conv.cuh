@@ -3,7 +3,7 @@
 // A thread owns kVector neighbouring channels of one batch entry and walks one chunk of the steps,
 // first to last, the last kWidth rows in registers.
 //
-// -D: kInput (element type), kWidth, kVector, kThreads.
+// -D: kInput (element type), kWidth, kVector (divides channels; rows are aligned to it), kThreads.
 #pragma once
 #include "common/math.cuh"
 #include "common/types.cuh"
@@ -23,14 +23,14 @@ static_assert(sizeof(ConvParams) == 6 * 8 + 4 * 24 + 5 * 8, "mirrored by launch_
 struct ConvCoord {
   Int64 batch, chunk, channel;
   int first, end;  // steps of the chunk
-  int valid;       // channels that exist, of kVector
+  bool valid;      // channels exist
 
   __device__ __forceinline__ ConvCoord(const ConvParams& p) {
     constexpr int kChannels = kThreads * kVector;
     const int blocks = static_cast<int>((p.channels + kChannels - 1) / kChannels);
     batch = blockIdx.x / blocks;
     channel = static_cast<Int64>(blockIdx.x % blocks) * kChannels + threadIdx.x * kVector;
-    valid = static_cast<int>(max(Int64(0), min(Int64(kVector), p.channels - channel)));
+    valid = channel < p.channels;
     chunk = blockIdx.y;
     first = static_cast<int>(chunk * p.chunk_length);
     end = static_cast<int>(min(p.length, first + p.chunk_length));
@@ -41,47 +41,28 @@ __device__ __forceinline__ int row_of(const ConvParams& p, int step) {
   return p.order ? static_cast<int>(p.order[step]) : step;
 }
 
-// May rows be read and written kVector elements at a time?
-__device__ __forceinline__ bool aligned(const Rows& rows) {
-  const Int64 bytes = reinterpret_cast<Int64>(rows.data) |
-                      (rows.batch_stride | rows.row_stride) * sizeof(kInput);
-  return bytes % (kVector * sizeof(kInput)) == 0;
-}
+constexpr int kTile = 4;  // rows loaded together
 
 typedef Packed<kInput, kVector> RawVec;
 typedef Vec<float, kVector> FloatVec;
 
-template <bool kAligned>
-__device__ __forceinline__ RawVec load(const kInput* from, int valid) {
-  if (kAligned) return *reinterpret_cast<const RawVec*>(from);
-  RawVec raw;
-  UNROLL for (int i = 0; i < kVector; ++i)
-    raw.v[i] = i < valid ? from[i] : from_float<kInput>(0.0f);
-  return raw;
+__device__ __forceinline__ RawVec load(const kInput* from) {
+  return *reinterpret_cast<const RawVec*>(from);
 }
 
-template <bool kAligned>
-__device__ __forceinline__ void store(kInput* to, const FloatVec& x, int valid) {
-  const RawVec raw = narrow<RawVec, kInput>(x);
-  if (kAligned) {
-    *reinterpret_cast<RawVec*>(to) = raw;
-    return;
-  }
-  UNROLL for (int i = 0; i < kVector; ++i)
-    if (i < valid) to[i] = raw.v[i];
+__device__ __forceinline__ void store(kInput* to, const FloatVec& x) {
+  *reinterpret_cast<RawVec*>(to) = narrow<RawVec, kInput>(x);
 }
 
-// Weights and bias of this thread's channels; 0 where there is no channel.
+// Weights and bias of this thread's channels.
 struct Filter {
   float weight[kWidth][kVector];
   FloatVec bias;
 
   __device__ __forceinline__ Filter(const ConvParams& p, const ConvCoord& at) {
     UNROLL for (int i = 0; i < kVector; ++i) {
-      const bool valid = i < at.valid;
-      bias.v[i] = valid && p.bias ? p.bias[at.channel + i] : 0.0f;
-      UNROLL for (int w = 0; w < kWidth; ++w)
-        weight[w][i] = valid ? p.weight[(at.channel + i) * kWidth + w] : 0.0f;
+      bias.v[i] = p.bias[at.channel + i];
+      UNROLL for (int w = 0; w < kWidth; ++w) weight[w][i] = p.weight[(at.channel + i) * kWidth + w];
     }
   }
 };
@@ -95,13 +76,12 @@ struct Window {
     row[kWidth - 1] = next;
   }
   // The rows before a chunk; zeros before the first step.
-  template <bool kAligned>
   __device__ __forceinline__ void fill(const ConvParams& p, const ConvCoord& at,
                                        const Column<const kInput>& x) {
     UNROLL for (int w = 1; w < kWidth; ++w) {
       const int step = at.first - kWidth + w;
       row[w] = FloatVec{};
-      if (step >= 0) row[w] = widen(load<kAligned>(x.at(row_of(p, step)), at.valid));
+      if (step >= 0) row[w] = widen(load(x.at(row_of(p, step))));
     }
   }
   // The convolution at the newest row.

@@ -271,15 +271,16 @@ def scan_backward_with_output(*shape, **options):
     return scan_backward(*shape, output=True, **options)
 
 
-_CONV_THREADS, _CONV_VECTOR = 128, 4
+_CONV_THREADS = 128
 
 
 def _conv_launch(name, batch, length, channels, width, dtype, multiprocessors):
+    vector = 4 if channels % 4 == 0 else 1  # channels of a thread
     kernel = make_kernel(
         f"causal_conv1d/{name}.cu", f"conv_{name}", kInput=CTYPES[dtype], kWidth=width,
-        kVector=_CONV_VECTOR, kThreads=_CONV_THREADS,
+        kVector=vector, kThreads=_CONV_THREADS,
     )  # fmt: skip
-    columns = batch * _blocks(channels, _CONV_THREADS * _CONV_VECTOR)
+    columns = batch * _blocks(channels, _CONV_THREADS * vector)
     # Enough chunks for 8 blocks a multiprocessor, none shorter than 16 steps, as each rereads
     # width - 1 rows; for 16 if they stay longer than 80 (H200, B 96 L 366 D 3072, bfloat16: 0.131
     # instead of 0.151 ms forward, 0.267 instead of 0.291 backward).
