@@ -274,22 +274,21 @@ def scan_backward_with_output(*shape, **options):
 _CONV_THREADS = 128
 
 
-def _conv_launch(name, batch, length, channels, width, dtype, multiprocessors):
+def _conv_launch(name, resident, batch, length, channels, width, dtype, multiprocessors):
+    """resident: blocks that a multiprocessor holds at least (bfloat16, 4 channels a thread)."""
     vector = 4 if channels % 4 == 0 else 1  # channels of a thread
     kernel = make_kernel(
         f"causal_conv1d/{name}.cu", f"conv_{name}", kInput=CTYPES[dtype], kWidth=width,
         kVector=vector, kThreads=_CONV_THREADS,
     )  # fmt: skip
     columns = batch * _blocks(channels, _CONV_THREADS * vector)
-    # Enough chunks for 8 blocks a multiprocessor, none shorter than 16 steps, as each rereads
-    # width - 1 rows; for 16 if they stay longer than 80 (H200, B 96 L 366 D 3072, bfloat16: 0.131
-    # instead of 0.151 ms forward, 0.267 instead of 0.291 backward).
-    wanted = max(
-        1,
-        min(-(-8 * multiprocessors // columns), length // 16),
-        min(-(-16 * multiprocessors // columns), length // 80),
-    )
-    chunk_length = -(-length // wanted)
+
+    def estimate(chunks):
+        """Of the time, in steps: waves of resident blocks, each of which begins with what takes as
+        long as some 10 steps."""
+        return -(-columns * chunks // (resident * multiprocessors)) * (length / chunks + 10)
+
+    chunk_length = -(-length // min(range(1, max(length // 16, 1) + 1), key=estimate))
     chunks = -(-length // chunk_length)
     launch = Launch(kernel, (columns, chunks, 1), (_CONV_THREADS, 1, 1))
     return (launch,), {"chunks": chunks, "chunk_length": chunk_length}
@@ -298,12 +297,12 @@ def _conv_launch(name, batch, length, channels, width, dtype, multiprocessors):
 def conv_forward(*shape):
     """Plan of the convolution's forward, of (batch, length, channels, width, dtype,
     multiprocessors)."""
-    return Plan(*_conv_launch("forward", *shape))
+    return Plan(*_conv_launch("forward", 9, *shape))
 
 
 def conv_backward(batch, length, channels, width, *rest):
     """Plan of the convolution's backward; deterministic."""
-    launches, integers = _conv_launch("backward", batch, length, channels, width, *rest)
+    launches, integers = _conv_launch("backward", 4, batch, length, channels, width, *rest)
     parts = batch * integers["chunks"]
     scratch = {"parts_weight": (parts, channels, width), "parts_bias": (parts, channels)}
     sums = {"parts_weight": ("g_weight", "float32"), "parts_bias": ("g_bias", "float32")}
