@@ -4,7 +4,7 @@
 // which comes that of x in kInput, g_rounded, where x was wanted so.
 #include "adaln/adaln.cuh"
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(kThreads, 3)
     norm_backward(const __grid_constant__ AdalnParams p) {
   __shared__ float sums[2][2 * kRows][kWarps];
   const TokenCoord at(p);

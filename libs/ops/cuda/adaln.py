@@ -16,7 +16,7 @@ from libs.ops.cuda import launch
 from libs.ops.cuda.launch_plan import CTYPES, Launch, Plan, find_slots, make_kernel
 
 WIDTHS = range(8, 2049, 8)  # a thread has 8 channels, a block 256 threads at most
-_ROWS, _BACKWARD_ROWS = 4, 2  # tokens that a block has in flight
+_ROWS, _BACKWARD_ROWS = 4, 1  # tokens that a block has in flight
 _CHUNK, _SMALL_CHUNK = 16, 4  # tokens of a block; the latter where they would not fill the GPU
 
 
