@@ -124,7 +124,10 @@ class SharedModulation(nn.Module):
         self.linear = nn.Linear(dim, 3 * dim)
 
     def forward(self, t, y):
-        """t (B,), y (B,) int64 -> (B, 3, dim): shift, scale, gate."""
+        """t (B,), y (B,) int64 -> (B, 3, dim): shift, scale, gate, float32 as the blocks want it
+        (float64 of a network in that), so that no block casts it and their gradients add up so.
+        """
         frequencies = sinusoidal_embedding(t, self.FREQUENCIES)
         emb = self.time_mlp(frequencies.to(self.linear.weight.dtype)) + self.label_embed(y)
-        return self.linear(F.silu(emb)).unflatten(-1, (3, self.dim))
+        out = self.linear(F.silu(emb)).unflatten(-1, (3, self.dim))
+        return out.to(torch.promote_types(out.dtype, torch.float32))
