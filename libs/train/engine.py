@@ -56,7 +56,11 @@ class Engine:
     def clip(self):
         """The norm of all gradients, 0-dim; they are clipped to max_norm."""
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        if self.max_norm < float("inf"):
+            return nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+        # As there, but for the factor 1 on every gradient.
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0)))
 
     def step(self, found_inf):
         """The optimizer's step, or none where found_inf, 0-dim float32, is 1: torch's fused
