@@ -2,14 +2,14 @@
 // (sm_80 and later); elsewhere they are done at once.
 #pragma once
 
-// 16 bytes, both addresses multiples of 16.
-__device__ __forceinline__ void copy16(void* to, const void* from) {
+// 16 bytes, both addresses multiples of 16; zeros where nothing is `present`.
+__device__ __forceinline__ void copy16(void* to, const void* from, bool present = true) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::
                "r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
-               "l"(__cvta_generic_to_global(from)) : "memory");
+               "l"(__cvta_generic_to_global(from)), "r"(present ? 16 : 0) : "memory");
 #else
-  *reinterpret_cast<int4*>(to) = *reinterpret_cast<const int4*>(from);
+  *reinterpret_cast<int4*>(to) = present ? *reinterpret_cast<const int4*>(from) : int4{};
 #endif
 }
 

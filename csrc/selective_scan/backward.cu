@@ -10,19 +10,15 @@
 // a step, where a thread with all states of one channel needs 31. What is known of a channel alone
 // (softplus, gate, outputs) is done by the one lane that owns it. With 16 states (kLanes 4):
 //
-//   lane   states   slot of its channel c = 0 1 2 3   channel of the warp
-//   0      0 - 3    0 1 2 3 (owns 0)                  0  8 16 24
-//   1      4 - 7    1 0 3 2 (owns 1)                  8  0 24 16
-//   2      8 - 11   2 3 0 1 (owns 2)                 16 24  0  8
-//   3     12 - 15   3 2 1 0 (owns 3)                 24 16  8  0
-//   4      0 - 3    4 5 6 7 (owns 4)                  1  9 17 25
-//   5      4 - 7    5 4 7 6 (owns 5)                  9  1 25 17
-//   6      8 - 11   6 7 4 5 (owns 6)                 17 25  1  9
-//   7     12 - 15   7 6 5 4 (owns 7)                 25 17  9  1
+//   lane      states   channel of the warp, c = 0 1 2 3
+//   0 ..  7   0 -  3   0 ..  7,  8 .. 15, 16 .. 23, 24 .. 31
+//   8 .. 15   4 -  7   8 .. 15,  0 ..  7, 24 .. 31, 16 .. 23
+//  16 .. 23   8 - 11  16 .. 23, 24 .. 31,  0 ..  7,  8 .. 15
+//  24 .. 31  12 - 15  24 .. 31, 16 .. 23,  8 .. 15,  0 ..  7
 //
-// A slot is a channel's place in shared memory. The lane that owns the slot of this lane's channel c is
-// lane ^ c: one shuffle brings sums over states to it. Lanes with the same states have neighbouring
-// channels for each c, so that a warp reads saved states from 4 lines of memory, not 16.
+// A lane's channel c is lane ^ c kGroups. The lane of that number owns it: one shuffle brings sums
+// over states to it. Lanes with the same states have neighbouring channels for each c, so that a
+// warp reads saved states from 4 lines of memory, not 16.
 //
 // dB and dC are added over a warp's lanes, then over warps in shared memory, and written as parts,
 // one a block; dA, dD and ddelta_bias, sums over steps, are written as parts at the end, one a batch
@@ -42,18 +38,19 @@
 constexpr int kResident =
     __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 || kMinBlocks < 4 ? kMinBlocks : 4;
 constexpr int kLanes = kStates / 4;
-constexpr int kWarpChannels = 128 / kLanes;
+constexpr int kGroups = 32 / kLanes;  // of kLanes lanes, which share 4 channels
+constexpr int kWarpChannels = 4 * kGroups;
 constexpr int kWarps = kChannels / kWarpChannels;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles4 = kTile / kStride;
-constexpr int kSumsPerLane = 32 / (32 / kLanes);  // of kStride steps' dB and dC of 4 states
+constexpr int kSumsPerLane = 32 / kGroups;  // of kStride steps' dB and dC of 4 states
 constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 static_assert(kStates == 16 || kStates == 32 || kStates == 64, "");
 static_assert(kChannels % kWarpChannels == 0 && kStride == 4 && kTile % kStride == 0 && kTile <= kThreads, "");
 
 // A warp's inputs of one step, as they are in global memory.
 struct alignas(16) RawStep {
-  kInput u[kWarpChannels], delta[kWarpChannels], z[kWarpChannels], g_y[kWarpChannels];
+  kInput of[4][kWarpChannels];  // u, delta, z, g_y
 };
 
 // What the walk needs of kStride steps, together, so that one address and constants find it all.
@@ -64,12 +61,20 @@ struct alignas(16) Tile4 {
   float4 dy[kWarps][kWarpChannels];     // gradient of y before the gate
   float4 y_to_z[kWarps][kWarpChannels];  // dz = y_to_z y
   float4 slope[kWarps][kWarpChannels];   // derivative of delta by its input
-  kInput u[kWarps][kStride][kWarpChannels];
+  Packed<kInput, kStride> u[kWarps][kWarpChannels];
   float4 gate[kOutput ? kWarps : 1][kOutput ? kWarpChannels : 1];
   union {
     float4 x[kWarpChannels];
     float sums[kStride][2 * kStates];  // of dB and dC over the channels, when x has been read
   } of_warp[kWarps];
+};
+
+// Where sequences are, of a warp's first channel. Kept, as to make it in every tile takes 100
+// instructions.
+struct Sequences {
+  Column<const kInput> inputs[4], B, C;  // of RawStep
+  Column<kInput> g_u, g_delta, g_z, y;
+  Column<float> parts[2];  // of dB and dC
 };
 
 struct Shared {
@@ -80,16 +85,16 @@ struct Shared {
   Tile4 tiles4[kTiles4];        // the tile in work
   RawStep raw[kWarps][kTile];  // the next one
   float4 saved[4][kThreads];    // a thread's: the states before kStride steps, of each channel
-  int rows[4][kTile];          // the tile in work, two to come, one for slow threads
+  Sequences sequences[kWarps];
+  int rows[4][kTile];           // the tile in work, two to come, one for slow threads
 };
 
 struct BackCoord {
-  Int64 batch, segment;
+  int batch, segment;
   int block, warp, lane;
-  int group;        // of kLanes lanes, which share 4 channels
-  int first_state;  // of the lane's 4 states of each of them
-  int owned;        // slot of the channel that this lane knows all about
-  int warp_channel, channel, channels;  // first of the warp's; owned; of the whole problem
+  int first_state;  // of the lane's 4 states of each of its channels
+  int owned;        // channel of the warp that this lane knows all about
+  int warp_channel, channels;  // first of the warp; of the whole problem
   int sum;                              // where in Tile4's sums this lane's go (add_BC)
   int first, count;                     // steps of the segment
   bool writes;                          // the owned channel exists, and no other lane owns it
@@ -101,21 +106,17 @@ struct BackCoord {
     block = blockIdx.x % blocks;
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
-    group = lane / kLanes;
-    first_state = lane % kLanes * 4;
-    owned = 4 * group + lane % 4;
+    first_state = lane / kGroups * 4;
+    owned = lane % kWarpChannels;
     warp_channel = block * kChannels + warp * kWarpChannels;
-    writes = warp_channel + in_warp(0) < channels && lane % kLanes < 4;
-    channel = channel_of(0);
-    sum = group * kSumsPerLane / 4 * kStates + first_state;
+    writes = warp_channel + owned < channels && is_owner();
+    sum = lane % kGroups * kSumsPerLane / 4 * kStates + first_state;
     segment = blockIdx.y;
     first = static_cast<int>(segment * p.segment_length);
     count = static_cast<int>(min(p.segment_length, p.length - first));
   }
-  __device__ __forceinline__ int slot_of(int c) const { return owned ^ c; }
-  __device__ __forceinline__ int in_warp(int c) const {
-    return slot_of(c) / 4 + 32 / kLanes * (slot_of(c) % 4);
-  }
+  __device__ __forceinline__ bool is_owner() const { return lane < kWarpChannels; }
+  __device__ __forceinline__ int in_warp(int c) const { return owned ^ c * kGroups; }
   // Channels that do not exist read the last one.
   __device__ __forceinline__ int channel_of(int c) const {
     return min(warp_channel + in_warp(c), channels - 1);
@@ -131,18 +132,18 @@ struct BackCoord {
 struct Staging {
   kInput B[kStaged], C[kStaged];
 
-  __device__ __forceinline__ void load(const ScanParams& p, const BackCoord& at, const int* rows) {
+  __device__ __forceinline__ void load(const ScanParams& p, const Sequences& from, const int* rows) {
     UNROLL for (int k = 0; k < kStaged; ++k) {
-      const int i = threadIdx.x + k * kThreads, n = i % kStates;
+      const unsigned i = threadIdx.x + k * kThreads, n = i % kStates;
       B[k] = C[k] = from_float<kInput>(0.0f);
-      if (i >= kTile * kStates || n >= p.states) continue;
-      B[k] = *Column<const kInput>(p.B, at.batch, n).at(rows[i / kStates]);
-      C[k] = *Column<const kInput>(p.C, at.batch, n).at(rows[i / kStates]);
+      if (i >= kTile * kStates || n >= static_cast<unsigned>(p.states)) continue;
+      B[k] = from.B.at(rows[i / kStates])[n];
+      C[k] = from.C.at(rows[i / kStates])[n];
     }
   }
   __device__ __forceinline__ void store(Shared& shared) const {
     UNROLL for (int k = 0; k < kStaged; ++k) {
-      const int i = threadIdx.x + k * kThreads;
+      const unsigned i = threadIdx.x + k * kThreads;
       if (i >= kTile * kStates) continue;
       Tile4& tile4 = shared.tiles4[i / (kStride * kStates)];
       tile4.B[0][i % (kStride * kStates)] = to_float(B[k]);
@@ -151,54 +152,51 @@ struct Staging {
   }
 };
 
-// The four sequences that are read channel by channel. An absent z or g_y is not copied.
-struct Inputs {
-  Column<const kInput> u, delta, z, g_y;  // of the warp's first channel
-  bool has_z, has_g_y, whole;             // whole: 16 bytes at a time, all of them there
+__device__ __forceinline__ Sequences find_sequences(const ScanParams& p, const BackCoord& at) {
+  const Int64 b = at.batch, c = at.warp_channel, part = 2 * at.block * p.batch + b;
+  const Rows parts = {p.parts_BC, p.length * p.states, p.states};
+  const Rows &z = p.z.data ? p.z : p.u, &g_y = p.g_y.data ? p.g_y : p.u;
+  return {{{p.u, b, c}, {p.delta, b, c}, {z, b, c}, {g_y, b, c}}, {p.B, b, 0}, {p.C, b, 0},
+          {p.g_u, b, c}, {p.g_delta, b, c}, {p.g_z, b, c}, {p.y, b, c},
+          {{parts, part, 0}, {parts, part + p.batch, 0}}};
+}
 
-  __device__ __forceinline__ Inputs(const ScanParams& p, const BackCoord& at)
-      : u(p.u, at.batch, at.warp_channel), delta(p.delta, at.batch, at.warp_channel),
-        z(p.z, at.batch, at.warp_channel), g_y(p.g_y, at.batch, at.warp_channel),
-        has_z(p.z.data), has_g_y(p.g_y.data) {
-    size_t bits = u.first | u.stride | delta.first | delta.stride;
-    if (has_z) bits |= z.first | z.stride;
-    if (has_g_y) bits |= g_y.first | g_y.stride;
-    whole = bits % 16 == 0 && at.warp_channel + kWarpChannels <= at.channels;
-  }
-  // Starts copying a warp's tile.
-  __device__ __forceinline__ void copy(RawStep* to, const BackCoord& at, const int* rows) const {
-    if (whole) {
-      constexpr int kLoad = 16 / sizeof(kInput), kChunks = kWarpChannels / kLoad;
-      UNROLL for (int i = at.lane; i < kTile * kChunks; i += 32) {
-        const int t = i / kChunks, c = i % kChunks * kLoad, row = rows[t];
-        copy16(&to[t].u[c], u.at(row) + c);
-        copy16(&to[t].delta[c], delta.at(row) + c);
-        if (has_z) copy16(&to[t].z[c], z.at(row) + c);
-        if (has_g_y) copy16(&to[t].g_y[c], g_y.at(row) + c);
-      }
-    } else if (at.lane % kLanes < 4) {
-      const int from = at.channel - at.warp_channel, column = at.in_warp(0);
-#pragma unroll 1
-      for (int t = 0; t < kTile; ++t) {
-        to[t].u[column] = u.at(rows[t])[from];
-        to[t].delta[column] = delta.at(rows[t])[from];
-        if (has_z) to[t].z[column] = z.at(rows[t])[from];
-        if (has_g_y) to[t].g_y[column] = g_y.at(rows[t])[from];
-      }
+// Whether a warp's inputs can be copied 16 bytes at a time.
+__device__ __forceinline__ bool are_whole(const BackCoord& at, const Sequences& from) {
+  size_t bits = 0;
+  UNROLL for (int k = 0; k < 4; ++k) bits |= from.inputs[k].first | from.inputs[k].stride;
+  return bits % 16 == 0 && at.warp_channel + kWarpChannels <= at.channels;
+}
+
+// Starts copying a warp's tile; zeros for z or g_y if absent.
+__device__ __forceinline__ void copy_inputs(const ScanParams& p, const BackCoord& at, bool whole,
+                                            const Sequences& from, RawStep* to, const int* rows) {
+  const bool present[4] = {true, true, p.z.data != nullptr, p.g_y.data != nullptr};
+  if (whole) {
+    constexpr int kLoad = 16 / sizeof(kInput), kChunks = kWarpChannels / kLoad;
+    UNROLL for (int i = at.lane; i < kTile * kChunks; i += 32) {
+      const int t = i / kChunks, c = i % kChunks * kLoad;
+      const kInput* found[4];
+      UNROLL for (int k = 0; k < 4; ++k) found[k] = from.inputs[k].at(rows[t]) + c;
+      UNROLL for (int k = 0; k < 4; ++k) copy16(&to[t].of[k][c], found[k], present[k]);
     }
+  } else if (at.is_owner()) {
+    const int c = at.channel_of(0) - at.warp_channel;
+#pragma unroll 1
+    for (int t = 0; t < kTile; ++t)
+      UNROLL for (int k = 0; k < 4; ++k) {
+        const kInput found = from.inputs[k].at(rows[t])[c];
+        to[t].of[k][at.owned] = present[k] ? found : from_float<kInput>(0.0f);
+      }
   }
-};
-
-struct Outputs {
-  Column<kInput> g_u, g_delta, g_z, y;
-
-  __device__ __forceinline__ Outputs(const ScanParams& p, const BackCoord& at)
-      : g_u(p.g_u, at.batch, at.channel), g_delta(p.g_delta, at.batch, at.channel),
-        g_z(p.g_z, at.batch, at.channel), y(p.y, at.batch, at.channel) {}
-};
+}
 
 __device__ __forceinline__ void unpack(float* to, const float4& v) {
   to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+}
+
+__device__ __forceinline__ void store4(float4* to, const float* v) {
+  *to = make_float4(v[0], v[1], v[2], v[3]);
 }
 
 __device__ __forceinline__ void load4(float* to, const float* from) {
@@ -209,46 +207,44 @@ __device__ __forceinline__ void load4(float* to, const float* from) {
 // D and delta_bias, first a tile's, then of tiles: one sum over thousands of steps would lose digits
 // that the reference keeps.
 struct Channel {
-  float skip, bias;
-  bool use_softplus, has_z, has_g_y, writes;
+  float skip, bias, no_gate;  // no_gate: 1 without z, whose zeros make the gate 0
+  bool use_softplus, has_z, writes;
   float g_skip = 0.0f, g_bias = 0.0f, tile_skip = 0.0f, tile_bias = 0.0f;
 
   __device__ __forceinline__ Channel(const ScanParams& p, const BackCoord& at)
-      : skip(p.D ? p.D[at.channel] : 0.0f), bias(p.delta_bias ? p.delta_bias[at.channel] : 0.0f),
-        use_softplus(p.delta_softplus), has_z(p.z.data), has_g_y(p.g_y.data),
+      : skip(p.D[at.channel_of(0)]), bias(p.delta_bias[at.channel_of(0)]),
+        no_gate(p.z.data ? 0.0f : 1.0f), use_softplus(p.delta_softplus), has_z(p.z.data),
         writes(at.writes) {}
 
-  // What is known of kStride steps before the walk. delta and dy are 0 past the end and for channels
-  // that do not exist, so that nothing changes a state or adds to a sum.
-  __device__ __forceinline__ void prepare(Tile4& tile4, const BackCoord& at, const RawStep* raw,
-                                          int left) const {
+  // What is known of kStride steps before the walk.
+  __device__ __forceinline__ void prepare(Tile4& tile4, const BackCoord& at,
+                                          const RawStep* raw) const {
     float delta[kStride], x[kStride], dy[kStride], y_to_z[kStride], slope[kStride], gate[kStride];
-    const int column = at.in_warp(0);
+    Packed<kInput, kStride> u;
     UNROLL for (int t = 0; t < kStride; ++t) {
-      const bool real = writes && t < left;
-      const float sum = to_float(raw[t].delta[column]) + bias, z = to_float(raw[t].z[column]);
-      const float g_y = select(real && has_g_y, to_float(raw[t].g_y[column]), 0.0f);
-      const float s = sigmoid(z);
-      delta[t] = select(real, select(use_softplus, softplus(sum), sum), 0.0f);
+      const float sum = to_float(raw[t].of[1][at.owned]) + bias;
+      delta[t] = select(use_softplus, softplus(sum), sum);
       slope[t] = select(use_softplus, softplus_derivative(sum), 1.0f);
-      x[t] = delta[t] * to_float(raw[t].u[column]);
-      gate[t] = select(has_z, z * s, 1.0f);
+      const float z = to_float(raw[t].of[2][at.owned]), g_y = to_float(raw[t].of[3][at.owned]);
+      const float s = sigmoid(z);
+      u.v[t] = raw[t].of[0][at.owned];
+      x[t] = delta[t] * to_float(u.v[t]);
+      gate[t] = fmaf(z, s, no_gate);
       dy[t] = g_y * gate[t];
-      y_to_z[t] = g_y * silu_derivative(z, s);
-      if (at.lane % kLanes < 4) tile4.u[at.warp][t][at.owned] = raw[t].u[column];
+      y_to_z[t] = g_y * fmaf(gate[t], 1.0f - s, s);
     }
-    if (at.lane % kLanes >= 4) return;
-    tile4.delta[at.warp][at.owned] = make_float4(delta[0], delta[1], delta[2], delta[3]);
-    tile4.of_warp[at.warp].x[at.owned] = make_float4(x[0], x[1], x[2], x[3]);
-    tile4.dy[at.warp][at.owned] = make_float4(dy[0], dy[1], dy[2], dy[3]);
-    tile4.y_to_z[at.warp][at.owned] = make_float4(y_to_z[0], y_to_z[1], y_to_z[2], y_to_z[3]);
-    tile4.slope[at.warp][at.owned] = make_float4(slope[0], slope[1], slope[2], slope[3]);
-    if (kOutput)
-      tile4.gate[kOutput * at.warp][kOutput * at.owned] = make_float4(gate[0], gate[1], gate[2], gate[3]);
+    if (!at.is_owner()) return;
+    tile4.u[at.warp][at.owned] = u;
+    store4(&tile4.delta[at.warp][at.owned], delta);
+    store4(&tile4.of_warp[at.warp].x[at.owned], x);
+    store4(&tile4.dy[at.warp][at.owned], dy);
+    store4(&tile4.y_to_z[at.warp][at.owned], y_to_z);
+    store4(&tile4.slope[at.warp][at.owned], slope);
+    if (kOutput) store4(&tile4.gate[kOutput * at.warp][kOutput * at.owned], gate);
   }
   // Writes the gradients of u, delta and z for kStride steps. sums: [step][g_B, g_decay or C h], over
   // the channel's states.
-  __device__ __forceinline__ void finish(const Outputs& outputs, const Tile4& tile4, const BackCoord& at,
+  __device__ __forceinline__ void finish(const Sequences& to, const Tile4& tile4, const BackCoord& at,
                                          const int* rows, const float* sums, int left) {
     float delta[kStride], dy[kStride], y_to_z[kStride], slope[kStride], gate[kStride];
     unpack(delta, tile4.delta[at.warp][at.owned]);
@@ -256,18 +252,27 @@ struct Channel {
     unpack(y_to_z, tile4.y_to_z[at.warp][at.owned]);
     unpack(slope, tile4.slope[at.warp][at.owned]);
     unpack(gate, tile4.gate[kOutput * at.warp][kOutput * at.owned]);
+    const Packed<kInput, kStride> u = tile4.u[at.warp][at.owned];
+    kInput g_u[kStride], g_delta[kStride], g_z[kStride], y[kStride];
+    UNROLL for (int t = 0; t < kStride; ++t) {
+      const float g_B = sums[3 * t], g_decay = sums[3 * t + 1], u_t = to_float(u.v[t]);
+      const float output = fmaf(u_t, skip, sums[3 * t + 2]);
+      const float of_delta = fmaf(g_decay, kLn2, u_t * g_B) * slope[t];
+      tile_skip = fmaf(dy[t], u_t, tile_skip);
+      tile_bias += of_delta;
+      g_u[t] = from_float<kInput>(fmaf(delta[t], g_B, dy[t] * skip));
+      g_delta[t] = from_float<kInput>(of_delta);
+      g_z[t] = from_float<kInput>(y_to_z[t] * output);
+      y[t] = from_float<kInput>(output * gate[t]);
+    }
+    const Column<kInput> to_u = to.g_u.next(at.owned), to_delta = to.g_delta.next(at.owned);
+    const Column<kInput> to_z = to.g_z.next(at.owned), to_y = to.y.next(at.owned);
     UNROLL for (int t = 0; t < kStride; ++t) {
       if (!writes || t >= left) break;
-      const float g_B = sums[3 * t], g_decay = sums[3 * t + 1], y = sums[3 * t + 2];
-      const float u = to_float(tile4.u[at.warp][t][at.owned]);
-      const float g_delta = fmaf(g_decay, kLn2, u * g_B) * slope[t];
-      tile_skip = fmaf(dy[t], u, tile_skip);
-      tile_bias += g_delta;
-      *outputs.g_u.at(rows[t]) = from_float<kInput>(fmaf(delta[t], g_B, dy[t] * skip));
-      *outputs.g_delta.at(rows[t]) = from_float<kInput>(g_delta);
-      const float output = fmaf(u, skip, y);
-      if (has_z) *outputs.g_z.at(rows[t]) = from_float<kInput>(y_to_z[t] * output);
-      if (kOutput) *outputs.y.at(rows[t]) = from_float<kInput>(output * gate[t]);
+      *to_u.at(rows[t]) = g_u[t];
+      *to_delta.at(rows[t]) = g_delta[t];
+      if (has_z) *to_z.at(rows[t]) = g_z[t];
+      if (kOutput) *to_y.at(rows[t]) = y[t];
     }
   }
   __device__ __forceinline__ void close_tile() {
@@ -317,8 +322,8 @@ __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, 
       g_h[i] = fmaf(decay_of(delta, A[i]), g_h[i], p.carry_state[state * p.channels + channel]);
     }
   }
-  shared.A[c][threadIdx.x] = make_float4(A[0], A[1], A[2], A[3]);
-  shared.g_h[c][threadIdx.x] = make_float4(g_h[0], g_h[1], g_h[2], g_h[3]);
+  store4(&shared.A[c][threadIdx.x], A);
+  store4(&shared.g_h[c][threadIdx.x], g_h);
   shared.g_A[c][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
@@ -326,7 +331,7 @@ __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, 
 // and dC to add to; sums: [step][g_B, g_decay or C h], parts of the channel's sums over states.
 __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const BackCoord& at, int c,
                                      float* BC, float* sums) {
-  const int column = at.slot_of(c);
+  const int column = at.in_warp(c);
   float A[4], g_h[4], g_A[4], h[kStride + 1][4], decay[kStride][4], delta[4], x[4], dy[4];
   unpack(A, shared.A[c][threadIdx.x]);
   unpack(h[0], shared.saved[c][threadIdx.x]);
@@ -362,18 +367,17 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
     sums[3 * t + 1] = g_decay;
     sums[3 * t + 2] = y;
   }
-  shared.g_h[c][threadIdx.x] = make_float4(g_h[0], g_h[1], g_h[2], g_h[3]);
-  shared.g_A[c][threadIdx.x] = make_float4(g_A[0], g_A[1], g_A[2], g_A[3]);
+  store4(&shared.g_h[c][threadIdx.x], g_h);
+  store4(&shared.g_A[c][threadIdx.x], g_A);
 }
 
 // Adds dB and dC of kStride steps over the warp's channels.
 __device__ __forceinline__ void add_BC(Tile4& tile4, const BackCoord& at, float* BC) {
-  exchange<32, 16, kLanes>(BC, at.lane);
   float* to = tile4.of_warp[at.warp].sums[0] + at.sum;
+  exchange<32, kGroups / 2, 1>(BC, at.lane);
   __syncwarp();  // every lane has read x, which this overwrites
   UNROLL for (int i = 0; i < kSumsPerLane; i += 4)
-    *reinterpret_cast<float4*>(to + i / 4 * kStates) =
-        make_float4(BC[i], BC[i + 1], BC[i + 2], BC[i + 3]);
+    store4(reinterpret_cast<float4*>(to + i / 4 * kStates), BC + i);
 }
 
 // Adds dB and dC of a tile over the warps and writes the block's part.
@@ -381,15 +385,16 @@ __device__ __forceinline__ void store_BC(const ScanParams& p, const BackCoord& a
                                          const Shared& shared, const int* rows, int left) {
   constexpr int kColumns = 2 * kStates, kTogether = kThreads / kColumns;
   static_assert(kThreads % kColumns == 0 && kTile % kTogether == 0, "");
-  const int column = threadIdx.x % kColumns, kind = column / kStates, n = column % kStates;
-  if (n >= p.states) return;
-  float* to = p.parts_BC + ((at.block * 2 + kind) * p.batch + at.batch) * p.length * p.states + n;
+  const unsigned column = threadIdx.x % kColumns, n = column % kStates;
+  if (n >= static_cast<unsigned>(p.states)) return;
+  const Column<float> to = shared.sequences[at.warp].parts[column / kStates].next(n);
   UNROLL for (int first = 0; first < kTile; first += kTogether) {
     const int t = first + threadIdx.x / kColumns;
     if (t >= left) break;
-    float sum = 0.0f;
-    UNROLL for (int w = 0; w < kWarps; ++w) sum += shared.tiles4[t / kStride].of_warp[w].sums[t % kStride][column];
-    to[static_cast<Int64>(rows[t]) * static_cast<int>(p.states)] = sum;
+    const Tile4& tile4 = shared.tiles4[t / kStride];
+    float sum = tile4.of_warp[0].sums[t % kStride][column];
+    UNROLL for (int w = 1; w < kWarps; ++w) sum += tile4.of_warp[w].sums[t % kStride][column];
+    *to.at(rows[t]) = sum;
   }
 }
 
@@ -407,8 +412,8 @@ __device__ __forceinline__ void store_parts(const ScanParams& p, const BackCoord
     }
   }
   if (!at.writes) return;
-  p.parts_D[part * p.channels + at.channel] = channel.g_skip;
-  p.parts_bias[part * p.channels + at.channel] = channel.g_bias;
+  p.parts_D[part * p.channels + at.channel_of(0)] = channel.g_skip;
+  p.parts_bias[part * p.channels + at.channel_of(0)] = channel.g_bias;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kResident)
@@ -417,7 +422,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   static_assert(sizeof(Shared) == kSharedBytes, "computed by libs/ops/cuda/launch_plan.py");
   const BackCoord at(p);
-  const Outputs outputs(p, at);
   Channel channel(p, at);
 #pragma unroll 1
   for (int c = 0; c < 4; ++c) start(p, at, shared, c);
@@ -430,9 +434,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   }
   __syncthreads();
   Staging staging;
-  staging.load(p, at, shared.rows[last & 3]);
   RawStep* raw = shared.raw[at.warp];
-  Inputs(p, at).copy(raw, at, shared.rows[last & 3]);
+  Sequences& sequences = shared.sequences[at.warp];
+  if (at.lane == 0) sequences = find_sequences(p, at);
+  __syncwarp();
+  staging.load(p, sequences, shared.rows[last & 3]);
+  const bool whole = are_whole(at, sequences);
+  copy_inputs(p, at, whole, sequences, raw, shared.rows[last & 3]);
   SavedStates saved(p, at, (at.count - 1) / kStride);
 #pragma unroll 1
   for (int c = 0; c < 4; ++c) saved.copy(shared, at, c);
@@ -446,12 +454,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     wait_for_copies<3>();
     __syncthreads();
     UNROLL for (int q = 0; q < kTiles4; ++q)
-      channel.prepare(shared.tiles4[q], at, raw + q * kStride, left - q * kStride);
+      channel.prepare(shared.tiles4[q], at, raw + q * kStride);
+    // Steps past the end and channels that do not exist change no state and add to no sum.
+#pragma unroll 1
+    for (int t = at.writes ? left : 0; t < kTile && at.is_owner(); ++t) {
+      Tile4& to = shared.tiles4[t / kStride];
+      for (float4* v : {to.delta[at.warp], to.of_warp[at.warp].x, to.dy[at.warp], to.slope[at.warp]})
+        reinterpret_cast<float*>(v + at.owned)[t % kStride] = 0.0f;
+    }
     __syncwarp();
     if (tile > 0) {
       const int* next = shared.rows[(tile + 3) & 3];
-      staging.load(p, at, next);
-      Inputs(p, at).copy(raw, at, next);
+      staging.load(p, sequences, next);
+      copy_inputs(p, at, whole, sequences, raw, next);
     }
 
 #pragma unroll 1
@@ -459,21 +474,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
       Tile4& tile4 = shared.tiles4[q];
       float BC[32] = {}, sums[3 * kStride] = {};
       if (tile + q > 0) saved.step_back(at);
-#pragma unroll 1
-      for (int c = 0; c < 4; ++c) {
+      const auto walk_channel = [&](int c) {
         wait_for_copies<3>();
         float part[3 * kStride];
         walk(shared, tile4, at, c, BC, part);
         saved.copy(shared, at, c);  // for the next kStride steps
         if (c > 0) {  // to the owner; c = 0 is at home
           UNROLL for (int i = 0; i < 3 * kStride; ++i)
-            part[i] = __shfl_xor_sync(0xffffffffu, part[i], c);
+            part[i] = __shfl_xor_sync(0xffffffffu, part[i], c * kGroups);
         }
         UNROLL for (int i = 0; i < 3 * kStride; ++i) sums[i] += part[i];
-      }
-      add_lanes<3 * kStride, 4, kLanes>(sums);
+      };
+      walk_channel(0);  // of its own: without sums to begin with and shuffles
+#pragma unroll 1
+      for (int c = 1; c < 4; ++c) walk_channel(c);
+      add_lanes<3 * kStride, kWarpChannels, 32>(sums);
       add_BC(tile4, at, BC);
-      channel.finish(outputs, tile4, at, rows + q * kStride, sums, left - q * kStride);
+      channel.finish(sequences, tile4, at, rows + q * kStride, sums, left - q * kStride);
     }
     __syncthreads();
     store_BC(p, at, shared, rows, left);

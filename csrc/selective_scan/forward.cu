@@ -187,17 +187,14 @@ struct States {
   }
 };
 
-__device__ __forceinline__ void save_state(const ScanParams& p, const WalkCoord& at,
-                                                 const States& states, int step) {
-  if (!at.valid || step >= at.count) return;
-  const Int64 saved = (p.length + kStride - 1) / kStride;
-  const Int64 slot = (at.batch * saved + (at.first + step) / kStride) * (kStates / 4);
-  float4* to = reinterpret_cast<float4*>(p.saved_states);
+// to: of the thread's first states, a row for each 4 of them; moves on by kStride steps. Threads
+// without a channel store the last one's once more.
+__device__ __forceinline__ void save_state(Column<float4>& to, const States& states, bool real) {
   UNROLL for (int q = 0; q < kStatesPerThread / 4; ++q) {
-    const Int64 quad = slot + at.group * (kStatesPerThread / 4) + q;
-    to[quad * p.channels + at.channel] = make_float4(states.h[4 * q], states.h[4 * q + 1],
-                                                     states.h[4 * q + 2], states.h[4 * q + 3]);
+    const float* h = states.h + 4 * q;
+    if (real) *to.at(q) = make_float4(h[0], h[1], h[2], h[3]);
   }
+  to.first = __cvta_generic_to_global(to.at(kStates / 4));
 }
 
 __device__ __forceinline__ void store_end(const ScanParams& p, const WalkCoord& at,
@@ -262,6 +259,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
     }
   };
 
+  const Int64 slots = (p.length + kStride - 1) / kStride * (kStates / 4);
+  const int slot = at.first / kStride * (kStates / 4) + at.group * (kStatesPerThread / 4);
+  Column<float4> saved({p.saved_states, slots * p.channels, p.channels}, at.batch,
+                       slot * p.channels + at.channel);
   float delta_sum = 0.0f;
   for (int tile = 0; tile < tiles; ++tile) {
     const int buffer = tile & 1, left = at.count - tile * kTile;
@@ -285,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kMinBlocks)
       if (kGroups > 1) columns.load(next, shared.rows[(tile + 1) & 3], at.group);
     }
     UNROLL for (int t = 0; t < kTile; ++t) {
-      if (kSaves && t % kStride == 0) save_state(p, at, states, tile * kTile + t);
+      if (kSaves && t % kStride == 0) save_state(saved, states, t < left);
       float delta, x;
       if (kGroups == 1) {
         scalars(now, columns, t % kScalars, bias, use_softplus, t < left, delta, x);

@@ -32,13 +32,6 @@ struct Shared {
   int rows[2][2][kTile];                    // of two pairs of tiles
 };
 
-// Column::at in one instruction; ptxas makes two of the unsigned product.
-template <class T> __device__ __forceinline__ T* element(const Column<T>& column, int row) {
-  Int64 offset;
-  asm("mul.wide.s32 %0, %1, %2;" : "=l"(offset) : "r"(row), "r"(column.stride));
-  return reinterpret_cast<T*>(__cvta_global_to_generic(column.first + offset));
-}
-
 // Asks for an element's line to be brought into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* address) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(address)));
@@ -157,12 +150,12 @@ struct Tasks {
   }
   __device__ __forceinline__ void load() {
     UNROLL for (int k = 0; k < kTasks; ++k) {
-      raw_delta[k] = *element(delta, rows[k]);
-      raw_u[k] = *element(u, rows[k]);
-      raw_z[k] = *element(z, rows[k]);
+      raw_delta[k] = *delta.at(rows[k]);
+      raw_u[k] = *u.at(rows[k]);
+      raw_z[k] = *z.at(rows[k]);
     }
     UNROLL for (int k = 0; k < kRows; ++k)
-      if (has_BC) raw_BC[k] = *element(BC, rows_BC[k]);
+      if (has_BC) raw_BC[k] = *BC.at(rows_BC[k]);
   }
   // What was loaded, for the walk. Steps past the end change no state. first: of the tile.
   __device__ __forceinline__ void prepare(Shared& shared, int buffer, int first) {
@@ -174,7 +167,7 @@ struct Tasks {
       shared.scalars[buffer][column][first_step + step] = make_float2(size, size * input);
       input_u[buffer][k] = input;
       gate[buffer][k] = select(has_z, silu(to_float(raw_z[k])), 1.0f);
-      to[buffer][k] = element(y, rows[k]);
+      to[buffer][k] = y.at(rows[k]);
     }
     const int n = threadIdx.x % kStates, is_C = threadIdx.x / kStates % 2;
     float* slot = reinterpret_cast<float*>(shared.BC[buffer]) +
@@ -207,9 +200,9 @@ struct RowsAhead {
   __device__ __forceinline__ void store(Shared& shared, int pair, const Tasks& tasks) const {
     if (threadIdx.x >= 2 * kTile) return;
     shared.rows[pair][0][threadIdx.x] = row;
-    prefetch(element(tasks.delta, row));
-    prefetch(element(tasks.u, row));
-    prefetch(element(tasks.z, row));
+    prefetch(tasks.delta.at(row));
+    prefetch(tasks.u.at(row));
+    prefetch(tasks.z.at(row));
   }
 };
 
