@@ -1,6 +1,7 @@
 """Metrics beyond FID: against torch-fidelity and ADM's formulas, of pictures in files, compared."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -155,6 +156,16 @@ def test_kid_takes_as_many_as_there_are():
     found = compute_metrics(made, real, ["kid"])["kid"]
     assert found["mean"] == pytest.approx(inside - 2 * xy.mean(), rel=1e-4)  # in float32
     assert found["subset_size"] == 40 and found["std"] < 1e-3 * found["mean"]
+
+
+def test_metrics_beside_one_another_import_once(monkeypatch):
+    """Two threads at once would find one of torch-fidelity's modules half made."""
+    pytest.importorskip("torch_fidelity")
+    for name in [name for name in sys.modules if name.startswith("torch_fidelity")]:
+        monkeypatch.delitem(sys.modules, name)
+    made, real = sets_of("features", 4, (40, 6), (40, 6))
+    found = compute_metrics(made, real, ["precision_recall", "kid", "precision_recall"])
+    assert found["kid"] and 0 <= found["precision_recall"]["recall"] <= 1
 
 
 def test_metrics_that_cannot_be_are_told_at_the_start(monkeypatch):

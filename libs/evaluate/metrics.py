@@ -1,6 +1,7 @@
 """Metrics of generated images: functions of the features of two sets of images, by name."""
 
 import importlib
+import threading
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ BLOCK = 2000  # rows of features at a time; 2,000 x 50,000 distances in float64 
 HALVINGS, WIDE = 20, 512  # of `real_halves`
 SPLITS, SUBSETS, SUBSET_SIZE = 10, 100, 1000  # torch-fidelity's, and papers'
 NEIGHBOURS = 3  # the paper's k, and ADM's
+_IMPORTING = threading.Lock()
 
 
 def metric(name, *, kind="features", rows=None, alone=False, package=False):
@@ -173,7 +175,8 @@ def _real_halves(generated, real):
 
 def _ask_fidelity(name, *sets, **options):
     """torch-fidelity's figure of the features of FeatureSets."""
-    module = importlib.import_module(f"torch_fidelity.metric_{name}")
+    with _IMPORTING:  # its modules import one another: a second thread would find one half made
+        module = importlib.import_module(f"torch_fidelity.metric_{name}")
     rows = [torch.from_numpy(found.features).to(sets[0].mu.device) for found in sets]
     return getattr(module, f"{name}_features_to_metric")(*rows, **options)
 
