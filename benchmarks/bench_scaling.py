@@ -9,9 +9,9 @@ over the last --steps steps, gib the peak of torch's memory in the first process
 images a GPU; strong: 768 in all; above --micro_batch images a GPU, gradients are accumulated.
 compute_s is the step of one GPU with as many images a GPU, communication_s the rest of step_s;
 efficiency is img_s over the number of GPUs times img_s of one. --saves saves every --steps steps:
-saves_s are the seconds that each save but the last, which nothing follows, added to training, the
-first with the allocation of pinned memory, in saves_<gpu>.json; a save must be written within
---steps. Without a GPU: gloo and `tiny`.
+in saves_<gpu>.json saves_s are the seconds that each save but the last, which nothing follows,
+added to training, and writes_s those from its begin to its end, which must fit into --steps.
+Without a GPU: gloo and `tiny`.
 """
 
 import argparse
@@ -70,14 +70,16 @@ def make_config(job):
 
 
 def find_save_seconds(directory, job):
-    """For each save how long training waited, and by how much the steps up to the next were longer
-    than the median of those before the first.
+    """Of each save the seconds that it took; and those that training waited for it, with those by
+    which the steps up to the next were longer than the median of the steps before the first.
     """
-    waited = re.findall(r"training waited ([\d.]+)", (directory / "output.log").read_text())
+    log = (directory / "output.log").read_text()
+    took, waited = zip(*re.findall(r"in ([\d.]+) s, of which training waited ([\d.]+)", log))
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     seconds, n = [job["batch"] / line["img_s"] for line in lines], job["steps"]
     longer = [x - median(seconds[2:n]) for x in seconds]
-    return [float(waited[k]) + sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
+    longer = [sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
+    return [float(s) for s in took], [float(w) + s for w, s in zip(waited, longer, strict=False)]
 
 
 def work(job):
@@ -90,7 +92,7 @@ def work(job):
         found = {"img_s": img_s, "step_s": job["batch"] / img_s, "input_s": None}
         found["gib"] = gib or None
         if job["saves"]:
-            found["saves_s"] = find_save_seconds(directory, job)
+            found["writes_s"], found["saves_s"] = find_save_seconds(directory, job)
         Path(job["folder"], "record.json").write_text(json.dumps(found))
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import recursively_apply
 
 from libs.runtime import wait_without_timeout
 from libs.train import checkpoint
-from libs.train.engine import ZeroEngine
+from libs.train.engine import Engine, ZeroEngine
 
 log = logging.getLogger("dim")
 
@@ -27,6 +27,14 @@ class HostMemory:
         self.pinned, self.slabs = pinned, []
         self.rewind()
 
+    def reserve(self, size):
+        """Allocate so that `size` bytes can be taken."""
+        while sum(map(len, self.slabs)) < size:
+            self.slabs.append(self._allocate(SLAB))
+
+    def _allocate(self, size):
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned).numpy()
+
     def rewind(self):
         """From now on `take` gives the memory of earlier calls again."""
         self.number = self.used = 0  # the slab in use, bytes of it that are taken
@@ -39,8 +47,7 @@ class HostMemory:
         while self.number < len(self.slabs) and self.used + size > len(self.slabs[self.number]):
             self.number, self.used = self.number + 1, 0
         if self.number == len(self.slabs):
-            given = dict(dtype=torch.uint8, pin_memory=self.pinned)
-            self.slabs.append(torch.empty(max(SLAB, size), **given).numpy())
+            self.slabs.append(self._allocate(max(SLAB, size)))
         own = self.slabs[self.number][self.used : self.used + x.nbytes]
         self.used += size
         return torch.from_numpy(own).view(x.dtype).view(x.shape)
@@ -50,7 +57,8 @@ class Saver:
     """Writes <directory>/<step>.ckpt of a TrainState, one at a time; all processes call every
     method, and the main one writes. Leaving its context waits for what is being written.
 
-    On a GPU a stream of its own copies into pinned memory, as large as the checkpoint, that stays.
+    On a GPU a stream of its own copies into pinned memory, as large as the checkpoint, that stays;
+    the thread allocates it beside the first steps, as 14 GB take seconds.
     FSDP2 and ZeRO-2 gather the state first, while training waits; DeepSpeed writes while it waits.
     """
 
@@ -64,6 +72,10 @@ class Saver:
         self.thread, self.writing = ThreadPoolExecutor(1), None
 
     def __enter__(self):
+        engine, copies = self.state.engine, 3 + len(self.state.averages)  # weights, AdamW's moments
+        if self.stream and self.accelerator.is_main_process and type(engine) is Engine:
+            size = copies * sum(p.nbytes for p in self.state.network.parameters())
+            self.writing = self.thread.submit(self.memory.reserve, size)
         return self
 
     def __exit__(self, *exception):
