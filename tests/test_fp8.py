@@ -104,7 +104,7 @@ def test_linear_and_its_gradients(device, dtype):
 def test_model(device):
     """A network in fp8 stays near the same one in bfloat16, forward and in its gradients."""
     torch.manual_seed(0)
-    model = DiM(input_size=16, in_channels=3, dim=528, depth=5, num_classes=4).to(device)
+    model = DiM(input_size=16, in_channels=3, dim=1024, depth=5, num_classes=4).to(device)
     x, t = torch.randn(2, 3, 16, 16, device=device), torch.tensor([3.0, 700.0], device=device)
 
     def run():
