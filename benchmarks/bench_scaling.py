@@ -74,12 +74,12 @@ def find_save_seconds(directory, job):
     which the steps up to the next were longer than the median of the steps before the first.
     """
     log = (directory / "output.log").read_text()
-    took, waited = zip(*re.findall(r"in ([\d.]+) s, of which training waited ([\d.]+)", log))
+    found = re.findall(r"in ([\d.]+) s, of which training waited ([\d.]+)", log)
+    took, waited = ([float(pair[k]) for pair in found] for k in (0, 1))
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     seconds, n = [job["batch"] / line["img_s"] for line in lines], job["steps"]
     longer = [x - median(seconds[2:n]) for x in seconds]
-    longer = [sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
-    return [float(s) for s in took], [float(w) + s for w, s in zip(waited, longer, strict=False)]
+    return took, [waited[k] + sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
 
 
 def work(job):
