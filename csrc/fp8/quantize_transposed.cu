@@ -1,44 +1,36 @@
-// x (M, K) as e4m3 numbers, transposed, (K, M), under one scale: the largest of the M scales that
-// quantize_rows found. A block has kTile x kTile elements.
+// x (M, K) as e4m3 numbers under one scale, transposed and padded with zeros, (K, M rounded up to a
+// multiple of 16). A warp has 128 rows and 32 columns, a lane 16 rows and 8 columns, which it packs
+// by itself: an access takes 64 bytes of a row of x or 128 of the result, and no warp waits for
+// another.
 //
 // -D: kInput.
 #include "fp8/quantize.cuh"
 
-constexpr int kTile = 64;
+constexpr int kWarps = 4;                // of a block
+constexpr int kRows = 16, kColumns = 8;  // of a lane
+constexpr int kAcross = 4;               // lanes of a warp
 
-extern "C" __global__ void __launch_bounds__(kThreads)
+extern "C" __global__ void __launch_bounds__(32 * kWarps)
     quantize_transposed(const __grid_constant__ QuantizeParams p) {
-  __shared__ float largest[kThreads / 32];
-  __shared__ alignas(16) unsigned char tile[kTile][kTile + 16];  // [column][row]
-  float most = 0.0f;
-  for (Int64 row = threadIdx.x; row < p.rows; row += kThreads) most = larger(most, p.scale[row]);
-  UNROLL for (int stage = 16; stage > 0; stage /= 2)
-    most = larger(most, __shfl_xor_sync(0xffffffffu, most, stage));
-  if (threadIdx.x % 32 == 0) largest[threadIdx.x / 32] = most;
-  __syncthreads();
-  UNROLL for (int w = 0; w < kThreads / 32; ++w) most = larger(most, largest[w]);
-  const float inverse = 1.0f / most;
-
-  const Int64 first_row = static_cast<Int64>(blockIdx.y) * kTile;
-  const Int64 first_column = static_cast<Int64>(blockIdx.x) * kTile;
-  constexpr int kAcross = kTile / 8, kRowsAtOnce = kThreads / kAcross;
-  const int first_of_thread = threadIdx.x % kAcross * 8;
-  UNROLL for (int r = threadIdx.x / kAcross; r < kTile; r += kRowsAtOnce) {
-    const Int64 row = first_row + r, column = first_column + first_of_thread;
-    if (row >= p.rows || column >= p.columns) continue;
-    const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride + column;
-    const Vec8 vector = *reinterpret_cast<const Vec8*>(x);
-    UNROLL for (int i = 0; i < 8; i += 2) {
-      const unsigned short both =
-          e4m3x2(to_float(vector.v[i]) * inverse, to_float(vector.v[i + 1]) * inverse);
-      tile[first_of_thread + i][r] = static_cast<unsigned char>(both);
-      tile[first_of_thread + i + 1][r] = static_cast<unsigned char>(both >> 8);
-    }
+  const int lane = threadIdx.x % 32, warp = blockIdx.x * kWarps + threadIdx.x / 32;
+  const Int64 column = (warp * kAcross + lane % kAcross) * kColumns;
+  const Int64 row = blockIdx.y * 128 + lane / kAcross * kRows;
+  if (column >= p.columns || row >= p.rows) return;
+  const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride + column;
+  Vec8 vectors[kRows] = {};
+  UNROLL for (int r = 0; r < kRows; ++r)
+    if (row + r < p.rows) vectors[r] = *reinterpret_cast<const Vec8*>(x + r * p.x.row_stride);
+  UNROLL for (int r = 0; r < kRows; ++r)  // else their halves are taken apart at once: 168 registers
+    UNROLL for (int i = 0; i < kColumns / 2; ++i)
+      asm volatile("" : "+r"(reinterpret_cast<unsigned*>(&vectors[r])[i]));
+  const Int64 out_rows = (p.rows + 15) / 16 * 16;
+  const float inverse = 1.0f / *p.scale;
+  UNROLL for (int c = 0; c < kColumns; ++c) {
+    alignas(16) unsigned short packed[kRows / 2];
+    UNROLL for (int r = 0; r < kRows; r += 2)
+      packed[r / 2] =
+          e4m3x2(to_float(vectors[r].v[c]) * inverse, to_float(vectors[r + 1].v[c]) * inverse);
+    *reinterpret_cast<int4*>(p.out + (column + c) * out_rows + row) =
+        *reinterpret_cast<const int4*>(packed);
   }
-  __syncthreads();
-  // Rows of the result, 16 elements a thread; M is a multiple of 16.
-  const int column = threadIdx.x / (kTile / 16), row = threadIdx.x % (kTile / 16) * 16;
-  if (first_column + column >= p.columns || first_row + row >= p.rows) return;
-  *reinterpret_cast<int4*>(p.out + (first_column + column) * p.rows + first_row + row) =
-      *reinterpret_cast<const int4*>(&tile[column][row]);
 }

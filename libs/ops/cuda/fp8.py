@@ -2,9 +2,8 @@
 an option for the blocks' in_proj, out_proj and skip projections (DiM.use_fp8).
 
 Every row of both factors (backwards, the whole weight) is scaled by its largest value at every
-call. Forward products and the gradients of activations are in fp8; the gradients of weights, sums
-over all tokens, stay in the dtype of the activations. Needs a GPU of compute capability 9.0 or
-newer.
+call. The gradients of weights, sums over all tokens, take one scale for each of their factors, the
+largest of its rows'. Needs a GPU of compute capability 9.0 or newer.
 """
 
 import torch
@@ -38,10 +37,8 @@ def plan_rows(rows, columns, dtype, multiprocessors):
 
 
 def plan_transposed(rows, columns, dtype, multiprocessors):
-    """Takes the scales that quantize_rows found."""
     kernel = make_kernel("fp8/quantize_transposed.cu", "quantize_transposed", kInput=CTYPES[dtype])
-    grid = (-(-columns // 64), -(-rows // 64), 1)
-    return Plan((Launch(kernel, grid, (_THREADS, 1, 1)),))
+    return Plan((Launch(kernel, (-(-columns // 128), -(-rows // 128), 1), (128, 1, 1)),))
 
 
 def require_fp8(device, widths):
@@ -100,55 +97,72 @@ def quantize_rows(x):
 
 
 def quantize_transposed(x, scale):
-    """x (M, K) divided by the largest of scale (M, 1) and transposed, as e4m3 numbers (K, M)."""
-    out = torch.empty(x.shape[1], x.shape[0], dtype=E4M3, device=x.device)
+    """x (M, K) divided by scale () and transposed, as e4m3 numbers (K, M), M padded with zeros to a
+    multiple of 16."""
+    out = torch.empty(x.shape[1], -(-x.shape[0] // 16) * 16, dtype=E4M3, device=x.device)
     _run(plan_transposed, x, out, scale)
     return out
 
 
 def _scaled_product(x, w8, w_scale):
-    """x (B, L, K) times the transpose of w8 w_scale (N, K); w_scale (N, 1)."""
+    """x (B, L, K) times the transpose of w8 w_scale (N, K), w_scale (N, 1); and x's (B L, 1)."""
     x8, x_scale = quantize_rows(x.flatten(0, 1))
     out = torch._scaled_mm(
         x8, w8.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
-    return out.to(x.dtype).view(*x.shape[:2], -1)
+    return out.to(x.dtype).view(*x.shape[:2], -1), x_scale
 
 
 def product(x, weight):
-    """x (B, L, K) times the transpose of weight (N, K), in x's dtype."""
+    """x (B, L, K) times the transpose of weight (N, K), in x's dtype; and x's scales (B L, 1)."""
     return _scaled_product(x, *quantize_rows(weight))
 
 
 def product_back(g, weight):
-    """g (B, L, N) times weight (N, K), in g's dtype. The GPU wants the weight transposed in memory,
-    which one scale for all of it makes a single pass."""
-    _, scale = quantize_rows(weight)
+    """g (B, L, N) times weight (N, K), in g's dtype; and g's scales (B L, 1). The GPU wants the
+    weight transposed in memory, which one scale for all of it makes a single pass."""
+    scale = quantize_rows(weight)[1].amax()
     w8 = quantize_transposed(weight, scale)
-    return _scaled_product(g, w8, scale.amax().expand(w8.shape[0], 1).contiguous())
+    return _scaled_product(g, w8, scale.expand(w8.shape[0], 1).contiguous())
+
+
+def weight_gradient(g, g_scale, x, x_scale):
+    """The sum over tokens of g (B, L, N) x (B, L, K), (N, K) in float32; scales (B L, 1) of the
+    products that had g and x."""
+    g_scale, x_scale = g_scale.amax(), x_scale.amax()
+    g8 = quantize_transposed(g.flatten(0, 1), g_scale)
+    x8 = quantize_transposed(x.flatten(0, 1), x_scale)
+    return torch._scaled_mm(
+        g8, x8.t(), scale_a=g_scale, scale_b=x_scale, out_dtype=torch.float32
+    )
 
 
 def _linear(x, weight, bias):
-    out = product(x, weight)
-    return out if bias is None else out.add_(bias)
+    out, scale = product(x, weight)
+    return out if bias is None else out.add_(bias), scale
 
 
-def _linear_backward(g, x, weight, bias):
+def _linear_backward(g, scale, x, weight, bias):
     g = g.contiguous()
     g_bias = g.new_empty(0) if bias is None else g.sum((0, 1))
-    return product_back(g, weight), g.flatten(0, 1).T @ x.flatten(0, 1), g_bias
+    g_x, g_scale = product_back(g, weight)
+    return g_x, weight_gradient(g, g_scale, x, scale).to(weight.dtype), g_bias
 
 
-def _fake_backward(g, x, weight, bias):
+def _fake(x, weight, bias):
+    out = x.new_empty((*x.shape[:2], weight.shape[0]))
+    return out, x.new_empty((x.shape[0] * x.shape[1], 1), dtype=torch.float32)
+
+
+def _fake_backward(g, scale, x, weight, bias):
     g_bias = g.new_empty(0 if bias is None else bias.shape)
     return torch.empty_like(x), torch.empty_like(weight), g_bias
 
 
 launch.operator(
-    "fp8_linear", "Tensor x, Tensor weight, Tensor? bias", (1, 3),
-    _linear, lambda x, weight, bias: x.new_empty((*x.shape[:2], weight.shape[0])),
-    _linear_backward, _fake_backward,
+    "fp8_linear", "Tensor x, Tensor weight, Tensor? bias", (2, 3),
+    _linear, _fake, _linear_backward, _fake_backward, saved=1,
 )  # fmt: skip
 
 
@@ -156,4 +170,4 @@ def fp8_linear(x, weight, bias=None):
     """torch.nn.functional.linear of x (B, L, K) in bfloat16 or float16, with weight (N, K) and bias
     (N) of any dtype, its products in fp8. Differentiable."""
     bias = None if bias is None else bias.to(x.dtype)
-    return torch.ops.dim.fp8_linear(x.contiguous(), weight.to(x.dtype), bias)
+    return torch.ops.dim.fp8_linear(x.contiguous(), weight.to(x.dtype), bias)[0]

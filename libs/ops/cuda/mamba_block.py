@@ -32,8 +32,9 @@ Parameters = namedtuple(
 # The parameters that go into matrix products, in the dtype of those.
 Matrices = namedtuple("Matrices", "in_proj x_proj dt_proj out_proj")
 # What the forward saves, besides its inputs: in_proj's output xz (B, L, 2 D), x_proj's output dtBC
-# (B, L, R + 2 N), branch (B, L, dim), and Matrices, empty where they had the products' dtype.
-Saved = namedtuple("Saved", ("xz", "dtBC", "branch", *Matrices._fields))
+# (B, L, R + 2 N), branch (B, L, dim), scales (B L, 1) of in_proj's and out_proj's inputs in
+# fp8, and Matrices, empty where they had the products' dtype.
+Saved = namedtuple("Saved", ("xz", "dtBC", "branch", "n_scale", "y_scale", *Matrices._fields))
 # The operator's inputs. dtype: of the products; x_dtype: of x where the backward has it rounded.
 Inputs = namedtuple("Inputs", "x adaln parameters order dtype fp8 x_dtype out_dtype")
 
@@ -44,20 +45,32 @@ def _pack(x, modulation, drop_path_scale, *rest):
     return Inputs(x, Adaln(modulation, p.table, p.weight, drop_path_scale), p, *rest[count:])
 
 
-def _product(x, weight, in_fp8=False):
+def _product(x, weight):
     """x (B, L, K) times the transpose of weight (M, K)."""
-    if in_fp8:
-        return fp8.product(x, weight)
     return torch.mm(x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
 
 
-def _through(g, weight, in_fp8=False):
-    """Gradient of a product's x: g (B, L, M) times weight (M, K)."""
-    return fp8.product_back(g, weight) if in_fp8 else g @ weight
+def _empty_scale(x, in_fp8):
+    """For the scales of x (B, L, K) in fp8, without entries elsewhere."""
+    return x.new_empty((x.shape[0] * x.shape[1] * in_fp8, 1), dtype=torch.float32)
 
 
-def _weight_gradient(g, x, weight):
+def _large_product(x, weight, in_fp8):
+    """`_product`, perhaps in fp8; and x's scales there."""
+    if in_fp8:
+        return fp8.product(x, weight)
+    return _product(x, weight), _empty_scale(x, in_fp8)
+
+
+def _through(g, weight, in_fp8):
+    """Gradient of a product's x: g (B, L, M) times weight (M, K); and g's scales, or None."""
+    return fp8.product_back(g, weight) if in_fp8 else (g @ weight, None)
+
+
+def _weight_gradient(g, x, weight, g_scale=None, x_scale=None):
     """Gradient of a product's weight: the sum over tokens of g (B, L, M) x (B, L, K)."""
+    if g_scale is not None:
+        return fp8.weight_gradient(g, g_scale, x, x_scale).to(weight.dtype)
     g, x = g.flatten(0, 1).T, x.flatten(0, 1)
     if weight.dtype == torch.float32 != g.dtype and _SUMS_IN_FLOAT32:
         return torch.mm(g, x, out_dtype=torch.float32)
@@ -95,24 +108,26 @@ def _forward(*inputs):
     i = _pack(*inputs)
     p, (weights, cast) = i.parameters, _cast(i.parameters, i.dtype)
     rounded = _empty_rounded(i)
-    xz = _product(adaln.norm(i.x, i.adaln, i.dtype, rounded), weights.in_proj, i.fp8)
+    n = adaln.norm(i.x, i.adaln, i.dtype, rounded)
+    xz, n_scale = _large_product(n, weights.in_proj, i.fp8)
     u = _convolve(xz, p, i.order)
     dtBC = _product(u, weights.x_proj)
     scan = _scan_inputs(u, xz, dtBC, weights.dt_proj, p, i.order)
     prepared = selective_scan.plan(launch_plan.scan_forward, u, p.A_log)
     y, _ = selective_scan.run_forward(prepared, scan)
-    branch = _product(y, weights.out_proj, i.fp8)
-    return adaln.gate(i.x, branch, i.adaln, i.out_dtype), rounded, xz, dtBC, branch, *cast
+    branch, y_scale = _large_product(y, weights.out_proj, i.fp8)
+    out = adaln.gate(i.x, branch, i.adaln, i.out_dtype)
+    return out, rounded, xz, dtBC, branch, n_scale, y_scale, *cast
 
 
 def _scan_backward(g_branch, saved, weights, u, i, g_z):
     """(gradients of the scan's inputs but z, whose gradient goes to g_z; of out_proj; A)."""
     p = i.parameters
     scan = _scan_inputs(u, saved.xz, saved.dtBC, weights.dt_proj, p, i.order)
-    y, g_y = torch.empty_like(u), _through(g_branch, weights.out_proj, i.fp8)
+    y, (g_y, g_scale) = torch.empty_like(u), _through(g_branch, weights.out_proj, i.fp8)
     prepared = selective_scan.plan(launch_plan.scan_backward_with_output, u, p.A_log)
     g = selective_scan.run_backward(prepared, g_y, None, scan, g_z=g_z, y=y)
-    return g, _weight_gradient(g_branch, y, p.out_proj), scan.A
+    return g, _weight_gradient(g_branch, y, p.out_proj, g_scale, saved.y_scale), scan.A
 
 
 def _mixer_backward(g_branch, saved, weights, i):
@@ -124,7 +139,7 @@ def _mixer_backward(g_branch, saved, weights, i):
     g, g_out_proj, A = _scan_backward(g_branch, saved, weights, u, i, g_z)
     dt = saved.dtBC[..., : p.dt_proj.shape[1]]
     g_dt_proj = _weight_gradient(g.delta, dt, p.dt_proj)
-    g_dtBC = torch.cat([_through(g.delta, weights.dt_proj), g.BC[0], g.BC[1]], dim=-1)
+    g_dtBC = torch.cat([g.delta @ weights.dt_proj, g.BC[0], g.BC[1]], dim=-1)
     g_x_proj = _weight_gradient(g_dtBC, u, p.x_proj)
     g.u.flatten(0, 1).addmm_(g_dtBC.flatten(0, 1), weights.x_proj)
     _, g_conv_weight, g_conv_bias = causal_conv1d.backward(
@@ -143,16 +158,16 @@ def _backward(g_out, g_rounded, *rest):
     saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) :])
     weights = Matrices(*(
         cast if cast.numel() else getattr(i.parameters, name)
-        for name, cast in zip(Matrices._fields, saved[3:], strict=True)
+        for name, cast in zip(Matrices._fields, saved[5:], strict=True)
     ))  # fmt: skip
     g_out = g_out.contiguous()
     g_branch, g_factor = adaln.gate_backward(g_out, saved.branch, i.adaln)
     g_xz, g = _mixer_backward(g_branch, saved, weights, i)
-    g_n = _through(g_xz, weights.in_proj, i.fp8)
+    g_n, g_scale = _through(g_xz, weights.in_proj, i.fp8)
     n = torch.empty_like(g_n)
     g_rounded = None if g_rounded is None else g_rounded.contiguous()
     g_x, g_shift, g_gain = adaln.norm_backward(g_n, g_out, i.x, i.adaln, n, i.x_dtype, g_rounded)
-    g_in_proj = _weight_gradient(g_xz, n, i.parameters.in_proj)
+    g_in_proj = _weight_gradient(g_xz, n, i.parameters.in_proj, g_scale, saved.n_scale)
     g_modulation, g_table, g_weight = adaln.modulation_backward(g_shift, g_gain, g_factor, i.adaln)
     return g_x, g_modulation, *Parameters(table=g_table, weight=g_weight, in_proj=g_in_proj, **g)
 
@@ -182,6 +197,7 @@ def _empty_outputs(*inputs):
         i.x.new_empty((*rows, p.in_proj.shape[0]), dtype=i.dtype),
         i.x.new_empty((*rows, p.x_proj.shape[0]), dtype=i.dtype),
         i.x.new_empty(i.x.shape, dtype=i.dtype),
+        *(_empty_scale(i.x, i.fp8) for _ in range(2)),
         *_cast(p, i.dtype)[1],
     )
 

@@ -125,9 +125,9 @@ def check_fp8(gpu, dtype):
         # Half a unit of e4m3's last place apart at most, where a division rounds to the other side.
         yield "quantize_rows", (x8.float() * scale,), (expected8.float() * expected,), fp8.E4M3
     (x,) = _random(0, dtype, (80, 112))
-    scale = x.float().abs().amax(-1, keepdim=True) / 448.0
+    scale = x.float().abs().amax() / 448.0
     actual = fp8.quantize_transposed(x.to(gpu.device), scale.to(gpu.device))
-    expected = (x.float() / scale.max()).to(fp8.E4M3).t()
+    expected = (x.float() / scale).to(fp8.E4M3).t()
     yield "quantize_transposed", (actual.float(),), (expected.float(),), fp8.E4M3
 
 
