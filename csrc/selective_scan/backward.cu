@@ -44,9 +44,6 @@ constexpr int kWarps = kChannels / kWarpChannels;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles4 = kTile / kStride;
 constexpr int kSumsPerLane = 32 / kGroups;  // of kStride steps' dB and dC of 4 states
-template <class T> constexpr bool is_bfloat16 = false;
-template <> constexpr bool is_bfloat16<__nv_bfloat16> = true;
-constexpr bool kProducts = is_bfloat16<kInput> && kStates == 16 && __CUDA_ARCH__ >= 800;
 constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 static_assert(kStates == 16 || kStates == 32 || kStates == 64, "");
 static_assert(kChannels % kWarpChannels == 0 && kStride == 4 && kTile % kStride == 0 && kTile <= kThreads, "");
@@ -113,8 +110,7 @@ struct BackCoord {
     owned = lane % kWarpChannels;
     warp_channel = block * kChannels + warp * kWarpChannels;
     writes = warp_channel + owned < channels && is_owner();
-    sum = kProducts ? lane / 16 * kStates + lane % 4 * 4 + lane / 4 % 4
-                    : lane % kGroups * kSumsPerLane / 4 * kStates + first_state;
+    sum = lane % kGroups * kSumsPerLane / 4 * kStates + first_state;
     segment = blockIdx.y;
     first = static_cast<int>(segment * p.segment_length);
     count = static_cast<int>(min(p.segment_length, p.length - first));
@@ -375,33 +371,9 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
   store4(&shared.g_A[c][threadIdx.x], g_A);
 }
 
-// D += A B by tensor cores: `A` of lane k + 4 m are A[m][k] and A[m][k + 4], `B` of lane k + 4 n are
-// B[k][n] and B[k + 4][n]. Rows 8 .. 15 of A and D are not used.
-__device__ __forceinline__ void multiply(float* D, const float* A, const float* B) {
-  float unused[2];
-  asm("" : "=f"(unused[0]), "=f"(unused[1]));
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(D[0]), "+f"(D[1]), "+f"(D[2]), "+f"(D[3])
-      : "r"(__float_as_uint(A[0])), "r"(__float_as_uint(A[1])), "r"(__float_as_uint(unused[0])),
-        "r"(__float_as_uint(unused[1])), "r"(__float_as_uint(B[0])), "r"(__float_as_uint(B[1])));
-}
-
-// Adds dB and dC of kStride steps over the warp's channels. In bfloat16 by products with zeros and
-// ones, whose row i is the sum of value i: a third of the instructions. They see 10 bits of a
-// summand's mantissa, where dB and dC keep 7.
+// Adds dB and dC of kStride steps over the warp's channels.
 __device__ __forceinline__ void add_BC(Tile4& tile4, const BackCoord& at, float* BC) {
   float* to = tile4.of_warp[at.warp].sums[0] + at.sum;
-  if (kProducts) {
-    float D[kStride][4] = {}, one[8], row = static_cast<float>(at.lane / 4);
-    UNROLL for (int i = 0; i < 8; ++i)
-      asm("set.eq.f32.f32 %0, %1, %2;" : "=f"(one[i]) : "f"(row), "f"(static_cast<float>(i)));
-    UNROLL for (int i = 0; i < 8; i += 2)
-      UNROLL for (int t = 0; t < kStride; ++t) multiply(D[t], one + i, BC + 8 * t + i);
-    __syncwarp();  // every lane has read x, which this overwrites
-    UNROLL for (int t = 0; t < kStride; ++t) to[t * 2 * kStates] = D[t][0] + D[t][1];
-    return;
-  }
   exchange<32, kGroups / 2, 1>(BC, at.lane);
   __syncwarp();  // every lane has read x, which this overwrites
   UNROLL for (int i = 0; i < kSumsPerLane; i += 4)

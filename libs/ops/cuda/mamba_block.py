@@ -52,7 +52,7 @@ def _product(x, weight):
 
 def _empty_scale(x, in_fp8):
     """For the scales of x (B, L, K) in fp8, without entries elsewhere."""
-    return x.new_empty((x.shape[0] * x.shape[1] * in_fp8, 1), dtype=torch.float32)
+    return x.new_empty((x.shape[0] * x.shape[1] if in_fp8 else 0, 1), dtype=torch.float32)
 
 
 def _large_product(x, weight, in_fp8):
