@@ -3,6 +3,8 @@ and the host waits for nothing.
 """
 
 import contextlib
+import functools
+import gc
 import itertools
 import types
 
@@ -16,7 +18,7 @@ from libs.diffusion import ImageNoise, make_guided, reuse_inner, sample
 from libs.model.dim import DiM
 from libs.model.heads import add_heads
 from libs.model.routing import Routing
-from libs.runtime.cuda_graphs import GraphedTraining, SamplingNetwork
+from libs.runtime.cuda_graphs import CudaCapture, GraphedTraining, SamplingNetwork
 from libs.runtime.launch import Precision
 from libs.train.ema import EMA
 from libs.train.engine import Engine
@@ -62,6 +64,25 @@ def no_synchronisation():
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_capture_frees_no_graph_of_before(request):
+    """One that only the garbage collector finds, whose end would invalidate the capture."""
+    request.addfinalizer(functools.partial(gc.set_threshold, *gc.get_threshold()))
+    gc.set_threshold(10**6)
+    capture, x, calls = CudaCapture(GPU), torch.zeros(4, device=GPU), []
+    stray = [capture.forward(lambda: (x + 1,))]
+    stray.append(stray)
+    del stray
+
+    def call():
+        gc.set_threshold(1 if calls else 10**6)  # the first call is the warm-up
+        calls.append([[] for _ in range(1000)])
+        return (x + 2,)
+
+    replay, (out,) = capture.forward(call)
+    replay()
+    assert out.tolist() == [2.0] * 4
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16])

@@ -4,6 +4,7 @@ launches one graph instead of thousands of kernels.
 
 import contextlib
 import functools
+import gc
 
 import torch
 from torch import nn
@@ -60,9 +61,22 @@ class CudaCapture:
     def _record(self, call):
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # only this thread's calls count: data loaders pin memory in others
-        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
-            outputs = call()
+        with _no_collection():
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
+                outputs = call()
         return graph.replay, outputs
+
+
+@contextlib.contextmanager
+def _no_collection():
+    """Python's garbage collector would free graphs of before, which breaks a capture off."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _pack(outputs, hidden):
