@@ -7,13 +7,14 @@ benchmarks/results, the table beside them: per_s is the median of many batches, 
 
 `--pictures=50000` times eval.py --images instead: pictures of 256 px in an npz (10 GB of disk and
 memory) and 2,000 PNG files, through Inception with random weights, then the metrics against 10,000
-real pictures. Records are in metrics_<gpu>.json.
+real pictures; and all metrics of as many random features. Records are in metrics_<gpu>.json.
 """
 
 import os
 import runpy
 import sys
 import tempfile
+import time
 from unittest import mock
 
 import harness
@@ -23,6 +24,7 @@ import torchvision
 
 from datasets import get_dataset
 from libs.data import LatentWriter, open_latents
+from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set
 from libs.files import hash_file
 from utils import read_json, save_png
 
@@ -105,6 +107,20 @@ def time_metrics(folder, n):
         yield {"layout": layout, **{key: round(found[key], 1) for key in numbers}}
 
 
+def time_stored(n, device):
+    """The row of all metrics of n random features against a fifth as many, as eval.py has them."""
+    names = choose_metrics("adm,dinov2,kid,density_coverage")
+    widths = {"features": 2048, "spatial": 2023, "logits": 1008, "dinov2": 1024}
+    rng, mixed = np.random.default_rng(0), np.random.default_rng(1).normal(size=(2048, 2048)) / 45
+    rows = [np.maximum(rng.normal(size=(m, 2048)) @ mixed, 0).astype("f4") for m in (n, n // 5)]
+    start = time.monotonic()
+    sets = [{k: make_feature_set(x[:, :w], device) for k, w in widths.items()} for x in rows]
+    found = compute_metrics(*sets, names)
+    assert None not in found.values()
+    seconds = round(time.monotonic() - start, 1)
+    return {"layout": "stored", "n": n, "img_s": None, "figures_s": seconds}
+
+
 def main(argv=None):
     parser = harness.make_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=400)
@@ -115,6 +131,7 @@ def main(argv=None):
         path = harness.result_path(args.out, "metrics", device)
         with tempfile.TemporaryDirectory() as name:
             rows = list(time_metrics(harness.Path(name), args.pictures))
+        rows.append(time_stored(args.pictures, device))
         rows = [row | harness.describe_setting(device, args.commit) for row in rows]
         return harness.write(path, rows, harness.make_table(rows[0], (r.values() for r in rows)))
     about = {"cpu": harness.device_name("cpu"), "cores": os.cpu_count()}

@@ -37,7 +37,8 @@ CPU_CASES = [
     ("selective_scan", "reference", 64, 126, 128, "raster"),
 ]
 CASE = ("op", "backend", "dtype", "B", "L", "D", "N", "order", "pass")
-COLUMNS = ("op", "pass", "dtype", "B", "L", "D", "N", "median ms", "10-90%", "limit ms")
+COLUMNS = ("op", "pass", "dtype", "B", "L", "D", "N", "median ms", "10-90%", "limit ms",
+           "commit")  # fmt: skip
 
 
 def make_scan(device, dtype, B, L, channels, order):
@@ -161,7 +162,8 @@ def make_cells(r):
     where = f" ({r['backend']}, {r['order']})" if "backend" in r else ""
     spread = "{:.3f} - {:.3f}".format(*r["spread"])
     limit = f"{r['limit_ms']:.3f}" if "limit_ms" in r else "-"
-    return [r["op"] + where, *(r[k] for k in COLUMNS[1:7]), f"{r['ms']:.3f}", spread, limit]
+    cells = [*(r[k] for k in COLUMNS[1:7]), f"{r['ms']:.3f}", spread, limit]
+    return [r["op"] + where, *cells, r.get("commit", "-")]
 
 
 def run_cpu(only, repeats, setting):
@@ -193,7 +195,7 @@ def main(argv=None):
     setting = harness.describe_setting(args.device, args.commit)
     run = run_cuda if args.device == "cuda" else run_cpu
     records, speed = run(args.only, args.repeats, setting)
-    head = "`bench_ops.py`: {gpu}, torch {torch}, commit {commit}. ".format(**setting) + speed
+    head = "`bench_ops.py`: {gpu}, torch {torch}. ".format(**setting) + speed
     head += " N is the filter width for causal_conv1d.\n\n"
     print(head + harness.make_table(COLUMNS, map(make_cells, records)))
     path = harness.result_path(args.out, "ops", args.device)

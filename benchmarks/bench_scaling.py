@@ -47,6 +47,7 @@ COLUMNS = {
     "img_s": ".1f", "ideal_img_s": ".1f", "efficiency": ".1%", "step_s": ".4f",
     "compute_s": ".4f", "communication_s": ".4f", "input_s": ".4f", "gib": ".1f",
 }  # fmt: skip
+OF_SAVES = {"model": "", "gpus": "d", "batch": "d", "step_s": ".3f", "writes_s": "", "saves_s": ""}
 LATENT_BYTES = 1 << 28
 ON_GPU = torch.cuda.is_available()
 
@@ -79,7 +80,8 @@ def find_save_seconds(directory, job):
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     seconds, n = [job["batch"] / line["img_s"] for line in lines], job["steps"]
     longer = [x - median(seconds[2:n]) for x in seconds]
-    return took, [waited[k] + sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
+    added = [waited[k] + sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
+    return ", ".join(f"{x:.1f}" for x in took), ", ".join(f"{x:.2f}" for x in added)
 
 
 def work(job):
@@ -144,13 +146,14 @@ def compare_with_one(records):
 
 
 def make_table(records):
+    columns = OF_SAVES if "saves_s" in records[0] else COLUMNS
     rows = [
-        ["-" if r.get(key) is None else format(r[key], form) for key, form in COLUMNS.items()]
+        ["-" if r.get(key) is None else format(r[key], form) for key, form in columns.items()]
         for r in records
     ]
     made = sorted({f"{r['gpu']}, torch {r['torch']}, commit {r['commit']}" for r in records})
     head = f"# Scaling\n\n{'; '.join(made)}. `bench_scaling.py` says what the columns are.\n\n"
-    return head + harness.make_table(COLUMNS, rows)
+    return head + harness.make_table(columns, rows)
 
 
 def main(argv=None):
