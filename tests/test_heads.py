@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from configs import digits_T_DiM
 from configs.common import d
 from libs.evaluate.features import Classifier
-from libs.model import add_heads
+from libs.model import UViT, add_heads
 from libs.parts import make_parts
 from libs.train import losses
 from utils import UserError
@@ -72,6 +72,23 @@ def test_terms_by_their_formulas():
         batch = losses.Batch(*[None] * 6, features=features)
         found = losses.repa(out, target, {"repa": tokens}, batch, kind=kind, block=2)
         torch.testing.assert_close(found, -cos.mean((1, 2)), rtol=1e-5, atol=1e-5)  # and 1e-6
+
+
+def test_heads_of_u_vit():
+    """Of the tokens after a block, time and class; the image is the same."""
+    torch.manual_seed(0)
+    model = UViT(input_size=8, in_channels=1, dim=32, depth=2, heads=2, num_classes=3)
+    add_heads(model, {"internal": d(weight=0.5, block=1)}, training=True)
+    head, after = model.heads["internal"], []
+    for parameter in head.parameters():
+        parameter.data.normal_()
+    model.mid_block.register_forward_hook(lambda block, inputs, tokens: after.append(tokens))
+    x, t, y = torch.randn(2, 1, 8, 8), torch.rand(2), torch.tensor([0, 2])
+    out, inner = model(x, t, y, hidden=("internal",))
+    assert torch.equal(out, model(x, t, y))
+    condition = F.silu(model.embed(x, t, y, (4, 4))[:, :2].sum(1))
+    expected = head(after[0][:, 2:].unflatten(1, (4, 4)), condition)
+    assert torch.equal(inner["internal"], expected) and expected.std() > 0.1
 
 
 def test_resume_and_which_heads_the_averages_have(run, in_process, tmp_path):
@@ -172,5 +189,5 @@ def test_terms_that_cannot_be(loss, says):
     config.loss = loss
     with pytest.raises(UserError, match=says):
         make_parts(config, data="training")
-    with pytest.raises(UserError, match="Linear takes no heads: loss"):  # nor does UViT
+    with pytest.raises(UserError, match="Linear takes no heads: leave out loss"):
         add_heads(torch.nn.Linear(1, 1), loss, training=True)

@@ -5,7 +5,7 @@ MIXERS         the mixers of DiM by name: add one here
 PRESETS        width and depth of the paper's models
 build_model    the network of a config's `nnet` section
 HEADS          the heads by the names of loss terms: add one here
-add_heads      the heads that the terms of a loss need, onto a DiM
+add_heads      the heads that the terms of a loss need, onto a network
 split_weight   (weight, keywords) of a term in a config's `loss` section
 load_into      weights of a file into a network
 start_from     the same for a training that begins, if there are weights to start from

@@ -1,4 +1,4 @@
-"""Heads of a DiM, for terms of a loss that ask it something after a block in the middle."""
+"""Heads of a network, for terms of a loss that ask it something after a block in the middle."""
 
 import itertools
 
@@ -71,10 +71,10 @@ def add_heads(model, terms, *, training, **options):
     """
     for name in [n for n in terms if n in HEADS and (training or HEADS[n].sampled)]:
         if not hasattr(model, "heads"):
-            raise UserError(f"{type(model).__name__} takes no heads: loss.{name} needs a DiM")
+            raise UserError(f"{type(model).__name__} takes no heads: leave out loss.{name}")
         _, keywords = split_weight(terms[name])
         head = bind(HEADS[name], f"loss.{name}", model, **keywords)(**options.get(name, {}))
-        if head.block not in range(model.depth):
-            last = model.depth - 1
+        if head.block not in range(len(model.blocks)):
+            last = len(model.blocks) - 1
             raise UserError(f"loss.{name}.block is {head.block}, expected 0 to {last}, the last")
         model.heads[name] = head

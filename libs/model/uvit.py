@@ -6,6 +6,7 @@ import functools
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from libs.model import layers
@@ -60,6 +61,7 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, patch_size**2 * in_channels)
         self.final_conv = nn.Conv2d(in_channels, in_channels, 3, padding=1) if final_conv else None
+        self.heads = nn.ModuleDict()  # further ones, see libs.model.heads
         self.reset_parameters()
 
     @property
@@ -77,20 +79,26 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x, t, y=None):
-        """x (B, C, H, W), t (B,) network time, y (B,) int64 or None (null) -> (B, C, H, W)."""
+    def forward(self, x, t, y=None, hidden=()):
+        """x (B, C, H, W), t (B,) network time, y (B,) int64 or None (null) -> (B, C, H, W), or with
+        names of heads in `hidden` (the same, {name: what the head makes of its block's tokens}).
+        """
         _, grid = layers.fit_patches(x.shape[2:], self.patch_size)
         tokens = self.embed(x, t, y, grid)                              # (B, extra + h*w, dim)
-        skips, recompute = [], self.activation_checkpointing
-        for block in self.in_blocks:
-            tokens = layers.run_block(block, recompute, tokens)
-            skips.append(tokens)
-        tokens = layers.run_block(self.mid_block, recompute, tokens)
-        for block in self.out_blocks:
-            tokens = layers.run_block(block, recompute, tokens, skips.pop())
-        patches = self.head(self.norm(tokens))[:, self.extra_tokens :]  # (B, h*w, p*p*C)
+        extra, skips, inner = self.extra_tokens, [], {}
+        condition = F.silu(tokens[:, :extra].sum(1))                    # (B, dim)
+        for k, block in enumerate(self.blocks):
+            skip = () if block.skip is None else (skips.pop(),)
+            tokens = layers.run_block(block, self.activation_checkpointing, tokens, *skip)
+            if k < len(self.in_blocks):
+                skips.append(tokens)
+            for name in (name for name in hidden if self.heads[name].block == k):
+                image = tokens[:, extra:].unflatten(1, grid)            # (B, h, w, dim)
+                inner[name] = self.heads[name](image, condition)
+        patches = self.head(self.norm(tokens))[:, extra:]               # (B, h*w, p*p*C)
         image = layers.unpatchify(patches, grid, self.patch_size)       # (B, C, H, W)
-        return image if self.final_conv is None else self.final_conv(image)
+        image = image if self.final_conv is None else self.final_conv(image)
+        return (image, inner) if hidden else image
 
     def embed(self, x, t, y, grid):
         """[label, time, image] tokens with positions: (B, extra + h*w, dim)."""
