@@ -6,7 +6,7 @@ struct QuantizeParams {
   Int64 rows, columns;  // K: a multiple of 16
   Rows x;               // (1, M, K), rows aligned to 16 bytes
   unsigned char* out;   // (M, K) or, transposed, (K, M); contiguous
-  float* scale;         // (M); or read, 1
+  float* scale;         // (M), written; transposed, 1, read
 };
 static_assert(sizeof(QuantizeParams) == 2 * 8 + 24 + 2 * 8, "mirrored by libs/ops/cuda/fp8.py");
 
