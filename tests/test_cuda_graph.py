@@ -108,7 +108,7 @@ def test_rows_are_copied_only_where_they_must():
     both = torch.randn(2, 19, 10)
     assert launch.as_rows(both[..., 5:]).data_ptr() == both[..., 5:].data_ptr()
     assert launch.as_rows(torch.randn(2, 5, 19).mT).is_contiguous()
-    assert cuda_adaln.as_vectors(torch.randn(33)[1:]).data_ptr() % 16 == 0
+    assert launch.as_vectors(torch.randn(33)[1:]).data_ptr() % 16 == 0
     for first, end, copied in ((4, 8, False), (5, 8, False), (5, 9, True)):  # 4 aligned, 3, 4
         given = torch.randn(2, 19, 16)[..., first:end]
         assert (cuda_conv._rows(given).data_ptr() != given.data_ptr()) == copied

@@ -22,8 +22,8 @@
 //
 // dB and dC are added over a warp's lanes, then over warps in shared memory, and written as parts,
 // one a block; dA, dD and ddelta_bias, sums over steps, are written as parts at the end, one a batch
-// entry and segment. sum_parts.cu adds the parts in a fixed order, so that the gradients
-// are bit-equal in every run.
+// entry and segment. sum_parts.cu adds the parts in a fixed order, so that the gradients are bit-equal
+// in every run.
 //
 // -D: kInput, kStates (16, 32 or 64), kChannels (a multiple of 32), kTile (steps whose inputs are
 // staged together), kMinBlocks (blocks a multiprocessor that registers must allow), kSharedBytes
@@ -95,9 +95,9 @@ struct BackCoord {
   int first_state;  // of the lane's 4 states of each of its channels
   int owned;        // channel of the warp that this lane knows all about
   int warp_channel, channels;  // first of the warp; of the whole problem
-  int sum;                              // where in Tile4's sums this lane's go (add_BC)
-  int first, count;                     // steps of the segment
-  bool writes;                          // the owned channel exists, and no other lane owns it
+  int sum;           // where in Tile4's sums this lane's go (add_BC)
+  int first, count;  // steps of the segment
+  bool writes;       // the owned channel exists, and no other lane owns it
 
   __device__ __forceinline__ BackCoord(const ScanParams& p) {
     channels = static_cast<int>(p.channels);

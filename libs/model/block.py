@@ -39,7 +39,7 @@ class Block(nn.Module):
     make_mixer: makes the mixer, a module with `forward(x, order)`, x and the result (B, L, dim). A
     mixer with a fused form has `block(x, modulation, order, drop_path_scale, skip) -> (B, L, dim)`,
     the whole block at once, with a Modulation and in `skip` None or a function that merges the long
-    skip into x. It may return x rounded for a later long skip too, as forward does.
+    skip into x. It may return a pair, as forward does.
     """
 
     def __init__(self, dim, make_mixer, *, has_skip, half_output):
@@ -51,9 +51,9 @@ class Block(nn.Module):
         self.mixer = make_mixer()
 
     def forward(self, x, modulation, order, drop_path_scale=None, skip=None):
-        """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) or None -> (the block's output,
-        x as a long skip may save it, rounded to the dtype of matrix products or as it was).
+        """x, skip (B, L, dim), modulation (B, 3, dim), order (L,) or None -> out, kept (B, L, dim).
 
+        kept: x for a later long skip, as it is or rounded to the dtype of matrix products.
         drop_path_scale: what the branch is multiplied by in stochastic depth, (B,), or None.
         """
         run = getattr(self.mixer, "block", functools.partial(compose_block, self.mixer))

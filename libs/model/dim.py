@@ -220,7 +220,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
             arguments = (x, modulation, orders[k], drop_path_scales[k], skip)
             given, (x, kept) = x, layers.run_block(block, self.activation_checkpointing, *arguments)
             if skips.saved and skips.saved[-1] is given:
-                skips.saved[-1] = kept
+                skips.saved[-1] = kept  # half the memory, where it is rounded
             if 1 <= k <= self.num_skips:
                 skips.saved.append(x)
             if k in routed[-1:]:

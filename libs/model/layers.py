@@ -124,8 +124,8 @@ class SharedModulation(nn.Module):
         self.linear = nn.Linear(dim, 3 * dim)
 
     def forward(self, t, y):
-        """t (B,), y (B,) int64 -> (B, 3, dim): shift, scale, gate, float32 as the blocks want it
-        (float64 of a network in that), so that no block casts it and their gradients add up so.
+        """t (B,), y (B,) int64 -> (B, 3, dim): shift, scale, gate, in float32 at least, so that no
+        block casts them and the blocks' gradients are added up in float32.
         """
         frequencies = sinusoidal_embedding(t, self.FREQUENCIES)
         emb = self.time_mlp(frequencies.to(self.linear.weight.dtype)) + self.label_embed(y)

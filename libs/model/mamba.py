@@ -75,7 +75,9 @@ class Mamba(nn.Module):
         return self.out_proj(y)
 
     def block(self, x, modulation, order, drop_path_scale, skip):
-        """The whole libs.model.block.Block around this mixer: one operator where it can run."""
+        """The whole libs.model.block.Block around this mixer: one operator where it can run, which
+        returns the pair.
+        """
         dtype = compute_dtype(self.in_proj.weight)
         taps = self.conv_weight.shape[1]
         if not is_fused(x.device, dtype, x.shape[-1], self.d_state, taps):

@@ -61,15 +61,15 @@ class CudaCapture:
     def _record(self, call):
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # only this thread's calls count: data loaders pin memory in others
-        with _no_collection():
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
-                outputs = call()
+        recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode)
+        with _no_collection(), recording:
+            outputs = call()
         return graph.replay, outputs
 
 
 @contextlib.contextmanager
 def _no_collection():
-    """Python's garbage collector would free graphs of before, which breaks a capture off."""
+    """Without Python's garbage collector, which may free an older graph: that ends a capture."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -13,6 +13,7 @@ from collections import namedtuple
 import torch
 
 from libs.ops.cuda import launch
+from libs.ops.cuda.launch import as_vectors
 from libs.ops.cuda.launch_plan import CTYPES, Launch, Plan, find_slots, make_kernel
 
 WIDTHS = range(8, 2049, 8)  # a thread has 8 channels, a block 256 threads at most
@@ -86,8 +87,8 @@ def norm(x, adaln, dtype, rounded=None):
 
 
 def norm_backward(g_n, g_out, x, adaln, n, dtype, g_rounded=None):
-    """(g_x in `dtype`, g_shift, g_gain): g_out and g_rounded are the gradients that reach x past
-    the branch and as `rounded`, which x may be; g_shift and g_gain are (B, dim). n (B, L, dim) is
+    """(g_x in `dtype`, g_shift and g_gain (B, dim)). x: as the forward had it or `rounded`; g_out,
+    g_rounded: the gradients that reach it past the branch and through `rounded`; n (B, L, dim): is
     written again."""
     g_x = torch.empty_like(x, dtype=dtype)
     g_shift, g_gain = (x.new_empty(x.shape[0], x.shape[2], dtype=torch.float32) for _ in range(2))
@@ -158,12 +159,6 @@ def _gate_backward_operator(g_out, x, branch, modulation, table, drop_path_scale
     zeros, adaln = torch.zeros_like(g_factor), adaln._replace(weight=table[0])
     g_modulation, g_table, _ = modulation_backward(zeros, zeros, g_factor, adaln)
     return g_branch, g_modulation, g_table
-
-
-def as_vectors(x):
-    """x, or a copy, contiguous and at an address that is a multiple of 16 bytes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _fake(x, *rest):

@@ -5,7 +5,6 @@ weight and bias in float32 and an int64 order.
 import torch
 
 from libs.ops.cuda import launch, launch_plan
-from libs.ops.cuda.adaln import as_vectors
 
 
 def plan(plan_of, x, weight):
@@ -18,7 +17,7 @@ def _rows(x):
     """x (B, L, D), or a copy: where 4 divides D, the kernels take rows 4 elements at a time."""
     x = launch.as_rows(x)
     places = x.data_ptr() // x.element_size(), *x.stride()[:2]
-    return as_vectors(x) if x.shape[2] % 4 == 0 and any(n % 4 for n in places) else x
+    return launch.as_vectors(x) if x.shape[2] % 4 == 0 and any(n % 4 for n in places) else x
 
 
 def _scalars(x, weight, bias, order, silu):

@@ -225,6 +225,12 @@ def as_rows(x):
     return x if fits else x.contiguous()
 
 
+def as_vectors(x):
+    """x, or a copy, contiguous and at an address that is a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def as_parameter(x):
     if x is None or (x.dtype == torch.float32 and x.is_contiguous()):
         return x
@@ -249,16 +255,12 @@ def spell_dtype(dtype):
 _library = torch.library.Library("dim", "FRAGMENT")
 
 
-def _tensors(names):
-    return ", ".join(f"Tensor {name}".rstrip() for name in names)
-
-
 def like(*tensors):
     return tuple(x.new_empty(x.shape) for x in tensors)
 
 
 def _define(name, inputs, results, run, fake):
-    _library.define(f"{name}({inputs}) -> ({_tensors([''] * results)})")
+    _library.define(f"{name}({inputs}) -> ({', '.join(['Tensor'] * results)})")
     _library.impl(name, run, "CUDA")
     torch.library.register_fake(f"dim::{name}", fake, lib=_library)
 
@@ -271,8 +273,8 @@ def operator(
     schema: of the inputs, tensors first. run(*inputs) and backward(*g, *saved, *inputs) return so
     many tensors as `results` says, fake and fake_backward the same without numbers. collect(g,
     found): gradients of the first inputs, from those of the results and `backward`'s. saved: how
-    many of the last results only the backward wants. keep(results, inputs): the saved results and
-    inputs, where it is not just these.
+    many of the last results only the backward wants. keep(results, inputs): what the backward gets
+    instead of (*saved, *inputs).
     """
     count, (forwards, backwards) = schema.count("Tensor"), results
 

@@ -220,8 +220,8 @@ def _backward_shared_bytes(channels, padded, dtype, output):
     channel_vectors = channels * (4 * 16 + STRIDE * element) + (16 * channels if output else 16)
     steps = 2 * STRIDE * padded * 4 + channel_vectors + warps * of_warp
     raw = BACKWARD_TILE * channels * 4 * element
-    rest = 12 * 16 * warps + 4 * BACKWARD_TILE * 4
-    return of_threads + BACKWARD_TILE // STRIDE * steps + raw + rest
+    sequences, rows = 12 * 16 * warps, 4 * BACKWARD_TILE * 4
+    return of_threads + BACKWARD_TILE // STRIDE * steps + raw + sequences + rows
 
 
 def scan_backward(

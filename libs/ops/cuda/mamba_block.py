@@ -32,8 +32,8 @@ Parameters = namedtuple(
 # The parameters that go into matrix products, in the dtype of those.
 Matrices = namedtuple("Matrices", "in_proj x_proj dt_proj out_proj")
 # What the forward saves, besides its inputs: in_proj's output xz (B, L, 2 D), x_proj's output dtBC
-# (B, L, R + 2 N), branch (B, L, dim), scales (B L, 1) of in_proj's and out_proj's inputs in
-# fp8, and Matrices, empty where they had the products' dtype.
+# (B, L, R + 2 N), branch (B, L, dim), scales (B L, 1) of in_proj's and out_proj's inputs in fp8,
+# and Matrices, empty where they had the products' dtype.
 Saved = namedtuple("Saved", ("xz", "dtBC", "branch", "n_scale", "y_scale", *Matrices._fields))
 # The operator's inputs. dtype: of the products; x_dtype: of x where the backward has it rounded.
 Inputs = namedtuple("Inputs", "x adaln parameters order dtype fp8 x_dtype out_dtype")
@@ -157,8 +157,8 @@ def _mixer_backward(g_branch, saved, weights, i):
 def _backward(g_out, g_rounded, *rest):
     saved, i = Saved(*rest[: len(Saved._fields)]), _pack(*rest[len(Saved._fields) :])
     weights = Matrices(*(
-        cast if cast.numel() else getattr(i.parameters, name)
-        for name, cast in zip(Matrices._fields, saved[5:], strict=True)
+        cast if (cast := getattr(saved, name)).numel() else getattr(i.parameters, name)
+        for name in Matrices._fields
     ))  # fmt: skip
     g_out = g_out.contiguous()
     g_branch, g_factor = adaln.gate_backward(g_out, saved.branch, i.adaln)
@@ -217,8 +217,8 @@ launch.operator(
 
 def mamba_block_cuda(x, modulation, drop_path_scale, parameters, order, dtype, in_fp8, out_dtype):
     """The block above as one operator, where libs.ops.is_fused: out (B, L, dim) in out_dtype, which
-    is float32 or `dtype`, that of the products; and x in `dtype`, whose gradient costs no pass of
-    its own. Differentiable in every tensor but drop_path_scale.
+    is float32 or `dtype`, that of the products; and x in `dtype`, as a long skip wants it, whose
+    gradient costs no pass of its own. Differentiable in every tensor but drop_path_scale.
 
     x (B, L, dim); modulation (B, 3, dim): shift, scale, gate; drop_path_scale (B,) or None;
     parameters: by the names of Parameters; order (L,) or None; in_fp8: in_proj's and out_proj's
