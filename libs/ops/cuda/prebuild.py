@@ -33,6 +33,8 @@ def _plans(dtype, arch, gpu):
         yield adaln.plan_norm_backward(2, 366, 1536, x, dtype, out, dtype, gpu)
         yield adaln.plan_gate_forward(2, 366, 1536, x, x, out, dtype, gpu)
         yield adaln.plan_gate_backward(2, 366, 1536, dtype, out, out, dtype, gpu)
+    # Where the block is not fused, which keeps x as it is.
+    yield adaln.plan_norm_backward(2, 366, 1536, "float32", "float32", dtype, dtype, gpu)
     yield adaln.plan_modulation_backward(2, 1536, dtype, gpu)
     if arch >= fp8.OLDEST_ARCH and dtype != "float32":
         yield from (fp8.plan_rows(1, columns, dtype, gpu) for columns in fp8.COLUMNS)
