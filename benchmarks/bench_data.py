@@ -24,7 +24,7 @@ import torchvision
 
 from datasets import get_dataset
 from libs.data import LatentWriter, open_latents
-from libs.evaluate.metrics import choose_metrics, compute_metrics, make_feature_set
+from libs.evaluate import choose_metrics, compute_metrics, make_feature_set
 from libs.files import hash_file
 from utils import read_json, save_png
 

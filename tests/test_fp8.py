@@ -33,9 +33,7 @@ def test_definition():
     again = x8.float() * scale
     assert torch.all((again - x).abs() <= UNIT * x.abs() + 2.0**-10 * scale)
     assert torch.equal(again[4], torch.zeros(48)) and torch.all(scale > 0)
-    tiny8, tiny = fp8.quantize_rows_ref(torch.full((1, 48), 1e-38))
-    assert not tiny8.float().any() and tiny == 1
-    assert fp8.largest_scale(scale) == scale[3] and fp8.largest_scale(scale[[0, 4]]) == scale[0]
+    assert 0 < scale[4] < 1e-9 * scale[0] and (1 / scale).isfinite().all()
     x[2, 3] = float("nan")
     x8, scale = fp8.quantize_rows_ref(x)
     assert (x8.float() * scale).isnan().any(1).tolist() == [False, False, True, False, False]

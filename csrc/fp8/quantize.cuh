@@ -18,10 +18,8 @@ typedef Packed<kInput, 8> Vec8;
 // The larger one; a NaN stays one.
 __device__ __forceinline__ float larger(float a, float b) { return b > a || isnan(b) ? b : a; }
 
-// Rows of zeros, or too small for an inverse that is finite, become zeros; a NaN stays one.
-__device__ __forceinline__ float scale_of(float largest) {
-  return largest < 1e-30f ? 1.0f : largest / kLargest;
-}
+// Of at least 1e-30, so that its inverse is finite; a NaN stays one.
+__device__ __forceinline__ float scale_of(float largest) { return larger(1e-30f, largest) / kLargest; }
 
 // Two floats as two e4m3 numbers, rounded to nearest, b in the upper byte.
 __device__ __forceinline__ unsigned short e4m3x2(float a, float b) {

@@ -2,8 +2,8 @@
 an option for the blocks' in_proj, out_proj and skip projections (DiM.use_fp8).
 
 Every row of both factors (backwards, the whole weight) is scaled by its largest value at every
-call. The gradients of weights, sums over all tokens, take one scale for each of their factors, as
-found with its rows'. Needs a GPU of compute capability 9.0 or newer.
+call. The gradients of weights, sums over all tokens, take one scale for each of their factors, the
+largest of its rows'. Needs a GPU of compute capability 9.0 or newer.
 """
 
 import torch
@@ -73,11 +73,10 @@ def turn_on_fp8(network, dtype, key):
 
 
 def quantize_rows_ref(x):
-    """(x8, scale) of x (M, K): e4m3 numbers (M, K) and scales (M, 1), x ~ x8 scale; rows without
-    an |x| from 1e-30 are zeros.
+    """(x8, scale) of x (M, K): e4m3 numbers (M, K) and scales (M, 1), x ~ x8 scale. Rows of zeros
+    have the smallest scale, so that they never are the largest.
     """
-    largest = x.float().abs().amax(-1, keepdim=True)
-    scale = torch.where(largest < 1e-30, 1.0, largest / 448.0)
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448.0
     return (x.float() / scale).to(E4M3), scale
 
 
@@ -104,13 +103,6 @@ def quantize_transposed(x, scale):
     return out
 
 
-def largest_scale(scale):
-    """One scale () for all rows, from those of `quantize_rows` (M, 1). Rows of zeros do not count:
-    under their scale, 1, gradients, which are far smaller, would all become zeros.
-    """
-    return scale.masked_fill(scale == 1, 1e-30).amax()
-
-
 def _scaled_product(x, w8, w_scale):
     """x (B, L, K) times the transpose of w8 w_scale (N, K), w_scale (N, 1); and x's (B L, 1)."""
     x8, x_scale = quantize_rows(x.flatten(0, 1))
@@ -129,7 +121,7 @@ def product(x, weight):
 def product_back(g, weight):
     """g (B, L, N) times weight (N, K), in g's dtype; and g's scales (B L, 1). The GPU wants the
     weight transposed in memory, which one scale for all of it makes a single pass."""
-    scale = largest_scale(quantize_rows(weight)[1])
+    scale = quantize_rows(weight)[1].amax()
     w8 = quantize_transposed(weight, scale)
     return _scaled_product(g, w8, scale.expand(w8.shape[0], 1).contiguous())
 
@@ -137,7 +129,7 @@ def product_back(g, weight):
 def weight_gradient(g, g_scale, x, x_scale):
     """The sum over tokens of g (B, L, N) x (B, L, K), (N, K) in float32. g_scale, x_scale (B L, 1):
     from the products that had g and x."""
-    g_scale, x_scale = largest_scale(g_scale), largest_scale(x_scale)
+    g_scale, x_scale = g_scale.amax(), x_scale.amax()
     g8 = quantize_transposed(g.flatten(0, 1), g_scale)
     x8 = quantize_transposed(x.flatten(0, 1), x_scale)
     return torch._scaled_mm(g8, x8.t(), scale_a=g_scale, scale_b=x_scale, out_dtype=torch.float32)
