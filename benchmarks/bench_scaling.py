@@ -81,7 +81,7 @@ def find_save_seconds(directory, job):
     seconds, n = [job["batch"] / line["img_s"] for line in lines], job["steps"]
     longer = [x - median(seconds[2:n]) for x in seconds]
     added = [waited[k] + sum(longer[(k + 1) * n : (k + 2) * n]) for k in range(3)]
-    return ", ".join(f"{x:.1f}" for x in took), ", ".join(f"{x:.2f}" for x in added)
+    return took, [round(x, 2) for x in added]
 
 
 def work(job):
@@ -148,7 +148,7 @@ def compare_with_one(records):
 def make_table(records):
     columns = OF_SAVES if "saves_s" in records[0] else COLUMNS
     rows = [
-        ["-" if r.get(key) is None else format(r[key], form) for key, form in columns.items()]
+        ["-" if r.get(key) is None else f"{r[key]:{form}}" for key, form in columns.items()]
         for r in records
     ]
     made = sorted({f"{r['gpu']}, torch {r['torch']}, commit {r['commit']}" for r in records})

@@ -65,7 +65,7 @@ DOCS, MARK = harness.ROOT / "docs", "<!-- from benchmarks/recipes.py -->\n"
 def make_config(args, n_steps):
     """The config of args.recipe, to be trained for n_steps."""
     config, never = fashion32_S_flow.get_config(), 10**9
-    changes = {"loss": d(mse=1.0), "nnet.num_pad_tokens": 3}
+    changes = {"loss": d(mse=1.0), "nnet.num_pad_tokens": 3}  # of all records but `unpadded`
     for name in args.recipe.split(","):
         changes |= RECIPES[name]
     changes |= {
