@@ -36,8 +36,8 @@ OPTIMIZER = ("optimizer", "lr_scheduler", "max_grad_norm")
 RECIPES = {  # name -> {key of the config: value}
     "official": {**VP, **{key: cifar10_S_DiM.get_config()[key] for key in OPTIMIZER}},
     "official_flow_optimizer": VP, "flow": {}, "direction": {"loss.direction": 0.5},
-    "internal": {"loss.internal": d(weight=0.5, block=8)},
-    "repa": {"loss.repa": d(weight=0.5, block=8, kind="repa", features="classifier", path="")},
+    "internal": {"loss.internal": d(weight=0.5)},  # their blocks: a third of the network's depth
+    "repa": {"loss.repa": d(weight=0.5, kind="repa", features="classifier", path="")},
     "muon": {"optimizer.name": "muon"}, "unpadded": {"nnet.num_pad_tokens": 0},
     "uvit": {"nnet": cifar10_uvit_small.get_config().nnet},
     "attention": {"nnet.mixer": d(name="attention", heads=8)}, "routing": {"nnet.routing.first": 4},
@@ -78,6 +78,9 @@ def make_config(args, n_steps):
     }  # fmt: skip
     changes |= {"sample.algorithm": args.sampler} if args.sampler else {}
     changes |= {"loss.repa.path": args.teacher} if "loss.repa" in changes else {}
+    depth = changes.get("nnet", config.nnet).depth
+    heads = [key for key in ("loss.internal", "loss.repa") if key in changes]
+    changes |= {f"{key}.block": depth // 3 for key in heads}
     words = (change.split("=", 1) for change in args.set.split())
     for path, value in [*changes.items(), *((key, json.loads(text)) for key, text in words)]:
         *sections, key = path.split(".")
