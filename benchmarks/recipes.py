@@ -39,7 +39,7 @@ RECIPES = {  # name -> {key of the config: value}
     "internal": {"loss.internal": d(weight=0.5)},  # their blocks: a third of the network's depth
     "repa": {"loss.repa": d(weight=0.5, kind="repa", features="classifier", path="")},
     "muon": {"optimizer.name": "muon"}, "unpadded": {"nnet.num_pad_tokens": 0},
-    "uvit": {"nnet": cifar10_uvit_small.get_config().nnet},
+    "uvit": {"nnet": cifar10_uvit_small.get_config().nnet}, "lower_rate": {"optimizer.lr": 3e-4},
     "attention": {"nnet.mixer": d(name="attention", heads=8)}, "routing": {"nnet.routing.first": 4},
 }  # fmt: skip
 # Flags and their defaults: of a training, of an evaluation, of the machine.
