@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from libs.model.skips import SkipProjection
 from libs.runtime.cuda_graphs import MAX_GRAPHS, GraphedTraining, SamplingNetwork
 
 
@@ -75,6 +76,30 @@ def test_half_matrices_follow_at_the_same_addresses_and_leave_the_network_as_it_
         raise KeyError
     assert torch.equal(half, weight.bfloat16())
     assert model.weight is weight and weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("make", [lambda: SkipProjection(8), lambda: SkipProjection(520)])
+@torch.no_grad()
+def test_constants_follow_at_the_same_addresses_and_change_no_bit(make, dtype):
+    model = make()
+    inputs = [torch.randn(2, 5, 8 if model.single else 520)] * 2
+    sampling, addresses = SamplingNetwork(model, dtype, graphs=False), []
+    for scale in (1, 1.5):
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+        names = list(model.state_dict())
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None):
+            expected = model(*inputs)
+            with sampling.ready() as network:
+                made = model.make_constants
+                addresses.append([getattr(model, name).data_ptr() for name in made(dtype)])
+                model.make_constants = None
+                assert torch.equal(network(*inputs), expected)
+                del model.make_constants
+        assert all(getattr(model, name) is None for name in made(dtype))
+        assert list(model.state_dict()) == names
+    assert addresses[0] == addresses[1]
 
 
 # ---------------------------------------- graphs

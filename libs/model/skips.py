@@ -27,21 +27,26 @@ class SkipProjection(nn.Module):
             self.linear = nn.Linear(2 * dim, dim)
         else:
             self.stream, self.skip = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.register_parameter("bias", None)  # while sampling, what make_constants gives
 
     def use_fp8(self, device):
         """From now on the products are in fp8 under autocast; UserError if the device cannot."""
         require_fp8(device, (self.linear if self.single else self.stream).weight.shape)
         self.fp8 = True
 
+    def make_constants(self, dtype):
+        """The bias of both products (dim,), in their dtype; see SamplingNetwork."""
+        bias = self.linear.bias if self.single else self.stream.bias + self.skip.bias
+        return {"bias": bias.to(dtype)}
+
     def forward(self, x, skip):
         """x, skip (B, L, dim) -> (B, L, dim)."""
         if self.single:
             x_weight, skip_weight = self.linear.weight.chunk(2, dim=1)
-            bias = self.linear.bias
         else:
             x_weight, skip_weight = self.stream.weight, self.skip.weight
-            bias = self.stream.bias + self.skip.bias
         dtype = compute_dtype(x_weight)
+        bias = self.make_constants(dtype)["bias"] if self.bias is None else self.bias
         x, skip = x.to(dtype), skip.to(dtype)
         if self.fp8 and dtype != torch.float32:
             return fp8_linear(x, x_weight, bias) + fp8_linear(skip, skip_weight)

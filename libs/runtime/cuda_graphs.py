@@ -192,9 +192,11 @@ class GraphedTraining(nn.Module):
 class SamplingNetwork:
     """A network for sampling, which follows its weights from one `ready` to the next.
 
-    The weights of linear layers and convolutions are cast once, to the dtype to which autocast
-    would cast them in every call: the outputs stay the same, bit for bit. Everything else stays
-    float32. The casts keep their addresses, which CUDA graphs read.
+    What every call makes of weights alone is made once: the weights of linear layers and
+    convolutions in the dtype to which autocast casts them, and what a module's
+    `make_constants(dtype)` gives for attributes of its own, {name: tensor}, which are None
+    otherwise. The outputs stay the same, bit for bit. Everything else stays float32. What is made
+    keeps its addresses, which CUDA graphs read.
     dtype: of autocast, or None; graphs: whether to capture, on a GPU; capture: call -> (replay,
     outputs), CudaCapture.forward by default.
     """
@@ -203,32 +205,35 @@ class SamplingNetwork:
         self.network, self.dtype, self.capture = network, dtype, capture
         self.device = next(network.parameters()).device
         self._graphed = graphs and (capture is not None or self.device.type == "cuda")
-        self._halves, self._graphs = {}, None  # module -> its weight in `dtype`
+        self._made, self._graphs = {}, None  # (module, attribute) -> its parameter meanwhile
 
     @contextlib.contextmanager
     def ready(self):
         """A context that gives the network to call, with the weights it has on entry."""
-        self._refresh_halves()
-        own = {module: module.weight for module in self._halves}
+        self._refresh()
+        own = [(*key, getattr(*key)) for key in self._made]
         try:
-            for module, half in self._halves.items():
-                module.weight = half
+            for key, parameter in self._made.items():
+                setattr(*key, parameter)
             yield self._replay if self._graphed else self.network
         finally:
-            for module, weight in own.items():
-                module.weight = weight
+            for attribute in own:
+                setattr(*attribute)
 
     @torch.inference_mode(False)  # inference tensors could not be written in other modes
     @torch.no_grad()
-    def _refresh_halves(self):
-        """Cast the network's present weights; 1.7 GB in a DiM-H."""
-        modules = [m for m in self.network.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-        for module in modules if self.dtype else ():
-            if module not in self._halves and module.weight.dtype == torch.float32:
-                half = torch.empty_like(module.weight, dtype=self.dtype)
-                self._halves[module] = nn.Parameter(half, requires_grad=False)
-        if self._halves:
-            torch._foreach_copy_(list(self._halves.values()), [m.weight for m in self._halves])
+    def _refresh(self):
+        """Make it of the network's present weights; 1.7 GB in a DiM-H."""
+        kinds = nn.Linear, nn.Conv2d
+        for module in self.network.modules():
+            given = {}
+            if hasattr(module, "make_constants"):
+                given = module.make_constants(self.dtype)
+            elif self.dtype and isinstance(module, kinds) and module.weight.dtype == torch.float32:
+                given = {"weight": module.weight.to(self.dtype)}
+            for name, x in given.items():
+                made = nn.Parameter(x, requires_grad=False)
+                self._made.setdefault((module, name), made).copy_(x)
 
     def _call(self, x, t, y, reused, **options):
         return self.network(x, t, y, **options, **({} if reused is None else {"reused": reused}))
@@ -247,8 +252,8 @@ class SamplingNetwork:
         return _pack([x.clone() for x in outputs], hidden)  # the next replay writes them again
 
     def release(self):
-        """Give graphs and casts back; the next `ready` makes them again."""
-        self._halves.clear()
+        """Give graphs and what was made back; the next `ready` makes them again."""
+        self._made.clear()
         if self._graphs is not None:
             self._graphs = None
             torch.cuda.empty_cache()  # nothing else could use a graph's memory until then
