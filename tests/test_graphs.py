@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from libs.model.mamba import Mamba
 from libs.model.skips import SkipProjection
 from libs.runtime.cuda_graphs import MAX_GRAPHS, GraphedTraining, SamplingNetwork
 
@@ -78,12 +79,14 @@ def test_half_matrices_follow_at_the_same_addresses_and_leave_the_network_as_it_
     assert model.weight is weight and weight.requires_grad
 
 
+CONSTANTS = [(SkipProjection, 8, 2), (SkipProjection, 520, 2), (Mamba, 8, 1)]  # inputs: x, skip
+
+
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("make", [lambda: SkipProjection(8), lambda: SkipProjection(520)])
+@pytest.mark.parametrize("kind, dim, inputs", CONSTANTS)
 @torch.no_grad()
-def test_constants_follow_at_the_same_addresses_and_change_no_bit(make, dtype):
-    model = make()
-    inputs = [torch.randn(2, 5, 8 if model.single else 520)] * 2
+def test_constants_follow_at_the_same_addresses_and_change_no_bit(kind, dim, inputs, dtype):
+    model, inputs = kind(dim), torch.randn(inputs, 2, 5, dim)
     sampling, addresses = SamplingNetwork(model, dtype, graphs=False), []
     for scale in (1, 1.5):
         for parameter in model.parameters():

@@ -30,7 +30,8 @@ PRESETS = {
 }  # fmt: skip
 
 # MIXERS[name](dim, **keywords) is a mixer as libs.model.block.Block has it. A mixer may have also
-# `init_weights(depth)`, its initialisation in a network, and `use_fp8(device)`.
+# `init_weights(depth)`, its initialisation in a network, `use_fp8(device)`, and
+# `make_constants(dtype)`, see libs.runtime.SamplingNetwork.
 MIXERS = {"mamba": Mamba, "attention": Attention}
 
 

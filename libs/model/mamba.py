@@ -31,6 +31,7 @@ class Mamba(nn.Module):
         self.x_proj = nn.Linear(self.channels, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.channels)
         self.A_log = nn.Parameter(torch.empty(self.channels, d_state))
+        self.register_parameter("A", None)  # while sampling, what make_constants gives
         self.D = nn.Parameter(torch.empty(self.channels))
         self.out_proj = nn.Linear(self.channels, dim, bias=False)
         self.reset_parameters()
@@ -61,16 +62,23 @@ class Mamba(nn.Module):
         self.A_log.copy_(states.log().expand_as(self.A_log))
         self.D.fill_(1.0)
 
+    def make_constants(self, dtype):
+        """A of the scan, in float32 at least; see SamplingNetwork."""
+        at_least = torch.promote_types(self.A_log.dtype, torch.float32)
+        return {"A": -torch.exp(self.A_log.to(at_least))}
+
+    def get_A(self):
+        return self.make_constants(None)["A"] if self.A is None else self.A
+
     def forward(self, x, order=None):
         """x (B, L, dim), order (L,) int64 (the row visited at each step) or None -> (B, L, dim)."""
         u, z = self.in_proj(x).chunk(2, dim=-1)  # (B, L, channels) each
         u = causal_conv1d(u, self.conv_weight, self.conv_bias, activation="silu", order=order)
         dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta = F.linear(dt, self.dt_proj.weight)  # (B, L, channels), bias in the scan
-        A = -torch.exp(self.A_log)
         y = selective_scan(
-            u, delta, A, B, C, D=self.D, z=z, delta_bias=self.dt_proj.bias, delta_softplus=True,
-            order=order,
+            u, delta, self.get_A(), B, C, D=self.D, z=z, delta_bias=self.dt_proj.bias,
+            delta_softplus=True, order=order,
         )  # fmt: skip
         return self.out_proj(y)
 
@@ -96,5 +104,5 @@ class Mamba(nn.Module):
             "in_proj": self.in_proj.weight, "conv_weight": self.conv_weight,
             "conv_bias": self.conv_bias, "x_proj": self.x_proj.weight,
             "dt_proj": self.dt_proj.weight, "dt_bias": self.dt_proj.bias,
-            "A_log": self.A_log, "D": self.D, "out_proj": self.out_proj.weight,
+            "A": self.get_A(), "D": self.D, "out_proj": self.out_proj.weight,
         }  # fmt: skip

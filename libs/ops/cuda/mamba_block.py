@@ -23,11 +23,11 @@ _SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
 
 # D channels, N states, W taps, R the rank of the step sizes. Matrices have the network's dtype, the
 # others float32: table (3, dim), weight of the norm (dim), in_proj (2 D, dim), conv_weight (D, W),
-# conv_bias (D), x_proj (R + 2 N, D), dt_proj (D, R), dt_bias (D), A_log (D, N), D (D), out_proj
+# conv_bias (D), x_proj (R + 2 N, D), dt_proj (D, R), dt_bias (D), A (D, N), D (D), out_proj
 # (dim, D).
 Parameters = namedtuple(
     "Parameters",
-    "table weight in_proj conv_weight conv_bias x_proj dt_proj dt_bias A_log D out_proj",
+    "table weight in_proj conv_weight conv_bias x_proj dt_proj dt_bias A D out_proj",
 )
 # The parameters that go into matrix products, in the dtype of those.
 Matrices = namedtuple("Matrices", "in_proj x_proj dt_proj out_proj")
@@ -92,11 +92,10 @@ def _convolve(xz, p, order):
 
 
 def _scan_inputs(u, xz, dtBC, dt_proj, p, order):
-    rank, states = dt_proj.shape[1], p.A_log.shape[1]
+    rank, states = dt_proj.shape[1], p.A.shape[1]
     dt, B, C = dtBC.split([rank, states, states], dim=-1)
     delta, z = _product(dt, dt_proj), xz[..., p.D.shape[0] :]
-    A = -torch.exp(p.A_log)
-    return selective_scan.Inputs(u, delta, A, B, C, p.D, z, p.dt_bias, order, True)
+    return selective_scan.Inputs(u, delta, p.A, B, C, p.D, z, p.dt_bias, order, True)
 
 
 def _empty_rounded(i):
@@ -113,7 +112,7 @@ def _forward(*inputs):
     u = _convolve(xz, p, i.order)
     dtBC = _product(u, weights.x_proj)
     scan = _scan_inputs(u, xz, dtBC, weights.dt_proj, p, i.order)
-    prepared = selective_scan.plan(launch_plan.scan_forward, u, p.A_log)
+    prepared = selective_scan.plan(launch_plan.scan_forward, u, p.A)
     y, _ = selective_scan.run_forward(prepared, scan)
     branch, y_scale = _large_product(y, weights.out_proj, i.fp8)
     out = adaln.gate(i.x, branch, i.adaln, i.out_dtype)
@@ -121,13 +120,13 @@ def _forward(*inputs):
 
 
 def _scan_backward(g_branch, saved, weights, u, i, g_z):
-    """(gradients of the scan's inputs but z, whose gradient goes to g_z; of out_proj; A)."""
+    """(gradients of the scan's inputs but z, whose gradient goes to g_z; of out_proj)."""
     p = i.parameters
     scan = _scan_inputs(u, saved.xz, saved.dtBC, weights.dt_proj, p, i.order)
     y, (g_y, g_scale) = torch.empty_like(u), _through(g_branch, weights.out_proj, i.fp8)
-    prepared = selective_scan.plan(launch_plan.scan_backward_with_output, u, p.A_log)
+    prepared = selective_scan.plan(launch_plan.scan_backward_with_output, u, p.A)
     g = selective_scan.run_backward(prepared, g_y, None, scan, g_z=g_z, y=y)
-    return g, _weight_gradient(g_branch, y, p.out_proj, g_scale, saved.y_scale), scan.A
+    return g, _weight_gradient(g_branch, y, p.out_proj, g_scale, saved.y_scale)
 
 
 def _mixer_backward(g_branch, saved, weights, i):
@@ -136,7 +135,7 @@ def _mixer_backward(g_branch, saved, weights, i):
     g_xz = torch.empty_like(saved.xz)
     x, g_x, g_z = saved.xz[..., :channels], g_xz[..., :channels], g_xz[..., channels:]
     u = _convolve(saved.xz, p, i.order)
-    g, g_out_proj, A = _scan_backward(g_branch, saved, weights, u, i, g_z)
+    g, g_out_proj = _scan_backward(g_branch, saved, weights, u, i, g_z)
     dt = saved.dtBC[..., : p.dt_proj.shape[1]]
     g_dt_proj = _weight_gradient(g.delta, dt, p.dt_proj)
     g_dtBC = torch.cat([g.delta @ weights.dt_proj, g.BC[0], g.BC[1]], dim=-1)
@@ -147,9 +146,7 @@ def _mixer_backward(g_branch, saved, weights, i):
     )
     return g_xz, {
         "conv_weight": g_conv_weight, "conv_bias": g_conv_bias, "x_proj": g_x_proj,
-        "dt_proj": g_dt_proj, "dt_bias": g.delta_bias,
-        "A_log": g.A * A,  # A = -exp(A_log)
-        "D": g.D, "out_proj": g_out_proj,
+        "dt_proj": g_dt_proj, "dt_bias": g.delta_bias, "A": g.A, "D": g.D, "out_proj": g_out_proj,
     }  # fmt: skip
 
 
