@@ -103,19 +103,21 @@ def quantize_transposed(x, scale):
     return out
 
 
-def _scaled_product(x, w8, w_scale):
+def _scaled_product(x, w8, w_scale, bias=None):
     """x (B, L, K) times the transpose of w8 w_scale (N, K), w_scale (N, 1); and x's (B L, 1)."""
     x8, x_scale = quantize_rows(x.flatten(0, 1))
+    bias = None if bias is None else bias.bfloat16()  # torch adds one in the result's dtype alone
     out = torch._scaled_mm(
-        x8, w8.t(), scale_a=x_scale, scale_b=w_scale.t(), out_dtype=torch.bfloat16,
+        x8, w8.t(), scale_a=x_scale, scale_b=w_scale.t(), bias=bias, out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
     return out.to(x.dtype).view(*x.shape[:2], -1), x_scale
 
 
-def product(x, weight):
-    """x (B, L, K) times the transpose of weight (N, K), in x's dtype; and x's scales (B L, 1)."""
-    return _scaled_product(x, *quantize_rows(weight))
+def product(x, weight, bias=None):
+    """x (B, L, K) times the transpose of weight (N, K), plus bias (N), in x's dtype; and x's scales
+    (B L, 1)."""
+    return _scaled_product(x, *quantize_rows(weight), bias)
 
 
 def product_back(g, weight):
@@ -133,11 +135,6 @@ def weight_gradient(g, g_scale, x, x_scale):
     g8 = quantize_transposed(g.flatten(0, 1), g_scale)
     x8 = quantize_transposed(x.flatten(0, 1), x_scale)
     return torch._scaled_mm(g8, x8.t(), scale_a=g_scale, scale_b=x_scale, out_dtype=torch.float32)
-
-
-def _linear(x, weight, bias):
-    out, scale = product(x, weight)
-    return out if bias is None else out.add_(bias), scale
 
 
 def _linear_backward(g, scale, x, weight, bias):
@@ -159,7 +156,7 @@ def _fake_backward(g, scale, x, weight, bias):
 
 launch.operator(
     "fp8_linear", "Tensor x, Tensor weight, Tensor? bias", (2, 3),
-    _linear, _fake, _linear_backward, _fake_backward, saved=1,
+    product, _fake, _linear_backward, _fake_backward, saved=1,
 )  # fmt: skip
 
 
