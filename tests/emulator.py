@@ -7,7 +7,7 @@ import types
 
 import torch
 
-from libs.ops.cuda import adaln, causal_conv1d, launch, mamba_block, selective_scan
+from libs.ops.cuda import adaln, causal_conv1d, fp8, launch, mamba_block, selective_scan
 from libs.ops.reference import (
     causal_conv1d_ref,
     gated_residual_ref,
@@ -111,10 +111,22 @@ def modulation(x):
     put(zip((x["g_modulation"], x["g_table"], x["g_weight"]), g, strict=True))
 
 
+def quantize_rows(rows, x, outputs, backward):
+    x8, scale = fp8.quantize_rows_ref(torch.cat([part[0] for part in rows.values()], 1))
+    x["out"].copy_(x8)
+    x["scale"].copy_(scale)
+
+
+def quantize_transposed(rows, x, outputs, backward):
+    out = x["out"].zero_()
+    out[:, : x["rows"]] = (rows["x"][0].float() / x["scale"]).to(fp8.E4M3).T
+
+
 KERNELS = {
     "scan_forward": scan, "scan_forward_lanes": scan, "scan_backward": scan,
     "conv_forward": convolution, "conv_backward": convolution,
     "norm_forward": norm, "norm_backward": norm, "gate_forward": gate, "gate_backward": gate,
+    "quantize_rows": quantize_rows, "quantize_transposed": quantize_transposed,
 }  # fmt: skip
 
 
@@ -160,6 +172,8 @@ def register():
         "gated_residual_bwd": adaln._gate_backward_operator,
         "mamba_block": mamba_block._forward,
         "mamba_block_bwd": mamba_block._backward,
+        "fp8_merge": fp8._merge,
+        "fp8_merge_bwd": fp8._merge_backward,
     }.items():
         library.impl(name, function, "CPU")
     return library

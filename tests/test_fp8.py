@@ -1,5 +1,6 @@
 """Matrix products in fp8 (libs/ops/cuda/fp8.py): the definition on the CPU, the rest on a GPU."""
 
+import emulator
 import pytest
 import torch
 from ops_cases import error
@@ -61,6 +62,8 @@ def test_kernel_equals_the_definition(device, dtype, columns):
     expected8, expected = fp8.quantize_rows_ref(x)
     assert torch.allclose(scale, expected, rtol=2e-7, atol=0)
     assert_one_unit(x8, expected8)
+    for a, b in zip(fp8.quantize_rows(*x.split(columns // 16 * 8, 1)), (x8, scale), strict=True):
+        assert torch.equal(a, b)
     x[5, 7] = float("nan")
     assert fp8.quantize_rows(x)[1].isnan().flatten().nonzero().tolist() == [[5]]
 
@@ -75,30 +78,49 @@ def test_transposed(device, shape):
     assert actual.shape[1] % 16 == 0 and not actual[:, len(x) :].float().any()
 
 
-@pytest.mark.parametrize("device", on_gpu)
+def scaled_mm(a, b, scale_a, scale_b, bias=None, out_dtype=None, use_fast_accum=False):
+    """torch's, on the CPU."""
+    out = (a.float() @ b.float()) * scale_a * scale_b
+    return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+@pytest.fixture
+def emulated(request, monkeypatch):
+    """The device; on the CPU with the emulator in the kernels' place."""
+    if request.param == "cuda":
+        yield "cuda"
+        return
+    emulator.install(monkeypatch)
+    monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+    library = emulator.register()
+    yield "cpu"
+    library._destroy()
+
+
+@pytest.mark.parametrize("emulated", ["cpu", *on_gpu], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_and_its_gradients(device, dtype):
+def test_merge_and_its_gradients(emulated, dtype):
     """Against float64: fp8's rounding, averaged over K terms, and no more."""
-    x = torch.randn(3, 37, 256, device=device).to(dtype).requires_grad_()
-    weight = torch.randn(128, 256, device=device, requires_grad=True)
-    bias = torch.randn(128, device=device, requires_grad=True)
-    g = torch.randn(3, 37, 128, device=device).to(dtype) / 1024
+    x, skip = torch.randn(2, 3, 37, 256, device=emulated).to(dtype)
+    weights = torch.randn(2, 128, 256, device=emulated)
+    inputs = x, 4 * skip, *weights, torch.randn(128, device=emulated)
+    inputs = [v.clone().requires_grad_() for v in inputs]
+    g = torch.randn(3, 37, 128, device=emulated).to(dtype) / 1024
     g[:, 20:] = 0  # as of tokens that the head crops
-    out = fp8.fp8_linear(x, weight, bias)
-    gradients = torch.autograd.grad(out, (x, weight, bias), g)
-    exact = [v.detach().double().requires_grad_() for v in (x, weight, bias)]
-    expected = torch.nn.functional.linear(*exact)
+    out = fp8.fp8_merge(*inputs)
+    gradients = torch.autograd.grad(out, inputs, g)
+    exact = [v.detach().double().requires_grad_() for v in inputs]
+    x, skip, x_weight, skip_weight, bias = exact
+    expected = x @ x_weight.T + skip @ skip_weight.T + bias
     expected_gradients = torch.autograd.grad(expected, exact, g.double())
 
     def relative(a, b):
         return ((a.double() - b).norm() / b.norm()).item()
 
     assert out.dtype == dtype
-    for a, b, bound in (
-        (out, expected, 0.05), (gradients[0], expected_gradients[0], 0.05),
-        (gradients[1], expected_gradients[1], 0.05), (gradients[2], expected_gradients[2], 0.01),
-    ):  # fmt: skip
-        assert relative(a.detach(), b.detach()) < bound
+    assert relative(out.detach(), expected.detach()) < 0.05
+    for a, b, bound in zip(gradients, expected_gradients, [0.05] * 4 + [0.01], strict=True):
+        assert relative(a, b) < bound
     assert relative(out.detach(), expected.detach()) > 0.01, "not in fp8"
 
 

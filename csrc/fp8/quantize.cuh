@@ -3,12 +3,12 @@
 #include "common/types.cuh"
 
 struct QuantizeParams {
-  Int64 rows, columns;  // K: a multiple of 16
-  Rows x;               // (1, M, K), rows aligned to 16 bytes
-  unsigned char* out;   // (M, K) or, transposed, (K, M); contiguous
-  float* scale;         // (M), written; transposed, 1, read
+  Int64 rows, columns, split;  // M, K, those of K that x has: multiples of 16
+  Rows x, more;                // (1, M, split), (1, M, K - split), rows aligned to 16 bytes
+  unsigned char* out;          // (M, K) or, transposed, (K, M); contiguous
+  float* scale;                // (M), written; transposed, 1, read
 };
-static_assert(sizeof(QuantizeParams) == 2 * 8 + 24 + 2 * 8, "mirrored by libs/ops/cuda/fp8.py");
+static_assert(sizeof(QuantizeParams) == 3 * 8 + 2 * 24 + 2 * 8, "mirrored by libs/ops/cuda/fp8.py");
 
 constexpr int kThreads = 256;
 constexpr float kLargest = 448.0f;  // of e4m3

@@ -1,5 +1,6 @@
-// Rows of x (M, K) as e4m3 numbers with a scale each: x8 = x / scale, scale = largest |x| of the row
-// over the largest e4m3 number. kWarps warps share a row, a lane has up to kVectors vectors of 8.
+// Rows of x, or of [x, more], (M, K) as e4m3 numbers with a scale each: x8 = x / scale, scale = largest
+// |x| of the row over the largest e4m3 number. kWarps warps share a row, a lane has up to kVectors
+// vectors of 8.
 //
 // -D: kInput, kVectors, kWarps (K <= 256 * kVectors * kWarps).
 #include "fp8/quantize.cuh"
@@ -12,11 +13,13 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const Int64 row = min(wanted, p.rows - 1);  // those past the end do the last one again
   const int offset = (warp % kWarps * kVectors * 32 + lane) * 8;
   const kInput* x = static_cast<const kInput*>(p.x.data) + row * p.x.row_stride;
+  const kInput* more = static_cast<const kInput*>(p.more.data) + row * p.more.row_stride - p.split;
   Vec8 vectors[kVectors];
   UNROLL for (int k = 0; k < kVectors; ++k) {
     const int first = offset + k * 32 * 8;
     vectors[k] = Vec8{};
-    if (first < p.columns) vectors[k] = *reinterpret_cast<const Vec8*>(x + first);
+    if (first < p.columns)
+      vectors[k] = *reinterpret_cast<const Vec8*>((first < p.split ? x : more) + first);
   }
   float most = 0.0f;
   UNROLL for (int k = 0; k < kVectors; ++k)

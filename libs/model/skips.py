@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from libs.model.layers import EXTRA_TOKENS, compute_dtype
-from libs.ops import fp8_linear, require_fp8
+from libs.ops import fp8_merge, require_fp8
 
 
 class SkipProjection(nn.Module):
@@ -49,7 +49,7 @@ class SkipProjection(nn.Module):
         bias = self.make_constants(dtype)["bias"] if self.bias is None else self.bias
         x, skip = x.to(dtype), skip.to(dtype)
         if self.fp8 and dtype != torch.float32:
-            return fp8_linear(x, x_weight, bias) + fp8_linear(skip, skip_weight)
+            return fp8_merge(x, skip, x_weight, skip_weight, bias)
         merged = F.linear(x.flatten(0, 1), x_weight, bias)
         # In place, as else the sum begins with a copy of `merged`.
         return merged.addmm_(skip.flatten(0, 1), skip_weight.to(dtype).T).view(x.shape)

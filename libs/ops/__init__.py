@@ -4,14 +4,14 @@ plain PyTorch (reference.py, the definition) anywhere.
 selective_scan, causal_conv1d    Mamba's recurrence and the short filter before it
 modulated_norm, gated_residual   what stands around any mixer
 mamba_block, is_fused            a whole block as one operator, and where that can run
-fp8_linear, turn_on_fp8, require_fp8    matrix products in fp8
+fp8_merge, turn_on_fp8, require_fp8    matrix products in fp8
 describe_backends                what would run, for the log; also `python -m libs.ops`
 """
 
 import torch
 
 from libs.ops import backends
-from libs.ops.cuda.fp8 import fp8_linear, require_fp8, turn_on_fp8
+from libs.ops.cuda.fp8 import fp8_merge, require_fp8, turn_on_fp8
 from libs.ops.cuda.mamba_block import mamba_block_cuda as mamba_block
 from libs.ops.fusion import describe, is_fused
 from libs.ops.operators import causal_conv1d, gated_residual, modulated_norm, selective_scan

@@ -23,7 +23,7 @@ OLDEST_ARCH = 90  # that torch's product of rows with scales runs on
 WIDTHS = range(1024, COLUMNS[-1] + 1, 16)
 
 
-QuantizeParams = find_slots("rows columns", "x", "out scale")  # x is (1, rows, columns)
+QuantizeParams = find_slots("rows columns split", "x more", "out scale")  # more may be absent
 
 
 def plan_rows(rows, columns, dtype, multiprocessors):
@@ -80,18 +80,20 @@ def quantize_rows_ref(x):
     return (x.float() / scale).to(E4M3), scale
 
 
-def _run(plan_of, x, out, scale):
-    rows, columns = x.shape
+def _run(plan_of, columns, out, scale, x, *more):
+    rows, split = x.shape
     prepared = launch.prepared(x.device.index, plan_of, QuantizeParams, (rows, columns), x.dtype)
-    scalars = {"rows": rows, "columns": columns, "out": out, "scale": scale}
-    launch.run(prepared, x.device, {"x": x[None]}, scalars)
+    scalars = {"rows": rows, "columns": columns, "split": split, "out": out, "scale": scale}
+    parts = zip(("x", "more"), (part[None] for part in (x, *more)), strict=False)
+    launch.run(prepared, x.device, dict(parts), scalars)
 
 
-def quantize_rows(x):
-    """`quantize_rows_ref` of x (M, K), rows contiguous, by our kernel."""
-    out = torch.empty(x.shape, dtype=E4M3, device=x.device)
-    scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
-    _run(plan_rows, x, out, scale)
+def quantize_rows(x, *more):
+    """`quantize_rows_ref` of x (M, K), or of [x, more], rows contiguous, by our kernel."""
+    columns = sum(part.shape[1] for part in (x, *more))
+    out = torch.empty(len(x), columns, dtype=E4M3, device=x.device)
+    scale = torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+    _run(plan_rows, columns, out, scale, x, *more)
     return out, scale
 
 
@@ -99,25 +101,24 @@ def quantize_transposed(x, scale):
     """x (M, K) divided by scale () and transposed, as e4m3 numbers (K, M), M padded with zeros to a
     multiple of 16."""
     out = torch.empty(x.shape[1], -(-x.shape[0] // 16) * 16, dtype=E4M3, device=x.device)
-    _run(plan_transposed, x, out, scale)
+    _run(plan_transposed, x.shape[1], out, scale, x)
     return out
 
 
-def _scaled_product(x, w8, w_scale, bias=None):
-    """x (B, L, K) times the transpose of w8 w_scale (N, K), w_scale (N, 1); and x's (B L, 1)."""
-    x8, x_scale = quantize_rows(x.flatten(0, 1))
-    bias = None if bias is None else bias.bfloat16()  # torch adds one in the result's dtype alone
+def _scaled_product(parts, w8, w_scale, bias=None):
+    """x (B, L, K), in one or two parts along K, times the transpose of w8 w_scale (N, K), w_scale
+    (N, 1), plus bias (N) in bfloat16; and x's scales (B L, 1)."""
+    x8, x_scale = quantize_rows(*(part.flatten(0, 1) for part in parts))
     out = torch._scaled_mm(
         x8, w8.t(), scale_a=x_scale, scale_b=w_scale.t(), bias=bias, out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )  # fmt: skip
-    return out.to(x.dtype).view(*x.shape[:2], -1), x_scale
+    return out.to(parts[0].dtype).view(*parts[0].shape[:2], -1), x_scale
 
 
-def product(x, weight, bias=None):
-    """x (B, L, K) times the transpose of weight (N, K), plus bias (N), in x's dtype; and x's scales
-    (B L, 1)."""
-    return _scaled_product(x, *quantize_rows(weight), bias)
+def product(x, weight):
+    """x (B, L, K) times the transpose of weight (N, K), in x's dtype; and x's scales (B L, 1)."""
+    return _scaled_product([x], *quantize_rows(weight))
 
 
 def product_back(g, weight):
@@ -125,7 +126,7 @@ def product_back(g, weight):
     weight transposed in memory, which one scale for all of it makes a single pass."""
     scale = quantize_rows(weight)[1].amax()
     w8 = quantize_transposed(weight, scale)
-    return _scaled_product(g, w8, scale.expand(w8.shape[0], 1).contiguous())
+    return _scaled_product([g], w8, scale.expand(w8.shape[0], 1).contiguous())
 
 
 def weight_gradient(g, g_scale, x, x_scale):
@@ -137,31 +138,33 @@ def weight_gradient(g, g_scale, x, x_scale):
     return torch._scaled_mm(g8, x8.t(), scale_a=g_scale, scale_b=x_scale, out_dtype=torch.float32)
 
 
-def _linear_backward(g, scale, x, weight, bias):
+def _merge(x, skip, x_weight, skip_weight, bias):
+    return _scaled_product((x, skip), *quantize_rows(x_weight, skip_weight), bias)
+
+
+def _merge_backward(g, scale, x, skip, x_weight, skip_weight, bias):
     g = g.contiguous()
-    g_bias = g.new_empty(0) if bias is None else g.sum((0, 1))
-    g_x, g_scale = product_back(g, weight)
-    return g_x, weight_gradient(g, g_scale, x, scale).to(weight.dtype), g_bias
+    g_x, g_scale = product_back(g, x_weight)
+    g_skip, _ = product_back(g, skip_weight)
+    weights = (weight_gradient(g, g_scale, part, scale).to(g.dtype) for part in (x, skip))
+    return g_x, g_skip, *weights, g.sum((0, 1)).to(bias.dtype)
 
 
-def _fake(x, weight, bias):
-    out = x.new_empty((*x.shape[:2], weight.shape[0]))
+def _fake(x, skip, x_weight, *rest):
+    out = x.new_empty((*x.shape[:2], x_weight.shape[0]))
     return out, x.new_empty((x.shape[0] * x.shape[1], 1), dtype=torch.float32)
 
 
-def _fake_backward(g, scale, x, weight, bias):
-    g_bias = g.new_empty(0 if bias is None else bias.shape)
-    return torch.empty_like(x), torch.empty_like(weight), g_bias
-
-
 launch.operator(
-    "fp8_linear", "Tensor x, Tensor weight, Tensor? bias", (2, 3),
-    product, _fake, _linear_backward, _fake_backward, saved=1,
+    "fp8_merge", "Tensor x, Tensor skip, Tensor x_weight, Tensor skip_weight, Tensor bias", (2, 5),
+    _merge, _fake, _merge_backward, lambda g, scale, *inputs: launch.like(*inputs), saved=1,
 )  # fmt: skip
 
 
-def fp8_linear(x, weight, bias=None):
-    """torch.nn.functional.linear of x (B, L, K) in bfloat16 or float16, with weight (N, K) and bias
-    (N) of any dtype, its products in fp8. Differentiable."""
-    bias = None if bias is None else bias.to(x.dtype)
-    return torch.ops.dim.fp8_linear(x.contiguous(), weight.to(x.dtype), bias)[0]
+def fp8_merge(x, skip, x_weight, skip_weight, bias):
+    """x (B, L, K) times the transpose of x_weight (N, K), plus the same of skip, plus bias (N), as
+    one product in fp8, a token of x and of skip under one scale; x and skip in bfloat16 or float16.
+    Differentiable."""
+    matrices = (matrix.to(x.dtype) for matrix in (x_weight, skip_weight))
+    tensors = x.contiguous(), skip.contiguous(), *matrices, bias.bfloat16()
+    return torch.ops.dim.fp8_merge(*tensors)[0]
