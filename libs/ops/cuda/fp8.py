@@ -139,7 +139,7 @@ def weight_gradient(g, g_scale, x, x_scale):
 
 
 def _merge(x, skip, x_weight, skip_weight, bias):
-    return _scaled_product((x, skip), *quantize_rows(x_weight, skip_weight), bias)
+    return _scaled_product((x, skip), *quantize_rows(x_weight, skip_weight), bias.bfloat16())
 
 
 def _merge_backward(g, scale, x, skip, x_weight, skip_weight, bias):
@@ -147,7 +147,7 @@ def _merge_backward(g, scale, x, skip, x_weight, skip_weight, bias):
     g_x, g_scale = product_back(g, x_weight)
     g_skip, _ = product_back(g, skip_weight)
     weights = (weight_gradient(g, g_scale, part, scale).to(g.dtype) for part in (x, skip))
-    return g_x, g_skip, *weights, g.sum((0, 1)).to(bias.dtype)
+    return g_x, g_skip, *weights, g.sum((0, 1))
 
 
 def _fake(x, skip, x_weight, *rest):
@@ -165,6 +165,5 @@ def fp8_merge(x, skip, x_weight, skip_weight, bias):
     """x (B, L, K) times the transpose of x_weight (N, K), plus the same of skip, plus bias (N), as
     one product in fp8, a token of x and of skip under one scale; x and skip in bfloat16 or float16.
     Differentiable."""
-    matrices = (matrix.to(x.dtype) for matrix in (x_weight, skip_weight))
-    tensors = x.contiguous(), skip.contiguous(), *matrices, bias.bfloat16()
-    return torch.ops.dim.fp8_merge(*tensors)[0]
+    parameters = (parameter.to(x.dtype) for parameter in (x_weight, skip_weight, bias))
+    return torch.ops.dim.fp8_merge(x.contiguous(), skip.contiguous(), *parameters)[0]
