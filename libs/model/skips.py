@@ -22,7 +22,7 @@ class SkipProjection(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.single, self.fp8 = dim <= self.WIDEST_SINGLE, False
+        self.dim, self.single, self.fp8 = dim, dim <= self.WIDEST_SINGLE, False
         if self.single:
             self.linear = nn.Linear(2 * dim, dim)
         else:
@@ -31,7 +31,7 @@ class SkipProjection(nn.Module):
 
     def use_fp8(self, device):
         """From now on the products are in fp8 under autocast; UserError if the device cannot."""
-        require_fp8(device, (self.linear if self.single else self.stream).weight.shape)
+        require_fp8(device, (self.dim, 2 * self.dim))
         self.fp8 = True
 
     def make_constants(self, dtype):
