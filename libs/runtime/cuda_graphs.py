@@ -224,15 +224,14 @@ class SamplingNetwork:
     @torch.no_grad()
     def _refresh(self):
         """Make it of the network's present weights; 1.7 GB in a DiM-H."""
-        kinds = nn.Linear, nn.Conv2d
         for module in self.network.modules():
             given = {}
             if hasattr(module, "make_constants"):
                 given = module.make_constants(self.dtype)
-            elif self.dtype and isinstance(module, kinds) and module.weight.dtype == torch.float32:
+            elif self.dtype and isinstance(module, (nn.Linear, nn.Conv2d)):
                 given = {"weight": module.weight.to(self.dtype)}
             for name, x in given.items():
-                made = nn.Parameter(x, requires_grad=False)
+                made = nn.Parameter(torch.empty_like(x), requires_grad=False)
                 self._made.setdefault((module, name), made).copy_(x)
 
     def _call(self, x, t, y, reused, **options):
