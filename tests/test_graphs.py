@@ -103,6 +103,7 @@ def test_constants_follow_at_the_same_addresses_and_change_no_bit(kind, dim, inp
         assert all(getattr(model, name) is None for name in made(dtype))
         assert list(model.state_dict()) == names
     assert addresses[0] == addresses[1]
+    assert not {p.data_ptr() for p in model.parameters()} & set(addresses[0])
 
 
 # ---------------------------------------- graphs

@@ -3,8 +3,8 @@
 #include "common/types.cuh"
 
 struct QuantizeParams {
-  Int64 rows, columns, split;  // M, K, those of K that x has: multiples of 16
-  Rows x, more;                // (1, M, split), (1, M, K - split), rows aligned to 16 bytes
+  Int64 rows, columns, split;  // M; K and x's part of it, multiples of 16
+  Rows x, more;                // (1, M, split), (1, M, K - split) if any; rows aligned to 16 bytes
   unsigned char* out;          // (M, K) or, transposed, (K, M); contiguous
   float* scale;                // (M), written; transposed, 1, read
 };

@@ -223,7 +223,7 @@ class SamplingNetwork:
     @torch.inference_mode(False)  # inference tensors could not be written in other modes
     @torch.no_grad()
     def _refresh(self):
-        """Make it of the network's present weights; 1.7 GB in a DiM-H."""
+        """Make these tensors of the network's present weights; 1.7 GB in a DiM-H."""
         for module in self.network.modules():
             given = {}
             if hasattr(module, "make_constants"):

@@ -26,8 +26,7 @@ _SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
 # conv_bias (D), x_proj (R + 2 N, D), dt_proj (D, R), dt_bias (D), A (D, N), D (D), out_proj
 # (dim, D).
 Parameters = namedtuple(
-    "Parameters",
-    "table weight in_proj conv_weight conv_bias x_proj dt_proj dt_bias A D out_proj",
+    "Parameters", "table weight in_proj conv_weight conv_bias x_proj dt_proj dt_bias A D out_proj"
 )
 # The parameters that go into matrix products, in the dtype of those.
 Matrices = namedtuple("Matrices", "in_proj x_proj dt_proj out_proj")
