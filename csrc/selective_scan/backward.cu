@@ -34,16 +34,16 @@
 #include "common/math.cuh"
 #include "selective_scan/params.cuh"
 
-// Other GPUs have too little shared memory for more than 4 blocks, so registers need not make room.
+// Other GPUs have shared memory for half as many blocks, so registers need not make room.
 constexpr int kResident =
-    __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 || kMinBlocks < 4 ? kMinBlocks : 4;
+    __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200 ? kMinBlocks : (kMinBlocks + 1) / 2;
 constexpr int kLanes = kStates / 4;
 constexpr int kGroups = 32 / kLanes;  // of kLanes lanes, which share 4 channels
 constexpr int kWarpChannels = 4 * kGroups;
 constexpr int kWarps = kChannels / kWarpChannels;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles4 = kTile / kStride;
-constexpr int kSumsPerLane = 32 / kGroups;  // of kStride steps' dB and dC of 4 states
+constexpr int kStepsPerLane = 2 * kStride / kGroups;  // whose dB and dC of 2 states add_BC leaves it
 constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 static_assert(kStates == 16 || kStates == 32 || kStates == 64, "");
 static_assert(kChannels % kWarpChannels == 0 && kStride == 4 && kTile % kStride == 0 && kTile <= kThreads, "");
@@ -53,20 +53,21 @@ struct alignas(16) RawStep {
   kInput of[4][kWarpChannels];  // u, delta, z, g_y
 };
 
-// What the walk needs of kStride steps, together, so that one address and constants find it all.
-struct alignas(16) Tile4 {
-  float B[kStride][kStates], C[kStride][kStates];
-  // Of a warp's channels, each vector for all steps.
-  float4 delta[kWarps][kWarpChannels];
-  float4 dy[kWarps][kWarpChannels];     // gradient of y before the gate
-  float4 y_to_z[kWarps][kWarpChannels];  // dz = y_to_z y
-  float4 slope[kWarps][kWarpChannels];   // derivative of delta by its input
-  Packed<kInput, kStride> u[kWarps][kWarpChannels];
-  float4 gate[kOutput ? kWarps : 1][kOutput ? kWarpChannels : 1];
-  union {
-    float4 x[kWarpChannels];
-    float sums[kStride][2 * kStates];  // of dB and dC over the channels, when x has been read
-  } of_warp[kWarps];
+// Of kStride steps. B and C, and dB and dC, of two states each: b b c c.
+struct Tile4 {
+  float4 BC[kStride][kStates / 2];
+  float4 sums[kWarps][kStates / 2][kStride];  // over a warp's channels
+};
+
+// Of a warp's channels, what the walk needs of kStride steps; each vector is for all steps.
+struct alignas(16) WarpInputs {
+  float4 delta[kWarpChannels];
+  float4 x[kWarpChannels];       // delta u
+  float4 dy[kWarpChannels];      // gradient of y before the gate
+  float4 y_to_z[kWarpChannels];  // dz = y_to_z y
+  float4 slope[kWarpChannels];   // derivative of delta by its input
+  Packed<kInput, kStride> u[kWarpChannels];
+  float4 gate[kOutput ? kWarpChannels : 1];
 };
 
 // Where sequences are, of a warp's first channel. Kept, as to make it in every tile takes 100
@@ -78,13 +79,14 @@ struct Sequences {
 };
 
 struct Shared {
-  // A thread's, 4 states of each of its 4 channels. In registers there is room for one channel's.
-  float4 A[4][kThreads];        // times log2 e
-  float4 g_h[4][kThreads];      // gradient of the state, from later steps
-  float4 g_A[4][kThreads];
+  // A thread's, of each of its 4 channels, two states by two: in registers there is room for two.
+  float4 g[4][2 * kThreads];   // gradients of two states, from later steps, and of A
+  float2 A[4][2 * kThreads];   // times log2 e
+  float2 saved[2][2 * kThreads];  // of its two channels to come: the states before kStride steps
   Tile4 tiles4[kTiles4];        // the tile in work
-  RawStep raw[kWarps][kTile];  // the next one
-  float4 saved[4][kThreads];    // a thread's: the states before kStride steps, of each channel
+  WarpInputs inputs[kWarps];    // kStride steps of it
+  float2 totals[kWarps][kWarpChannels];  // over tiles: the gradients of D and delta_bias
+  RawStep raw[kWarps][kTile];   // the tile in work, until its first steps are prepared; the next one
   Sequences sequences[kWarps];
   int rows[4][kTile];           // the tile in work, two to come, one for slow threads
 };
@@ -92,28 +94,27 @@ struct Shared {
 struct BackCoord {
   int batch, segment;
   int block, warp, lane;
-  int first_state;  // of the lane's 4 states of each of its channels
+  int pair;         // of 2 states, which the lane takes first; it has pair ^ 1, too
+  int place;        // of that in Shared; with the order of places no bank is read twice
   int owned;        // channel of the warp that this lane knows all about
   int warp_channel, channels;  // first of the warp; of the whole problem
-  int sum;           // where in Tile4's sums this lane's go (add_BC)
   int first, count;  // steps of the segment
   bool writes;       // the owned channel exists, and no other lane owns it
 
   __device__ __forceinline__ BackCoord(const ScanParams& p) {
     channels = static_cast<int>(p.channels);
-    const int blocks = (channels + kChannels - 1) / kChannels;
-    batch = blockIdx.x / blocks;
-    block = blockIdx.x % blocks;
+    block = blockIdx.x;
+    segment = blockIdx.y;
+    batch = blockIdx.z;
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
-    first_state = lane / kGroups * 4;
+    pair = lane / (kGroups / 2);
+    place = 2 * (threadIdx.x ^ ((pair ^ lane / 8) & 1) * (8 | kGroups / 2)) | pair & 1;
     owned = lane % kWarpChannels;
     warp_channel = block * kChannels + warp * kWarpChannels;
     writes = warp_channel + owned < channels && is_owner();
-    sum = lane % kGroups * kSumsPerLane / 4 * kStates + first_state;
-    segment = blockIdx.y;
-    first = static_cast<int>(segment * p.segment_length);
-    count = static_cast<int>(min(p.segment_length, p.length - first));
+    first = segment * static_cast<int>(p.segment_length);
+    count = min(static_cast<int>(p.segment_length), static_cast<int>(p.length) - first);
   }
   __device__ __forceinline__ bool is_owner() const { return lane < kWarpChannels; }
   __device__ __forceinline__ int in_warp(int c) const { return owned ^ c * kGroups; }
@@ -146,8 +147,10 @@ struct Staging {
       const unsigned i = threadIdx.x + k * kThreads;
       if (i >= kTile * kStates) continue;
       Tile4& tile4 = shared.tiles4[i / (kStride * kStates)];
-      tile4.B[0][i % (kStride * kStates)] = to_float(B[k]);
-      tile4.C[0][i % (kStride * kStates)] = to_float(C[k]);
+      const unsigned n = i % (kStride * kStates);
+      float* to = &tile4.BC[0][n / 2].x + n % 2;
+      to[0] = to_float(B[k]);
+      to[2] = to_float(C[k]);
     }
   }
 };
@@ -199,9 +202,7 @@ __device__ __forceinline__ void store4(float4* to, const float* v) {
   *to = make_float4(v[0], v[1], v[2], v[3]);
 }
 
-__device__ __forceinline__ void load4(float* to, const float* from) {
-  unpack(to, *reinterpret_cast<const float4*>(from));
-}
+__device__ __forceinline__ void unpack(float* to, const float2& v) { to[0] = v.x, to[1] = v.y; }
 
 // The owned channel: its parameters, its part of the work, and the sums over steps of the gradients of
 // D and delta_bias, first a tile's, then of tiles: one sum over thousands of steps would lose digits
@@ -209,7 +210,7 @@ __device__ __forceinline__ void load4(float* to, const float* from) {
 struct Channel {
   float skip, bias, no_gate;  // no_gate: 1 without z, whose zeros make the gate 0
   bool use_softplus, has_z, writes;
-  float g_skip = 0.0f, g_bias = 0.0f, tile_skip = 0.0f, tile_bias = 0.0f;
+  float tile_skip = 0.0f, tile_bias = 0.0f;
 
   __device__ __forceinline__ Channel(const ScanParams& p, const BackCoord& at)
       : skip(p.D[at.channel_of(0)]), bias(p.delta_bias[at.channel_of(0)]),
@@ -217,7 +218,7 @@ struct Channel {
         writes(at.writes) {}
 
   // What is known of kStride steps before the walk.
-  __device__ __forceinline__ void prepare(Tile4& tile4, const BackCoord& at,
+  __device__ __forceinline__ void prepare(WarpInputs& to, const BackCoord& at,
                                           const RawStep* raw) const {
     float delta[kStride], x[kStride], dy[kStride], y_to_z[kStride], slope[kStride], gate[kStride];
     Packed<kInput, kStride> u;
@@ -234,25 +235,26 @@ struct Channel {
       y_to_z[t] = g_y * fmaf(gate[t], 1.0f - s, s);
     }
     if (!at.is_owner()) return;
-    tile4.u[at.warp][at.owned] = u;
-    store4(&tile4.delta[at.warp][at.owned], delta);
-    store4(&tile4.of_warp[at.warp].x[at.owned], x);
-    store4(&tile4.dy[at.warp][at.owned], dy);
-    store4(&tile4.y_to_z[at.warp][at.owned], y_to_z);
-    store4(&tile4.slope[at.warp][at.owned], slope);
-    if (kOutput) store4(&tile4.gate[kOutput * at.warp][kOutput * at.owned], gate);
+    to.u[at.owned] = u;
+    store4(&to.delta[at.owned], delta);
+    store4(&to.x[at.owned], x);
+    store4(&to.dy[at.owned], dy);
+    store4(&to.y_to_z[at.owned], y_to_z);
+    store4(&to.slope[at.owned], slope);
+    if (kOutput) store4(&to.gate[kOutput * at.owned], gate);
   }
   // Writes the gradients of u, delta and z for kStride steps. sums: [step][g_B, g_decay or C h], over
   // the channel's states.
-  __device__ __forceinline__ void finish(const Sequences& to, const Tile4& tile4, const BackCoord& at,
-                                         const int* rows, const float* sums, int left) {
+  __device__ __forceinline__ void finish(const Sequences& to, const WarpInputs& in,
+                                         const BackCoord& at, const int* rows, const float* sums,
+                                         int left) {
     float delta[kStride], dy[kStride], y_to_z[kStride], slope[kStride], gate[kStride];
-    unpack(delta, tile4.delta[at.warp][at.owned]);
-    unpack(dy, tile4.dy[at.warp][at.owned]);
-    unpack(y_to_z, tile4.y_to_z[at.warp][at.owned]);
-    unpack(slope, tile4.slope[at.warp][at.owned]);
-    unpack(gate, tile4.gate[kOutput * at.warp][kOutput * at.owned]);
-    const Packed<kInput, kStride> u = tile4.u[at.warp][at.owned];
+    unpack(delta, in.delta[at.owned]);
+    unpack(dy, in.dy[at.owned]);
+    unpack(y_to_z, in.y_to_z[at.owned]);
+    unpack(slope, in.slope[at.owned]);
+    unpack(gate, in.gate[kOutput * at.owned]);
+    const Packed<kInput, kStride> u = in.u[at.owned];
     kInput g_u[kStride], g_delta[kStride], g_z[kStride], y[kStride];
     UNROLL for (int t = 0; t < kStride; ++t) {
       const float g_B = sums[3 * t], g_decay = sums[3 * t + 1], u_t = to_float(u.v[t]);
@@ -275,9 +277,9 @@ struct Channel {
       if (kOutput) *to_y.at(rows[t]) = y[t];
     }
   }
-  __device__ __forceinline__ void close_tile() {
-    g_skip += tile_skip;
-    g_bias += tile_bias;
+  __device__ __forceinline__ void close_tile(float2& totals) {
+    totals.x += tile_skip;
+    totals.y += tile_bias;
     tile_skip = tile_bias = 0.0f;
   }
 };
@@ -290,11 +292,11 @@ struct SavedStates {
     const Int64 count = (p.length + kStride - 1) / kStride;
     const Int64 slot = (at.batch * count + at.first / kStride + number) * (kStates / 4);
     first = reinterpret_cast<const float4*>(p.saved_states) +
-            (slot + at.first_state / 4) * at.channels;
+            (slot + at.pair / 2) * at.channels;
   }
   // Starts copying those of this thread's channel c, a group of copies of its own.
   __device__ __forceinline__ void copy(Shared& shared, const BackCoord& at, int c) const {
-    copy16(&shared.saved[c][threadIdx.x], first + at.channel_of(c));
+    copy16(&shared.saved[c & 1][at.place & ~1], first + at.channel_of(c));
     close_copies();
   }
   __device__ __forceinline__ void step_back(const BackCoord& at) {
@@ -305,115 +307,111 @@ struct SavedStates {
 // Prepares what this thread has of its channel c.
 __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, Shared& shared, int c) {
   const Int64 channel = at.channel_of(c);
-  float A[4], g_h[4];
-  UNROLL for (int i = 0; i < 4; ++i) {
-    const int n = at.first_state + i;
-    const bool real = n < p.states;
-    A[i] = real ? p.A[channel * p.states + n] * kLog2e : 0.0f;
-    g_h[i] = real && p.g_last_state && at.segment == p.segments - 1
-                 ? p.g_last_state[(at.batch * p.channels + channel) * p.states + n] : 0.0f;
-  }
-  // The gradient that enters this segment at its end, from the segments after it.
-  for (Int64 s = p.segments - 2; s >= at.segment; --s) {
-    const Int64 row = s * p.batch + at.batch;
-    const float delta = p.carry_delta[row * p.channels + channel];
-    UNROLL for (int i = 0; i < 4; ++i) {
-      const Int64 state = row * kStates + at.first_state + i;
-      g_h[i] = fmaf(decay_of(delta, A[i]), g_h[i], p.carry_state[state * p.channels + channel]);
+  UNROLL for (int half = 0; half < 2; ++half) {
+    float A[2], g_h[2];
+    const int first = 2 * (at.pair ^ half);
+    UNROLL for (int i = 0; i < 2; ++i) {
+      const int n = first + i;
+      const bool real = n < p.states;
+      A[i] = real ? p.A[channel * p.states + n] * kLog2e : 0.0f;
+      g_h[i] = real && p.g_last_state && at.segment == p.segments - 1
+                   ? p.g_last_state[(at.batch * p.channels + channel) * p.states + n] : 0.0f;
     }
+    // The gradient that enters this segment at its end, from the segments after it.
+    for (Int64 s = p.segments - 2; s >= at.segment; --s) {
+      const Int64 row = s * p.batch + at.batch;
+      const float delta = p.carry_delta[row * p.channels + channel];
+      UNROLL for (int i = 0; i < 2; ++i) {
+        const Int64 state = row * kStates + first + i;
+        g_h[i] = fmaf(decay_of(delta, A[i]), g_h[i], p.carry_state[state * p.channels + channel]);
+      }
+    }
+    shared.A[c][at.place ^ half] = make_float2(A[0], A[1]);
+    shared.g[c][at.place ^ half] = make_float4(g_h[0], g_h[1], 0.0f, 0.0f);
   }
-  store4(&shared.A[c][threadIdx.x], A);
-  store4(&shared.g_h[c][threadIdx.x], g_h);
-  shared.g_A[c][threadIdx.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
 }
 
-// kStride steps of this thread's channel c, forwards and back. BC: [step][B or C][state], parts of dB
-// and dC to add to; sums: [step][g_B, g_decay or C h], parts of the channel's sums over states.
+// kStride steps of this thread's channel c, forwards and back. BC: [half][step][B or C][state], parts
+// of dB and dC to add to; sums: [step][g_B, g_decay or C h], of the channel's sums over states.
 __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const BackCoord& at, int c,
                                      float* BC, float* sums) {
-  const int column = at.in_warp(c);
-  float A[4], g_h[4], g_A[4], h[kStride + 1][4], decay[kStride][4], delta[4], x[4], dy[4];
-  unpack(A, shared.A[c][threadIdx.x]);
-  unpack(h[0], shared.saved[c][threadIdx.x]);
-  unpack(delta, tile4.delta[at.warp][column]);
-  unpack(x, tile4.of_warp[at.warp].x[column]);
-  UNROLL for (int t = 0; t < kStride; ++t) {
-    float b[4];
-    load4(b, &tile4.B[t][at.first_state]);
-    UNROLL for (int i = 0; i < 4; ++i) {
-      decay[t][i] = decay_of(delta[t], A[i]);
-      h[t + 1][i] = fmaf(decay[t][i], h[t][i], x[t] * b[i]);
+  const WarpInputs& in = shared.inputs[at.warp];
+  float delta[4], x[4], dy[4];
+  unpack(delta, in.delta[at.in_warp(c)]);
+  unpack(x, in.x[at.in_warp(c)]);
+  unpack(dy, in.dy[at.in_warp(c)]);
+  UNROLL for (int half = 0; half < 2; ++half) {
+    const int place = at.place ^ half;
+    float A[2], g[4], h[kStride + 1][2], decay[kStride][2], b_c[kStride][4];
+    unpack(A, shared.A[c][place]);
+    unpack(h[0], shared.saved[c & 1][place]);
+    UNROLL for (int t = 0; t < kStride; ++t) {
+      unpack(b_c[t], tile4.BC[t][at.pair ^ half]);
+      UNROLL for (int i = 0; i < 2; ++i) {
+        decay[t][i] = decay_of(delta[t], A[i]);
+        h[t + 1][i] = fmaf(decay[t][i], h[t][i], x[t] * b_c[t][i]);
+      }
     }
-  }
-  unpack(dy, tile4.dy[at.warp][column]);
-  unpack(g_h, shared.g_h[c][threadIdx.x]);
-  unpack(g_A, shared.g_A[c][threadIdx.x]);
-  UNROLL for (int t = kStride - 1; t >= 0; --t) {
-    float b[4], c4[4], g_B = 0.0f, g_decay = 0.0f, y = 0.0f;
-    load4(b, &tile4.B[t][at.first_state]);
-    load4(c4, &tile4.C[t][at.first_state]);
-    UNROLL for (int i = 0; i < 4; ++i) {
-      const float of_h = fmaf(c4[i], dy[t], g_h[i]);
-      BC[8 * t + i] = fmaf(of_h, x[t], BC[8 * t + i]);
-      BC[8 * t + 4 + i] = fmaf(dy[t], h[t + 1][i], BC[8 * t + 4 + i]);
-      g_B = fmaf(of_h, b[i], g_B);
-      g_h[i] = of_h * decay[t][i];
-      const float of_exponent = g_h[i] * h[t][i];
-      g_A[i] = fmaf(of_exponent, delta[t], g_A[i]);
-      g_decay = fmaf(of_exponent, A[i], g_decay);
-      y = fmaf(c4[i], h[t + 1][i], y);
+    unpack(g, shared.g[c][place]);
+    UNROLL for (int t = kStride - 1; t >= 0; --t) {
+      float* to = BC + 4 * (kStride * half + t);
+      UNROLL for (int i = 0; i < 2; ++i) {
+        const float b = b_c[t][i], c = b_c[t][2 + i], of_h = fmaf(c, dy[t], g[i]);
+        to[i] = fmaf(of_h, x[t], to[i]);
+        to[2 + i] = fmaf(dy[t], h[t + 1][i], to[2 + i]);
+        sums[3 * t] = fmaf(of_h, b, sums[3 * t]);
+        g[i] = of_h * decay[t][i];
+        const float of_exponent = g[i] * h[t][i];
+        g[2 + i] = fmaf(of_exponent, delta[t], g[2 + i]);
+        sums[3 * t + 1] = fmaf(of_exponent, A[i], sums[3 * t + 1]);
+        sums[3 * t + 2] = fmaf(c, h[t + 1][i], sums[3 * t + 2]);
+      }
     }
-    sums[3 * t] = g_B;
-    sums[3 * t + 1] = g_decay;
-    sums[3 * t + 2] = y;
+    store4(&shared.g[c][place], g);
   }
-  store4(&shared.g_h[c][threadIdx.x], g_h);
-  store4(&shared.g_A[c][threadIdx.x], g_A);
 }
 
-// Adds dB and dC of kStride steps over the warp's channels.
+// Adds dB and dC of kStride steps over the warp's channels. Of two lanes, each has first what the other
+// has last, and so sends its last half.
 __device__ __forceinline__ void add_BC(Tile4& tile4, const BackCoord& at, float* BC) {
-  float* to = tile4.of_warp[at.warp].sums[0] + at.sum;
-  exchange<32, kGroups / 2, 1>(BC, at.lane);
-  __syncwarp();  // every lane has read x, which this overwrites
-  UNROLL for (int i = 0; i < kSumsPerLane; i += 4)
-    store4(reinterpret_cast<float4*>(to + i / 4 * kStates), BC + i);
+  UNROLL for (int i = 0; i < 4 * kStride; ++i)
+    BC[i] += __shfl_xor_sync(0xffffffffu, BC[4 * kStride + i], kGroups / 2);
+  if constexpr (kGroups > 2) exchange<4 * kStride, kGroups / 4, 1>(BC, at.lane);
+  float4* to = &tile4.sums[at.warp][at.pair][at.lane % (kGroups / 2) * kStepsPerLane];
+  UNROLL for (int t = 0; t < kStepsPerLane; ++t) store4(to + t, BC + 4 * t);
 }
 
 // Adds dB and dC of a tile over the warps and writes the block's part.
 __device__ __forceinline__ void store_BC(const ScanParams& p, const BackCoord& at,
                                          const Shared& shared, const int* rows, int left) {
-  constexpr int kColumns = 2 * kStates, kTogether = kThreads / kColumns;
-  static_assert(kThreads % kColumns == 0 && kTile % kTogether == 0, "");
-  const unsigned column = threadIdx.x % kColumns, n = column % kStates;
-  if (n >= static_cast<unsigned>(p.states)) return;
-  const Column<float> to = shared.sequences[at.warp].parts[column / kStates].next(n);
-  UNROLL for (int first = 0; first < kTile; first += kTogether) {
-    const int t = first + threadIdx.x / kColumns;
-    if (t >= left) break;
-    const Tile4& tile4 = shared.tiles4[t / kStride];
-    float sum = tile4.of_warp[0].sums[t % kStride][column];
-    UNROLL for (int w = 1; w < kWarps; ++w) sum += tile4.of_warp[w].sums[t % kStride][column];
-    *to.at(rows[t]) = sum;
+  constexpr int kSums = 2 * kStride * kStates;
+  UNROLL for (int first = 0; first < kTiles4 * kSums; first += kThreads) {
+    const unsigned i = first + threadIdx.x, n = i / kStride / 4 * 2 % kStates + i % 2;
+    const int t = i / kSums * kStride + i / 4 % kStride;
+    if (t >= left || n >= static_cast<unsigned>(p.states)) continue;
+    const Tile4& tile4 = shared.tiles4[i / kSums];
+    float sum = (&tile4.sums[0][0][0].x)[i % kSums];
+    UNROLL for (int w = 1; w < kWarps; ++w) sum += (&tile4.sums[w][0][0].x)[i % kSums];
+    *shared.sequences[at.warp].parts[i / 2 % 2].next(n).at(rows[t]) = sum;
   }
 }
 
 __device__ __forceinline__ void store_parts(const ScanParams& p, const BackCoord& at,
-                                            const Shared& shared, const Channel& channel) {
+                                            const Shared& shared) {
   const Int64 part = at.batch * p.segments + at.segment;
   UNROLL for (int c = 0; c < 4; ++c) {
     const Int64 of = at.warp_channel + at.in_warp(c);
     if (of >= p.channels) continue;
-    float g_A[4];
-    unpack(g_A, shared.g_A[c][threadIdx.x]);
     UNROLL for (int i = 0; i < 4; ++i) {
-      const int n = at.first_state + i;
-      if (n < p.states) p.parts_A[(part * p.channels + of) * p.states + n] = g_A[i];
+      const int n = 2 * (at.pair ^ i / 2) + i % 2;
+      const float g_A = (&shared.g[c][at.place ^ i / 2].z)[i % 2];
+      if (n < p.states) p.parts_A[(part * p.channels + of) * p.states + n] = g_A;
     }
   }
   if (!at.writes) return;
-  p.parts_D[part * p.channels + at.channel_of(0)] = channel.g_skip;
-  p.parts_bias[part * p.channels + at.channel_of(0)] = channel.g_bias;
+  const float2 totals = shared.totals[at.warp][at.owned];
+  p.parts_D[part * p.channels + at.channel_of(0)] = totals.x;
+  p.parts_bias[part * p.channels + at.channel_of(0)] = totals.y;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, kResident)
@@ -421,10 +419,11 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   static_assert(sizeof(Shared) == kSharedBytes, "computed by libs/ops/cuda/launch_plan.py");
-  const BackCoord at(p);
+  BackCoord at(p);
   Channel channel(p, at);
 #pragma unroll 1
   for (int c = 0; c < 4; ++c) start(p, at, shared, c);
+  if (at.is_owner()) shared.totals[at.warp][at.owned] = make_float2(0.0f, 0.0f);
   const int thread = threadIdx.x;
 
   const int tiles = (at.count + kTile - 1) / kTile, last = tiles - 1;
@@ -442,8 +441,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   const bool whole = are_whole(at, sequences);
   copy_inputs(p, at, whole, sequences, raw, shared.rows[last & 3]);
   SavedStates saved(p, at, (at.count - 1) / kStride);
-#pragma unroll 1
-  for (int c = 0; c < 4; ++c) saved.copy(shared, at, c);
+  saved.copy(shared, at, 3);
+  saved.copy(shared, at, 2);
 
   for (int tile = last; tile >= 0; --tile) {
     const int left = at.count - tile * kTile;
@@ -451,50 +450,53 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
     staging.store(shared);
     if (thread < kTile)
       shared.rows[(tile + 2) & 3][thread] = at.row(p, (tile - 2) * kTile + thread);
-    wait_for_copies<3>();
+    wait_for_copies<1>();
     __syncthreads();
-    UNROLL for (int q = 0; q < kTiles4; ++q)
-      channel.prepare(shared.tiles4[q], at, raw + q * kStride);
-    // Steps past the end and channels that do not exist change no state and add to no sum.
-#pragma unroll 1
-    for (int t = at.writes ? left : 0; t < kTile && at.is_owner(); ++t) {
-      Tile4& to = shared.tiles4[t / kStride];
-      for (float4* v : {to.delta[at.warp], to.of_warp[at.warp].x, to.dy[at.warp], to.slope[at.warp]})
-        reinterpret_cast<float*>(v + at.owned)[t % kStride] = 0.0f;
-    }
-    __syncwarp();
-    if (tile > 0) {
-      const int* next = shared.rows[(tile + 3) & 3];
-      staging.load(p, sequences, next);
-      copy_inputs(p, at, whole, sequences, raw, next);
-    }
 
 #pragma unroll 1
     for (int q = min(left - 1, kTile - 1) / kStride; q >= 0; --q) {
+      // Hides that these stay: else all that is made of them is kept in registers, too.
+      asm volatile("" : "+r"(at.owned), "+r"(at.place));
       Tile4& tile4 = shared.tiles4[q];
-      float BC[32] = {}, sums[3 * kStride] = {};
-      if (tile + q > 0) saved.step_back(at);
-      const auto walk_channel = [&](int c) {
-        wait_for_copies<3>();
-        float part[3 * kStride];
-        walk(shared, tile4, at, c, BC, part);
-        saved.copy(shared, at, c);  // for the next kStride steps
-        if (c > 0) {  // to the owner; c = 0 is at home
-          UNROLL for (int i = 0; i < 3 * kStride; ++i)
-            part[i] = __shfl_xor_sync(0xffffffffu, part[i], c * kGroups);
-        }
-        UNROLL for (int i = 0; i < 3 * kStride; ++i) sums[i] += part[i];
-      };
-      walk_channel(0);  // of its own: without sums to begin with and shuffles
+      WarpInputs& inputs = shared.inputs[at.warp];
+      channel.prepare(inputs, at, raw + q * kStride);
+      // Steps past the end and channels that do not exist change no state and add to no sum.
 #pragma unroll 1
-      for (int c = 1; c < 4; ++c) walk_channel(c);
+      for (int t = at.writes ? left - q * kStride : 0; t < kStride && at.is_owner(); ++t)
+        for (float4* v : {inputs.delta, inputs.x, inputs.dy, inputs.slope})
+          reinterpret_cast<float*>(v + at.owned)[t] = 0.0f;
+      __syncwarp();
+      if (q == 0 && tile > 0) {
+        const int* next = shared.rows[(tile + 3) & 3];
+        staging.load(p, sequences, next);
+        copy_inputs(p, at, whole, sequences, raw, next);
+      }
+      float BC[8 * kStride] = {}, sums[3 * kStride] = {};
+      // A channel's sums go from lane to lane with the walk and end at the owner, c = 0.
+      const auto pass_on = [&](int lanes) {
+        UNROLL for (int i = 0; i < 3 * kStride; ++i)
+          sums[i] = __shfl_xor_sync(0xffffffffu, sums[i], lanes);
+      };
+      const auto walk_channel = [&](int c) {
+        wait_for_copies<1>();
+        walk(shared, tile4, at, c, BC, sums);
+        if (c == 1 && tile + q > 0) saved.step_back(at);
+        saved.copy(shared, at, c ^ 2);  // the next but one
+      };
+      walk_channel(3);
+#pragma unroll 1
+      for (int c = 2; c >= 0; --c) {
+        pass_on((c ^ c + 1) * kGroups);
+        walk_channel(c);
+      }
       add_lanes<3 * kStride, kWarpChannels, 32>(sums);
       add_BC(tile4, at, BC);
-      channel.finish(sequences, tile4, at, rows + q * kStride, sums, left - q * kStride);
+      channel.finish(sequences, inputs, at, rows + q * kStride, sums, left - q * kStride);
+      __syncwarp();  // before the next steps are prepared
     }
     __syncthreads();
     store_BC(p, at, shared, rows, left);
-    channel.close_tile();
+    if (at.is_owner()) channel.close_tile(shared.totals[at.warp][at.owned]);
   }
-  store_parts(p, at, shared, channel);
+  store_parts(p, at, shared);
 }

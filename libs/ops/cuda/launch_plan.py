@@ -153,7 +153,7 @@ def backward_variant(batch, length, channels, states, dtype, multiprocessors):
     blocks = batch * _blocks(channels, 64)
     wanted = 18 * multiprocessors // blocks if blocks < 3 * multiprocessors else 1
     segments = min(wanted, length // (4 * SEGMENT_GRAIN))
-    resident = 384 // threads if padded == 16 else 1
+    resident = (4 if threads == 128 else 6) if padded == 16 else 1
     return Variant(padded // 16, 16 * threads // padded, BACKWARD_TILE, max(1, segments), resident)
 
 
@@ -214,14 +214,13 @@ def _backward_shared_bytes(channels, padded, dtype, output):
     """sizeof(Shared) of csrc/selective_scan/backward.cu."""
     threads = channels * padded // 16
     warps = threads // 32
-    of_threads = 4 * 4 * threads * 16
-    of_warp = max(16 * channels // warps, STRIDE * 2 * padded * 4)
+    of_threads = (4 * 2 * (8 + 16) + 2 * 16) * threads + 8 * channels
     element = 4 if dtype == "float32" else 2
-    channel_vectors = channels * (4 * 16 + STRIDE * element) + (16 * channels if output else 16)
-    steps = 2 * STRIDE * padded * 4 + channel_vectors + warps * of_warp
+    inputs = channels * (5 * 16 + STRIDE * element) + (16 * channels if output else 16 * warps)
+    tile4 = (1 + warps) * STRIDE * padded // 2 * 16
     raw = BACKWARD_TILE * channels * 4 * element
     sequences, rows = 12 * 16 * warps, 4 * BACKWARD_TILE * 4
-    return of_threads + BACKWARD_TILE // STRIDE * steps + raw + sequences + rows
+    return of_threads + BACKWARD_TILE // STRIDE * tile4 + inputs + raw + sequences + rows
 
 
 def scan_backward(
@@ -246,7 +245,7 @@ def scan_backward(
     walk = _without_outputs(variant)
     launches = [
         _walk(PASS_SAVE_STATES, walk, shape, padded, dtype, segments),
-        Launch(kernel, (batch * blocks, segments, 1), (threads, 1, 1), shared_bytes),
+        Launch(kernel, (blocks, segments, batch), (threads, 1, 1), shared_bytes),
     ]
     parts = batch * segments
     scratch = {
