@@ -79,9 +79,12 @@ struct Sequences {
 };
 
 struct Shared {
-  // A thread's, of each of its 4 channels, two states by two: in registers there is room for two.
-  float4 g[4][2 * kThreads];   // gradients of two states, from later steps, and of A
-  float2 A[4][2 * kThreads];   // times log2 e
+  // A thread's, of each of its 4 channels, and of 2 states at a time: in registers there is room for
+  // those of one channel.
+  struct {
+    float4 A[kThreads];     // times log2 e
+    float4 g[2][kThreads];  // gradients of 2 states, from later steps, and of A
+  } of[4];
   float2 saved[2][2 * kThreads];  // of its two channels to come: the states before kStride steps
   Tile4 tiles4[kTiles4];        // the tile in work
   WarpInputs inputs[kWarps];    // kStride steps of it
@@ -294,13 +297,11 @@ struct SavedStates {
     first = reinterpret_cast<const float4*>(p.saved_states) +
             (slot + at.pair / 2) * at.channels;
   }
-  // Starts copying those of this thread's channel c, a group of copies of its own.
-  __device__ __forceinline__ void copy(Shared& shared, const BackCoord& at, int c) const {
-    copy16(&shared.saved[c & 1][at.place & ~1], first + at.channel_of(c));
+  // Starts copying those of this thread's channel c, `back` float4 before these, a group of copies
+  // of its own.
+  __device__ __forceinline__ void copy(Shared& shared, const BackCoord& at, int c, int back) const {
+    copy16(&shared.saved[c & 1][at.place & ~1], first + (at.channel_of(c) - back));
     close_copies();
-  }
-  __device__ __forceinline__ void step_back(const BackCoord& at) {
-    first -= static_cast<Int64>(kStates / 4) * at.channels;
   }
 };
 
@@ -326,8 +327,8 @@ __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, 
         g_h[i] = fmaf(decay_of(delta, A[i]), g_h[i], p.carry_state[state * p.channels + channel]);
       }
     }
-    shared.A[c][at.place ^ half] = make_float2(A[0], A[1]);
-    shared.g[c][at.place ^ half] = make_float4(g_h[0], g_h[1], 0.0f, 0.0f);
+    reinterpret_cast<float2*>(&shared.of[c].A[threadIdx.x])[half] = make_float2(A[0], A[1]);
+    shared.of[c].g[half][threadIdx.x] = make_float4(g_h[0], g_h[1], 0.0f, 0.0f);
   }
 }
 
@@ -336,15 +337,15 @@ __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, 
 __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const BackCoord& at, int c,
                                      float* BC, float* sums) {
   const WarpInputs& in = shared.inputs[at.warp];
-  float delta[4], x[4], dy[4];
+  float delta[4], x[4], dy[4], A4[4];
+  unpack(A4, shared.of[c].A[threadIdx.x]);
   unpack(delta, in.delta[at.in_warp(c)]);
   unpack(x, in.x[at.in_warp(c)]);
   unpack(dy, in.dy[at.in_warp(c)]);
   UNROLL for (int half = 0; half < 2; ++half) {
-    const int place = at.place ^ half;
-    float A[2], g[4], h[kStride + 1][2], decay[kStride][2], b_c[kStride][4];
-    unpack(A, shared.A[c][place]);
-    unpack(h[0], shared.saved[c & 1][place]);
+    const float* A = A4 + 2 * half;
+    float g[4], h[kStride + 1][2], decay[kStride][2], b_c[kStride][4];
+    unpack(h[0], shared.saved[c & 1][at.place ^ half]);
     UNROLL for (int t = 0; t < kStride; ++t) {
       unpack(b_c[t], tile4.BC[t][at.pair ^ half]);
       UNROLL for (int i = 0; i < 2; ++i) {
@@ -352,7 +353,7 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
         h[t + 1][i] = fmaf(decay[t][i], h[t][i], x[t] * b_c[t][i]);
       }
     }
-    unpack(g, shared.g[c][place]);
+    unpack(g, shared.of[c].g[half][threadIdx.x]);
     UNROLL for (int t = kStride - 1; t >= 0; --t) {
       float* to = BC + 4 * (kStride * half + t);
       UNROLL for (int i = 0; i < 2; ++i) {
@@ -367,7 +368,7 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
         sums[3 * t + 2] = fmaf(c, h[t + 1][i], sums[3 * t + 2]);
       }
     }
-    store4(&shared.g[c][place], g);
+    store4(&shared.of[c].g[half][threadIdx.x], g);
   }
 }
 
@@ -385,15 +386,16 @@ __device__ __forceinline__ void add_BC(Tile4& tile4, const BackCoord& at, float*
 __device__ __forceinline__ void store_BC(const ScanParams& p, const BackCoord& at,
                                          const Shared& shared, const int* rows, int left) {
   constexpr int kSums = 2 * kStride * kStates;
-  UNROLL for (int first = 0; first < kTiles4 * kSums; first += kThreads) {
-    const unsigned i = first + threadIdx.x, n = i / kStride / 4 * 2 % kStates + i % 2;
-    const int t = i / kSums * kStride + i / 4 % kStride;
-    if (t >= left || n >= static_cast<unsigned>(p.states)) continue;
-    const Tile4& tile4 = shared.tiles4[i / kSums];
-    float sum = (&tile4.sums[0][0][0].x)[i % kSums];
-    UNROLL for (int w = 1; w < kWarps; ++w) sum += (&tile4.sums[w][0][0].x)[i % kSums];
-    *shared.sequences[at.warp].parts[i / 2 % 2].next(n).at(rows[t]) = sum;
-  }
+  UNROLL for (int q = 0; q < kTiles4; ++q)
+    UNROLL for (int first = 0; first < kSums; first += kThreads) {
+      const unsigned i = first + threadIdx.x, n = i / kStride / 4 * 2 + i % 2;
+      const int t = q * kStride + i / 4 % kStride;
+      if (t >= left || n >= static_cast<unsigned>(p.states)) continue;
+      const float* found = &shared.tiles4[q].sums[0][0][0].x + i;
+      float sum = found[0];
+      UNROLL for (int w = 1; w < kWarps; ++w) sum += found[w * kSums];
+      *shared.sequences[at.warp].parts[i / 2 % 2].next(n).at(rows[t]) = sum;
+    }
 }
 
 __device__ __forceinline__ void store_parts(const ScanParams& p, const BackCoord& at,
@@ -404,7 +406,7 @@ __device__ __forceinline__ void store_parts(const ScanParams& p, const BackCoord
     if (of >= p.channels) continue;
     UNROLL for (int i = 0; i < 4; ++i) {
       const int n = 2 * (at.pair ^ i / 2) + i % 2;
-      const float g_A = (&shared.g[c][at.place ^ i / 2].z)[i % 2];
+      const float g_A = (&shared.of[c].g[i / 2][threadIdx.x].z)[i % 2];
       if (n < p.states) p.parts_A[(part * p.channels + of) * p.states + n] = g_A;
     }
   }
@@ -441,8 +443,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
   const bool whole = are_whole(at, sequences);
   copy_inputs(p, at, whole, sequences, raw, shared.rows[last & 3]);
   SavedStates saved(p, at, (at.count - 1) / kStride);
-  saved.copy(shared, at, 3);
-  saved.copy(shared, at, 2);
+  saved.copy(shared, at, 3, 0);
+  saved.copy(shared, at, 2, 0);
 
   for (int tile = last; tile >= 0; --tile) {
     const int left = at.count - tile * kTile;
@@ -456,7 +458,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
 #pragma unroll 1
     for (int q = min(left - 1, kTile - 1) / kStride; q >= 0; --q) {
       // Hides that these stay: else all that is made of them is kept in registers, too.
-      asm volatile("" : "+r"(at.owned), "+r"(at.place));
+      asm volatile("" : "+r"(at.owned));
       Tile4& tile4 = shared.tiles4[q];
       WarpInputs& inputs = shared.inputs[at.warp];
       channel.prepare(inputs, at, raw + q * kStride);
@@ -477,18 +479,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
         UNROLL for (int i = 0; i < 3 * kStride; ++i)
           sums[i] = __shfl_xor_sync(0xffffffffu, sums[i], lanes);
       };
+      const int row = tile + q > 0 ? kStates / 4 * at.channels : 0;
       const auto walk_channel = [&](int c) {
         wait_for_copies<1>();
         walk(shared, tile4, at, c, BC, sums);
-        if (c == 1 && tile + q > 0) saved.step_back(at);
-        saved.copy(shared, at, c ^ 2);  // the next but one
+        saved.copy(shared, at, c ^ 2, c < 2 ? row : 0);  // the next but one
       };
       walk_channel(3);
 #pragma unroll 1
       for (int c = 2; c >= 0; --c) {
-        pass_on((c ^ c + 1) * kGroups);
+        pass_on((1 + 2 * (c & 1)) * kGroups);  // c ^ c + 1
         walk_channel(c);
       }
+      saved.first -= row;
       add_lanes<3 * kStride, kWarpChannels, 32>(sums);
       add_BC(tile4, at, BC);
       channel.finish(sequences, inputs, at, rows + q * kStride, sums, left - q * kStride);
