@@ -6,7 +6,7 @@
 //   ddelta = sum_n g decay h_before A + u sum_n g B,  dA += g decay h_before delta
 //
 // A thread holds 4 states of 4 channels; kLanes threads share those 4 channels' states. A sum over
-// channels (dB, dC) is then mostly within a thread, and one over states takes few lanes: 13 shuffles
+// channels (dB, dC) is then mostly within a thread, and one over states takes few lanes: 16 shuffles
 // a step, where a thread with all states of one channel needs 31. What is known of a channel alone
 // (softplus, gate, outputs) is done by the one lane that owns it. With 16 states (kLanes 4):
 //
@@ -16,9 +16,14 @@
 //  16 .. 23   8 - 11  16 .. 23, 24 .. 31,  0 ..  7,  8 .. 15
 //  24 .. 31  12 - 15  24 .. 31, 16 .. 23,  8 .. 15,  0 ..  7
 //
-// A lane's channel c is lane ^ c kGroups. The lane of that number owns it: one shuffle brings sums
-// over states to it. Lanes with the same states have neighbouring channels for each c, so that a
-// warp reads saved states from 4 lines of memory, not 16.
+// A lane's channel c is lane ^ c kGroups. The lane of that number owns it. A warp walks c = 3 2 1 0,
+// and a channel's sums over states go from lane to lane with the walk, so that they end at the owner.
+// Lanes with the same states have neighbouring channels for each c, so that a warp reads saved states
+// from 4 lines of memory, not 16.
+//
+// A thread walks two of its states, then the other two: what four need does not fit into the 128
+// registers that let a multiprocessor of sm_90 hold 4 blocks. Half of the lanes take their last two
+// states first: of the first exchange of dB and dC (add_BC) each lane keeps its first half.
 //
 // dB and dC are added over a warp's lanes, then over warps in shared memory, and written as parts,
 // one a block; dA, dD and ddelta_bias, sums over steps, are written as parts at the end, one a batch
@@ -26,7 +31,7 @@
 // in every run.
 //
 // -D: kInput, kStates (16, 32 or 64), kChannels (a multiple of 32), kTile (steps whose inputs are
-// staged together), kMinBlocks (blocks a multiprocessor that registers must allow), kSharedBytes
+// copied together), kMinBlocks (blocks a multiprocessor that registers must allow), kSharedBytes
 // (sizeof Shared), kOutput (1: writes the forward's output y once more, which costs little here and
 // so need not be kept; 0: does not).
 #include "common/async_copy.cuh"
@@ -79,36 +84,37 @@ struct Sequences {
 };
 
 struct Shared {
-  // A thread's, of each of its 4 channels, and of 2 states at a time: in registers there is room for
-  // those of one channel.
+  // A thread's, of each of its 4 channels. In registers there is room for half of one channel's.
   struct {
-    float4 A[kThreads];     // times log2 e
-    float4 g[2][kThreads];  // gradients of 2 states, from later steps, and of A
+    float4 A[kThreads];     // of both halves, times log2 e
+    float4 g[2][kThreads];  // of a half, gradients of its states, from later steps, and of its A
   } of[4];
-  float2 saved[2][2 * kThreads];  // of its two channels to come: the states before kStride steps
-  Tile4 tiles4[kTiles4];        // the tile in work
-  WarpInputs inputs[kWarps];    // kStride steps of it
-  float2 totals[kWarps][kWarpChannels];  // over tiles: the gradients of D and delta_bias
-  RawStep raw[kWarps][kTile];   // the tile in work, until its first steps are prepared; the next one
+  float2 saved[2][2 * kThreads];  // of the two channels to come, by place: states before kStride steps
+  Tile4 tiles4[kTiles4];          // the tile in work
+  WarpInputs inputs[kWarps];      // kStride steps of it
+  float2 totals[kWarps][kWarpChannels];  // gradients of D and delta_bias, of tiles
+  RawStep raw[kWarps][kTile];     // the tile in work; once its first steps are prepared, the next
   Sequences sequences[kWarps];
-  int rows[4][kTile];           // the tile in work, two to come, one for slow threads
+  int rows[4][kTile];             // the tile in work, two to come, one for slow threads
 };
 
 struct BackCoord {
   int batch, segment;
   int block, warp, lane;
-  int pair;         // of 2 states, which the lane takes first; it has pair ^ 1, too
-  int place;        // of that in Shared; with the order of places no bank is read twice
-  int owned;        // channel of the warp that this lane knows all about
+  int pair;   // of states, this lane's first half; pair ^ 1 is the other
+  int place;  // of that pair in Shared's saved, where a thread's two are neighbours; place ^ 1
+              // is the other. Threads' places are in an order in which no two need the same bank.
+  int owned;  // channel of the warp that this lane knows all about
   int warp_channel, channels;  // first of the warp; of the whole problem
   int first, count;  // steps of the segment
   bool writes;       // the owned channel exists, and no other lane owns it
 
   __device__ __forceinline__ BackCoord(const ScanParams& p) {
     channels = static_cast<int>(p.channels);
-    block = blockIdx.x;
+    const int blocks = (channels + kChannels - 1) / kChannels;
+    batch = blockIdx.x / blocks;
+    block = blockIdx.x % blocks;
     segment = blockIdx.y;
-    batch = blockIdx.z;
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     pair = lane / (kGroups / 2);
@@ -207,9 +213,9 @@ __device__ __forceinline__ void store4(float4* to, const float* v) {
 
 __device__ __forceinline__ void unpack(float* to, const float2& v) { to[0] = v.x, to[1] = v.y; }
 
-// The owned channel: its parameters, its part of the work, and the sums over steps of the gradients of
-// D and delta_bias, first a tile's, then of tiles: one sum over thousands of steps would lose digits
-// that the reference keeps.
+// The owned channel: its parameters, its part of the work, and the sums over a tile of the gradients of
+// D and delta_bias, which `totals` adds up: one sum over thousands of steps would lose digits that the
+// reference keeps.
 struct Channel {
   float skip, bias, no_gate;  // no_gate: 1 without z, whose zeros make the gate 0
   bool use_softplus, has_z, writes;
@@ -332,8 +338,8 @@ __device__ __forceinline__ void start(const ScanParams& p, const BackCoord& at, 
   }
 }
 
-// kStride steps of this thread's channel c, forwards and back. BC: [half][step][B or C][state], parts
-// of dB and dC to add to; sums: [step][g_B, g_decay or C h], of the channel's sums over states.
+// kStride steps of this thread's channel c, forwards and back. To add to: BC, [half][step][B or C]
+// [state], parts of dB and dC; sums, [step][g_B, g_decay or C h], the channel's sums over states.
 __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const BackCoord& at, int c,
                                      float* BC, float* sums) {
   const WarpInputs& in = shared.inputs[at.warp];
@@ -357,7 +363,7 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
     UNROLL for (int t = kStride - 1; t >= 0; --t) {
       float* to = BC + 4 * (kStride * half + t);
       UNROLL for (int i = 0; i < 2; ++i) {
-        const float b = b_c[t][i], c = b_c[t][2 + i], of_h = fmaf(c, dy[t], g[i]);
+        const float b = b_c[t][i], c_t = b_c[t][2 + i], of_h = fmaf(c_t, dy[t], g[i]);
         to[i] = fmaf(of_h, x[t], to[i]);
         to[2 + i] = fmaf(dy[t], h[t + 1][i], to[2 + i]);
         sums[3 * t] = fmaf(of_h, b, sums[3 * t]);
@@ -365,15 +371,15 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
         const float of_exponent = g[i] * h[t][i];
         g[2 + i] = fmaf(of_exponent, delta[t], g[2 + i]);
         sums[3 * t + 1] = fmaf(of_exponent, A[i], sums[3 * t + 1]);
-        sums[3 * t + 2] = fmaf(c, h[t + 1][i], sums[3 * t + 2]);
+        sums[3 * t + 2] = fmaf(c_t, h[t + 1][i], sums[3 * t + 2]);
       }
     }
     store4(&shared.of[c].g[half][threadIdx.x], g);
   }
 }
 
-// Adds dB and dC of kStride steps over the warp's channels. Of two lanes, each has first what the other
-// has last, and so sends its last half.
+// Adds dB and dC of kStride steps over the warp's channels. Of two lanes that differ in pair, each has
+// in its last half the states of the other's first.
 __device__ __forceinline__ void add_BC(Tile4& tile4, const BackCoord& at, float* BC) {
   UNROLL for (int i = 0; i < 4 * kStride; ++i)
     BC[i] += __shfl_xor_sync(0xffffffffu, BC[4 * kStride + i], kGroups / 2);
@@ -457,8 +463,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
 
 #pragma unroll 1
     for (int q = min(left - 1, kTile - 1) / kStride; q >= 0; --q) {
-      // Hides that these stay: else all that is made of them is kept in registers, too.
-      asm volatile("" : "+r"(at.owned));
+      // Hides that this stays: else all that is made of it is kept in registers.
+      asm volatile("" : "+r"(at.warp_channel));
       Tile4& tile4 = shared.tiles4[q];
       WarpInputs& inputs = shared.inputs[at.warp];
       channel.prepare(inputs, at, raw + q * kStride);
@@ -474,21 +480,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, kResident)
         copy_inputs(p, at, whole, sequences, raw, next);
       }
       float BC[8 * kStride] = {}, sums[3 * kStride] = {};
-      // A channel's sums go from lane to lane with the walk and end at the owner, c = 0.
-      const auto pass_on = [&](int lanes) {
-        UNROLL for (int i = 0; i < 3 * kStride; ++i)
-          sums[i] = __shfl_xor_sync(0xffffffffu, sums[i], lanes);
-      };
-      const int row = tile + q > 0 ? kStates / 4 * at.channels : 0;
+      const int row = tile + q > 0 ? kStates / 4 * at.channels : 0;  // of saved states
       const auto walk_channel = [&](int c) {
         wait_for_copies<1>();
         walk(shared, tile4, at, c, BC, sums);
-        saved.copy(shared, at, c ^ 2, c < 2 ? row : 0);  // the next but one
+        saved.copy(shared, at, c ^ 2, c < 2 ? row : 0);  // the channel after the next
       };
-      walk_channel(3);
+      walk_channel(3);  // apart, as its sums begin
 #pragma unroll 1
       for (int c = 2; c >= 0; --c) {
-        pass_on((1 + 2 * (c & 1)) * kGroups);  // c ^ c + 1
+        const int across = (1 + 2 * (c & 1)) * kGroups;  // (c ^ c + 1) kGroups: who has the sums
+        UNROLL for (int i = 0; i < 3 * kStride; ++i)
+          sums[i] = __shfl_xor_sync(0xffffffffu, sums[i], across);
         walk_channel(c);
       }
       saved.first -= row;

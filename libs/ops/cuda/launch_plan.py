@@ -147,13 +147,14 @@ def backward_variant(batch, length, channels, states, dtype, multiprocessors):
     """Where blocks fill less than half the GPU, steps are cut into segments, which costs a second
     walk both ways. groups: of the walks that come before. A block has 128 threads: with 64 the
     kernel takes 2.46 instead of 2.26 ms (H200, B 96, L 366, D 3072, N 16, bfloat16); in float32 64,
-    so that it fits into the shared memory of every GPU."""
+    so that it fits into the shared memory of every GPU. An H200's has room for 4 blocks of 128
+    threads or 6 of 64."""
     padded = backward_states(states)
     threads = 64 if dtype == "float32" and padded == 16 else 128
     blocks = batch * _blocks(channels, 64)
     wanted = 18 * multiprocessors // blocks if blocks < 3 * multiprocessors else 1
     segments = min(wanted, length // (4 * SEGMENT_GRAIN))
-    resident = (4 if threads == 128 else 6) if padded == 16 else 1
+    resident = {64: 6, 128: 4}[threads] if padded == 16 else 1
     return Variant(padded // 16, 16 * threads // padded, BACKWARD_TILE, max(1, segments), resident)
 
 
@@ -214,13 +215,13 @@ def _backward_shared_bytes(channels, padded, dtype, output):
     """sizeof(Shared) of csrc/selective_scan/backward.cu."""
     threads = channels * padded // 16
     warps = threads // 32
-    of_threads = (4 * 2 * (8 + 16) + 2 * 16) * threads + 8 * channels
+    of_threads = (4 * 3 + 2) * 16 * threads
     element = 4 if dtype == "float32" else 2
     inputs = channels * (5 * 16 + STRIDE * element) + (16 * channels if output else 16 * warps)
-    tile4 = (1 + warps) * STRIDE * padded // 2 * 16
-    raw = BACKWARD_TILE * channels * 4 * element
+    tiles4 = BACKWARD_TILE * padded // 2 * 16 * (1 + warps)
+    raw, totals = BACKWARD_TILE * channels * 4 * element, 8 * channels
     sequences, rows = 12 * 16 * warps, 4 * BACKWARD_TILE * 4
-    return of_threads + BACKWARD_TILE // STRIDE * tile4 + inputs + raw + sequences + rows
+    return of_threads + tiles4 + inputs + totals + raw + sequences + rows
 
 
 def scan_backward(
@@ -245,7 +246,7 @@ def scan_backward(
     walk = _without_outputs(variant)
     launches = [
         _walk(PASS_SAVE_STATES, walk, shape, padded, dtype, segments),
-        Launch(kernel, (blocks, segments, batch), (threads, 1, 1), shared_bytes),
+        Launch(kernel, (batch * blocks, segments, 1), (threads, 1, 1), shared_bytes),
     ]
     parts = batch * segments
     scratch = {
