@@ -118,7 +118,7 @@ struct BackCoord {
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     pair = lane / (kGroups / 2);
-    place = 2 * (threadIdx.x ^ ((pair ^ lane / 8) & 1) * (8 | kGroups / 2)) | pair & 1;
+    place = 2 * (threadIdx.x ^ (lane / 8 & 1) * (kGroups / 2)) | pair & 1;
     owned = lane % kWarpChannels;
     warp_channel = block * kChannels + warp * kWarpChannels;
     writes = warp_channel + owned < channels && is_owner();
