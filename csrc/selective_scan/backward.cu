@@ -17,13 +17,13 @@
 //  24 .. 31  12 - 15  24 .. 31, 16 .. 23,  8 .. 15,  0 ..  7
 //
 // A lane's channel c is lane ^ c kGroups. The lane of that number owns it. A warp walks c = 3 2 1 0,
-// and a channel's sums over states go from lane to lane with the walk, so that they end at the owner.
-// Lanes with the same states have neighbouring channels for each c, so that a warp reads saved states
-// from 4 lines of memory, not 16.
+// and a channel's sums over states go from lane to lane with the walk: they end at the owner. Lanes
+// with the same states have neighbouring channels for each c, so that a warp reads saved states from
+// 4 lines of memory, not 16.
 //
-// A thread walks two of its states, then the other two: what four need does not fit into the 128
-// registers that let a multiprocessor of sm_90 hold 4 blocks. Half of the lanes take their last two
-// states first: of the first exchange of dB and dC (add_BC) each lane keeps its first half.
+// A thread walks two of its states, then the other two: four do not fit into the 128 registers that
+// let a multiprocessor of sm_90 hold 4 blocks. Half of the lanes begin with their last two: in the
+// first exchange of dB and dC (add_BC) every lane keeps its first two and sends the others.
 //
 // dB and dC are added over a warp's lanes, then over warps in shared memory, and written as parts,
 // one a block; dA, dD and ddelta_bias, sums over steps, are written as parts at the end, one a batch
@@ -48,7 +48,7 @@ constexpr int kWarpChannels = 4 * kGroups;
 constexpr int kWarps = kChannels / kWarpChannels;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kTiles4 = kTile / kStride;
-constexpr int kStepsPerLane = 2 * kStride / kGroups;  // whose dB and dC of 2 states add_BC leaves it
+constexpr int kStepsPerLane = 2 * kStride / kGroups;  // whose dB and dC a lane adds and writes
 constexpr int kStaged = (kTile * kStates + kThreads - 1) / kThreads;
 static_assert(kStates == 16 || kStates == 32 || kStates == 64, "");
 static_assert(kChannels % kWarpChannels == 0 && kStride == 4 && kTile % kStride == 0 && kTile <= kThreads, "");
@@ -89,7 +89,7 @@ struct Shared {
     float4 A[kThreads];     // of both halves, times log2 e
     float4 g[2][kThreads];  // of a half, gradients of its states, from later steps, and of its A
   } of[4];
-  float2 saved[2][2 * kThreads];  // of the two channels to come, by place: states before kStride steps
+  float2 saved[2][2 * kThreads];  // of two channels, by place: states before kStride steps
   Tile4 tiles4[kTiles4];          // the tile in work
   WarpInputs inputs[kWarps];      // kStride steps of it
   float2 totals[kWarps][kWarpChannels];  // gradients of D and delta_bias, of tiles
@@ -213,9 +213,9 @@ __device__ __forceinline__ void store4(float4* to, const float* v) {
 
 __device__ __forceinline__ void unpack(float* to, const float2& v) { to[0] = v.x, to[1] = v.y; }
 
-// The owned channel: its parameters, its part of the work, and the sums over a tile of the gradients of
-// D and delta_bias, which `totals` adds up: one sum over thousands of steps would lose digits that the
-// reference keeps.
+// The owned channel: its parameters, its part of the work, and the sums over a tile of the gradients
+// of D and delta_bias, which `totals` adds up: one sum over thousands of steps would lose digits that
+// the reference keeps.
 struct Channel {
   float skip, bias, no_gate;  // no_gate: 1 without z, whose zeros make the gate 0
   bool use_softplus, has_z, writes;
@@ -378,8 +378,8 @@ __device__ __forceinline__ void walk(Shared& shared, const Tile4& tile4, const B
   }
 }
 
-// Adds dB and dC of kStride steps over the warp's channels. Of two lanes that differ in pair, each has
-// in its last half the states of the other's first.
+// Adds dB and dC of kStride steps over the warp's channels. Of two lanes with the same 4 states, one
+// has in its last half what the other has in its first.
 __device__ __forceinline__ void add_BC(Tile4& tile4, const BackCoord& at, float* BC) {
   UNROLL for (int i = 0; i < 4 * kStride; ++i)
     BC[i] += __shfl_xor_sync(0xffffffffu, BC[4 * kStride + i], kGroups / 2);
