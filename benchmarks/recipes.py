@@ -32,6 +32,7 @@ from utils import derive_seed, read_json, write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 VP = {"process": d(name="vpsde"), "pred": "noise_pred", "sample.algorithm": "dpm_solver"}
+UVIT = cifar10_uvit_small.get_config().nnet
 OPTIMIZER = ("optimizer", "lr_scheduler", "max_grad_norm")
 RECIPES = {  # name -> {key of the config: value}
     "official": {**VP, **{key: cifar10_S_DiM.get_config()[key] for key in OPTIMIZER}},
@@ -39,7 +40,8 @@ RECIPES = {  # name -> {key of the config: value}
     "internal": {"loss.internal": d(weight=0.5)},  # their blocks: a third of the network's depth
     "repa": {"loss.repa": d(weight=0.5, kind="repa", features="classifier", path="")},
     "muon": {"optimizer.name": "muon"}, "unpadded": {"nnet.num_pad_tokens": 0},
-    "uvit": {"nnet": cifar10_uvit_small.get_config().nnet}, "lower_rate": {"optimizer.lr": 3e-4},
+    "uvit": {"nnet": UVIT}, "lower_rate": {"optimizer.lr": 3e-4},
+    "uvit_no_conv": {"nnet": d(**{**UVIT, "final_conv": False})},  # nearly singular on one channel
     "attention": {"nnet.mixer": d(name="attention", heads=8)}, "routing": {"nnet.routing.first": 4},
 }  # fmt: skip
 # Flags and their defaults: of a training, of an evaluation, of the machine.
