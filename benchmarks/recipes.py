@@ -188,7 +188,7 @@ def draw_recipes(records):
     for n, color in zip(("fewer than 10,000 images", "10,000 images"), COLORS, strict=True):
         axes.scatter([], [], color=color, label=n)
     axes.plot([], color="black", marker="x", lw=1, label="a second seed")
-    axes.legend(loc="upper right")
+    axes.legend(loc="center right")
     figure.savefig(DOCS / "recipes.png", dpi=120)
     block = ""
     for n in sorted({r["n"] for r in best}):
