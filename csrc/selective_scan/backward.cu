@@ -27,13 +27,11 @@
 //
 // dB and dC are added over a warp's lanes, then over warps in shared memory, and written as parts,
 // one a block; dA, dD and ddelta_bias, sums over steps, are written as parts at the end, one a batch
-// entry and segment. sum_parts.cu adds the parts in a fixed order, so that the gradients are bit-equal
-// in every run.
+// entry and segment. sum_parts.cu adds the parts in a fixed order: every run has the same bits.
 //
 // -D: kInput, kStates (16, 32 or 64), kChannels (a multiple of 32), kTile (steps whose inputs are
 // copied together), kMinBlocks (blocks a multiprocessor that registers must allow), kSharedBytes
-// (sizeof Shared), kOutput (1: writes the forward's output y once more, which costs little here and
-// so need not be kept; 0: does not).
+// (sizeof Shared), kOutput (1: writes the forward's output y once more, so that none is kept).
 #include "common/async_copy.cuh"
 #include "common/exchange.cuh"
 #include "common/math.cuh"
@@ -218,13 +216,12 @@ __device__ __forceinline__ void unpack(float* to, const float2& v) { to[0] = v.x
 // the reference keeps.
 struct Channel {
   float skip, bias, no_gate;  // no_gate: 1 without z, whose zeros make the gate 0
-  bool use_softplus, has_z, writes;
+  bool use_softplus, has_z;
   float tile_skip = 0.0f, tile_bias = 0.0f;
 
   __device__ __forceinline__ Channel(const ScanParams& p, const BackCoord& at)
       : skip(p.D[at.channel_of(0)]), bias(p.delta_bias[at.channel_of(0)]),
-        no_gate(p.z.data ? 0.0f : 1.0f), use_softplus(p.delta_softplus), has_z(p.z.data),
-        writes(at.writes) {}
+        no_gate(p.z.data ? 0.0f : 1.0f), use_softplus(p.delta_softplus), has_z(p.z.data) {}
 
   // What is known of kStride steps before the walk.
   __device__ __forceinline__ void prepare(WarpInputs& to, const BackCoord& at,
@@ -279,7 +276,7 @@ struct Channel {
     const Column<kInput> to_u = to.g_u.next(at.owned), to_delta = to.g_delta.next(at.owned);
     const Column<kInput> to_z = to.g_z.next(at.owned), to_y = to.y.next(at.owned);
     UNROLL for (int t = 0; t < kStride; ++t) {
-      if (!writes || t >= left) break;
+      if (!at.writes || t >= left) break;
       *to_u.at(rows[t]) = g_u[t];
       *to_delta.at(rows[t]) = g_delta[t];
       if (has_z) *to_z.at(rows[t]) = g_z[t];

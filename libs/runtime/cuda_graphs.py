@@ -19,8 +19,7 @@ _get_stream = functools.cache(torch.cuda.Stream)  # cuBLAS has a workspace for e
 class CudaCapture:
     """Captures calls that have run once before into graphs that share a memory pool: the graphs are
     replayed one after another, their outputs copied out before the next replay. A call returns a
-    tuple of tensors.
-    """
+    tuple of tensors."""
 
     def __init__(self, device):
         self.device, self.stream = device, _get_stream(device)
@@ -33,8 +32,7 @@ class CudaCapture:
 
     def both_ways(self, call, leaves):
         """(replay of call(), its outputs, replay of the backward, the outputs' gradients that the
-        backward reads, the gradients of `leaves` that it writes: None for unused leaves).
-        """
+        backward reads, the gradients of `leaves` that it writes: None for unused leaves)."""
 
         def differentiate(outputs, g_outputs):
             with torch.autocast(self.device.type, enabled=False):  # as around an eager backward
@@ -61,22 +59,15 @@ class CudaCapture:
     def _record(self, call):
         graph = torch.cuda.CUDAGraph()
         mode = "thread_local"  # only this thread's calls count: data loaders pin memory in others
-        recording = torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode)
-        with _no_collection(), recording:
-            outputs = call()
+        was_enabled = gc.isenabled()
+        gc.disable()  # a collection may free an older graph, which ends a capture
+        try:
+            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
+                outputs = call()
+        finally:
+            if was_enabled:
+                gc.enable()
         return graph.replay, outputs
-
-
-@contextlib.contextmanager
-def _no_collection():
-    """Without Python's garbage collector, which may free an older graph: that ends a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _pack(outputs, hidden):
@@ -91,8 +82,7 @@ class _Graphs(dict):
     (out, *inner), the inner outputs as `hidden` names them.
 
     The first call of a signature is eager, as it compiles and plans; the second is captured. Each
-    graph holds memory: signatures beyond MAX_GRAPHS stay eager.
-    """
+    graph holds memory: signatures beyond MAX_GRAPHS stay eager."""
 
     def __init__(self, network, capture):
         super().__init__()
@@ -132,8 +122,7 @@ class _Graphs(dict):
 
 class _Replay(torch.autograd.Function):
     """The outputs of a graph and, in the backward, the parameters' gradients; all are copies. The
-    gradient of an output that the loss leaves out is zero.
-    """
+    gradient of an output that the loss leaves out is zero."""
 
     @staticmethod
     def forward(ctx, owner, parts, *parameters):
@@ -160,8 +149,7 @@ class GraphedTraining(nn.Module):
 
     Gradients reach the parameters as usual, all at once, so that DistributedDataParallel around
     this sees them; no gradient reaches x. The backward of a call must come before the next call.
-    capture: (call, leaves) -> what CudaCapture.both_ways returns, the default.
-    """
+    capture: (call, leaves) -> what CudaCapture.both_ways returns, the default."""
 
     def __init__(self, network, capture=None):
         super().__init__()
@@ -198,8 +186,7 @@ class SamplingNetwork:
     otherwise. The outputs stay the same, bit for bit. Everything else stays float32. What is made
     keeps its addresses, which CUDA graphs read.
     dtype: of autocast, or None; graphs: whether to capture, on a GPU; capture: call -> (replay,
-    outputs), CudaCapture.forward by default.
-    """
+    outputs), CudaCapture.forward by default."""
 
     def __init__(self, network, dtype, *, graphs, capture=None):
         self.network, self.dtype, self.capture = network, dtype, capture

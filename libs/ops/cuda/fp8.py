@@ -22,7 +22,6 @@ OLDEST_ARCH = 90  # that torch's product of rows with scales runs on
 # Multiples as torch's products want, up to the kernel's; DiM-S, 512 wide, is slower in fp8.
 WIDTHS = range(1024, COLUMNS[-1] + 1, 16)
 
-
 QuantizeParams = find_slots("rows columns split", "x more", "out scale")  # more may be absent
 
 
@@ -74,8 +73,7 @@ def turn_on_fp8(network, dtype, key):
 
 def quantize_rows_ref(x):
     """(x8, scale) of x (M, K): e4m3 numbers (M, K) and scales (M, 1), x ~ x8 scale. Rows of zeros
-    have the smallest scale, so that they never are the largest.
-    """
+    have the smallest scale, so that they never are the largest."""
     scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448.0
     return (x.float() / scale).to(E4M3), scale
 

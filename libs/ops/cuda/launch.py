@@ -124,8 +124,7 @@ def prepared(index, plan_of, slots, shape, dtype, check=True):
 
     plan_of: of launch_plan.py or its kin; slots: of its parameter struct; shape: its arguments up
     to the dtype. check: False for a kernel that follows others of the network's dtype, whose check
-    covers it.
-    """
+    covers it."""
     gpu = Gpu.of(index)
     key = (plan_of, shape, dtype)
     if key not in gpu.prepared:
@@ -164,8 +163,7 @@ def run(prepared, device, rows, scalars, outputs=None):
     """Launch a prepared plan on torch's current stream of the device.
 
     rows: field -> tensor (B, L, X), X contiguous, or None. scalars: field -> integer, or tensor
-    whose address is meant, or None. outputs: name -> tensor, for the plan's sums.
-    """
+    whose address is meant, or None. outputs: name -> tensor, for the plan's sums."""
     values, slots = list(prepared.values), prepared.slots
     for name, x in rows.items():
         if x is not None:
@@ -274,8 +272,7 @@ def operator(
     many tensors as `results` says, fake and fake_backward the same without numbers. collect(g,
     found): gradients of the first inputs, from those of the results and `backward`'s. saved: how
     many of the last results only the backward wants. keep(results, inputs): what the backward gets
-    instead of (*saved, *inputs).
-    """
+    instead of (*saved, *inputs)."""
     count, (forwards, backwards) = schema.count("Tensor"), results
 
     def save(ctx, inputs, output):

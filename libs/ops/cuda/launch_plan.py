@@ -98,8 +98,7 @@ class Variant(NamedTuple):
 
     min_blocks: blocks a multiprocessor must be able to hold, which bounds the registers a thread.
     lanes: with several, this many lanes of a warp share a channel (forward_lanes.cu), in one group
-    and one segment.
-    """
+    and one segment."""
 
     groups: int
     channels: int

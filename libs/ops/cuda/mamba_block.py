@@ -20,7 +20,6 @@ from libs.ops.cuda.adaln import Adaln
 # Products of half precision with a float32 result, which torch has since 2.8.
 _SUMS_IN_FLOAT32 = hasattr(torch.ops.aten.mm, "dtype")
 
-
 # D channels, N states, W taps, R the rank of the step sizes. Matrices have the network's dtype, the
 # others float32: table (3, dim), weight of the norm (dim), in_proj (2 D, dim), conv_weight (D, W),
 # conv_bias (D), x_proj (R + 2 N, D), dt_proj (D, R), dt_bias (D), A (D, N), D (D), out_proj
@@ -168,14 +167,10 @@ def _backward(g_out, g_rounded, *rest):
     return g_x, g_modulation, *Parameters(table=g_table, weight=g_weight, in_proj=g_in_proj, **g)
 
 
-def _differentiable(x, modulation, drop_path_scale, *rest):
-    return x, modulation, *rest[: len(Parameters._fields)]
-
-
 def _empty_gradients(g_out, g_rounded, *rest):
-    inputs = rest[len(Saved._fields) :]
-    g_x, *others = launch.like(*_differentiable(*inputs))
-    return g_x.to(_pack(*inputs).x_dtype), *others
+    i = _pack(*rest[len(Saved._fields) :])
+    g_x, *others = launch.like(i.x, i.adaln.modulation, *i.parameters)
+    return g_x.to(i.x_dtype), *others
 
 
 def _keep(output, inputs):
