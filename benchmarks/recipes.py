@@ -81,8 +81,7 @@ def make_config(args, n_steps):
     changes |= {"sample.algorithm": args.sampler} if args.sampler else {}
     changes |= {"loss.repa.path": args.teacher} if "loss.repa" in changes else {}
     depth = changes.get("nnet", config.nnet).depth
-    heads = [key for key in ("loss.internal", "loss.repa") if key in changes]
-    changes |= {f"{key}.block": depth // 3 for key in heads}
+    changes |= {f"{k}.block": depth // 3 for k in ("loss.internal", "loss.repa") if k in changes}
     words = (change.split("=", 1) for change in args.set.split())
     for path, value in [*changes.items(), *((key, json.loads(text)) for key, text in words)]:
         *sections, key = path.split(".")

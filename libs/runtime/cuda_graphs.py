@@ -180,11 +180,10 @@ class GraphedTraining(nn.Module):
 class SamplingNetwork:
     """A network for sampling, which follows its weights from one `ready` to the next.
 
-    What every call makes of weights alone is made once: the weights of linear layers and
-    convolutions in the dtype to which autocast casts them, and what a module's
-    `make_constants(dtype)` gives for attributes of its own, {name: tensor}, which are None
-    otherwise. The outputs stay the same, bit for bit. Everything else stays float32. What is made
-    keeps its addresses, which CUDA graphs read.
+    What every call would make of weights alone is made once, with the same bits: the weights of
+    linear layers and convolutions, cast as autocast casts them, and `make_constants(dtype)` of the
+    modules that have it, {attribute, else None: tensor}. CUDA graphs read these tensors, so they
+    keep their addresses. Everything else stays float32.
     dtype: of autocast, or None; graphs: whether to capture, on a GPU; capture: call -> (replay,
     outputs), CudaCapture.forward by default."""
 
@@ -192,7 +191,7 @@ class SamplingNetwork:
         self.network, self.dtype, self.capture = network, dtype, capture
         self.device = next(network.parameters()).device
         self._graphed = graphs and (capture is not None or self.device.type == "cuda")
-        self._made, self._graphs = {}, None  # (module, attribute) -> its parameter meanwhile
+        self._made, self._graphs = {}, None  # (module, attribute) -> what it is while sampling
 
     @contextlib.contextmanager
     def ready(self):
@@ -210,7 +209,7 @@ class SamplingNetwork:
     @torch.inference_mode(False)  # inference tensors could not be written in other modes
     @torch.no_grad()
     def _refresh(self):
-        """Make these tensors of the network's present weights; 1.7 GB in a DiM-H."""
+        """Make the tensors again, of the present weights; 1.7 GB in a DiM-H."""
         for module in self.network.modules():
             given = {}
             if hasattr(module, "make_constants"):

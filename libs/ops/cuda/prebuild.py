@@ -9,7 +9,7 @@ import sys
 
 from libs.ops.cuda import adaln, compiler, fp8, launch_plan
 
-OLDEST_FUSED = 80  # earlier GPUs lack the shared memory for the backward of a fused block
+OLDEST_FUSED = 80  # on earlier GPUs the fused block has not been tried
 # (batch, length, channels) that between them want every variant of the scan.
 _SHAPES = ((1, 78, 256), (1, 9806, 256), (4, 1230, 3072), (96, 366, 3072))
 
