@@ -68,7 +68,8 @@ class LatentCodec:
 
     def encode(self, x, noise):
         """Images (B, 3, H, W) in [-1, 1] or moments (B, 2C, h, w), noise (B, C, h, w) standard
-        normal -> scaled z (B, C, h, w) float32."""
+        normal -> scaled z (B, C, h, w) float32.
+        """
         if x.shape[1] == IMAGE_CHANNELS:
             with self._autocast(x.device):
                 x = self.autoencoder.moments(x)

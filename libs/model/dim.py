@@ -96,7 +96,8 @@ class DiM(nn.Module, PyTorchModelHubMixin):
 
     def use_fp8(self, device):
         """From now on the large products of mixers and skips are in fp8 under autocast; UserError
-        if the device cannot."""
+        if the device cannot.
+        """
         for module in self.modules():
             if module is not self and hasattr(module, "use_fp8"):
                 module.use_fp8(torch.device(device))
@@ -178,7 +179,8 @@ class DiM(nn.Module, PyTorchModelHubMixin):
 
     def drop_path_scales(self, x, draw):
         """Stochastic depth (Huang et al. 2016): for each block None, or the factors (B,) of its
-        branch: 1 / probability where the draw is below the probability, else 0."""
+        branch: 1 / probability where the draw is below the probability, else 0.
+        """
         if not (self.training and self.drop_path):
             return [None] * self.depth
         draw = torch.rand(x.shape[0], self.depth, device=x.device) if draw is None else draw
@@ -190,7 +192,8 @@ class DiM(nn.Module, PyTorchModelHubMixin):
 
     def run_blocks(self, x, t, modulation, grid, drop_path_scales, hidden, route, reused):
         """(tokens after all blocks, {number: tokens after that block} of the numbers `hidden`).
-        Blocks 1..K save their output, the last K take the outputs back, the latest first."""
+        Blocks 1..K save their output, the last K take the outputs back, the latest first.
+        """
         front, routing = EXTRA_TOKENS + self.pad, self.routing
         routed = routing.blocks if routing else range(0)
         if routed:

@@ -17,7 +17,8 @@ class Mamba(nn.Module):
     """in_proj -> causal convolution + SiLU -> selective scan, gated by SiLU(z) -> out_proj.
 
     d_state: states per channel (N). d_conv: width of the causal convolution. expand: the scan has
-    expand * dim channels."""
+    expand * dim channels.
+    """
 
     def __init__(self, dim, *, d_state=16, d_conv=3, expand=2):
         super().__init__()
@@ -43,7 +44,8 @@ class Mamba(nn.Module):
 
     def use_fp8(self, device):
         """From now on the products of in_proj and out_proj are in fp8 in a fused block under
-        autocast; UserError if the device cannot."""
+        autocast; UserError if the device cannot.
+        """
         require_fp8(device, (self.in_proj.in_features, self.in_proj.out_features))
         self.fp8 = True
 
@@ -82,7 +84,8 @@ class Mamba(nn.Module):
 
     def block(self, x, modulation, order, drop_path_scale, skip):
         """The whole libs.model.block.Block around this mixer: one operator where it can run, which
-        returns the pair."""
+        returns the pair.
+        """
         dtype = compute_dtype(self.in_proj.weight)
         taps = self.conv_weight.shape[1]
         if not is_fused(x.device, dtype, x.shape[-1], self.d_state, taps):

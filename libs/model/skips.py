@@ -15,7 +15,8 @@ class SkipProjection(nn.Module):
     without concatenating.
 
     Up to dim 512 the official network has one Linear, above it two with a bias each; the parameters
-    keep that difference."""
+    keep that difference.
+    """
 
     WIDEST_SINGLE = 512
 
@@ -58,7 +59,8 @@ def filter_skip(skip, scale):
     """FreeU's filter of a skip (eq. 3-4) over the token axis, (B, L, dim) -> the same, in float32.
 
     Scales frequencies -1 and 0. The paper's mask is symmetric; the official DiM code's is not and
-    drops the imaginary part that this leaves, and so do we."""
+    drops the imaginary part that this leaves, and so do we.
+    """
     length = skip.shape[1]
     spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
     mask = torch.ones(length, device=skip.device)
@@ -69,7 +71,8 @@ def filter_skip(skip, scale):
 
 def boost_stream(x, scale):
     """FreeU's backbone factor (eq. 1-2): (B, L, dim) grows with the mean feature map; all channels
-    here, not half."""
+    here, not half.
+    """
     mean = x.float().mean(dim=-1, keepdim=True)
     low, high = mean.amin(dim=1, keepdim=True), mean.amax(dim=1, keepdim=True)
     return (x * (1 + (scale - 1) * (mean - low) / (high - low))).to(x.dtype)
@@ -77,7 +80,8 @@ def boost_stream(x, scale):
 
 def apply_freeu(x, skip, skip_scale, stream_scale, order):
     """FreeU (arXiv 2309.11497) on all tokens but time and label, the skip in the order that the
-    previous block scanned."""
+    previous block scanned.
+    """
     order = slice(None) if order is None else order
     visited, filtered = skip[:, order], torch.empty_like(skip)
     tail = filter_skip(visited[:, EXTRA_TOKENS:], skip_scale)

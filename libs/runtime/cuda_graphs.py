@@ -19,7 +19,8 @@ _get_stream = functools.cache(torch.cuda.Stream)  # cuBLAS has a workspace for e
 class CudaCapture:
     """Captures calls that have run once before into graphs that share a memory pool: the graphs are
     replayed one after another, their outputs copied out before the next replay. A call returns a
-    tuple of tensors."""
+    tuple of tensors.
+    """
 
     def __init__(self, device):
         self.device, self.stream = device, _get_stream(device)
@@ -32,7 +33,8 @@ class CudaCapture:
 
     def both_ways(self, call, leaves):
         """(replay of call(), its outputs, replay of the backward, the outputs' gradients that the
-        backward reads, the gradients of `leaves` that it writes: None for unused leaves)."""
+        backward reads, the gradients of `leaves` that it writes: None for unused leaves).
+        """
 
         def differentiate(outputs, g_outputs):
             with torch.autocast(self.device.type, enabled=False):  # as around an eager backward
@@ -82,7 +84,8 @@ class _Graphs(dict):
     (out, *inner), the inner outputs as `hidden` names them.
 
     The first call of a signature is eager, as it compiles and plans; the second is captured. Each
-    graph holds memory: signatures beyond MAX_GRAPHS stay eager."""
+    graph holds memory: signatures beyond MAX_GRAPHS stay eager.
+    """
 
     def __init__(self, network, capture):
         super().__init__()
@@ -122,7 +125,8 @@ class _Graphs(dict):
 
 class _Replay(torch.autograd.Function):
     """The outputs of a graph and, in the backward, the parameters' gradients; all are copies. The
-    gradient of an output that the loss leaves out is zero."""
+    gradient of an output that the loss leaves out is zero.
+    """
 
     @staticmethod
     def forward(ctx, owner, parts, *parameters):
@@ -149,7 +153,8 @@ class GraphedTraining(nn.Module):
 
     Gradients reach the parameters as usual, all at once, so that DistributedDataParallel around
     this sees them; no gradient reaches x. The backward of a call must come before the next call.
-    capture: (call, leaves) -> what CudaCapture.both_ways returns, the default."""
+    capture: (call, leaves) -> what CudaCapture.both_ways returns, the default.
+    """
 
     def __init__(self, network, capture=None):
         super().__init__()
@@ -185,7 +190,8 @@ class SamplingNetwork:
     modules that have it, {attribute, else None: tensor}. CUDA graphs read these tensors, so they
     keep their addresses. Everything else stays float32.
     dtype: of autocast, or None; graphs: whether to capture, on a GPU; capture: call -> (replay,
-    outputs), CudaCapture.forward by default."""
+    outputs), CudaCapture.forward by default.
+    """
 
     def __init__(self, network, dtype, *, graphs, capture=None):
         self.network, self.dtype, self.capture = network, dtype, capture
