@@ -68,6 +68,7 @@ class Mamba(nn.Module):
         return {"A": -torch.exp(self.A_log.to(at_least))}
 
     def get_A(self):
+        """A of the scan (channels, d_state): made here, or held while sampling."""
         return self.make_constants(None)["A"] if self.A is None else self.A
 
     def forward(self, x, order=None):
