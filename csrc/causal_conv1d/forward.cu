@@ -29,7 +29,7 @@ template <bool kSilu> struct Forward {
       window.push(widen(raw[t]));
       FloatVec value = window.convolve(filter);
       if (kSilu)
-        UNROLL for (int i = 0; i < kVector; ++i) value.v[i] = silu(value.v[i]);
+        UNROLL for (int i = 0; i < kVector; ++i) value.v[i] = silu<kInput>(value.v[i]);
       store(y.at(rows[t]), value);
     }
   }
