@@ -42,24 +42,15 @@ __device__ __forceinline__ float select(bool condition, float a, float b) {
   return y;
 }
 
-template <int kTerms>
-__device__ __forceinline__ float polynomial(float x, const float (&factors)[kTerms]) {
-  float y = factors[0];
-  UNROLL for (int i = 1; i < kTerms; ++i) y = fmaf(x, y, factors[i]);
-  return y;
-}
-
-// log(1 + e^x), for an output that is rounded to T. lg2(1 + e) would lose e's relative precision for the small
-// steps of a trained network (delta 1e-3: 1e-4 off); e + e e q(e), minimax over [0, 1], keeps it
-// (1.4e-7, coarse 1e-5) and needs no reciprocal, as special functions bound the passes over the
-// states.
-template <class T> __device__ __forceinline__ float softplus(float x) {
+// log(1 + e^x). lg2(1 + e) would lose e's relative precision for the small steps of a trained
+// network (delta 1e-3: 1e-4 off); e + e e q(e), minimax over [0, 1], keeps it (1.4e-7) and needs no
+// reciprocal, as special functions bound the passes over the states.
+__device__ __forceinline__ float softplus(float x) {
   const float e = ex2(-fabsf(x) * kLog2e);
-  constexpr float kFactors[] = {0.0053648185f, -0.030065769f, 0.0792045f, -0.13753799f,
-                                0.19153653f, -0.24857163f, 0.33321324f, -0.49999648f};
-  constexpr float kFewFactors[] = {-0.02473368f, 0.10359068f, -0.21240267f, 0.32622561f,
-                                   -0.49953943f};
-  const float q = kCoarse<T> ? polynomial(e, kFewFactors) : polynomial(e, kFactors);
+  constexpr float kFactors[8] = {0.0053648185f, -0.030065769f, 0.0792045f, -0.13753799f,
+                                 0.19153653f, -0.24857163f, 0.33321324f, -0.49999648f};
+  float q = kFactors[0];
+  UNROLL for (int i = 1; i < 8; ++i) q = fmaf(e, q, kFactors[i]);
   return fmaxf(x, 0.0f) + fmaf(e * e, q, e);
 }
 

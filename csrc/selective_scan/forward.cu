@@ -116,7 +116,8 @@ struct Columns {
 };
 
 __device__ __forceinline__ float gate(const Inputs& in, bool has_z, int k) {
-  return select(has_z, silu<kInput>(to_float(in.z[k])), 1.0f);
+  const float z = to_float(in.z[k]);  // a carry is not rounded to kInput
+  return select(has_z, kCarry ? silu<float>(z) : silu<kInput>(z), 1.0f);
 }
 
 // Step size and input of this thread's step k; steps past the end change no state.
@@ -124,7 +125,7 @@ __device__ __forceinline__ void scalars(const Inputs& in, const Columns& columns
                                         float bias, bool use_softplus, bool inside, float& delta,
                                         float& x) {
   const float raw = to_float(in.delta[k]) + bias;
-  delta = select(inside, select(use_softplus, softplus<kInput>(raw), raw), 0.0f);
+  delta = select(inside, select(use_softplus, softplus(raw), raw), 0.0f);
   const float u = to_float(in.u[k]);
   x = delta * u;
   if (kCarry) x = select(inside && columns.has_u, u * gate(in, columns.has_z, k), 0.0f);
