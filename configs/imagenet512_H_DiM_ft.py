@@ -3,7 +3,7 @@
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
         ./train_ldm_discrete.py --config=configs/imagenet512_H_DiM_ft.py
 
-Expected: FID 3.94 of the published weights, after 64,000 steps of batch 240 (the paper: 3.78), 82
+Expected: FID 3.94 of the published weights, after 64,000 steps of batch 240 (the paper: 3.78), 80
 hours of an H200 by the measured speed, with guidance 0.7 and 50 solver steps. The run has not been
 made.
 """
