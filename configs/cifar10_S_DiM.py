@@ -3,8 +3,9 @@
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision fp16 ./train.py \\
         --config=configs/cifar10_S_DiM.py
 
-Expected: 500,000 steps, 11 hours of an H200 by the measured speed, then FID over 50,000 samples of
-the 1000-step Euler-Maruyama sampler, of which U-ViT-S/2 reports 3.11; the run has not been made.
+Expected: 500,000 steps, 11 hours of an H200 in bf16 by the measured speed, then FID over 50,000
+samples of the 1000-step Euler-Maruyama sampler, of which U-ViT-S/2 reports 3.11; the run has not
+been made.
 """
 
 from configs import common

@@ -1,14 +1,10 @@
 // Elementary functions in float32: hardware approximations where their error is one or two units in
-// the last place, series where it is not.
+// the last place, series where it is not; but see silu.
 #pragma once
 #include "common/types.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-
-// Whether numbers of this type have 8 bits, so that errors of 12 bits may be added before rounding.
-template <class T> constexpr bool kCoarse = false;
-template <> constexpr bool kCoarse<__nv_bfloat16> = true;
 
 __device__ __forceinline__ float ex2(float x) {
   float y;
@@ -64,10 +60,10 @@ __device__ __forceinline__ float softplus_derivative(float x) {
   return (x >= 0.0f ? 1.0f : e) * reciprocal(1.0f + e);
 }
 
-// x sigmoid(x), rounded to T next. Coarse by tanh, one special function instead of two: off by
-// 2^-12 |x| at most.
-template <class T> __device__ __forceinline__ float silu(float x) {
-  if (!kCoarse<T>) return x * sigmoid(x);
+template <class T> __device__ __forceinline__ float silu(float x) { return x * sigmoid(x); }
+
+// Of an output in bfloat16: by tanh, one special function instead of two; off by 2^-12 |x| at most.
+template <> __device__ __forceinline__ float silu<__nv_bfloat16>(float x) {
   float tanh;
   asm("tanh.approx.f32 %0, %1;" : "=f"(tanh) : "f"(0.5f * x));
   return fmaf(0.5f * x, tanh, 0.5f * x);

@@ -116,7 +116,7 @@ struct Columns {
 };
 
 __device__ __forceinline__ float gate(const Inputs& in, bool has_z, int k) {
-  const float z = to_float(in.z[k]);  // a carry is not rounded to kInput
+  const float z = to_float(in.z[k]);  // the carry stays float32, so its gate is exact
   return select(has_z, kCarry ? silu<float>(z) : silu<kInput>(z), 1.0f);
 }
 
