@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from libs.model.layers import RMSNorm, compute_dtype
+from libs.model.layers import compute_dtype
 from libs.model.skips import SkipProjection
 from libs.ops import gated_residual, modulated_norm
 
@@ -34,7 +34,8 @@ def compose_block(mixer, x, modulation, order, drop_path_scale, skip):
 
 class Block(nn.Module):
     """x + (1 + gate) * mixer(RMSNorm(x) * (1 + scale) + shift), of x merged with a long skip where
-    the block has one. There is no MLP.
+    the block has one. There is no MLP. Without gradients, as while sampling, every output has the
+    dtype of matrix products.
 
     make_mixer: makes the mixer, a module with `forward(x, order)`, x and the result (B, L, dim). A
     mixer with a fused form has `block(x, modulation, order, drop_path_scale, skip) -> (B, L, dim)`,
@@ -46,7 +47,7 @@ class Block(nn.Module):
         super().__init__()
         self.half_output = half_output
         self.skip = SkipProjection(dim) if has_skip else None
-        self.norm = RMSNorm(dim)
+        self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.scale_shift_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
         self.mixer = make_mixer()
 
@@ -58,6 +59,7 @@ class Block(nn.Module):
         """
         run = getattr(self.mixer, "block", functools.partial(compose_block, self.mixer))
         merge = None if skip is None else functools.partial(self.skip, skip=skip)
-        own = self.scale_shift_table, self.norm.weight, self.half_output
+        half_output = self.half_output or not torch.is_grad_enabled()
+        own = self.scale_shift_table, self.norm.weight, half_output
         out = run(x, Modulation(modulation, *own), order, drop_path_scale, merge)
         return out if isinstance(out, tuple) else (out, x)
