@@ -97,8 +97,9 @@ def test_intermediates(case, arrays):
             lambda _, inputs, output: seen.update({name + "/in": inputs, name + "/out": output})
         )
 
-    for name in ("patch_embed", "modulation", "first_smoother", "norm_out", "head_modulation"):
+    for name in ("patch_embed", "modulation", "first_smoother", "last_smoother", "head_modulation"):
         record(name, getattr(model, name))
+    record("head", model.head)
     record("modulation_linear", model.modulation.linear)
     for k, block in enumerate(model.blocks):
         record(f"block{k}", block)
@@ -138,9 +139,11 @@ def test_intermediates(case, arrays):
             assert_close(
                 seen[f"skip{k}/out"][:, along], residual, OUTPUT, f"skip projection of block {k}"
             )
-    expect(seen["norm_out/in"][0], "tokens_after_finalize")
+    expect(tokens(seen["last_smoother/out"]), "tokens_after_finalize")
     expect(seen["head_modulation/out"], "final_shift_scale")
-    expect(seen["norm_out/out"], "norm_out")
+    shift, scale = seen["head_modulation/out"][:, None].chunk(2, dim=-1)
+    normed = torch.from_numpy(arrays["inter/norm_out"]) * (1 + scale) + shift
+    assert_close(seen["head/in"][0], normed, OUTPUT, "norm_out, scaled and shifted")
 
 
 @pytest.mark.parametrize("case, arrays", params("dim_backbone"))
