@@ -7,12 +7,17 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   const TokenCoord at(p);
   const Sequence<kX> x(p.x, at);
   const Sequence<kInput> n(p.n, at), rounded(p.rounded, at);
+  Vec8<kX> next[kRows];  // on their way while the block adds up squares
+  UNROLL for (int r = 0; r < kRows; ++r) next[r] = x.load(min(at.first + r, at.end - 1));
   const Float8 gain = make_gain(p, at), shift = add_modulation(p, at, 0);
   const float mean = 1.0f / static_cast<float>(p.dim);
   int buffer = 0;
   for (int first = at.first; first < at.end; first += kRows, buffer ^= 1) {
     Vec8<kX> vectors[kRows];
-    UNROLL for (int r = 0; r < kRows; ++r) vectors[r] = x.load(min(first + r, at.end - 1));
+    UNROLL for (int r = 0; r < kRows; ++r) {
+      vectors[r] = next[r];
+      next[r] = x.load(min(first + kRows + r, at.end - 1));
+    }
     float squares[kRows] = {};
     UNROLL for (int r = 0; r < kRows; ++r)
       UNROLL for (int i = 0; i < 8; ++i) {

@@ -14,11 +14,11 @@ import torch
 
 from libs.ops.cuda import launch
 from libs.ops.cuda.launch import as_vectors
-from libs.ops.cuda.launch_plan import CTYPES, Launch, Plan, find_slots, make_kernel
+from libs.ops.cuda.launch_plan import CTYPES, Launch, Plan, cut, find_slots, make_kernel
 
 WIDTHS = range(8, 2049, 8)  # a thread has 8 channels, a block 256 threads at most
-_ROWS, _BACKWARD_ROWS = 4, 1  # tokens that a block has in flight
-_CHUNK, _SMALL_CHUNK = 16, 4  # tokens of a block; the latter where they would not fill the GPU
+_LEAST = 4  # tokens of a chunk
+_RESIDENT = 768  # threads of any of these kernels that a multiprocessor holds
 
 
 # Of every kernel in csrc/adaln; a kernel reads the fields it needs. All but rows are float32.
@@ -30,26 +30,28 @@ AdalnParams = find_slots(
 )  # fmt: skip
 
 
-def _plan(name, rows, sums, batch, length, dim, stream, x, out, dtype, multiprocessors):
-    """stream, x, out, dtype: names of the dtypes of g_x, of x, of out, and of branch and n."""
+def _plan(name, rows, sums, waves, batch, length, dim, stream, x, out, dtype, multiprocessors):
+    """rows: tokens that a block has in flight. waves: whether chunks of tokens are as long as whole
+    waves of blocks allow, or as short as can be. stream, x, out, dtype: names of the dtypes of g_x,
+    of x, of out, and of branch and n."""
     kernel = make_kernel(
         f"adaln/{name}.cu", name, kInput=CTYPES[dtype], kStream=CTYPES[stream], kX=CTYPES[x],
         kOut=CTYPES[out], kRows=rows,
     )  # fmt: skip
-    full = batch * length >= 8 * multiprocessors * _CHUNK
-    chunk_length = _CHUNK if full else _SMALL_CHUNK
-    chunks = -(-length // chunk_length)
-    launch = Launch(kernel, (batch * chunks, 1, 1), (-(-dim // (32 * WIDTHS.step)) * 32, 1, 1))
-    scratch = {f"parts_{s}": (chunks, batch, dim) for s in sums}
+    threads = -(-dim // (32 * WIDTHS.step)) * 32
+    resident = _RESIDENT // threads * multiprocessors if waves else batch * length
+    chunks = cut(length, _LEAST, batch, resident)
+    launch = Launch(kernel, (batch * chunks["chunks"], 1, 1), (threads, 1, 1))
+    scratch = {f"parts_{s}": (chunks["chunks"], batch, dim) for s in sums}
     added = {f"parts_{s}": (f"g_{s}", "float32") for s in sums}
-    return Plan((launch,), {"chunks": chunks, "chunk_length": chunk_length}, scratch, added)
+    return Plan((launch,), chunks, scratch, added)
 
 
 # Of (batch, length, dim, stream, x, out, dtype, multiprocessors). A backward adds up what it names.
-plan_norm_forward = functools.partial(_plan, "norm_forward", _ROWS, ())
-plan_norm_backward = functools.partial(_plan, "norm_backward", _BACKWARD_ROWS, ("shift", "gain"))
-plan_gate_forward = functools.partial(_plan, "gate_forward", _ROWS, ())
-plan_gate_backward = functools.partial(_plan, "gate_backward", _ROWS, ("factor",))
+plan_norm_forward = functools.partial(_plan, "norm_forward", 2, (), True)
+plan_norm_backward = functools.partial(_plan, "norm_backward", 1, ("shift", "gain"), True)
+plan_gate_forward = functools.partial(_plan, "gate_forward", 4, (), False)
+plan_gate_backward = functools.partial(_plan, "gate_backward", 4, ("factor",), True)
 
 
 def plan_modulation_backward(batch, dim, dtype, multiprocessors):

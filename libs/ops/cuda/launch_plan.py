@@ -271,6 +271,18 @@ def scan_backward_with_output(*shape, **options):
     return scan_backward(*shape, output=True, **options)
 
 
+def cut(length, least, columns, resident):
+    """{"chunks", "chunk_length"} of `length` steps: chunks of `least` steps or more, in whole waves
+    of the `resident` blocks that the GPU holds at once, of which each chunk of a column has one."""
+
+    def estimate(chunks):
+        """Of the time, in steps: a wave begins with what takes as long as some 10 steps."""
+        return -(-columns * chunks // resident) * (length / chunks + 10)
+
+    chunk_length = -(-length // min(range(1, -(-length // least) + 1), key=estimate))
+    return {"chunks": -(-length // chunk_length), "chunk_length": chunk_length}
+
+
 _CONV_THREADS = 128
 
 
@@ -282,16 +294,9 @@ def _conv_launch(name, resident, batch, length, channels, width, dtype, multipro
         kVector=vector, kThreads=_CONV_THREADS,
     )  # fmt: skip
     columns = batch * _blocks(channels, _CONV_THREADS * vector)
-
-    def estimate(chunks):
-        """Of the time, in steps: waves of resident blocks, each of which begins with what takes as
-        long as some 10 steps."""
-        return -(-columns * chunks // (resident * multiprocessors)) * (length / chunks + 10)
-
-    chunk_length = -(-length // min(range(1, max(length // 16, 1) + 1), key=estimate))
-    chunks = -(-length // chunk_length)
-    launch = Launch(kernel, (columns, chunks, 1), (_CONV_THREADS, 1, 1))
-    return (launch,), {"chunks": chunks, "chunk_length": chunk_length}
+    chunks = cut(length, 16, columns, resident * multiprocessors)
+    launch = Launch(kernel, (columns, chunks["chunks"], 1), (_CONV_THREADS, 1, 1))
+    return (launch,), chunks
 
 
 def conv_forward(*shape):

@@ -15,8 +15,8 @@ _SHAPES = ((1, 78, 256), (1, 9806, 256), (4, 1230, 3072), (96, 366, 3072))
 
 
 def streams(dtype):
-    """(dtype of x, dtype of out) of the blocks: the stream is float32 in the first half of the
-    network, and rounded where a long skip is merged."""
+    """(dtype of x, dtype of out) of the blocks: in training the stream is float32 in the first half
+    of the network, and rounded where a long skip is merged."""
     return sorted({("float32", "float32"), ("float32", dtype), (dtype, dtype)})
 
 
