@@ -78,8 +78,8 @@ def list_cases():
         shapes = TRAIN_S if (task, model) == ("train", "DiM-S") else SHAPES[task]
         precisions = ("bf16", "fp8") if model in ("DiM-L", "DiM-XL", "DiM-H") else ("bf16",)
         for precision, (pixels, batch) in itertools.product(precisions, shapes):
-            launches_bound = task == "sample" or batch == 2 or model in ("DiM-S", "DiM-L")
-            for graph in (False, True) if launches_bound else (False,):
+            by_graph = task != "train" or model in ("DiM-S", "DiM-L")
+            for graph in (False, True) if by_graph else (False,):
                 yield Case(model, task, pixels, batch, precision, graph=graph)
     for model, shapes in COMPILED.items():
         for shape in shapes:

@@ -4,6 +4,8 @@
 // behind. Sums over a chunk are written as parts, which sum_parts.cu adds in a fixed order.
 #include "causal_conv1d/conv.cuh"
 
+constexpr int kTile = 4;  // rows loaded together
+
 struct Gradients {
   float weight[kWidth][kVector] = {};
   float bias[kVector] = {};

@@ -41,8 +41,6 @@ __device__ __forceinline__ int row_of(const ConvParams& p, int step) {
   return p.order ? static_cast<int>(p.order[step]) : step;
 }
 
-constexpr int kTile = 4;  // rows loaded together
-
 typedef Packed<kInput, kVector> RawVec;
 typedef Vec<float, kVector> FloatVec;
 

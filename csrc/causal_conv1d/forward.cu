@@ -1,6 +1,8 @@
 // Causal depthwise convolution along an order; definition: causal_conv1d_ref.
 #include "causal_conv1d/conv.cuh"
 
+constexpr int kTile = 8;  // rows loaded together
+
 template <bool kSilu> struct Forward {
   const ConvParams& p;
   const ConvCoord& at;
