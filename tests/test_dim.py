@@ -24,6 +24,13 @@ def inputs(batch=3, size=(8, 8)):
     return x, torch.linspace(1, 999, batch), torch.arange(batch)
 
 
+@pytest.mark.parametrize("training, dtype", [(True, torch.float32), (False, torch.bfloat16)])
+def test_the_stream_before_the_first_skip(training, dtype):
+    """Float32 in training; without gradients in the dtype of products."""
+    with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+        assert DiM(**TINY)(*inputs(), hidden=(1,))[1][1].dtype == dtype
+
+
 @pytest.mark.parametrize(
     "name, shape, parameters",
     [

@@ -302,7 +302,7 @@ def _conv_launch(name, resident, batch, length, channels, width, dtype, multipro
 def conv_forward(*shape):
     """Plan of the convolution's forward, of (batch, length, channels, width, dtype,
     multiprocessors)."""
-    return Plan(*_conv_launch("forward", 6, *shape))
+    return Plan(*_conv_launch("forward", 5, *shape))
 
 
 def conv_backward(batch, length, channels, width, *rest):
