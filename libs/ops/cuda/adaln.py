@@ -40,11 +40,11 @@ def _plan(name, rows, sums, waves, batch, length, dim, stream, x, out, dtype, mu
     )  # fmt: skip
     threads = -(-dim // (32 * WIDTHS.step)) * 32
     resident = _RESIDENT // threads * multiprocessors if waves else batch * length
-    chunks = cut(length, _LEAST, batch, resident)
-    launch = Launch(kernel, (batch * chunks["chunks"], 1, 1), (threads, 1, 1))
-    scratch = {f"parts_{s}": (chunks["chunks"], batch, dim) for s in sums}
+    integers = cut(length, _LEAST, batch, resident)
+    launch = Launch(kernel, (batch * integers["chunks"], 1, 1), (threads, 1, 1))
+    scratch = {f"parts_{s}": (integers["chunks"], batch, dim) for s in sums}
     added = {f"parts_{s}": (f"g_{s}", "float32") for s in sums}
-    return Plan((launch,), chunks, scratch, added)
+    return Plan((launch,), integers, scratch, added)
 
 
 # Of (batch, length, dim, stream, x, out, dtype, multiprocessors). A backward adds up what it names.

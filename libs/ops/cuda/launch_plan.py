@@ -294,9 +294,9 @@ def _conv_launch(name, resident, batch, length, channels, width, dtype, multipro
         kVector=vector, kThreads=_CONV_THREADS,
     )  # fmt: skip
     columns = batch * _blocks(channels, _CONV_THREADS * vector)
-    chunks = cut(length, 16, columns, resident * multiprocessors)
-    launch = Launch(kernel, (columns, chunks["chunks"], 1), (_CONV_THREADS, 1, 1))
-    return (launch,), chunks
+    integers = cut(length, 16, columns, resident * multiprocessors)
+    launch = Launch(kernel, (columns, integers["chunks"], 1), (_CONV_THREADS, 1, 1))
+    return (launch,), integers
 
 
 def conv_forward(*shape):
