@@ -17,7 +17,7 @@ class Modulation(NamedTuple):
     shared: torch.Tensor  # (B, 3, dim): shift, scale and gate from time and label
     table: torch.Tensor  # (3, dim): added to the shared ones, learned for this block
     norm_weight: torch.Tensor  # (dim,)
-    half_output: bool  # the output goes into matrix products next, so it may have their dtype
+    half_output: bool  # the output has the dtype of matrix products, else float32 at least
 
 
 def compose_block(mixer, x, modulation, order, drop_path_scale, skip):
@@ -47,7 +47,7 @@ class Block(nn.Module):
         super().__init__()
         self.half_output = half_output
         self.skip = SkipProjection(dim) if has_skip else None
-        self.norm = nn.RMSNorm(dim, eps=1e-5)
+        self.norm = nn.RMSNorm(dim)  # its weight; modulated_norm computes
         self.scale_shift_table = nn.Parameter(torch.randn(3, dim) / dim**0.5)
         self.mixer = make_mixer()
 

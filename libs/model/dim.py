@@ -83,7 +83,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
             for k in range(depth)
         )
         self.last_smoother = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.norm_out = nn.RMSNorm(dim, eps=1e-5)
+        self.norm_out = nn.RMSNorm(dim)
         self.head_modulation = nn.Linear(dim, 2 * dim)
         self.head = nn.Linear(dim, patch_size**2 * in_channels)
         self.heads = nn.ModuleDict()  # further ones, see libs.model.heads
@@ -160,8 +160,8 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         h, w = grid
         positions = layers.interpolate_positions(self.pos_embed, self.native_grid, grid)
         extra = torch.stack([time, label], dim=1) + positions[:, :EXTRA_TOKENS]   # (B, 2, dim)
-        x = x.contiguous(memory_format=torch.channels_last)  # tokens side by side from here on
-        image = self.patch_embed(x).permute(0, 2, 3, 1)                           # (B, h, w, dim)
+        x = x.contiguous(memory_format=torch.channels_last)  # what follows is fast in this layout
+        image = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()              # (B, h, w, dim)
         image = image + positions[:, EXTRA_TOKENS:].unflatten(1, grid)
         image = self.smooth(self.first_smoother, image)
         index = pad_index(self.pad_layout, h, w, self.pad, x.device)

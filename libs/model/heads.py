@@ -19,7 +19,7 @@ class OutputHead(nn.Module):
     def __init__(self, model, *, block=8):
         super().__init__()
         self.block, self.patch_size = block, model.patch_size
-        self.norm = nn.RMSNorm(model.dim, eps=1e-5)
+        self.norm = nn.RMSNorm(model.dim)
         self.modulation = nn.Linear(model.dim, 2 * model.dim)
         self.linear = nn.Linear(model.dim, model.patch_size**2 * model.in_channels)
         for parameter in (*self.modulation.parameters(), *self.linear.parameters()):

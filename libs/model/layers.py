@@ -1,4 +1,4 @@
-"""Layers around the blocks: patches, positions, padding, time embedding, norm and modulation."""
+"""Layers around the blocks: patches, positions, padding, time embedding, modulation and heads."""
 
 import math
 
@@ -64,7 +64,7 @@ def pad_sequence(image, extra, split, right, bottom):
     """
 
     def repeat(x):  # in memory, as torch.cat is three times as slow with expanded tensors
-        return x.to(image.dtype).repeat(image.shape[0], *(1 for _ in x.shape))
+        return x.to(image.dtype).expand(image.shape[0], *x.shape).contiguous()
 
     rows = torch.cat([image, repeat(right)], dim=2).flatten(1, 2)
     parts = extra.to(image.dtype), repeat(split), rows, repeat(bottom).flatten(1, 2)

@@ -18,7 +18,7 @@ from libs.ops.cuda.launch_plan import CTYPES, Launch, Plan, cut, find_slots, mak
 
 WIDTHS = range(8, 2049, 8)  # a thread has 8 channels, a block 256 threads at most
 _LEAST = 4  # tokens of a chunk
-_RESIDENT = 768  # threads of any of these kernels that a multiprocessor holds
+_RESIDENT = 768  # threads of any of these kernels that a multiprocessor holds at least
 
 
 # Of every kernel in csrc/adaln; a kernel reads the fields it needs. All but rows are float32.
@@ -39,7 +39,7 @@ def _plan(name, rows, sums, waves, batch, length, dim, stream, x, out, dtype, mu
         kOut=CTYPES[out], kRows=rows,
     )  # fmt: skip
     threads = -(-dim // (32 * WIDTHS.step)) * 32
-    resident = _RESIDENT // threads * multiprocessors if waves else batch * length
+    resident = _RESIDENT // threads * multiprocessors if waves else batch * length  # all at once
     integers = cut(length, _LEAST, batch, resident)
     launch = Launch(kernel, (batch * integers["chunks"], 1, 1), (threads, 1, 1))
     scratch = {f"parts_{s}": (integers["chunks"], batch, dim) for s in sums}

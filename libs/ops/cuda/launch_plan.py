@@ -272,8 +272,9 @@ def scan_backward_with_output(*shape, **options):
 
 
 def cut(length, least, columns, resident):
-    """{"chunks", "chunk_length"} of `length` steps: chunks of `least` steps or more, in whole waves
-    of the `resident` blocks that the GPU holds at once, of which each chunk of a column has one."""
+    """How to cut each of `columns` walks of `length` steps: {"chunks", "chunk_length"}. A block
+    walks one chunk, of about `least` steps or more; the GPU holds `resident` blocks at once, so
+    they come in whole waves."""
 
     def estimate(chunks):
         """Of the time, in steps: a wave begins with what takes as long as some 10 steps."""
@@ -287,7 +288,7 @@ _CONV_THREADS = 128
 
 
 def _conv_launch(name, resident, batch, length, channels, width, dtype, multiprocessors):
-    """resident: blocks that a multiprocessor holds at least (bfloat16, 4 channels a thread)."""
+    """resident: blocks that a multiprocessor holds at least, in any dtype (4 channels a thread)."""
     vector = 4 if channels % 4 == 0 else 1  # channels of a thread
     kernel = make_kernel(
         f"causal_conv1d/{name}.cu", f"conv_{name}", kInput=CTYPES[dtype], kWidth=width,
