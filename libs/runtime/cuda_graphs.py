@@ -188,7 +188,7 @@ class SamplingNetwork:
     What every call would make of weights alone is made once, with the same bits: the weights of
     linear layers and convolutions, cast as autocast casts them, and `make_constants(dtype)` of the
     modules that have it, {attribute, else None: tensor}. CUDA graphs read these tensors, so they
-    keep their addresses. Everything else stays float32.
+    keep their addresses. Other weights stay float32.
     dtype: of autocast, or None; graphs: whether to capture, on a GPU; capture: call -> (replay,
     outputs), CudaCapture.forward by default.
     """
