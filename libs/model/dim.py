@@ -162,7 +162,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         extra = torch.stack([time, label], dim=1) + positions[:, :EXTRA_TOKENS]   # (B, 2, dim)
         x = x.contiguous(memory_format=torch.channels_last)  # what follows is fast in this layout
         image = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()              # (B, h, w, dim)
-        image = image + positions[:, EXTRA_TOKENS:].unflatten(1, grid)
+        image = image + positions[:, EXTRA_TOKENS:].unflatten(1, grid).to(image.dtype)
         image = self.smooth(self.first_smoother, image)
         index = pad_index(self.pad_layout, h, w, self.pad, x.device)
         right, bottom = self.pad_tokens[index[:h, w:]], self.pad_tokens[index[h:]]

@@ -5,6 +5,7 @@ launches one graph instead of thousands of kernels.
 import contextlib
 import functools
 import gc
+import os
 
 import torch
 from torch import nn
@@ -13,7 +14,34 @@ from torch import nn
 # upsampling, full and last batch.
 MAX_GRAPHS = 16
 
+# Numbers in a prediction from which on products have no use for cuBLAS's workspace: smaller ones add
+# up parts of sums in it, larger ones only count their tiles there, which a memset before each costs
+# more than it gains (benchmarks/NOTES.md).
+LARGE = 100_000
+
 _get_stream = functools.cache(torch.cuda.Stream)  # cuBLAS has a workspace for each stream
+
+
+@contextlib.contextmanager
+def _without_workspace():
+    """cuBLAS has no workspace in this context, unless the user has chosen its size."""
+    variables = {"CUBLAS_WORKSPACE_CONFIG": ":0:0", "CUBLASLT_WORKSPACE_SIZE": "0"}
+    if not variables.keys().isdisjoint(os.environ):
+        yield
+        return
+    names = "cublas_workspace_size", "cublaslt_workspace_size"  # since torch 2.12
+    setters = [getattr(torch.backends.cuda, name, lambda size=0: size) for name in names]
+    sizes = [size() for size in setters]
+    os.environ.update(variables)
+    try:
+        for change in setters:
+            change(0)
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+        for change, size in zip(setters, sizes, strict=True):
+            change(size)
 
 
 class CudaCapture:
@@ -27,9 +55,10 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def forward(self, call):
-        """(replay, outputs) of call()."""
-        self._warm_up(call)
-        return self._record(call)
+        """(replay, outputs) of call(), the prediction being the first."""
+        size = self._warm_up(call)[0].numel()
+        with _without_workspace() if size >= LARGE else contextlib.nullcontext():
+            return self._record(call)
 
     def both_ways(self, call, leaves):
         """(replay of call(), its outputs, replay of the backward, the outputs' gradients that the
@@ -55,8 +84,9 @@ class CudaCapture:
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
-            call()
+            outputs = call()
         here.wait_stream(self.stream)
+        return outputs
 
     def _record(self, call):
         graph = torch.cuda.CUDAGraph()
