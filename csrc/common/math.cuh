@@ -41,7 +41,7 @@ __device__ __forceinline__ float select(bool condition, float a, float b) {
 // log(1 + e^x). lg2(1 + e) would lose e's relative precision for the small steps of a trained
 // network (delta 1e-3: 1e-4 off); e + e e q(e), minimax over [0, 1], keeps it (1.4e-7) and needs no
 // reciprocal, as special functions bound the passes over the states.
-__device__ __forceinline__ float softplus(float x) {
+template <class T> __device__ __forceinline__ float softplus(float x) {
   const float e = ex2(-fabsf(x) * kLog2e);
   constexpr float kFactors[8] = {0.0053648185f, -0.030065769f, 0.0792045f, -0.13753799f,
                                  0.19153653f, -0.24857163f, 0.33321324f, -0.49999648f};
@@ -52,6 +52,15 @@ __device__ __forceinline__ float softplus(float x) {
 
 __device__ __forceinline__ float sigmoid(float x) {
   return reciprocal(1.0f + ex2(-x * kLog2e));
+}
+
+// For an output in bfloat16: off by 6e-5 of itself at most, in 8 instructions instead of 14.
+template <> __device__ __forceinline__ float softplus<__nv_bfloat16>(float x) {
+  const float e = ex2(-fabsf(x) * kLog2e);
+  constexpr float kFactors[5] = {0.04133013f, -0.15739083f, 0.30627664f, -0.49697279f, 0.99994327f};
+  float q = kFactors[0];
+  UNROLL for (int i = 1; i < 5; ++i) q = fmaf(e, q, kFactors[i]);
+  return fmaf(e, q, fmaxf(x, 0.0f));
 }
 
 // d softplus / dx: the sigmoid, without overflow of the exponential for x << 0.

@@ -169,12 +169,12 @@ def _without_outputs(variant):
     return variant._replace(channels=32, min_blocks=1)
 
 
-def _walk(scan_pass, variant, shape, padded, dtype, segments):
+def _walk(scan_pass, variant, shape, padded, dtype, segments, softplus="float32"):
     """A launch of a walk in one direction, the states padded to `padded`."""
     batch, _, channels, _ = shape
     defines = {
         "kInput": CTYPES[dtype], "kChannels": variant.channels, "kTile": variant.tile,
-        "kMinBlocks": variant.min_blocks,
+        "kMinBlocks": variant.min_blocks, "kSoftplus": CTYPES[softplus],
     }  # fmt: skip
     source, name = "selective_scan/forward.cu", "scan_forward"
     if variant.lanes > 1:
@@ -195,19 +195,29 @@ def _segment_scratch(prefix, batch, channels, states, segments):
     }
 
 
-def scan_forward(batch, length, channels, states, dtype, multiprocessors, variant=None):
+def scan_forward(
+    batch, length, channels, states, dtype, multiprocessors, variant=None, softplus="float32"
+):
     """Plan of the forward. dtype: name of the dtype of u, delta, B, C, z. variant: to measure
-    others than the one chosen here."""
+    others than the one chosen here. softplus: name of the dtype that its precision is for."""
     shape = (batch, length, channels, states)
     variant = variant or forward_variant(*shape, multiprocessors)
     integers = _segment_integers(length, variant.segments)
     segments, padded = integers["segments"], _round_up(states, 4 * variant.groups)
-    launches, scratch = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments)], {}
+    rest, scratch = (shape, padded, dtype), {}
+    launches = [_walk(PASS_OUTPUT, variant, *rest, segments, softplus)]
     if segments > 1:
         walk = _without_outputs(variant)
-        launches.insert(0, _walk(PASS_END_STATE, walk, shape, padded, dtype, segments - 1))
+        launches.insert(0, _walk(PASS_END_STATE, walk, *rest, segments - 1, softplus))
         scratch = _segment_scratch("segment", batch, channels, padded, segments)
     return Plan(tuple(launches), integers, scratch)
+
+
+def scan_forward_of_block(batch, length, channels, states, dtype, *rest, **options):
+    """The same where nobody sees the states: in bfloat16 with a softplus to its precision."""
+    softplus = dtype if dtype == "bfloat16" else "float32"
+    shape = (batch, length, channels, states, dtype)
+    return scan_forward(*shape, *rest, softplus=softplus, **options)
 
 
 def _backward_shared_bytes(channels, padded, dtype, output):
