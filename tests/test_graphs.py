@@ -3,6 +3,8 @@ graphs follow the weights. A trace of aten calls, which reads tensors by address
 place of a CUDA graph, and in training the call itself.
 """
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from libs.model.mamba import Mamba
 from libs.model.skips import SkipProjection
-from libs.runtime.cuda_graphs import MAX_GRAPHS, GraphedTraining, SamplingNetwork
+from libs.runtime.cuda_graphs import (
+    MAX_GRAPHS,
+    GraphedTraining,
+    SamplingNetwork,
+    _without_workspace,
+)
 
 
 class Network(nn.Module):
@@ -126,6 +133,25 @@ def graphed(dtype=None):
             return fast(*inputs, **options)
 
     return network, call, sampling
+
+
+def test_without_workspace(monkeypatch):
+    """cuBLAS has none in the context, by torch's functions or the environment, but the user's."""
+    sizes, name = {"cublas": 8, "cublaslt": 4}, "CUBLAS_WORKSPACE_CONFIG"
+    for library in sizes:
+
+        def change(size=None, library=library):
+            sizes[library] = sizes[library] if size is None else size
+            return sizes[library]
+
+        monkeypatch.setattr(torch.backends.cuda, f"{library}_workspace_size", change, raising=False)
+    monkeypatch.delenv(name, raising=False)
+    with _without_workspace():
+        assert sizes == {"cublas": 0, "cublaslt": 0} and os.environ[name] == ":0:0"
+    assert sizes == {"cublas": 8, "cublaslt": 4} and name not in os.environ
+    monkeypatch.setenv(name, ":16:8")
+    with _without_workspace():
+        assert sizes == {"cublas": 8, "cublaslt": 4} and os.environ[name] == ":16:8"
 
 
 @torch.no_grad()

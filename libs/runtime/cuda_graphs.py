@@ -14,8 +14,8 @@ from torch import nn
 # upsampling, full and last batch.
 MAX_GRAPHS = 16
 
-# Numbers in a prediction from which on cuBLAS is better off without its workspace: in small calls it
-# adds up parts of sums there, in large ones it counts tiles, after a memset for each product.
+# Numbers in a prediction from which on cuBLAS is better off without a workspace: in small calls it
+# adds up parts of sums there, in large ones it counts tiles, after a memset before each product.
 LARGE = 100_000
 
 _get_stream = functools.cache(torch.cuda.Stream)  # cuBLAS has a workspace for each stream
