@@ -4,7 +4,7 @@
         ./train_ldm_discrete.py --config=configs/imagenet256_H_DiM.py
 
 Expected: FID 2.40 of the published weights after 425,000 steps of batch 768, 2.21 after 625,000,
-with guidance 0.4 and 50 solver steps; this config goes on to 750,000, 871 hours of an H200 by the
+with guidance 0.4 and 50 solver steps; this config goes on to 750,000, 888 hours of an H200 by the
 measured speed. The run has not been made.
 """
 

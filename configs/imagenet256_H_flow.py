@@ -3,7 +3,7 @@
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
         ./train_ldm_discrete.py --config=configs/imagenet256_H_flow.py
 
-Expected: 80 epochs in 20.4 hours of eight H200s by the measured 183.6 images a second each and 95%
+Expected: 80 epochs in 20.8 hours of eight H200s by the measured 180.1 images a second each and 95%
 scaling, without the head. The run has not been made.
 """
 

@@ -3,7 +3,7 @@
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
         ./train_ldm_discrete.py --config=configs/imagenet256_H_flow_from_vp.py
 
-Expected: 4.1 hours of eight H200s by the measured 183.6 images a second each and 95% scaling,
+Expected: 4.2 hours of eight H200s by the measured 180.1 images a second each and 95% scaling,
 without the head; at first the published weights' pictures (sde.FlowFromDiscrete): sample.py draws
 them with this config and that file. The run has not been made.
 """

@@ -3,7 +3,7 @@
     accelerate launch --multi_gpu --num_processes 8 --mixed_precision bf16 \\
         ./train_ldm_discrete.py --config=configs/imagenet512_H_flow_ft.py
 
-Expected: 10.6 hours of eight H200s by the measured 53.2 images a second each and 95% scaling,
+Expected: 10.6 hours of eight H200s by the measured 53.0 images a second each and 95% scaling,
 without the head. The run has not been made.
 """
 
