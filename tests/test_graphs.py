@@ -136,7 +136,7 @@ def graphed(dtype=None):
 
 
 def test_without_workspace(monkeypatch):
-    """cuBLAS has none in the context, by torch's functions or the environment, but the user's."""
+    """Sizes are 0 in the context, in torch's functions and the environment; the user's stay."""
     sizes, name = {"cublas": 8, "cublaslt": 4}, "CUBLAS_WORKSPACE_CONFIG"
     for library in sizes:
 

@@ -1,5 +1,5 @@
 // Elementary functions in float32: hardware approximations where their error is one or two units in
-// the last place, series where it is not; but see silu.
+// the last place, series where it is not; but see softplus and silu in bfloat16.
 #pragma once
 #include "common/types.cuh"
 
@@ -50,17 +50,17 @@ template <class T> __device__ __forceinline__ float softplus(float x) {
   return fmaxf(x, 0.0f) + fmaf(e * e, q, e);
 }
 
-__device__ __forceinline__ float sigmoid(float x) {
-  return reciprocal(1.0f + ex2(-x * kLog2e));
-}
-
-// For an output in bfloat16: off by 6e-5 of itself at most, in 8 instructions instead of 14.
+// For an output in bfloat16: off by 6e-5 of itself at most, in 8 instructions instead of 13.
 template <> __device__ __forceinline__ float softplus<__nv_bfloat16>(float x) {
   const float e = ex2(-fabsf(x) * kLog2e);
   constexpr float kFactors[5] = {0.04133013f, -0.15739083f, 0.30627664f, -0.49697279f, 0.99994327f};
   float q = kFactors[0];
   UNROLL for (int i = 1; i < 5; ++i) q = fmaf(e, q, kFactors[i]);
   return fmaf(e, q, fmaxf(x, 0.0f));
+}
+
+__device__ __forceinline__ float sigmoid(float x) {
+  return reciprocal(1.0f + ex2(-x * kLog2e));
 }
 
 // d softplus / dx: the sigmoid, without overflow of the exponential for x << 0.

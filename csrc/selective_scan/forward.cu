@@ -9,7 +9,7 @@
 //
 // -D: kInput (element type), kStates (padded; kGroups * multiple of 4), kGroups, kChannels, kTile,
 // kPass (0 .. 3, below), kMinBlocks (blocks a multiprocessor that registers must allow), kSoftplus (the
-// type of what its precision is for: float, or kInput where nobody sees the states).
+// type to whose precision softplus is computed: float, or __nv_bfloat16).
 #include "common/math.cuh"
 #include "selective_scan/params.cuh"
 

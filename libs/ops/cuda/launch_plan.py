@@ -198,26 +198,25 @@ def _segment_scratch(prefix, batch, channels, states, segments):
 def scan_forward(
     batch, length, channels, states, dtype, multiprocessors, variant=None, softplus="float32"
 ):
-    """Plan of the forward. dtype: name of the dtype of u, delta, B, C, z. variant: to measure
-    others than the one chosen here. softplus: name of the dtype that its precision is for."""
+    """Plan of the forward. Names of dtypes: of u, delta, B, C, z; to whose precision softplus is
+    computed. variant: to measure others than the one chosen here."""
     shape = (batch, length, channels, states)
     variant = variant or forward_variant(*shape, multiprocessors)
     integers = _segment_integers(length, variant.segments)
     segments, padded = integers["segments"], _round_up(states, 4 * variant.groups)
-    rest, scratch = (shape, padded, dtype), {}
-    launches = [_walk(PASS_OUTPUT, variant, *rest, segments, softplus)]
+    launches, scratch = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments, softplus)], {}
     if segments > 1:
         walk = _without_outputs(variant)
-        launches.insert(0, _walk(PASS_END_STATE, walk, *rest, segments - 1, softplus))
+        ends = _walk(PASS_END_STATE, walk, shape, padded, dtype, segments - 1, softplus)
+        launches.insert(0, ends)
         scratch = _segment_scratch("segment", batch, channels, padded, segments)
     return Plan(tuple(launches), integers, scratch)
 
 
-def scan_forward_of_block(batch, length, channels, states, dtype, *rest, **options):
-    """The same where nobody sees the states: in bfloat16 with a softplus to its precision."""
-    softplus = dtype if dtype == "bfloat16" else "float32"
-    shape = (batch, length, channels, states, dtype)
-    return scan_forward(*shape, *rest, softplus=softplus, **options)
+def scan_forward_of_block(batch, length, channels, states, dtype, multiprocessors, variant=None):
+    """scan_forward where nobody sees the states: in bfloat16 softplus has bfloat16's precision."""
+    softplus = "bfloat16" if dtype == "bfloat16" else "float32"
+    return scan_forward(batch, length, channels, states, dtype, multiprocessors, variant, softplus)
 
 
 def _backward_shared_bytes(channels, padded, dtype, output):
