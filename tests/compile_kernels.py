@@ -47,8 +47,7 @@ def other_kernels(arch):
     plan, found = launch_plan, set()
     shapes = list(itertools.product((1, 2, 96), (1, 366, 9806), (5, 3072)))
     for dtype, shape in itertools.product(plan.CTYPES, shapes):
-        scans = plan.scan_forward, plan.scan_forward_of_block
-        scans += plan.scan_backward, plan.scan_backward_with_output
+        scans = plan.scan_forward, plan.scan_backward, plan.scan_backward_with_output
         for plans, sizes in (
             (scans, range(1, 65)), ((plan.conv_forward, plan.conv_backward), range(2, 9))
         ):  # fmt: skip

@@ -1,5 +1,5 @@
 // Elementary functions in float32: hardware approximations where their error is one or two units in
-// the last place, series where it is not; but see softplus and silu in bfloat16.
+// the last place, series where it is not; but see silu in bfloat16.
 #pragma once
 #include "common/types.cuh"
 
@@ -41,22 +41,13 @@ __device__ __forceinline__ float select(bool condition, float a, float b) {
 // log(1 + e^x). lg2(1 + e) would lose e's relative precision for the small steps of a trained
 // network (delta 1e-3: 1e-4 off); e + e e q(e), minimax over [0, 1], keeps it (1.4e-7) and needs no
 // reciprocal, as special functions bound the passes over the states.
-template <class T> __device__ __forceinline__ float softplus(float x) {
+__device__ __forceinline__ float softplus(float x) {
   const float e = ex2(-fabsf(x) * kLog2e);
   constexpr float kFactors[8] = {0.0053648185f, -0.030065769f, 0.0792045f, -0.13753799f,
                                  0.19153653f, -0.24857163f, 0.33321324f, -0.49999648f};
   float q = kFactors[0];
   UNROLL for (int i = 1; i < 8; ++i) q = fmaf(e, q, kFactors[i]);
   return fmaxf(x, 0.0f) + fmaf(e * e, q, e);
-}
-
-// For an output in bfloat16: off by 6e-5 of itself at most, in 8 instructions instead of 13.
-template <> __device__ __forceinline__ float softplus<__nv_bfloat16>(float x) {
-  const float e = ex2(-fabsf(x) * kLog2e);
-  constexpr float kFactors[5] = {0.04133013f, -0.15739083f, 0.30627664f, -0.49697279f, 0.99994327f};
-  float q = kFactors[0];
-  UNROLL for (int i = 1; i < 5; ++i) q = fmaf(e, q, kFactors[i]);
-  return fmaf(e, q, fmaxf(x, 0.0f));
 }
 
 __device__ __forceinline__ float sigmoid(float x) {

@@ -230,7 +230,7 @@ struct Channel {
     Packed<kInput, kStride> u;
     UNROLL for (int t = 0; t < kStride; ++t) {
       const float sum = to_float(raw[t].of[1][at.owned]) + bias;
-      delta[t] = select(use_softplus, softplus<float>(sum), sum);
+      delta[t] = select(use_softplus, softplus(sum), sum);
       slope[t] = select(use_softplus, softplus_derivative(sum), 1.0f);
       const float z = to_float(raw[t].of[2][at.owned]), g_y = to_float(raw[t].of[3][at.owned]);
       const float s = sigmoid(z);

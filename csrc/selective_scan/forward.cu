@@ -8,8 +8,7 @@
 // computes for every kGroups-th step, and the partial outputs.
 //
 // -D: kInput (element type), kStates (padded; kGroups * multiple of 4), kGroups, kChannels, kTile,
-// kPass (0 .. 3, below), kMinBlocks (blocks a multiprocessor that registers must allow), kSoftplus (the
-// type to whose precision softplus is computed: float, or __nv_bfloat16).
+// kPass (0 .. 3, below), kMinBlocks (blocks a multiprocessor that registers must allow).
 #include "common/math.cuh"
 #include "selective_scan/params.cuh"
 
@@ -126,7 +125,7 @@ __device__ __forceinline__ void scalars(const Inputs& in, const Columns& columns
                                         float bias, bool use_softplus, bool inside, float& delta,
                                         float& x) {
   const float raw = to_float(in.delta[k]) + bias;
-  delta = select(inside, select(use_softplus, softplus<kSoftplus>(raw), raw), 0.0f);
+  delta = select(inside, select(use_softplus, softplus(raw), raw), 0.0f);
   const float u = to_float(in.u[k]);
   x = delta * u;
   if (kCarry) x = select(inside && columns.has_u, u * gate(in, columns.has_z, k), 0.0f);

@@ -9,7 +9,7 @@
 // ends the steps of tile k - 1 and prepares tile k + 1.
 //
 // -D: kInput (element type), kLanes (4 or 8), kChannels (neighbours of one batch entry that a block
-// has), kTile, kMinBlocks (blocks a multiprocessor that registers must allow), kSoftplus (as in forward.cu).
+// has), kTile, kMinBlocks (blocks a multiprocessor that registers must allow).
 #include "common/math.cuh"
 #include "selective_scan/params.cuh"
 
@@ -163,7 +163,7 @@ struct Tasks {
       const int step = k * kLanes;
       const float raw = to_float(raw_delta[k]) + bias, input = to_float(raw_u[k]);
       const float size = select(first + step < steps,
-                                select(use_softplus, softplus<kSoftplus>(raw), raw), 0.0f);
+                                select(use_softplus, softplus(raw), raw), 0.0f);
       shared.scalars[buffer][column][first_step + step] = make_float2(size, size * input);
       input_u[buffer][k] = input;
       gate[buffer][k] = select(has_z, silu<kInput>(to_float(raw_z[k])), 1.0f);

@@ -169,12 +169,12 @@ def _without_outputs(variant):
     return variant._replace(channels=32, min_blocks=1)
 
 
-def _walk(scan_pass, variant, shape, padded, dtype, segments, softplus="float32"):
+def _walk(scan_pass, variant, shape, padded, dtype, segments):
     """A launch of a walk in one direction, the states padded to `padded`."""
     batch, _, channels, _ = shape
     defines = {
         "kInput": CTYPES[dtype], "kChannels": variant.channels, "kTile": variant.tile,
-        "kMinBlocks": variant.min_blocks, "kSoftplus": CTYPES[softplus],
+        "kMinBlocks": variant.min_blocks,
     }  # fmt: skip
     source, name = "selective_scan/forward.cu", "scan_forward"
     if variant.lanes > 1:
@@ -195,28 +195,19 @@ def _segment_scratch(prefix, batch, channels, states, segments):
     }
 
 
-def scan_forward(
-    batch, length, channels, states, dtype, multiprocessors, variant=None, softplus="float32"
-):
-    """Plan of the forward. Names of dtypes: of u, delta, B, C, z; to whose precision softplus is
-    computed. variant: to measure others than the one chosen here."""
+def scan_forward(batch, length, channels, states, dtype, multiprocessors, variant=None):
+    """Plan of the forward. dtype: name of the dtype of u, delta, B, C, z. variant: to measure
+    others than the one chosen here."""
     shape = (batch, length, channels, states)
     variant = variant or forward_variant(*shape, multiprocessors)
     integers = _segment_integers(length, variant.segments)
     segments, padded = integers["segments"], _round_up(states, 4 * variant.groups)
-    launches, scratch = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments, softplus)], {}
+    launches, scratch = [_walk(PASS_OUTPUT, variant, shape, padded, dtype, segments)], {}
     if segments > 1:
         walk = _without_outputs(variant)
-        ends = _walk(PASS_END_STATE, walk, shape, padded, dtype, segments - 1, softplus)
-        launches.insert(0, ends)
+        launches.insert(0, _walk(PASS_END_STATE, walk, shape, padded, dtype, segments - 1))
         scratch = _segment_scratch("segment", batch, channels, padded, segments)
     return Plan(tuple(launches), integers, scratch)
-
-
-def scan_forward_of_block(batch, length, channels, states, dtype, multiprocessors, variant=None):
-    """scan_forward where nobody sees the states: in bfloat16 softplus has bfloat16's precision."""
-    softplus = "bfloat16" if dtype == "bfloat16" else "float32"
-    return scan_forward(batch, length, channels, states, dtype, multiprocessors, variant, softplus)
 
 
 def _backward_shared_bytes(channels, padded, dtype, output):

@@ -110,7 +110,7 @@ def _forward(*inputs):
     u = _convolve(xz, p, i.order)
     dtBC = _product(u, weights.x_proj)
     scan = _scan_inputs(u, xz, dtBC, weights.dt_proj, p, i.order)
-    prepared = selective_scan.plan(launch_plan.scan_forward_of_block, u, p.A)
+    prepared = selective_scan.plan(launch_plan.scan_forward, u, p.A)
     y, _ = selective_scan.run_forward(prepared, scan)
     branch, y_scale = _large_product(y, weights.out_proj, i.fp8)
     out = adaln.gate(i.x, branch, i.adaln, i.out_dtype)

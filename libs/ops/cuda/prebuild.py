@@ -25,7 +25,6 @@ def _plans(dtype, arch, gpu):
         yield launch_plan.scan_forward(*shape, 16, dtype, gpu)
         yield launch_plan.scan_backward(*shape, 16, dtype, gpu)
         if arch >= OLDEST_FUSED:
-            yield launch_plan.scan_forward_of_block(*shape, 16, dtype, gpu)
             yield launch_plan.scan_backward_with_output(*shape, 16, dtype, gpu)
         yield launch_plan.conv_forward(*shape, 3, dtype, gpu)
         yield launch_plan.conv_backward(*shape, 3, dtype, gpu)

@@ -63,10 +63,6 @@ def check_scan(gpu, dtype):
     for variant in (launch_plan.ONE_THREAD, in_segments, *lanes):
         prepared = prepare(launch_plan.scan_forward, variant)
         yield f"scan {variant}", selective_scan.run_forward(prepared, x, True), outputs
-        if gpu.arch >= OLDEST_FUSED:
-            prepared = prepare(launch_plan.scan_forward_of_block, variant)
-            y, _ = selective_scan.run_forward(prepared, x)
-            yield f"scan of a block {variant}", (y,), outputs[:1]
     for output, segments in itertools.product((False, True), (1, 2)):
         if output and gpu.arch < OLDEST_FUSED:
             continue
