@@ -18,7 +18,7 @@ from libs.model.layers import EXTRA_TOKENS
 from libs.model.mamba import Mamba
 from libs.model.routing import route_index
 from libs.model.scan_order import block_patterns, pad_index, sequence_order
-from libs.model.skips import LongSkips, TunedSkips
+from libs.model.skips import tune_skip
 from utils import bind, look_up
 
 # Width and depth of the paper's models. Parameters: S 50,568,716 at 32x32x3 with 10 classes; L
@@ -44,7 +44,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
     or (height, width); other sizes interpolate it. Label `num_classes` is the null class of
     classifier-free guidance. mixer: of MIXERS, as dict(name="attention", heads=16).
     num_pad_tokens: padding columns, padding rows and split tokens. pad_layout: of
-    scan_order.PAD_LAYOUTS. skip_tuning, freeu: see libs.model.skips.TunedSkips.
+    scan_order.PAD_LAYOUTS. skip_tuning, freeu: see libs.model.skips.tune_skip.
 
     UserError: an unknown mixer, an even depth, an input size that the patch size does not divide.
     """
@@ -203,28 +203,27 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         grids = (route.shape[1:] if k in routed else grid for k in range(self.depth))
         walks = zip(self.patterns, grids, strict=True)
         orders = [sequence_order(p, *sides, self.pad, front, x.device) for p, sides in walks]
-        skips, inner, dense = LongSkips(), {}, None
-        if self.skip_tuning or self.freeu:
-            skips = TunedSkips(self.num_skips, t, self.skip_tuning, self.freeu)
+        saved, inner, dense = [], {}, None  # saved: for long skips
+        options = self.num_skips, t, self.skip_tuning, self.freeu
         last = self.depth - self.reuse_from
         first = max([self.reuse_from, *(k + 1 for k in hidden if k <= last)])
         left_out = range(first, last + 1) if reused is not None else ()
         for k, block in enumerate(self.blocks):
             if k in left_out:
                 x, dense = reused, None
-                del skips.saved[self.reuse_from - 1 :]  # the others are of inner pairs
+                del saved[self.reuse_from - 1 :]  # the others are of inner pairs
                 continue
             if k in routed[:1]:
                 dense, x = x, x.take_along_dim(index[..., None], 1)
-            skip = None
-            if k > self.num_skips:
-                x, skip = skips.pop(x, orders[k - 1])
+            skip, consumer = None, k - self.num_skips - 1
+            if consumer >= 0:
+                x, skip = tune_skip(x, saved.pop(), consumer, *options, orders[k - 1])
             arguments = (x, modulation, orders[k], drop_path_scales[k], skip)
             given, (x, kept) = x, layers.run_block(block, self.activation_checkpointing, *arguments)
-            if skips.saved and skips.saved[-1] is given:
-                skips.saved[-1] = kept  # half the memory, where it is rounded
+            if saved and saved[-1] is given:
+                saved[-1] = kept  # half the memory, where it is rounded
             if 1 <= k <= self.num_skips:
-                skips.saved.append(x)
+                saved.append(x)
             if k in routed[-1:]:
                 x, dense = routing.restore(x, dense, index), None
             if k in hidden:

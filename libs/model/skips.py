@@ -90,22 +90,11 @@ def apply_freeu(x, skip, skip_scale, stream_scale, order):
     return torch.cat([x[:, :EXTRA_TOKENS], boosted], dim=1), filtered
 
 
-class LongSkips:
-    """The saved outputs of blocks, which later blocks take back, the latest first."""
-
-    def __init__(self):
-        self.saved = []
-
-    def pop(self, x, order):
-        """(x, skip) for the next block; order: (L,) or None, of the previous block."""
-        return x, self.saved.pop()
-
-
-class TunedSkips(LongSkips):
-    """Long skips under two options.
+def tune_skip(x, skip, consumer, count, t, skip_tuning, freeu, order):
+    """(x, skip) for a block that takes a long skip, changed by two options.
 
     Args:
-        count: the number of all skips.
+        consumer, count: the number of this block among those that take one, from 0; of them all.
         t: (B,) network time.
         skip_tuning: None, (low, high) or (low, high, time): the skips are scaled by `high` at the
             first consumer, falling linearly to high - (high - low) * time at the last (arXiv
@@ -113,20 +102,12 @@ class TunedSkips(LongSkips):
             None gives what it means.
         freeu: None, or (s1, s2, b1, b2): skip and stream factors of the first two consumers (arXiv
             2309.11497).
+        order: (L,) or None, of the previous block.
     """
-
-    def __init__(self, count, t, skip_tuning, freeu):
-        super().__init__()
-        self.count, self.t, self.freeu = count, t, freeu
-        self.skip_tuning = (*skip_tuning, 0.001)[:3] if skip_tuning else None
-
-    def pop(self, x, order):
-        consumer = self.count - len(self.saved)
-        skip = self.saved.pop()
-        if self.skip_tuning is not None:
-            low, high, time = self.skip_tuning
-            time = time if time is not None else (self.t / 1000).view(-1, 1, 1)
-            skip = skip * (high - (high - low) * time * consumer / (self.count - 1))
-        if self.freeu is not None and consumer < 2:
-            x, skip = apply_freeu(x, skip, *self.freeu[consumer::2], order)
-        return x, skip
+    if skip_tuning:
+        low, high, time = (*skip_tuning, 0.001)[:3]
+        time = time if time is not None else (t / 1000).view(-1, 1, 1)
+        skip = skip * (high - (high - low) * time * consumer / (count - 1))
+    if freeu and consumer < 2:
+        x, skip = apply_freeu(x, skip, *freeu[consumer::2], order)
+    return x, skip

@@ -112,9 +112,9 @@ def _pack(outputs, hidden):
 
 
 class _Graphs(dict):
-    """What `capture(call)` returned, by the signature of network(*inputs, hidden=hidden): `hidden`,
-    shapes and dtypes of the inputs, which of them are None, and the autocast state. The call gives
-    (out, *inner), the inner outputs as `hidden` names them.
+    """What `capture(call)` returned, by the signature of network(x, t, y, **options): `hidden`, the
+    names, shapes and dtypes of the tensors, and the autocast state. The call gives (out, *inner),
+    the inner outputs as `hidden` names them.
 
     The first call of a signature is eager, as it compiles and plans; the second is captured. Each
     graph holds memory: signatures beyond MAX_GRAPHS stay eager.
@@ -124,11 +124,12 @@ class _Graphs(dict):
         super().__init__()
         self.network, self.capture, self._seen = network, capture, set()
 
-    def find(self, hidden, *inputs):
-        """The captured parts, with `inputs` copied in, or None where the call is to be eager."""
-        kind = inputs[0].device.type
+    def find(self, x, t, y, hidden=(), **options):
+        """The captured parts, the tensors copied in, or None where the call is to be eager."""
+        kind = x.device.type
         autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
-        tensors = (None if x is None else (tuple(x.shape), x.dtype) for x in inputs)
+        inputs = {k: v for k, v in dict(x=x, t=t, y=y, **options).items() if v is not None}
+        tensors = ((name, x.shape, x.dtype) for name, x in inputs.items())
         signature = (hidden, *tensors, autocast)
         if signature not in self:
             if signature not in self._seen or len(self) >= MAX_GRAPHS:
@@ -136,21 +137,20 @@ class _Graphs(dict):
                 return None
             self[signature] = self._capture(hidden, inputs, kind, autocast)
         static, parts = self[signature]
-        for x, given in zip(static, inputs, strict=True):
-            if given is not None:
-                x.copy_(given)
+        for name, given in inputs.items():
+            static[name].copy_(given)
         return parts
 
     def _capture(self, hidden, inputs, kind, autocast):
         with torch.inference_mode(False):  # inference tensors could not be written in other modes
-            static = tuple(None if x is None else x.clone() for x in inputs)
+            static = {name: x.clone() for name, x in inputs.items()}
 
         def call():
             # Casts that autocast caches until its context ends would be gone at a later replay.
             with torch.autocast(kind, autocast or None, bool(autocast), cache_enabled=False):
                 if not hidden:
-                    return (self.network(*static),)
-                out, inner = self.network(*static, hidden=hidden)
+                    return (self.network(**static),)
+                out, inner = self.network(**static, hidden=hidden)
                 return (out, *(inner[key] for key in hidden))
 
         return static, self.capture(call)
@@ -201,18 +201,15 @@ class GraphedTraining(nn.Module):
         leaves = tuple(self._leaves.values())
         self._graphs = _Graphs(self._call_leaves, lambda call: capture(call, leaves))
 
-    def _call_leaves(self, x, t, y, draw, route, **options):
-        draws = {"drop_path_draw": draw, "route": route}
-        options |= {name: draw for name, draw in draws.items() if draw is not None}
-        return torch.func.functional_call(self.network, self._leaves, (x, t, y), options)
+    def _call_leaves(self, **inputs):
+        return torch.func.functional_call(self.network, self._leaves, (), inputs)
 
     def forward(self, x, t, y=None, **options):
-        """As the network's; options: drop_path_draw, route and hidden."""
-        hidden, route = options.get("hidden", ()), options.get("route")
-        parts = self._graphs.find(hidden, x, t, y, options.get("drop_path_draw"), route)
+        """As the network's; options: hidden, and tensors such as route."""
+        parts = self._graphs.find(x, t, y, **options)
         if parts is None:
             return self.network(x, t, y, **options)
-        return _pack(_Replay.apply(self, parts, *self._named.values()), hidden)
+        return _pack(_Replay.apply(self, parts, *self._named.values()), options.get("hidden"))
 
 
 class SamplingNetwork:
@@ -259,21 +256,18 @@ class SamplingNetwork:
                 made = nn.Parameter(torch.empty_like(x), requires_grad=False)
                 self._made.setdefault((module, name), made).copy_(x)
 
-    def _call(self, x, t, y, reused, **options):
-        return self.network(x, t, y, **options, **({} if reused is None else {"reused": reused}))
-
     @torch.no_grad()
     def _replay(self, x, t, y=None, **options):
-        """As the network's; options: hidden and reused."""
+        """As the network's; options: hidden, and tensors such as reused."""
         if self._graphs is None:
-            self._graphs = _Graphs(self._call, self.capture or CudaCapture(self.device).forward)
-        hidden = options.get("hidden", ())
-        parts = self._graphs.find(hidden, x, t, y, options.get("reused"))
+            self._graphs = _Graphs(self.network, self.capture or CudaCapture(self.device).forward)
+        parts = self._graphs.find(x, t, y, **options)
         if parts is None:
             return self.network(x, t, y, **options)
         replay, outputs = parts
         replay()
-        return _pack([x.clone() for x in outputs], hidden)  # the next replay writes them again
+        copies = [x.clone() for x in outputs]  # the next replay writes them again
+        return _pack(copies, options.get("hidden"))
 
     def release(self):
         """Give graphs and what was made back; the next `ready` makes them again."""

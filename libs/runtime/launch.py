@@ -9,7 +9,7 @@ import os
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from utils import UserError
+from utils import UserError, look_up
 
 log = logging.getLogger("dim")
 
@@ -105,13 +105,9 @@ class Precision:
 
     def __init__(self, name, device):
         self.name = name or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if self.name not in PRECISIONS:
-            raise UserError(f"mixed precision is {self.name!r}, expected no, fp16 or bf16")
-        self.device, self.dtype = device, PRECISIONS[self.name]
+        self.device, self.dtype = device, look_up(PRECISIONS, self.name, "mixed precision")
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.name == "fp16")
 
     def autocast(self):
         """The context of a forward pass."""
-        if self.dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
