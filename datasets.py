@@ -192,7 +192,7 @@ class ImageFolder(ImageDataset):
             said = f"all images of {self.root} are read, those of {', '.join(sorted(splits))}"
             warnings.warn(f"{said} alike: to read one, name it in the path", stacklevel=2)
         self.unreadable = multiprocessing.RawArray("b", len(self.files))  # workers share it
-        resolution = resolution or data.read_side(self.root, self.files[0])
+        resolution = resolution or data.read_square(self.root, self.files[0]).shape[-1]
         self.preprocessing = f"RGB, centre crop to {resolution} (ADM: box halvings, then bicubic)"
         if labels:
             targets, self.class_names = data.label_images(self.root, self.files)

@@ -155,33 +155,26 @@ def run_directory(config_path: str, overrides: dict, workdir: str | None) -> Pat
     return Path("workdir") / name / _make_file_name("-".join(parts) or "default")
 
 
-class RunLock:
+@contextlib.contextmanager
+def locked(directory, flag="--workdir"):
     """Keeps a second run out of `directory`, by a lock of the operating system: kill -9 releases it
     at once, and forked data loader workers do not inherit it, as they would an flock. Take it on
     one rank only. UserError names the holder and `flag`, which chooses another directory.
     """
-
-    def __init__(self, directory, flag="--workdir"):
-        self._file = (make_directory(directory) / ".lock").open("a+", encoding="utf-8")
+    with (make_directory(directory) / ".lock").open("a+", encoding="utf-8") as file:
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX allows EAGAIN and EACCES
-            self._file.seek(0)
-            holder = self._file.read() or "another process"
-            self._file.close()
+            file.seek(0)
+            holder = file.read() or "another process"
             text = f"{directory} is in use by {holder}; wait for it, or give another {flag}"
             raise UserError(text) from None
         except OSError as error:  # some cluster file systems have no locks
             logging.getLogger("dim").warning("cannot lock %s: %s", directory, error.strerror)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._file.flush()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exception):
-        self._file.close()
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def write_run_files(directory, config, environment: dict) -> list[str]:

@@ -86,11 +86,6 @@ class Pixels(Dataset):
         return (torch.from_numpy(self.images.pixels(image)),)
 
 
-def split_batches(images, batch_size):
-    """A range of images as lists of batch_size, the last shorter."""
-    return [list(images[i : i + batch_size]) for i in range(0, len(images), batch_size)]
-
-
 def make_loader(args, images, batches, device):
     """Iterator over the pixels [(b, 3, H, W)] of the batches, in their order."""
     on_gpu, workers = device.type == "cuda", args.num_workers
@@ -133,10 +128,11 @@ def deal(accelerator, writer):
 
 def write_shards(args, accelerator, writer, images, networks, shards):
     """Encode and write the shards of these numbers; networks: autoencoder and features."""
-    device = accelerator.device
-    batches = [split_batches(writer.images(number), args.batch_size) for number in shards]
+    device, size = accelerator.device, args.batch_size
+    parts = [writer.images(number) for number in shards]
+    batches = [[part[i : i + size] for i in range(0, len(part), size)] for part in parts]
     loader = make_loader(args, images, sum(batches, []), device)
-    total = sum(len(writer.images(number)) for number in shards)
+    total = sum(map(len, parts))
     name = f"process {accelerator.process_index} of {accelerator.num_processes}"
     with tqdm(total=total, desc=name, unit="img", disable=not accelerator.is_main_process) as bar:
         for number, own in zip(shards, batches, strict=True):
@@ -195,7 +191,7 @@ def main(args):
         return verify(args.output)
     accelerator, lock = make_accelerator(), contextlib.nullcontext()
     if accelerator.is_main_process:
-        lock = utils.RunLock(args.output, "--output")
+        lock = utils.locked(args.output, "--output")
     with lock:
         extract(args, accelerator)
     accelerator.end_training()  # else gloo's threads now and then abort the process at its end

@@ -63,6 +63,9 @@ def test_everything_that_pillow_opens_is_an_image(tmp_path):
     left_out = "2 .txt, 1 @eaDir, 1 .Trash-1000, 1 .heic, 1 .eps, 1 hidden, 1 README"
     assert sorted(folder.left_out.split(", ")) == sorted(left_out.split(", "))
     assert not any(folder.unreadable)
+    for name in set(FORMATS) - {"k.tga"}:
+        (tmp_path / name).unlink()
+    assert open_folder(tmp_path, resolution=None)[0, 0][0].shape == (3, 30, 30)
 
 
 SYSTEM = (

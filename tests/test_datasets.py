@@ -22,7 +22,7 @@ from writers import noise_image, write_fashion_mnist, write_folder
 import datasets
 from datasets import get_dataset
 from libs.data import images
-from libs.data.order import GlobalBatchSampler, permutation
+from libs.data.order import deal_keys, permutation
 from utils import UserError
 
 # ------------------------------------------------------------ digits
@@ -329,7 +329,7 @@ def global_batches(length, batch_size, processes, accumulation, batches, start_b
     """For each global batch, its keys in stream order, gathered from all ranks."""
     given = dict(num_processes=processes, accumulation=accumulation, seed=3)
     given["start_batch"] = start_batch
-    ranks = [GlobalBatchSampler(length, batch_size, rank=r, **given) for r in range(processes)]
+    ranks = [deal_keys(length, batch_size, rank=r, **given) for r in range(processes)]
     parts = [list(itertools.islice(rank, batches * accumulation)) for rank in ranks]
     sizes = {len(micro) for rank in parts for micro in rank}
     assert sizes == {batch_size // (processes * accumulation)}
@@ -348,7 +348,7 @@ def test_every_rank_layout_reads_the_same_stream(length, processes, accumulation
 
 def test_an_indivisible_batch_is_refused():
     with pytest.raises(UserError, match="100 is not .* 4 processes x 3 accumulation steps = 12"):
-        GlobalBatchSampler(50, 100, num_processes=4, rank=0, accumulation=3, seed=0)
+        deal_keys(50, 100, num_processes=4, rank=0, accumulation=3, seed=0)
 
 
 def test_the_permutation_is_a_fixed_function():
@@ -360,6 +360,5 @@ def test_the_permutation_is_a_fixed_function():
 
 def test_resuming_far_into_training_is_immediate():
     options = {"num_processes": 8, "rank": 3, "accumulation": 2, "seed": 0}
-    sampler = GlobalBatchSampler(1000, 1024, start_batch=10**9, **options)
-    assert len(next(iter(sampler))) == 64
-    assert next(iter(sampler))[0][0] == (10**9 * 1024 + 3 * 64) // 1000
+    keys = next(deal_keys(1000, 1024, start_batch=10**9, **options))
+    assert len(keys) == 64 and keys[0][0] == (10**9 * 1024 + 3 * 64) // 1000

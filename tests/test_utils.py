@@ -134,7 +134,8 @@ def test_run_files_record_the_run_and_a_resume_tells_differences(tmp_path):
 
 HOLDER = '''
 import os, sys, time, utils
-lock = utils.RunLock(sys.argv[1])
+lock = utils.locked(sys.argv[1])
+lock.__enter__()
 if os.fork() == 0:
     time.sleep(20)  # as a data loader worker that outlives the trainer for a while
     os._exit(0)
@@ -148,10 +149,10 @@ def test_lock_refuses_a_second_run_and_dies_with_its_process(tmp_path):
     holder = python(HOLDER, directory)
     assert holder.stdout.readline() == "locked\n"
     with pytest.raises(utils.UserError, match=f"in use by process {holder.pid} on .*--workdir"):
-        utils.RunLock(directory)
+        utils.locked(directory).__enter__()
     holder.kill()
     holder.wait()
-    with utils.RunLock(directory):
+    with utils.locked(directory):
         pass
 
 

@@ -138,15 +138,9 @@ def crop_square(image, resolution):
     return image.crop((left, top, left + resolution, top + resolution))
 
 
-def read_side(root, name):
-    """The smaller side in pixels of the image `name` below `root`."""
-    file = io.BytesIO((_mount(root, os.getpid()) / name).read_bytes())
-    with reading(root / name, "image"), Image.open(file, formats=FORMATS) as image:
-        return min(image.size)
-
-
-def read_square(root, name, resolution):
-    """`crop_square` of the image `name` below `root` as uint8 (3, resolution, resolution), RGB.
+def read_square(root, name, resolution=None):
+    """`crop_square` of the image `name` below `root` as uint8 (3, resolution, resolution), RGB;
+    without a resolution, of its smaller side.
 
     Alpha is dropped, not composited, as ADM and pytorch-fid do. UnreadableImage for a damaged file.
     """
@@ -154,7 +148,7 @@ def read_square(root, name, resolution):
         file = io.BytesIO((_mount(root, os.getpid()) / name).read_bytes())
         own = list_formats().get(os.path.splitext(name)[1].lower(), "PNG")
         with Image.open(file, formats=(*FORMATS, own)) as image:
-            image = crop_square(image.convert("RGB"), resolution)
+            image = crop_square(image.convert("RGB"), resolution or min(image.size))
     except Exception as error:  # PIL raises many kinds
         not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
         if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:

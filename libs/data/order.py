@@ -4,7 +4,6 @@ import functools
 import itertools
 
 import numpy as np
-from torch.utils.data import Sampler
 
 from utils import UserError
 
@@ -27,38 +26,27 @@ def permutation(length, *, seed, epoch):
     return np.argsort(keyed_words(length, seed, "permutation", epoch=epoch), kind="stable")
 
 
-class GlobalBatchSampler(Sampler):
-    """Batch sampler of one rank over an endless stream that is the same for any number of ranks.
+def deal_keys(length, batch_size, *, num_processes, rank, accumulation, seed, start_batch=0):
+    """The micro-batches of one rank, lists of (epoch, index), without end, out of a stream that is
+    the same for any number of ranks.
 
     Stream position p has epoch p // length and index permutation(seed, epoch)[p % length]; global
-    batch k is positions [k * batch_size, (k + 1) * batch_size). From batch `start_batch` on, each
-    gives `accumulation` lists of (epoch, index): micro-batch m of rank r is the b positions from
-    (m * num_processes + r) * b of the batch, b = batch_size / (num_processes * accumulation).
-    Starting anywhere costs one permutation. Raises UserError if batch_size does not divide.
+    batch k is positions [k * batch_size, (k + 1) * batch_size), from batch `start_batch` on. Its
+    micro-batch m of rank r is the b positions from (m * num_processes + r) * b of the batch,
+    b = batch_size / (num_processes * accumulation): a rank's micro-batches lie num_processes * b
+    apart. Starting anywhere costs one permutation. UserError if batch_size does not divide.
     """
+    if batch_size % (parts := num_processes * accumulation):
+        raise UserError(
+            f"train.batch_size {batch_size} is not divisible by {num_processes} processes x "
+            f"{accumulation} accumulation steps = {parts}"
+        )
+    mini_batch_size = batch_size // parts
 
-    def __init__(
-        self, length, batch_size, *, num_processes, rank, accumulation, seed, start_batch=0
-    ):
-        if batch_size % (parts := num_processes * accumulation):
-            raise UserError(
-                f"train.batch_size {batch_size} is not divisible by {num_processes} processes x "
-                f"{accumulation} accumulation steps = {parts}"
-            )
-        self.length, self.batch_size, self.start_batch = length, batch_size, start_batch
-        self.num_processes, self.rank = num_processes, rank
-        self.accumulation, self.seed = accumulation, seed
+    def find_key(position):
+        epoch, place = divmod(position, length)
+        return epoch, int(permutation(length, seed=seed, epoch=epoch)[place])
 
-    def _keys(self, start, stop):
-        """(epoch, index) of the stream positions [start, stop), which may cross epochs."""
-        places = (divmod(position, self.length) for position in range(start, stop))
-        order = functools.partial(permutation, self.length, seed=self.seed)
-        return [(epoch, int(order(epoch=epoch)[offset])) for epoch, offset in places]
-
-    def __iter__(self):
-        mini_batch_size = self.batch_size // (self.num_processes * self.accumulation)
-        for batch in itertools.count(self.start_batch):
-            for micro_batch in range(self.accumulation):
-                part = micro_batch * self.num_processes + self.rank
-                start = batch * self.batch_size + part * mini_batch_size
-                yield self._keys(start, start + mini_batch_size)
+    first = start_batch * batch_size + rank * mini_batch_size
+    starts = itertools.count(first, num_processes * mini_batch_size)
+    return ([find_key(start + i) for i in range(mini_batch_size)] for start in starts)

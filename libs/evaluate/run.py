@@ -58,12 +58,9 @@ def evaluation_spec(source, extractors, metrics, real, settings, n, seeds):
 
 def require_same_spec(path, spec, flag):
     """UserError if the json file `path` differs, but for names of files: their hashes count."""
-    found = utils.read_json(path)
-    found, own = (
-        {key: x for key, x in utils.flatten(values).items() if not key.endswith(".file")}
-        for values in ({key: found[key] for key in spec if key in found}, spec)
-    )
-    if lines := utils.config_differences(found, own):
+    found = {key: value for key, value in utils.read_json(path).items() if key in spec}
+    lines = utils.config_differences(found, spec)
+    if lines := [line for line in lines if ".file: " not in line]:
         raise UserError(
             f"{path} is of another evaluation ({lines[0]}): move it away, or give another {flag}"
         )

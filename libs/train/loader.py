@@ -2,7 +2,7 @@
 
 import torch
 
-from libs.data import GlobalBatchSampler
+from libs.data import deal_keys
 from libs.runtime import read_batches
 
 
@@ -32,7 +32,7 @@ def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch
     A batch that does not come while is_stopped() holds is NaN, so that the step is made by none.
     """
     processes, device = accelerator.num_processes, accelerator.device
-    sampler = GlobalBatchSampler(
+    keys = deal_keys(
         len(dataset), settings.batch_size, num_processes=processes,
         rank=accelerator.process_index, accumulation=accumulation, seed=seed,
         start_batch=start_batch,
@@ -43,7 +43,7 @@ def make_batches(dataset, accelerator, settings, accumulation, seed, start_batch
         nothing += (torch.zeros(rows, *dataset.feature_shape),)
     # The workers start now, before there are threads that a fork could catch half-way.
     batches = read_batches(
-        dataset, batch_sampler=sampler, num_workers=settings.num_workers,
+        dataset, batch_sampler=keys, num_workers=settings.num_workers,
         pin_memory=device.type == "cuda", is_stopped=is_stopped, substitute=nothing,
     )  # fmt: skip
     return Prefetcher(batches, device)

@@ -36,7 +36,7 @@ def open_run(directory, accelerator):
     """The run directory, locked, and its log; yields the StopRequest."""
     utils.make_directory(directory)
     main = accelerator.is_main_process
-    with utils.RunLock(directory) if main else contextlib.nullcontext(), StopRequest() as stop:
+    with utils.locked(directory) if main else contextlib.nullcontext(), StopRequest() as stop:
         get_logger(directory, accelerator.process_index)
         if main:
             utils.remove_leftovers(directory, directory / "samples")

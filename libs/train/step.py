@@ -41,7 +41,7 @@ class StepStats:
 def take_step(accelerator, state, objective, batches, draws, accumulation, lr, stop):
     """Gradients of this rank's micro-batches, and the optimizer's step; fetched StepStats.
     batches: Prefetcher of this rank's items; draws: of the global batch, of which a micro-batch
-    has the rows that GlobalBatchSampler deals to it; stop: this process's StopRequest.
+    has the rows that deal_keys gives to it; stop: this process's StopRequest.
     """
     engine, began = state.engine, time.monotonic()
     for group in engine.optimizer.param_groups:
