@@ -14,7 +14,6 @@ import contextlib
 import gc
 import itertools
 import sys
-import time
 from statistics import median
 from typing import NamedTuple
 
@@ -153,13 +152,10 @@ FLOPS = {"train": 3, "forward": 1, "sample": 2}  # forward passes in a step, by 
 
 def time_steps(call, device):
     """(sorted milliseconds of 5 to 50 calls, about SECONDS in all; seconds of the first call)."""
-    start = time.perf_counter()
-    call()
-    harness.synchronize(device)
-    first = time.perf_counter() - start
+    (first,) = harness.time_in_a_row(call, device, 1)
     typical = median(harness.time_in_a_row(call, device, 3))
     repeats = min(max(int(1e3 * SECONDS / typical), 5), 50)
-    return sorted(harness.time_in_a_row(call, device, repeats)), first
+    return sorted(harness.time_in_a_row(call, device, repeats)), first / 1e3
 
 
 def measure_peak(device, size=8192):
@@ -206,14 +202,9 @@ def run(cases, path, setting, device):
             failed += [case] if case.model.startswith("DiM") else []
             continue
         print(" | ".join(make_cells(record)), flush=True)
-        records = harness.merge(harness.load(path), [record], (*Case._fields, "gpu", "commit"))
+        records = harness.merge(harness.load(path), [record], Case._fields)
         harness.write(path, records, make_table(records))
     return failed
-
-
-def get_latest(records):
-    """The record of each case that was measured last."""
-    return list({tuple(r[k] for k in Case._fields): r for r in records}.values())
 
 
 COLUMNS = ("model", "task", "px", "batch", "precision", "how", "median ms", "10-90%", "img/s",
@@ -232,8 +223,8 @@ def make_cells(r):
 
 
 def make_table(records):
-    """Markdown: the latest record of each case by task, resolution and batch."""
-    tasks, rows = list(SHAPES), get_latest(records)
+    """Markdown: the records by task, resolution and batch."""
+    tasks, rows = list(SHAPES), list(records)
     rows.sort(key=lambda r: (tasks.index(r["task"]), r["pixels"], -r["batch"], r["model"]))
     head = (
         f"`bench_model.py`: {rows[0]['gpu']}, torch {rows[-1]['torch']}. MFU: FLOPs of all matrix "
@@ -250,7 +241,7 @@ def draw(records, path):
     from matplotlib.figure import Figure
 
     best = {}
-    for r in get_latest(records):
+    for r in records:
         if (r["task"], r["batch"], r["precision"]) == ("forward", 2, "bf16"):
             points = best.setdefault(r["model"], {})
             points[r["pixels"]] = max(points.get(r["pixels"], 0), r["img_s"])

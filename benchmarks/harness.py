@@ -19,11 +19,6 @@ from libs.runtime import environment  # noqa: E402
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def mark(device):
     """A point in time: an event in the GPU's stream, or the host's clock."""
     if device != "cuda":
@@ -44,7 +39,8 @@ def time_in_a_row(call, device, repeats):
     for _ in range(repeats):
         call()
         marks.append(mark(device))
-    synchronize(device)
+    if device == "cuda":
+        torch.cuda.synchronize()
     return [milliseconds(*pair) for pair in itertools.pairwise(marks)]
 
 

@@ -19,6 +19,23 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="no GPU here"))
 
 
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty returns NaN, in scratch too, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def exact_float32(monkeypatch):
+    """No TF32 in what surrounds the operators, and no backend named by the environment."""
+    for name in ("DIM_BACKEND", "DIM_FUSED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """As in runs.environment, so that runs in this process sum in the same order."""

@@ -4,12 +4,14 @@ import functools
 
 import torch
 
+from libs.model.block import Block, Modulation
+from libs.model.mamba import Mamba
 from libs.ops import selective_scan
 from libs.ops.reference import selective_scan_ref
 
-# Oracle: error(cpu, float64) <= 2 error(reference in float32, float64) + FLOOR, errors relative to
-# the tensor's largest value. The floor is two units in the last place, for tensors in which the
-# reference happens to round well.
+# Oracle: error(kernel, float64) <= 2 error(reference in the same dtypes, float64) + FLOOR, errors
+# relative to the tensor's largest value. The floor is two units in the last place of float32, for
+# tensors in which the reference happens to round well.
 FLOOR = 2.0**-22
 
 scan = functools.partial(selective_scan, delta_softplus=True)
@@ -55,6 +57,24 @@ def adaln_inputs(gate, B=2, L=7, dim=8, seed=0):
     return {k: torch.randn(shape, generator=generator) for k, shape in shapes.items()}
 
 
+def on(device, inputs, dtype=None):
+    """On the device; what the network has in half precision, in `dtype`."""
+    kept = ("A", "D", "delta_bias", "weight", "bias", "modulation", "table")
+    return {
+        k: x.to(device) if k in kept or dtype is None else x.to(device, dtype)
+        for k, x in inputs.items()
+    }
+
+
+def make_block(dim, rounds=False):
+    torch.manual_seed(0)
+    return Block(dim, lambda: Mamba(dim), has_skip=False, half_output=rounds)
+
+
+def around(block, modulation):
+    return Modulation(modulation, block.scale_shift_table, block.norm.weight, False)
+
+
 def make_order(kind, length):
     if kind == "permuted":
         return torch.randperm(length, generator=torch.Generator().manual_seed(length)).to(
@@ -64,12 +84,13 @@ def make_order(kind, length):
 
 
 def run(function, inputs, dtype=None, **options):
-    """Outputs and the gradient of every input, for fixed random output gradients."""
+    """Outputs and the gradient of every input, for fixed random output gradients: the same numbers
+    for every dtype, those that bfloat16 has."""
     inputs = {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in inputs.items()}
     outputs = function(**inputs, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(1)
-    g = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    g = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
     gradients = torch.autograd.grad(outputs, list(inputs.values()), g)
     results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
     return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
@@ -77,3 +98,13 @@ def run(function, inputs, dtype=None, **options):
 
 def error(actual, exact):
     return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-30)).item()
+
+
+def check_oracle(operator, reference, inputs, backend, floor=FLOOR, **options):
+    exact = run(reference, inputs, torch.float64, **options)
+    plain = run(reference, inputs, **options)
+    actual = run(operator, inputs, backend=backend, **options)
+    for name in exact:
+        assert actual[name].dtype == plain[name].dtype, name
+        found, allowed = error(actual[name], exact[name]), error(plain[name], exact[name])
+        assert found <= 2 * allowed + floor, f"{name}: {found:.3g}, reference {allowed:.3g}"

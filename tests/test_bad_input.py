@@ -5,20 +5,17 @@ nothing that was on disk is lost.
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import runs
 import torch
-from PIL import Image
 from runs import assert_nothing_lost, assert_one_sentence, snapshot
 from safetensors.torch import save_file
+from writers import write_folder
 
 from libs.evaluate import Classifier
-from libs.train import checkpoint
 
 DIGITS = "--config=configs/digits_T_DiM.py"
 QUICK = dict(nnet__depth=3, train__num_workers=0, train__n_steps=4, train__grid_samples=0)
@@ -90,6 +87,7 @@ def test_wrong_words(refused, words, says):
         ("pred", "x_pred", "noise_pred"),
         ("optimizer.name", "sgd", "adamw"),
         ("dataset.name", "mnist", "digits"),
+        ("dataset.resolution", 16, "ug_m say 16"),
         ("dataset.cfg", False, "--config.dataset.cfg=True"),
         ("nnet.name", "unet", "uvit"),
         ("nnet.num_classes", 9, "--config.nnet.num_classes=10"),
@@ -181,13 +179,9 @@ def test_a_run_of_another_network_is_not_resumed(refused, trained, tmp_path):
 
 def make_images(folder, count, broken):
     """`count` PNG files of 8x8 pixels, the first `broken` of them cut short."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    for index in range(count):
-        path = folder / f"{index:02d}.png"
-        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(path)
-        if index < broken:
-            os.truncate(path, 40)
+    write_folder(folder, count)
+    for path in sorted(folder.rglob("*.png"))[:broken]:
+        os.truncate(path, 40)
     return folder
 
 
@@ -212,7 +206,7 @@ def test_unreadable_images(refused, in_process, tmp_path):
     """A few are named and the run goes on; many end it, out of a worker too."""
     images = make_images(tmp_path / "a", count=16, broken=1)
     assert in_process("train", folder_run(tmp_path / "run", images)) == 0
-    assert str(images / "00.png") in (tmp_path / "run" / "output.log").read_text()
+    assert str(images / "ant" / "00.png") in (tmp_path / "run" / "output.log").read_text()
     assert [line["step"] for line in runs.steps_logged(tmp_path / "run")] == [1, 2, 3, 4]
     images = make_images(tmp_path / "b", count=24, broken=23)
     changes = dict(train__num_workers=2, train__n_steps=50)
@@ -228,30 +222,7 @@ def test_statistics_that_are_not_there(refused, trained, tmp_path):
     refused("eval", [*words, f"--output_path={tmp_path}"], str(tmp_path))
 
 
-# ------------------------------------------------------------ the disk, processes
-
-
-LIMITED = """
-import os, resource, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
-os.execv(sys.executable, [sys.executable, "train.py", *sys.argv[1:]])
-"""
-
-
-def test_the_disk_is_full_while_saving(in_process, trained, tmp_path):
-    """As files that cannot grow: the earlier checkpoint stays, and the same command goes on."""
-    workdir = Path(shutil.copytree(trained, tmp_path / "run"))
-    saved, words = snapshot(workdir / "ckpts"), runs.arguments(
-        workdir, **{**QUICK, "train__n_steps": 6}
-    )  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *words], cwd=runs.ROOT, env=runs.environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=runs.TIMEOUT_S,
-    )  # fmt: skip
-    assert_one_sentence(done.returncode, done.stdout, "6.ckpt", "File too large")
-    assert snapshot(workdir / "ckpts") == saved
-    assert in_process("train", words) == 0
-    assert checkpoint.find_latest(workdir / "ckpts").name == "6.ckpt"
+# ------------------------------------------------------------ processes
 
 
 def test_scripts_as_processes(trained, tmp_path):

@@ -781,7 +781,7 @@ def test_fine_tuning_for_other_classes_starts_label_tables_anew(tmp_path):
         load_into(model, tmp_path / "x.pth")
 
 
-def test_a_class_more_at_resume_is_refused_and_splits_are_warned_of(tmp_path, in_process, capsys):
+def test_other_classes_at_resume_are_refused_and_splits_are_warned_of(tmp_path, in_process, capsys):
     images, out = tmp_path / "images", tmp_path / "run"
     writers.write_folder(images)
     changes = dict(
@@ -789,13 +789,14 @@ def test_a_class_more_at_resume_is_refused_and_splits_are_warned_of(tmp_path, in
         train__grid_samples=0, train__fid_samples=0, train__n_steps=1,
     )  # fmt: skip
     assert in_process("train", runs.arguments(out, **changes)) == 0
-    (images / "ape").mkdir()
-    writers.noise_image(9).save(images / "ape" / "a.png")
+    log = (out / "output.log").read_text()
+    assert "2 classes: ant, bee" in log and "changed since" not in log
+    (images / "ant").rename(images / "cat")
     before = runs.snapshot(out)
     capsys.readouterr()
     status = in_process("train", runs.arguments(out, **changes | {"train__n_steps": 2}))
     said = "".join(capsys.readouterr())
-    runs.assert_one_sentence(status, said, "new: ape; gone: none", "--workdir")
+    runs.assert_one_sentence(status, said, "new: cat; gone: ant", "--workdir")
     runs.assert_nothing_lost(before)
     with pytest.warns(UserWarning, match="test, train alike"):
         for name in "train", "test":

@@ -1,51 +1,25 @@
 """The block as one operator (libs/ops/cuda/mamba_block.py) on a GPU, against its definition,
-compose_block, in float64. Oracle: see test_cuda_kernels.py; "plain" is the composed block on the
+compose_block, in float64. Oracle: see ops_cases.py; "plain" is the composed block on the
 reference operators in the same dtype.
 """
 
 import copy
-import functools
 
 import ops_cases
 import pytest
 import torch
-from ops_cases import error
+from ops_cases import around, error, make_block
 
-from libs.model.block import Block, Modulation, compose_block
+from libs.model.block import compose_block
 from libs.model.dim import DiM
-from libs.model.mamba import Mamba
 from libs.ops import gated_residual, is_fused, modulated_norm
 from libs.ops.reference import gated_residual_ref, modulated_norm_ref
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("poisoned_memory", "exact_float32")]
 # Four units in the last place of float32, as a block chains several operators; a quarter of one in
 # the products' dtype, where an entry may round to the other side.
 FLOOR = {torch.float32: 2.0**-21, torch.bfloat16: 2.0**-10, torch.float16: 2.0**-13}
 DTYPES = list(FLOOR)
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    """No TF32, no backend named by the environment; torch.empty returns NaN, in scratch too."""
-    for name in ("DIM_BACKEND", "DIM_FUSED"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def make_block(dim, rounds=False, seed=0):
-    torch.manual_seed(seed)
-    return Block(dim, lambda: Mamba(dim), has_skip=False, half_output=rounds).cuda()
-
-
-def around(block, modulation):
-    return Modulation(modulation, block.scale_shift_table, block.norm.weight, False)
 
 
 def make_inputs(B, L, dim, keep=False):
@@ -80,7 +54,7 @@ def composed(block, x, modulation, order, keep):
 
 
 def check(monkeypatch, dtype, B=2, L=61, dim=64, keep=False, rounds=False, x_dtype=None):
-    block, (x, *rest, g) = make_block(dim, rounds), make_inputs(B, L, dim, keep)
+    block, (x, *rest, g) = make_block(dim, rounds).cuda(), make_inputs(B, L, dim, keep)
     x, g = x.to(x_dtype or torch.float32), g.bfloat16().float()
     actual = results_of(fused, block, dtype, x, *rest, g)
     monkeypatch.setenv("DIM_BACKEND", "reference")
@@ -126,14 +100,14 @@ def test_many_tokens(monkeypatch):
 
 
 def test_gradients_are_bit_equal():
-    block, (*inputs, g) = make_block(64), make_inputs(2, 61, 64)
+    block, (*inputs, g) = make_block(64).cuda(), make_inputs(2, 61, 64)
     first, second = (results_of(fused, block, torch.bfloat16, *inputs, g) for _ in range(2))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
 def test_a_backward_inside_autocast_computes_as_the_forward_did():
     """A float32 island in bf16 autocast."""
-    block, (x, modulation, order, _, g) = make_block(64), make_inputs(2, 61, 64)
+    block, (x, modulation, order, _, g) = make_block(64).cuda(), make_inputs(2, 61, 64)
     found = []
     for autocast in (False, True):
         leaf = x.clone().requires_grad_()
@@ -145,7 +119,8 @@ def test_a_backward_inside_autocast_computes_as_the_forward_did():
 
 
 def test_opcheck():
-    block, (x, modulation, order, keep, _) = make_block(16), make_inputs(2, 9, 16, keep=True)
+    block = make_block(16).cuda()
+    x, modulation, order, keep, _ = make_inputs(2, 9, 16, keep=True)
     from libs.ops.cuda import mamba_block
 
     assert is_fused(x.device, x.dtype, 16, 16, 3)
@@ -160,34 +135,20 @@ def test_opcheck():
 # ---------------------------------------- norm and gate, operators of their own
 
 
-def adaln_results(operator, inputs, dtype=None, **options):
-    """Output and gradients; inputs and drop_path_scale in dtype, if it is given."""
-    inputs = {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in inputs.items()}
-    options = {k: v.to(dtype) if dtype and k != "out_dtype" else v for k, v in options.items()}
-    if dtype:
-        options.pop("out_dtype", None)
-    out = operator(**inputs, **options)
-    g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out)
-    found = torch.autograd.grad(out, list(inputs.values()), g)
-    return {"out": out.detach()} | dict(zip(inputs, found, strict=True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("L, dim", [(1, 8), (17, 264), (61, 1536), (3, 2048)])
 @pytest.mark.parametrize("gate", [False, True])
 def test_norm_and_gate(gate, L, dim, dtype):
     """Against float64; "plain" is the definition in the same dtypes."""
-    inputs = {k: x.cuda() for k, x in ops_cases.adaln_inputs(gate, L=L, dim=dim).items()}
-    inputs = {k: x.to(dtype) if k in ("x", "branch") else x for k, x in inputs.items()}
+    inputs = ops_cases.on("cuda", ops_cases.adaln_inputs(gate, L=L, dim=dim), dtype)
     operator = gated_residual if gate else modulated_norm
     definition = gated_residual_ref if gate else modulated_norm_ref
     options = {"drop_path_scale": torch.tensor([1.25, 0.5]).cuda()} if gate else {}
+    exact = ops_cases.run(definition, inputs, torch.float64, **options)
     for out_dtype in {torch.float32, dtype}:
-        options["out_dtype"] = out_dtype
-        exact = adaln_results(definition, inputs, torch.float64, **options)
-        plain = adaln_results(definition, inputs, **options)
-        actual = adaln_results(operator, inputs, **options)
-        assert actual["out"].dtype == out_dtype
+        plain = ops_cases.run(definition, inputs, out_dtype=out_dtype, **options)
+        actual = ops_cases.run(operator, inputs, out_dtype=out_dtype, **options)
+        assert actual["output 0"].dtype == out_dtype
         for name in exact:
             assert actual[name].dtype == plain[name].dtype, name
             found, allowed = error(actual[name], exact[name]), error(plain[name], exact[name])
@@ -251,7 +212,7 @@ def test_checkpointing_changes_nothing():
 
     kept = gradients()
     model.activation_checkpointing = True
-    assert all(map(functools.partial(torch.equal), kept, gradients()))
+    assert all(map(torch.equal, kept, gradients()))
 
 
 def test_model_equals_the_composed_one(monkeypatch):

@@ -7,6 +7,7 @@ import logging
 import re
 import types
 
+import emulator
 import pytest
 import torch
 
@@ -99,15 +100,8 @@ def test_prebuild_fills_the_cache(small, monkeypatch, capsys, compilations):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU that is not there, for tensors on the CPU; `kernels` collects what would be run."""
-    gpu = types.SimpleNamespace(
-        index=-1, device="cpu", arch=90, multiprocessors=132, name="a GPU", prepared={},
-        checked={torch.float32, torch.bfloat16, torch.float16}, kernels=set(),
-    )  # fmt: skip
-    monkeypatch.setattr(launch.Gpu, "of", staticmethod(lambda index: gpu))
-    monkeypatch.setattr(
-        launch, "prepare", lambda plan, struct, index: gpu.kernels.update(plan.kernels())
-    )
+    """The emulator's, which runs nothing here."""
+    gpu = emulator.install(monkeypatch)
     monkeypatch.setattr(launch, "run", lambda *args: None)
     monkeypatch.setattr(self_check, "driver_version", lambda: "580")
     monkeypatch.setattr(compiler, "nvrtc_version", lambda: "13.0")

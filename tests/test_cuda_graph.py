@@ -10,9 +10,9 @@ import golden_cases
 import ops_cases
 import pytest
 import torch
-from ops_cases import error
+from ops_cases import around, error, make_block
 
-from libs.model.block import Block, Modulation, compose_block
+from libs.model.block import compose_block
 from libs.model.mamba import Mamba
 from libs.ops import backends, describe_backends, gated_residual, modulated_norm, selective_scan
 from libs.ops.cuda import adaln as cuda_adaln
@@ -39,11 +39,9 @@ def library():
 
 
 @pytest.fixture
-def gpu(library, monkeypatch):
-    """The emulator's; torch.empty returns NaN, so that an element nobody writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield emulator.install(monkeypatch)
-    torch.use_deterministic_algorithms(False)
+def gpu(library, poisoned_memory, monkeypatch):
+    """The emulator's."""
+    return emulator.install(monkeypatch)
 
 
 @pytest.fixture
@@ -93,8 +91,7 @@ def test_norm_and_gate_gradients(gpu, dtype):
         (cuda_adaln.modulated_norm_cuda, modulated_norm_ref),
         (cuda_adaln.gated_residual_cuda, gated_residual_ref),
     ):
-        inputs = ops_cases.adaln_inputs(gate is gated_residual_ref)
-        inputs = {k: x.to(dtype) if k in ("x", "branch") else x for k, x in inputs.items()}
+        inputs = ops_cases.on("cpu", ops_cases.adaln_inputs(gate is gated_residual_ref), dtype)
         scale = {"drop_path_scale": torch.tensor([1.25, 0.0])} if "branch" in inputs else {}
         for out_dtype in (None, dtype):
             options = {"out_dtype": out_dtype, **scale}
@@ -117,15 +114,6 @@ def test_rows_are_copied_only_where_they_must():
 # ---------------------------------------- the block
 
 
-def make_block(dim=16):
-    torch.manual_seed(0)
-    return Block(dim, lambda: Mamba(dim), has_skip=False, half_output=False)
-
-
-def around(block, modulation):
-    return Modulation(modulation, block.scale_shift_table, block.norm.weight, False)
-
-
 def block_results(forward, block, x, modulation):
     x, modulation = (v.clone().requires_grad_() for v in (x, modulation))
     block.zero_grad()
@@ -140,7 +128,7 @@ def test_block(gpu, dtype, monkeypatch):
     """Against its definition: the same operators in float32, a rounding or two apart in bfloat16.
     """
     monkeypatch.setattr(mamba_block, "_SUMS_IN_FLOAT32", False)  # which the CPU has not
-    block, x, modulation = make_block(), torch.randn(2, 9, 16), torch.randn(2, 3, 16) / 2
+    block, x, modulation = make_block(16), torch.randn(2, 9, 16), torch.randn(2, 3, 16) / 2
     order, scale = torch.randperm(9), torch.tensor([1.25, 0.5])
 
     def fused(x, modulation):

@@ -1,9 +1,5 @@
 """The CUDA kernels against the definition in float64, on a GPU, over shapes on both sides of every
-tile edge.
-
-Oracle: error(kernel, float64) <= 2 error(reference in the same dtypes, float64) + FLOOR, errors
-relative to the tensor's largest value. The floor is two units in the last place of float32, for
-tensors in which the reference happens to round well.
+tile edge. Oracle: see ops_cases.py.
 """
 
 import itertools
@@ -11,7 +7,7 @@ import itertools
 import ops_cases
 import pytest
 import torch
-from ops_cases import error
+from ops_cases import check_oracle, error, on, run
 
 from libs.model.scan_order import COLUMNS, COLUMNS_REVERSED, ROWS, ROWS_REVERSED, sequence_order
 from libs.ops import causal_conv1d, selective_scan
@@ -19,60 +15,20 @@ from libs.ops.cuda import launch, launch_plan
 from libs.ops.cuda.launch_plan import Variant
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("poisoned_memory")]
 
-FLOOR = 2.0**-22
-PARAMETERS = ("A", "D", "delta_bias", "weight", "bias")  # float32 in a network of any dtype
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN, in scratch too, so that an element nobody writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def to_gpu(inputs, dtype):
-    return {k: x.cuda() if k in PARAMETERS else x.cuda().to(dtype) for k, x in inputs.items()}
-
-
-def run(function, inputs, dtype=None, **options):
-    """Outputs and the gradient of every input, for fixed random output gradients."""
-    inputs = {k: x.detach().to(dtype or x.dtype).requires_grad_() for k, x in inputs.items()}
-    outputs = function(**inputs, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    # the same numbers for every dtype: those that bfloat16 has
-    g = [torch.randn(y.shape, generator=generator).bfloat16().to(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, list(inputs.values()), g)
-    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
-
-
-def check_oracle(operator, reference, inputs, floor=FLOOR, **options):
-    exact = run(reference, inputs, torch.float64, **options)
-    plain = run(reference, inputs, **options)
-    actual = run(operator, inputs, backend="cuda", **options)
-    for name in exact:
-        assert actual[name].dtype == plain[name].dtype, name
-        found, allowed = error(actual[name], exact[name]), error(plain[name], exact[name])
-        assert found <= 2 * allowed + floor, f"{name}: {found:.3g}, reference {allowed:.3g}"
-
-
 def check_scan(dtype, B=2, L=19, D=5, N=16, absent=(), **options):
-    inputs = to_gpu(ops_cases.scan_inputs(B, L, D, N, absent), dtype)
+    inputs = on("cuda", ops_cases.scan_inputs(B, L, D, N, absent), dtype)
     options = {"delta_softplus": True, "return_last_state": True} | options
-    check_oracle(selective_scan, selective_scan_ref, inputs, **options)
+    check_oracle(selective_scan, selective_scan_ref, inputs, "cuda", **options)
 
 
 def check_conv(dtype, B=2, L=19, D=5, W=3, absent=(), **options):
-    inputs = to_gpu(ops_cases.conv_inputs(B, L, D, W, absent), dtype)
-    check_oracle(causal_conv1d, causal_conv1d_ref, inputs, **options)
+    inputs = on("cuda", ops_cases.conv_inputs(B, L, D, W, absent), dtype)
+    check_oracle(causal_conv1d, causal_conv1d_ref, inputs, "cuda", **options)
 
 
 def permutation(length):
@@ -130,19 +86,19 @@ def test_optional_inputs(absent, dtype):
 
 
 def test_without_softplus():
-    inputs = to_gpu(ops_cases.scan_inputs(), torch.float32)
+    inputs = on("cuda", ops_cases.scan_inputs(), torch.float32)
     inputs["delta"] = inputs["delta"].abs()
-    check_oracle(selective_scan, selective_scan_ref, inputs)
+    check_oracle(selective_scan, selective_scan_ref, inputs, "cuda")
 
 
 def test_large_arguments():
     """Softplus and silu far out, decays down to nothing, and growth (A > 0). Exponents up to some
     16 are rounded by 16 * 2^-24 each: the floor."""
-    inputs = to_gpu(ops_cases.scan_inputs(), torch.float32)
+    inputs = on("cuda", ops_cases.scan_inputs(), torch.float32)
     far = inputs | {"delta": 40 * inputs["delta"], "z": 40 * inputs["z"]}
     growing = inputs | {"A": inputs["A"].abs() / 10}
     for x in (far, growing):
-        check_oracle(selective_scan, selective_scan_ref, x, 2.0**-20, delta_softplus=True)
+        check_oracle(selective_scan, selective_scan_ref, x, "cuda", 2.0**-20, delta_softplus=True)
 
 
 # ---------------------------------------- variants
@@ -159,13 +115,13 @@ BACKWARD = [Variant(1, 64, 8, 1, 6), Variant(1, 64, 8, 3, 6), Variant(4, 32, 8, 
 def test_variants(length, dtype, monkeypatch):
     """Also those that no small shape chooses; in segments, exponents of sums of steps are rounded
     otherwise than step by step, hence the floor."""
-    inputs, order = to_gpu(ops_cases.scan_inputs(2, length, 70), dtype), permutation(length)
+    inputs, order = on("cuda", ops_cases.scan_inputs(2, length, 70), dtype), permutation(length)
     options = {"delta_softplus": True, "return_last_state": True, "order": order}
     for forward, backward in itertools.zip_longest(FORWARD, BACKWARD, fillvalue=BACKWARD[0]):
         monkeypatch.setattr(launch.Gpu.of(0), "prepared", {})
         monkeypatch.setattr(launch_plan, "forward_variant", lambda *shape, v=forward: v)
         monkeypatch.setattr(launch_plan, "backward_variant", lambda *shape, v=backward: v)
-        check_oracle(selective_scan, selective_scan_ref, inputs, 2.0**-18, **options)
+        check_oracle(selective_scan, selective_scan_ref, inputs, "cuda", 2.0**-18, **options)
 
 
 # ---------------------------------------- memory
@@ -173,7 +129,7 @@ def test_variants(length, dtype, monkeypatch):
 
 def test_strided_inputs():
     """Slices of projections, as the network hands them over, and an odd start in memory."""
-    inputs = to_gpu(ops_cases.scan_inputs(B=3, D=6, N=4), torch.bfloat16)
+    inputs = on("cuda", ops_cases.scan_inputs(B=3, D=6, N=4), torch.bfloat16)
     both = torch.cat([inputs["u"], inputs["z"]], -1)
     strided = inputs | {"u": both[..., :6], "z": both[..., 6:]}
     strided["B"], strided["C"] = torch.cat([inputs["B"], inputs["C"]], -1).split(4, -1)
@@ -181,7 +137,7 @@ def test_strided_inputs():
     expected, actual = (run(selective_scan, x, **scan) for x in (inputs, strided))
     assert all(torch.equal(actual[k], expected[k]) for k in expected)
 
-    conv = to_gpu(ops_cases.conv_inputs(D=8), torch.bfloat16)
+    conv = on("cuda", ops_cases.conv_inputs(D=8), torch.bfloat16)
     odd = torch.cat([conv["x"][..., :1], conv["x"]], -1)[..., 1:]
     expected, actual = (causal_conv1d(**conv | {"x": x}) for x in (conv["x"], odd))
     assert torch.equal(actual, expected)
@@ -199,7 +155,7 @@ def test_offsets_beyond_31_bits():
 
 
 def test_nan_stays_where_it_belongs():
-    inputs = to_gpu(ops_cases.scan_inputs(B=2, L=20, D=5), torch.float32)
+    inputs = on("cuda", ops_cases.scan_inputs(B=2, L=20, D=5), torch.float32)
     inputs["delta"][0, 7, 2] = float("nan")
     results = run(selective_scan, inputs, delta_softplus=True, backend="cuda")
     expected = torch.zeros(2, 20, 5, dtype=torch.bool, device="cuda")

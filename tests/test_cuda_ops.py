@@ -12,46 +12,15 @@ import golden_cases
 import ops_cases
 import pytest
 import torch
+from ops_cases import on, run
 
 from libs.model.mamba import Mamba
 from libs.ops import causal_conv1d, describe_backends, reference, selective_scan
 from libs.ops.cuda import launch, self_check
 from utils import UserError
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("exact_float32")]
 reference_scan = reference.selective_scan_ref
-
-
-@pytest.fixture(autouse=True)
-def exact_float32(monkeypatch):
-    """No TF32 in what surrounds the operators, and no backend named by the environment."""
-    monkeypatch.delenv("DIM_BACKEND", raising=False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
-def on(device, inputs, dtype=None):
-    """On the device; what the network has in half precision, in `dtype`."""
-    kept = ("A", "D", "delta_bias", "weight", "bias")
-    return {
-        k: x.to(device) if k in kept or dtype is None else x.to(device, dtype)
-        for k, x in inputs.items()
-    }
-
-
-def run(function, inputs, **options):
-    """As ops_cases.run, for tensors of any device."""
-    inputs = {k: x.detach().requires_grad_() for k, x in inputs.items()}
-    outputs = function(**inputs, **options)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    g = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
-    gradients = torch.autograd.grad(outputs, list(inputs.values()), g)
-    results = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return results | {f"gradient of {k}": x for k, x in zip(inputs, gradients, strict=True)}
 
 
 def assert_equal(actual, expected):

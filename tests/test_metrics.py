@@ -1,6 +1,5 @@
 """Frechet distance and its files, the feature networks and the two scripts that make them."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from libs.evaluate.metrics import Moments, frechet_distance
 from libs.evaluate.real import Statistics
 from libs.evaluate.real import load_statistics as load_kinds
 from libs.files import hash_file
+from scripts import compute_fid_stats, train_classifier
 from utils import UserError
 
 
@@ -273,13 +273,6 @@ def test_dinov2_is_timms_from_metas_file(tmp_path, registers):
 # ------------------------------------------------------------ scripts
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, runs.ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def run_script(name, directory, *flags):
     """Run from elsewhere, with another package named `datasets` on the path, as users have it."""
     (directory / "datasets").mkdir(exist_ok=True)
@@ -304,8 +297,8 @@ def digits_classifier(tmp_path_factory):
 
 def test_a_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
     features = make_features("digits_classifier", digits_classifier, "cpu")
-    script, digits = load_script("train_classifier"), get_dataset("digits")
-    images, held_out_images, _, held_out_labels = script.load_split(digits, 0)
+    split = train_classifier.load_split(get_dataset("digits"), 0)
+    images, held_out_images, _, held_out_labels = split
     assert len(held_out_images) == 360 and len(images) == 1437
     assert set(torch.bincount(held_out_labels).tolist()) <= {34, 35, 36, 37}  # stratified
     found = features.classify(features(held_out_images / 2 + 0.5))
@@ -315,11 +308,11 @@ def test_a_classifier_holds_out_a_fifth_and_knows_it(digits_classifier):
 
 def test_augmentation_moves_whole_images():
     """Each result is the image, moved by up to two pixels; all occur."""
-    script, rng = load_script("train_classifier"), torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     image = torch.arange(24.0).reshape(2, 3, 4)
     padded = F.pad(image, (2, 2, 2, 2), value=-1)
     windows = padded.unfold(1, 3, 1).unfold(2, 4, 1).movedim(0, 2)  # (row, column, C, H, W)
-    found = script.augment(image.expand(1000, -1, -1, -1), 2, rng)
+    found = train_classifier.augment(image.expand(1000, -1, -1, -1), 2, rng)
     assert torch.equal(found.unique(dim=0), windows.flatten(0, 1).unique(dim=0))
 
 
@@ -350,9 +343,10 @@ def test_compute_fid_stats_command(digits_classifier, tmp_path):
         assert "1797 images" in str(file["preprocessing"])
 
 
-def flags_for(script, **given):
-    defaults = {name: default for name, (_, default, _) in script.FLAGS.items()}
-    return SimpleNamespace(**{**defaults, "num_workers": 0, "device": "cpu", **given})
+def compute(**given):
+    defaults = {name: default for name, (_, default, _) in compute_fid_stats.FLAGS.items()}
+    given = {**defaults, "num_workers": 0, "device": "cpu", **given}
+    compute_fid_stats.main(SimpleNamespace(**given))
 
 
 class ChannelMeans:
@@ -370,7 +364,7 @@ class ChannelMeans:
 
 def test_compute_fid_stats_sees_the_values_of_pytorch_fid(tmp_path, monkeypatch):
     """A folder of PNG: uint8 / 255, as pytorch-fid's ToTensor has it, to the last bit."""
-    script, features = load_script("compute_fid_stats"), ChannelMeans(3)
+    features = ChannelMeans(3)
     monkeypatch.setattr(features_module, "make_features", lambda *_: features)
     pixels = np.random.default_rng(0).integers(256, size=(6, 16, 16, 3), dtype=np.uint8)
     (tmp_path / "png").mkdir()
@@ -378,7 +372,7 @@ def test_compute_fid_stats_sees_the_values_of_pytorch_fid(tmp_path, monkeypatch)
         Image.fromarray(image).save(tmp_path / "png" / f"{i}.png")
     out, path = tmp_path / "stats.npz", str(tmp_path / "png")
     given = {"dataset": "folder", "path": path, "resolution": 16, "batch_size": 4}
-    script.main(flags_for(script, **given, out=str(out)))
+    compute(**given, out=str(out))
     seen = torch.cat(features.seen)
     assert torch.equal(seen, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255)
     assert [len(images) for images in features.seen] == [4, 2]
@@ -392,13 +386,13 @@ def test_compute_fid_stats_sees_the_values_of_pytorch_fid(tmp_path, monkeypatch)
 @pytest.mark.parametrize("stored", [0, 3])
 def test_compute_fid_stats_stores_a_subset(tmp_path, monkeypatch, stored):
     """The same images for any batch size, and not the first ones."""
-    script, found = load_script("compute_fid_stats"), []
+    found = []
     for batch_size in (7, 50):
         features = ChannelMeans(1)
         monkeypatch.setattr(features_module, "make_features", lambda *_, f=features: f)
         given = {"dataset": "digits", "resolution": 8, "kept_features": stored}
         out = tmp_path / f"{batch_size}.npz"
-        script.main(flags_for(script, **given, batch_size=batch_size, out=str(out)))
+        compute(**given, batch_size=batch_size, out=str(out))
         everything = torch.cat(features.seen).mean((2, 3)).numpy()
         found.append(load_statistics(out, extractor="channel_means", resolution=8, dim=1).features)
     if not stored:

@@ -8,7 +8,17 @@ import sys
 import golden_cases
 import pytest
 import torch
-from ops_cases import FLOOR, adaln_inputs, conv_inputs, make_order, run, scan, scan_inputs, scan_ref
+from ops_cases import (
+    adaln_inputs,
+    check_oracle,
+    conv_inputs,
+    make_order,
+    on,
+    run,
+    scan,
+    scan_inputs,
+    scan_ref,
+)
 
 from libs.ops import (
     backends,
@@ -22,33 +32,17 @@ from libs.ops.cpu import kernels
 from libs.ops.reference import causal_conv1d_ref, selective_scan_ref
 from utils import UserError
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 TILE, BLOCK = kernels.TILE, kernels.BLOCK
-
-
-def check_oracle(operator, reference, inputs, **options):
-    exact = run(reference, inputs, torch.float64, **options)
-    plain = run(reference, inputs, torch.float32, **options)
-    actual = run(operator, inputs, backend="cpu", **options)
-    for name in exact:
-        allowed = 2 * golden_cases.relative_error(plain[name], exact[name]) + FLOOR
-        golden_cases.assert_close(actual[name], exact[name], allowed, name)
 
 
 def check_scan(inputs, **options):
     options = {"delta_softplus": True, "return_last_state": True} | options
-    check_oracle(selective_scan, selective_scan_ref, inputs, **options)
+    check_oracle(selective_scan, selective_scan_ref, inputs, "cpu", **options)
 
 
 def check_conv(inputs, **options):
-    check_oracle(causal_conv1d, causal_conv1d_ref, inputs, **options)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty returns NaN, so that an element nobody writes is seen."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    check_oracle(causal_conv1d, causal_conv1d_ref, inputs, "cpu", **options)
 
 
 # ---------------------------------------- the definition
@@ -171,7 +165,7 @@ def test_half_precision(dtype):
     """As float32 arithmetic on the rounded inputs, each result rounded once; A and D stay float32,
     as in a network.
     """
-    low = {k: x if k in ("A", "D", "delta_bias") else x.to(dtype) for k, x in scan_inputs().items()}
+    low = on("cpu", scan_inputs(), dtype)
     actual = run(scan, low, backend="cpu", return_last_state=True)
     assert actual["output 0"].dtype == dtype and actual["output 1"].dtype == torch.float32
     expected = run(scan_ref, low, return_last_state=True)

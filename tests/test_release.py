@@ -10,6 +10,7 @@ import pytest
 import runs
 from fixed_weights import with_fixed_weights
 from PIL import Image
+from writers import make_autoencoder
 
 from utils import read_json
 
@@ -53,13 +54,7 @@ def test_pixels_are_the_same(in_process, tmp_path, words):
 
 
 def test_latent_pictures_are_the_same(in_process, tmp_path):
-    from diffusers import AutoencoderKL
-
-    autoencoder = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32,) * 4, layers_per_block=1, latent_channels=4,
-    )  # fmt: skip
-    with_fixed_weights(autoencoder).save_pretrained(tmp_path / "autoencoder")
+    with_fixed_weights(make_autoencoder()).save_pretrained(tmp_path / "autoencoder")
     checkpoint = shutil.copytree(RELEASE / "latent.ckpt", tmp_path / "latent.ckpt")
     config = read_json(checkpoint / "config.json")
     config["autoencoder"]["pretrained_path"] = str(tmp_path / "autoencoder")

@@ -9,7 +9,6 @@ import types
 import pytest
 import runs
 import torch
-from writers import write_folder
 
 from configs import digits_T_DiM
 from datasets import get_dataset
@@ -330,20 +329,6 @@ def test_a_run_that_stopped_before_its_first_step_owes_no_pictures(tmp_path):
 
 # ---------------------------------------------------------------------------------------------
 # What a run writes
-
-
-def test_the_log_has_classes_and_a_run_goes_on_with_the_same_alone(tmp_path):
-    data, run = tmp_path / "data", tmp_path / "run"
-    write_folder(data)
-    changes = dict(dataset__name="folder", dataset__path=str(data), nnet__in_channels=3,
-                   train__save_interval=1)  # fmt: skip
-    config = make_config(train__n_steps=1, **changes)
-    train(run, config, dataset=snapshots.open_dataset(config))
-    log = (run / "output.log").read_text()
-    assert "2 classes: ant, bee" in log and "changed since" not in log
-    (data / "ant").rename(data / "cat")
-    with pytest.raises(UserError, match="other classes .new: cat; gone: ant."):
-        train(run, config, dataset=snapshots.open_dataset(config))
 
 
 def test_a_run_directory_that_cannot_be_made(tmp_path):
