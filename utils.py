@@ -157,9 +157,10 @@ def run_directory(config_path: str, overrides: dict, workdir: str | None) -> Pat
 
 @contextlib.contextmanager
 def locked(directory, flag="--workdir"):
-    """Keeps a second run out of `directory`, by a lock of the operating system: kill -9 releases it
-    at once, and forked data loader workers do not inherit it, as they would an flock. Take it on
-    one rank only. UserError names the holder and `flag`, which chooses another directory.
+    """A context that keeps a second run out of `directory`, by a lock of the operating system:
+    kill -9 releases it at once, and forked data loader workers do not inherit it, as they would an
+    flock. Take it on one rank only. UserError names the holder and `flag`, which chooses another
+    directory.
     """
     with (make_directory(directory) / ".lock").open("a+", encoding="utf-8") as file:
         try:

@@ -90,22 +90,15 @@ def det_weights():
     return module
 
 
-def relative_error(actual, expected):
-    """Largest absolute difference over the largest absolute value of `expected`, or over 1 if that
-    is zero.
+def assert_close(actual, expected, tol, name="result"):
+    """Same shape, and the largest difference at most `tol` of `expected`'s largest value, or of 1
+    if that is zero; the message shows the ratio. A NaN fails.
     """
     actual, expected = (torch.as_tensor(x).detach().cpu().double() for x in (actual, expected))
-    scale = expected.abs().max().item() or 1.0
-    return ((actual - expected).abs().max() / scale).item()
-
-
-def assert_close(actual, expected, tol, name="result"):
-    """Same shape, and `relative_error` at most `tol`; the message shows the ratio. A NaN fails."""
-    actual, expected = torch.as_tensor(actual), torch.as_tensor(expected)
     assert actual.shape == expected.shape, (
         f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     )
-    error = relative_error(actual, expected)
+    error = ((actual - expected).abs().max() / (expected.abs().max().item() or 1.0)).item()
     assert error <= tol, (
         f"{name}: error {error:.3g} of the largest value, {error / tol:.3g} times the tolerance "
         f"{tol:g}"

@@ -26,7 +26,7 @@ SYSTEM_FOLDERS = set(
 LABELS = "dataset.json"
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(UserError):
     """A damaged image file; the text names it."""
 
 

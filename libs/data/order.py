@@ -30,10 +30,10 @@ def deal_keys(length, batch_size, *, num_processes, rank, accumulation, seed, st
     """The micro-batches of one rank, lists of (epoch, index), without end, out of a stream that is
     the same for any number of ranks.
 
-    Stream position p has epoch p // length and index permutation(seed, epoch)[p % length]; global
-    batch k is positions [k * batch_size, (k + 1) * batch_size), from batch `start_batch` on. Its
-    micro-batch m of rank r is the b positions from (m * num_processes + r) * b of the batch,
-    b = batch_size / (num_processes * accumulation): a rank's micro-batches lie num_processes * b
+    Stream position p has epoch p // length and index permutation(seed, epoch)[p % length]. Global
+    batch k is positions [k * batch_size, (k + 1) * batch_size); the first is `start_batch`.
+    Micro-batch m of rank r is the b positions from (m * num_processes + r) * b of a global batch,
+    b = batch_size / (num_processes * accumulation): a rank's micro-batches start num_processes * b
     apart. Starting anywhere costs one permutation. UserError if batch_size does not divide.
     """
     if batch_size % (parts := num_processes * accumulation):

@@ -59,8 +59,8 @@ def evaluation_spec(source, extractors, metrics, real, settings, n, seeds):
 def require_same_spec(path, spec, flag):
     """UserError if the json file `path` differs, but for names of files: their hashes count."""
     found = {key: value for key, value in utils.read_json(path).items() if key in spec}
-    lines = utils.config_differences(found, spec)
-    if lines := [line for line in lines if ".file: " not in line]:
+    differences = utils.config_differences(found, spec)
+    if lines := [line for line in differences if ".file: " not in line]:
         raise UserError(
             f"{path} is of another evaluation ({lines[0]}): move it away, or give another {flag}"
         )

@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from datasets import get_dataset
-from libs.data import UnreadableImage
 from libs.evaluate.features import to_images
 from libs.files import hash_file, map_array
 from utils import UserError
@@ -43,11 +42,8 @@ class StoredImages:
     def _read(self, indices):
         if self.pictures is not None:
             return np.array(self.pictures[indices[0] : indices[-1] + 1])
-        try:
-            with ThreadPoolExecutor(THREADS) as threads:
-                pixels = list(threads.map(self.folder.pixels, indices))
-        except UnreadableImage as error:
-            raise UserError(f"{error}: make this picture again, or remove it") from error
+        with ThreadPoolExecutor(THREADS) as threads:
+            pixels = list(threads.map(self.folder.pixels, indices))
         return np.stack(pixels).transpose(0, 2, 3, 1)
 
     def read_ahead(self, batches):

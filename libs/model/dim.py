@@ -204,7 +204,6 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         walks = zip(self.patterns, grids, strict=True)
         orders = [sequence_order(p, *sides, self.pad, front, x.device) for p, sides in walks]
         saved, inner, dense = [], {}, None  # saved: for long skips
-        options = self.num_skips, t, self.skip_tuning, self.freeu
         last = self.depth - self.reuse_from
         first = max([self.reuse_from, *(k + 1 for k in hidden if k <= last)])
         left_out = range(first, last + 1) if reused is not None else ()
@@ -217,7 +216,8 @@ class DiM(nn.Module, PyTorchModelHubMixin):
                 dense, x = x, x.take_along_dim(index[..., None], 1)
             skip, consumer = None, k - self.num_skips - 1
             if consumer >= 0:
-                x, skip = tune_skip(x, saved.pop(), consumer, *options, orders[k - 1])
+                tuning = t, self.skip_tuning, self.freeu, orders[k - 1]
+                x, skip = tune_skip(x, saved.pop(), consumer, self.num_skips, *tuning)
             arguments = (x, modulation, orders[k], drop_path_scales[k], skip)
             given, (x, kept) = x, layers.run_block(block, self.activation_checkpointing, *arguments)
             if saved and saved[-1] is given:

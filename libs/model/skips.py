@@ -94,7 +94,7 @@ def tune_skip(x, skip, consumer, count, t, skip_tuning, freeu, order):
     """(x, skip) for a block that takes a long skip, changed by two options.
 
     Args:
-        consumer, count: the number of this block among those that take one, from 0; of them all.
+        consumer: this block's place among those that take a skip, from 0. count: how many do.
         t: (B,) network time.
         skip_tuning: None, (low, high) or (low, high, time): the skips are scaled by `high` at the
             first consumer, falling linearly to high - (high - low) * time at the last (arXiv

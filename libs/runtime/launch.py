@@ -110,4 +110,5 @@ class Precision:
 
     def autocast(self):
         """The context of a forward pass."""
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+        on = self.dtype is not None
+        return torch.autocast(self.device.type, self.dtype) if on else contextlib.nullcontext()
