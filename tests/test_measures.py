@@ -295,7 +295,7 @@ def test_pictures_in_files_are_measured_without_a_network(measure, tmp_path, cap
     (folder / "b.png").write_bytes(b"no picture")
     (tmp_path / "png.json").unlink()
     assert measure(folder, *words) == 1
-    runs.assert_one_sentence(1, capsys.readouterr().err, "b.png", "cannot identify")
+    runs.assert_one_sentence(1, capsys.readouterr().err, "b.png is damaged or no image (cannot")
 
 
 # ------------------------------------------------------------ results

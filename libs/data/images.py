@@ -153,5 +153,6 @@ def read_square(root, name, resolution=None):
         not_the_file = isinstance(error, (MemoryError, FileNotFoundError, PermissionError))
         if not_the_file or getattr(error, "errno", None) in PASSING_ERRORS:
             raise
-        raise UnreadableImage(f"{root / name}: {str(error).split(' <')[0]}") from error
+        reason = str(error).split(" <")[0]
+        raise UnreadableImage(f"{root / name} is damaged or no image ({reason})") from error
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

@@ -254,8 +254,8 @@ def _explain_shortage(error):
 def _fail(text, status):
     rank = os.environ.get("RANK", "0")
     where = "" if rank == "0" else f" (rank {rank})"
-    # Of a worker's error torch makes a text with its own words and a traceback before.
-    said = re.split("(?:UserError|UnreadableImage): ", str(text))[-1]
+    # Of a worker's error torch makes a text, its own words and a traceback before the sentence.
+    said = str(text).rpartition(f"{type(text).__name__}: ")[2]
     # A progress bar may have no line end.
     print(f"\nerror{where}: {' '.join(said.split())}", file=sys.stderr, flush=True)
     sys.exit(status)
