@@ -226,8 +226,8 @@ def test_without_padding_the_sequence_is_time_label_and_image(layout):
     model, (x, t, y) = DiM(**TINY, num_pad_tokens=0, pad_layout=layout), inputs()
     torch.nn.init.normal_(model.pos_embed)
     out, inner = model(x, t, y, hidden=(0,))
-    image = model.patch_embed(x) + model.pos_embed[:, 2:].mT.unflatten(2, (4, 4))
-    image = model.first_smoother(image).flatten(2).mT
+    image = model.patch_embed(x) + model.pos_embed[:, 2:].unflatten(1, (4, 4))
+    image = model.smooth(model.first_smoother, image).flatten(1, 2)
     extra = torch.stack([sinusoidal_embedding(t, 16), model.label_embed(y)], 1)
     tokens = torch.cat([extra + model.pos_embed[:, :2], image], 1)
     expected, _ = model.blocks[0](tokens, model.modulation(t, y), None)

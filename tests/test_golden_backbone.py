@@ -114,7 +114,7 @@ def test_intermediates(case, arrays):
     def expect(actual, name):
         assert_close(actual, arrays["inter/" + name], OUTPUT, name)
 
-    expect(tokens(seen["patch_embed/out"]), "patch_embed")
+    expect(seen["patch_embed/out"].flatten(1, 2), "patch_embed")
     expect(seen["modulation/out"].flatten(1), "adaln_modulation")
     embedding = F.silu(torch.from_numpy(arrays["inter/adaln_embedding"]))
     assert_close(seen["modulation_linear/in"][0], embedding, OUTPUT, "adaln_embedding")

@@ -71,7 +71,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
 
         rows = EXTRA_TOKENS + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
-        self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.patch_embed = layers.PatchEmbedding(in_channels, dim, patch_size)
         self.time_embed = layers.make_time_mlp(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim)
         self.modulation = layers.SharedModulation(dim, num_classes)
@@ -160,8 +160,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
         h, w = grid
         positions = layers.interpolate_positions(self.pos_embed, self.native_grid, grid)
         extra = torch.stack([time, label], dim=1) + positions[:, :EXTRA_TOKENS]   # (B, 2, dim)
-        x = x.contiguous(memory_format=torch.channels_last)  # what follows is fast in this layout
-        image = self.patch_embed(x).permute(0, 2, 3, 1).contiguous()              # (B, h, w, dim)
+        image = self.patch_embed(x)                                               # (B, h, w, dim)
         image = image + positions[:, EXTRA_TOKENS:].unflatten(1, grid).to(image.dtype)
         image = self.smooth(self.first_smoother, image)
         index = pad_index(self.pad_layout, h, w, self.pad, x.device)

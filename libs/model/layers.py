@@ -57,6 +57,20 @@ def fit_patches(input_size, patch_size):
     return sides, tuple(side // patch_size for side in sides)
 
 
+class PatchEmbedding(nn.Conv2d):
+    """A convolution over patches that do not overlap, as one matrix product: (B, C, h p, w p) ->
+    (B, h, w, dim).
+    """
+
+    def __init__(self, in_channels, dim, patch_size):
+        super().__init__(in_channels, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        p, q = self.kernel_size
+        patches = rearrange(x, "b c (h p) (w q) -> b h w (c p q)", p=p, q=q)
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
 def pad_sequence(image, extra, split, right, bottom):
     """The sequence [extra, split, image with pads at the ends of its rows and columns], (B, E + S +
     (h + P) (w + P), dim), of image (B, h, w, dim), extra (B, E, dim), split (S, dim), right (h, P,
