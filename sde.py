@@ -58,13 +58,6 @@ class VariancePreserving:
     def alpha_bar(self, t):
         return (2 * self.log_alpha(t)).exp()
 
-    def beta_bar(self, t):
-        return 1 - self.alpha_bar(t)
-
-    def snr(self, t):
-        """alpha^2 / sigma^2, accurate near t = 0 too; inf at t = 0."""
-        return 1 / torch.expm1(-2 * self.log_alpha(t))
-
     def betas(self):
         """The betas (1000,) float64 of the chain that is the process at t = 0.001, ..., 1."""
         alpha_bar = self.alpha(torch.arange(N_TIMESTEPS + 1).double() / N_TIMESTEPS) ** 2
@@ -135,8 +128,8 @@ class DiscreteSchedule(VariancePreserving):
     `mix` reads the tables at n and `model_time` is exactly n (the float32 product 1000 t can miss
     n by one unit in the last place). A sampler's times may lie between steps. There log_alpha is
     linear in t, as DPM-Solver has it (Lu et al., arXiv 2206.00927), and `model_time` is 1000 t.
-    Upsampling's `alpha_bar`, `beta_bar` and `snr` are the tables at trunc(1000 t), as published:
-    in float32 that is step n - 1 at the times of steps 251, 253, 502, 506 and 511.
+    Upsampling's `alpha_bar` is the table at trunc(1000 t), as published: in float32 that is step
+    n - 1 at the times of steps 251, 253, 502, 506 and 511.
     """
 
     dpm_grid, dpm_predicts = "time", "x0"
@@ -145,14 +138,11 @@ class DiscreteSchedule(VariancePreserving):
         ends = math.sqrt(0.00085), math.sqrt(0.012)
         betas = torch.linspace(*ends, N_TIMESTEPS, dtype=torch.float64) ** 2
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - betas).cumprod(0)])
-        beta_bar = 1 - alpha_bar
         self._tables = {  # (1001,) float64, by step n
             "t": torch.arange(N_TIMESTEPS + 1, dtype=torch.float64) / N_TIMESTEPS,
             "alpha_bar": alpha_bar,
-            "beta_bar": beta_bar,
-            "snr": alpha_bar / beta_bar,
             "alpha": alpha_bar.sqrt(),
-            "sigma": beta_bar.sqrt(),
+            "sigma": (1 - alpha_bar).sqrt(),
         }
         self._step_betas = betas
         self._copies = {}
@@ -175,12 +165,6 @@ class DiscreteSchedule(VariancePreserving):
 
     def alpha_bar(self, t):
         return self._table("alpha_bar", t)[(t * N_TIMESTEPS).long()]
-
-    def beta_bar(self, t):
-        return self._table("beta_bar", t)[(t * N_TIMESTEPS).long()]
-
-    def snr(self, t):
-        return self._table("snr", t)[(t * N_TIMESTEPS).long()]
 
     def _interval(self, t):
         """(log_alpha at the step before t and at the one after it, how far between them t lies)."""

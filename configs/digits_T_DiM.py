@@ -16,14 +16,8 @@ def get_config():
     config.dataset.name = "digits"
     config.dataset.cfg = True
 
-    config.nnet = common.dim_nnet(
-        input_size=8,
-        in_channels=1,
-        dim=64,
-        depth=5,
-        num_classes=10,
-        mamba=common.d(d_state=16, d_conv=2, expand=2),  # d_conv pads too: 40 tokens, not 54
-    )
+    config.nnet = common.dim_nnet(input_size=8, in_channels=1, dim=64, depth=5, num_classes=10)
+    config.nnet.mamba.d_conv = 2  # d_conv pads too: 40 tokens, not 54
 
     config.optimizer.lr = 0.008
     config.optimizer.betas = (0.9, 0.99)  # CIFAR-10's 0.99 and 0.999 are slow at the start

@@ -14,7 +14,6 @@ that the loss term `repa` takes.
 
 import contextlib
 import itertools
-import os
 
 import checkout  # noqa: F401 - finds the project
 import torch
@@ -48,7 +47,7 @@ FLAGS = {
     "features_weights": (file_path, None, "that network's file"),
     "precision": (str, "fp32", "fp32 (TF32 on GPUs), bf16, or fp16 (fp32 if force_upcast)"),
     "batch_size": (int, 32, "images a batch, per process"),
-    "num_workers": (int, None, "processes that read images; if not given, the cores, at most 16"),
+    "num_workers": (int, 8, "processes that read images, per process; 0 reads in this one"),
     "images_per_shard": (int, 4096, "a restart begins at a shard that was not finished"),
     "verify": (bool, False, "only compare the checksums of the latents in --output"),
 }
@@ -86,17 +85,6 @@ class Pixels(Dataset):
         return (torch.from_numpy(self.images.pixels(image)),)
 
 
-def make_loader(args, images, batches, device):
-    """Iterator over the pixels [(b, 3, H, W)] of the batches, in their order."""
-    on_gpu, workers = device.type == "cuda", args.num_workers
-    if workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(16, max(1, cores)) if on_gpu else 1  # a CPU needs its cores to encode
-    return read_batches(
-        Pixels(images), batch_sampler=batches, num_workers=workers, pin_memory=on_gpu
-    )
-
-
 def encode(autoencoder, features, batches, device, flip):
     """Yields float16 records (n, 2C, h, w) of each batch [pixels] and, unless features is None,
     tokens (n, N, D); with flip, n is twice as large, the flipped image after each image.
@@ -131,7 +119,8 @@ def write_shards(args, accelerator, writer, images, networks, shards):
     device, size = accelerator.device, args.batch_size
     parts = [writer.images(number) for number in shards]
     batches = [[part[i : i + size] for i in range(0, len(part), size)] for part in parts]
-    loader = make_loader(args, images, sum(batches, []), device)
+    loading = dict(num_workers=args.num_workers, pin_memory=device.type == "cuda")
+    loader = read_batches(Pixels(images), batch_sampler=sum(batches, []), **loading)
     total = sum(map(len, parts))
     name = f"process {accelerator.process_index} of {accelerator.num_processes}"
     with tqdm(total=total, desc=name, unit="img", disable=not accelerator.is_main_process) as bar:

@@ -79,8 +79,8 @@ def low_resolution_time(process, t, m):
     """
     times = torch.arange(999, -1, -1, dtype=torch.float32) / 1000
     times[-1] = 1e-5
-    snr = process.snr(times.to(t.device)).to(t.dtype)
-    index = (snr - m * m * process.snr(t)[..., None]).abs().argmin(-1)
+    snr, own = (a / (1 - a) for a in map(process.alpha_bar, (times.to(t.device), t)))
+    index = (snr.to(t.dtype) - m * m * own[..., None]).abs().argmin(-1)
     return (1 - index.to(t.dtype) / 999).clamp(max=t.flatten()[0])
 
 
@@ -91,14 +91,15 @@ def upsampling(output, process, pred, m, theta=1.0, eta=0.3, T=1.0):
     ratio; divided by the root of its power alpha^2 + sigma^2 / m^2 it is a noisy image of time tau
     (`low_resolution_time`), whose noise is m times too large.
     """
-    require_offered(process, ("alpha_bar", "beta_bar", "snr"), "upsampling guidance")
+    require_offered(process, ("alpha_bar",), "upsampling guidance")
 
     def guided(x, t):
         out = output(x, t)
         if t < (1 - eta) * T:  # compared in float32, as in classifier_free
             return out
         _, eps = process.to_x0_eps(pred, out, x, t)
-        power = process.alpha_bar(t) + process.beta_bar(t) / m**2
+        alpha_bar = process.alpha_bar(t)
+        power = alpha_bar + (1 - alpha_bar) / m**2
         small, tau = F.avg_pool2d(x, m) / power.sqrt(), low_resolution_time(process, t, m)
         _, small_eps = process.to_x0_eps(pred, output(small, tau), small, tau)
         shift = small_eps / m - F.avg_pool2d(eps, m)

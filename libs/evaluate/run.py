@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import gather_object
 
 import utils
 from libs.evaluate.features import Extractors
@@ -21,7 +22,7 @@ from libs.evaluate.report import describe_setting, summarize
 from libs.evaluate.run_report import report_run
 from libs.evaluate.stored import StoredImages
 from libs.files import hash_file, weights_file
-from libs.runtime import config_beside, environment, ranks, wait_without_timeout
+from libs.runtime import config_beside, environment, wait_without_timeout
 from utils import UserError
 
 RECORD = "evaluation.json"  # beside batches and PNG files: the evaluation_spec they belong to
@@ -190,7 +191,7 @@ def run_evaluation(args, config, accelerator, *, dataset=None, changes=(), **par
     if not (extractors or settings.path or settings.adm_npz):
         raise UserError("sample.features is 'none': give the pictures a folder, sample.path")
     source = _open_source(args, config, device, parts)
-    side, all_ranks = source.image_shape[-1], ranks(accelerator)
+    side, all_ranks = source.image_shape[-1], gather_object([accelerator.process_index])
     n, seeds = (source.count, 1) if args.images else (settings.n_samples, settings.repeats)
     repeats = _name_batches(folder, n, settings.mini_batch_size, seeds)
     if main:

@@ -92,16 +92,15 @@ def uvit_from_official(kwargs, state_dict=None):
 
 _BLOCK, _OFFICIAL = r"blocks\.(\d+)\.", r"transformer_blocks.\1."
 _UVIT_BLOCK = r"((?:in|out)_blocks\.\d+|mid_block)\."
-# (regex of our name's beginning, official beginning), in the order of the official state dict;
-# names without a rule are the same on both sides.
+# (regex of our name's beginning, official beginning); names without a rule are the same on both
+# sides.
 _DIM_NAMES = [
     (r"pos_embed", "additional_embed"),
     (r"patch_embed", "pos_embed.proj"),
     (_BLOCK + r"scale_shift_table", _OFFICIAL + "scale_shift_table"),
     (_BLOCK + r"norm\.weight", _OFFICIAL + "norm1.norm.weight"),
-    (_BLOCK + r"mixer\.(A_log|D|in_proj)", _OFFICIAL + r"attn1.\2"),
+    (_BLOCK + r"mixer\.(A_log|D|in_proj|x_proj|dt_proj|out_proj)", _OFFICIAL + r"attn1.\2"),
     (_BLOCK + r"mixer\.conv_(weight|bias)", _OFFICIAL + r"attn1.conv1d.\2"),
-    (_BLOCK + r"mixer\.(x_proj|dt_proj|out_proj)", _OFFICIAL + r"attn1.\2"),
     (_BLOCK + r"skip\.stream", _OFFICIAL + "skip_linear.0"),
     (_BLOCK + r"skip\.skip", _OFFICIAL + "skip_linear.1"),
     (_BLOCK + r"skip\.linear", _OFFICIAL + "skip_linear"),
@@ -111,7 +110,6 @@ _DIM_NAMES = [
     (r"modulation\.label_embed", "adaln_single.emb.class_embedder.embedding_table"),
     (r"modulation\.linear", "adaln_single.linear"),
     (r"label_embed", "label_emb"),
-    (r"time_embed", "time_embed"),
     (r"split_tokens", "a4m_adapter.pad_token_dec_split"),
     (r"pad_tokens", "a4m_adapter.pad_token"),
     (r"(first|last)_smoother", r"a4m_adapter.\1_smoother"),
@@ -119,15 +117,11 @@ _DIM_NAMES = [
     (r"head_modulation", "proj_out_1"),
 ]
 _UVIT_NAMES = [
-    (r"pos_embed", "pos_embed"),
     (r"patch_embed", "patch_embed.proj"),
-    (r"time_embed", "time_embed"),
     (r"label_embed", "label_emb"),
-    (_UVIT_BLOCK + r"(norm1|attn\.qkv|attn\.proj|norm2)", r"\1.\2"),
     (_UVIT_BLOCK + r"mlp\.0", r"\1.mlp.fc1"),
     (_UVIT_BLOCK + r"mlp\.2", r"\1.mlp.fc2"),
     (_UVIT_BLOCK + r"skip", r"\1.skip_linear"),
-    (r"norm", "norm"),
     (r"head", "decoder_pred"),
     (r"final_conv", "final_layer"),
 ]
@@ -140,20 +134,15 @@ _RESHAPED = {
 
 
 def _pair_names(model):
-    """{official name: our name} of every tensor, in the official order."""
-    rules = _UVIT_NAMES if isinstance(model, UViT) else _DIM_NAMES
-    first_of_block = next(rank for rank, (pattern, _) in enumerate(rules) if "blocks" in pattern)
-    blocks, found = {}, []
+    """{official name: our name} of every tensor."""
+    rules, names = _UVIT_NAMES if isinstance(model, UViT) else _DIM_NAMES, {}
     for ours in model.state_dict():
-        place, official = (len(rules),), ours
-        for rank, (pattern, replacement) in enumerate(rules):
+        official = ours
+        for pattern, replacement in rules:
             if match := re.match(rf"{pattern}(?=\.|$)", ours):
-                place, official = (rank,), match.expand(replacement) + ours[match.end() :]
-                if "blocks" in pattern:
-                    place = (first_of_block, blocks.setdefault(match[1], len(blocks)), rank)
-        found.append((place, official, ours))
-    found.sort(key=lambda names: names[0])
-    return {official: ours for _, official, ours in found}
+                official = match.expand(replacement) + ours[match.end() :]
+        names[official] = ours
+    return names
 
 
 def _reshape(official, tensor, direction):
@@ -164,8 +153,8 @@ def _reshape(official, tensor, direction):
 
 
 def to_official(model):
-    """The weights of a DiM or UViT under the official names, shapes and order: dict of name ->
-    tensor. Official names know the Mamba mixer; tensors of another keep their own.
+    """The weights of a DiM or UViT under the official names and shapes: dict of name -> tensor.
+    Official names know the Mamba mixer; tensors of another keep their own.
     """
     state, names = model.state_dict(), _pair_names(model)
     return {name: _reshape(name, state[ours], 1).contiguous() for name, ours in names.items()}

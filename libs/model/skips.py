@@ -61,11 +61,9 @@ def filter_skip(skip, scale):
     Scales frequencies -1 and 0. The paper's mask is symmetric; the official DiM code's is not and
     drops the imaginary part that this leaves, and so do we.
     """
-    length = skip.shape[1]
-    spectrum = torch.fft.fftshift(torch.fft.fft(skip.float(), dim=1), dim=1)
-    mask = torch.ones(length, device=skip.device)
-    mask[max(length // 2 - 1, 0) : length // 2 + 1] = scale
-    filtered = torch.fft.ifft(torch.fft.ifftshift(spectrum * mask[:, None], dim=1), dim=1).real
+    mask = torch.ones(skip.shape[1], device=skip.device)
+    mask[0] = mask[-1] = scale
+    filtered = torch.fft.ifft(torch.fft.fft(skip.float(), dim=1) * mask[:, None], dim=1).real
     return filtered.to(skip.dtype)
 
 

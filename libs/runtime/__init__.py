@@ -5,7 +5,7 @@ REQUIRED, file_path, int_list                   must be given; a path; 3,7
 load_config, config_beside                      of a file; the config.json beside weights
 read_class_names                                of the run that made weights
 make_accelerator, Precision                     the process's part in the run; its number format
-requested_engine, ranks, wait_without_timeout   what the processes agree on
+requested_engine, wait_without_timeout          what the processes agree on
 environment, get_logger, MetricsLog             what a run says about itself
 StopRequest                                     how a run stops
 read_batches                                    a data set's batches out of worker processes
@@ -28,7 +28,6 @@ from libs.runtime.flags import (
 from libs.runtime.launch import (
     Precision,
     make_accelerator,
-    ranks,
     requested_engine,
     wait_without_timeout,
 )

@@ -37,16 +37,6 @@ def requested_engine():
     return ENGINES[names[0]] if names else None
 
 
-@contextlib.contextmanager
-def _hidden_from_accelerate(names):
-    """Hide variables from accelerate, which would obey them."""
-    requests = {name: os.environ.pop(name) for name in names if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(requests)
-
-
 def make_accelerator():
     """The Accelerator of this process: gloo on the CPU where no GPU is visible.
 
@@ -66,16 +56,17 @@ def make_accelerator():
         log.warning("accelerate launch asks for %s, which DiM does not use", asked)
     alone = os.environ.get("WORLD_SIZE") == "1"
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
-    # On the CPU, libs.train.engine serves engines that accelerate does not.
-    hidden = (*unused, *(ENGINES if on_cpu or alone else ()), *(RANK if alone else ()))
-    with _hidden_from_accelerate(hidden):
-        accelerator = Accelerator(
-            mixed_precision="no",
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=timeout),
-            ],
-        )
+    # Hidden from accelerate, which would obey. On the CPU, libs.train.engine serves the engines.
+    names = (*unused, *(ENGINES if on_cpu or alone else ()), *(RANK if alone else ()))
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    accelerator = Accelerator(
+        mixed_precision="no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timeout),
+        ],
+    )
+    os.environ.update(hidden)
     if accelerator.num_processes > 1:
         patience = datetime.timedelta(days=30)
         _patient_group = torch.distributed.new_group(backend="gloo", timeout=patience)
@@ -88,12 +79,6 @@ def wait_without_timeout(accelerator):
     """Wait for all processes, for as long as it takes: rank 0 saves or measures alone."""
     if accelerator.num_processes > 1:
         torch.distributed.barrier(group=_patient_group)
-
-
-def ranks(accelerator):
-    """The ranks of all processes, as each says its own: [0, 1, ..] unless a launch went wrong."""
-    own = torch.tensor([accelerator.process_index], device=accelerator.device)
-    return sorted(accelerator.gather(own).tolist())
 
 
 class Precision:

@@ -10,13 +10,14 @@ import logging
 import sys
 from pathlib import Path
 
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 import utils
 from libs.evaluate import make_features, report_run
 from libs.model import start_from
 from libs.ops import describe_backends
-from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator, ranks
+from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator
 from libs.train.loader import make_batches
 from libs.train.losses import Objective, make_draws
 from libs.train.optimizer import SCHEDULES
@@ -59,7 +60,7 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     """The MetricsLog of this start, None on all processes but the main one; the log says what the
     run is, `lines`, and what differs from its first start.
     """
-    all_ranks = ranks(accelerator)
+    all_ranks = gather_object([accelerator.process_index])
     if not accelerator.is_main_process:
         yield None
         return

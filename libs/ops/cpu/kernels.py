@@ -1,10 +1,10 @@
 """Numba kernels of the CPU backend, forward and backward, float32.
 
 A task is one image and one block of BLOCK channels. Tasks share nothing they write, and sums over
-tasks are done afterwards in a fixed order (`sum_parts`), so results depend neither on the number of
-threads nor on which thread did what. Channels are innermost everywhere: one vector instruction
-advances the same state of 16 neighbouring channels, for any number of states, and no step needs a
-horizontal sum in the forward pass.
+tasks are done afterwards (autograd.total), so results depend neither on the number of threads nor
+on which thread did what. Channels are innermost everywhere: one vector instruction advances the
+same state of 16 neighbouring channels, for any number of states, and no step needs a horizontal sum
+in the forward pass.
 
 All kernels are in this one file because numba's disk cache is keyed by the file a kernel is in, not
 by the files it calls. They hold the GIL at no time (`threads.run_tasks` runs them).
@@ -419,15 +419,3 @@ def conv_bwd(first_task, last_task, x, weight, bias, order, silu, g_y, g_x, g_we
                 _add_product(g_x[b, source, d0:d1], g, weight[w, d0:d1])
                 _add_product(g_weight[b, w, d0:d1], g, x[b, source, d0:d1])
             g_bias[b, d0:d1] += g
-
-
-@_kernel
-def sum_parts(parts, total):
-    """parts (K, M) float32 -> total (M,) float32, each element summed in float64 in the order of K.
-    """
-    sums = np.zeros(total.size, np.float64)
-    for k in range(parts.shape[0]):
-        for m in range(total.size):
-            sums[m] += parts[k, m]
-    for m in range(total.size):
-        total[m] = f32(sums[m])
