@@ -10,7 +10,7 @@ NEWEST = $$(ls -d $(RUN)/ckpts/*.ckpt | sort -V | tail -n 1)
 
 CHECKS := tests/test_road.py $(wildcard tests/test_golden_*.py) tests/test_regression.py tests/test_ops.py tests/test_rooms.py
 
-.PHONY: demo page check test test-slow test-gpu test-page lint clean-demo
+.PHONY: demo page check test test-slow test-gpu test-page clean-demo
 
 demo: .venv/installed assets/digits_classifier.safetensors
 	$(BIN)/python train.py --config=configs/digits_T_flow.py
