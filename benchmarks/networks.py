@@ -84,6 +84,6 @@ def count_flops(network, pixels):
     # The blocks' matrices see every token, embedding and head every patch, the others one vector.
     side = get_input_shape(pixels)[1] // network.patch_size
     patch = network.patch_size**2 * network.in_channels * network.dim
-    conditioning = everything - blocks - patch  # the embedding is a convolution
+    conditioning = everything - blocks - patch  # the patch embedding is no nn.Linear
     tokens = FRONT_TOKENS + network.pad + (side + network.pad) ** 2
     return 2 * (tokens * blocks + side**2 * 2 * patch + conditioning)

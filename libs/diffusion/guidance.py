@@ -79,8 +79,12 @@ def low_resolution_time(process, t, m):
     """
     times = torch.arange(999, -1, -1, dtype=torch.float32) / 1000
     times[-1] = 1e-5
-    snr, own = (a / (1 - a) for a in map(process.alpha_bar, (times.to(t.device), t)))
-    index = (snr.to(t.dtype) - m * m * own[..., None]).abs().argmin(-1)
+
+    def snr(t):
+        alpha_bar = process.alpha_bar(t)
+        return alpha_bar / (1 - alpha_bar)
+
+    index = (snr(times.to(t.device)).to(t.dtype) - m * m * snr(t)[..., None]).abs().argmin(-1)
     return (1 - index.to(t.dtype) / 999).clamp(max=t.flatten()[0])
 
 

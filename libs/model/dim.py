@@ -71,7 +71,7 @@ class DiM(nn.Module, PyTorchModelHubMixin):
 
         rows = EXTRA_TOKENS + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
-        self.patch_embed = layers.PatchEmbedding(in_channels, dim, patch_size)
+        self.patch_embed = layers.PatchEmbedding(in_channels, dim, patch_size, stride=patch_size)
         self.time_embed = layers.make_time_mlp(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim)
         self.modulation = layers.SharedModulation(dim, num_classes)

@@ -92,8 +92,7 @@ def uvit_from_official(kwargs, state_dict=None):
 
 _BLOCK, _OFFICIAL = r"blocks\.(\d+)\.", r"transformer_blocks.\1."
 _UVIT_BLOCK = r"((?:in|out)_blocks\.\d+|mid_block)\."
-# (regex of our name's beginning, official beginning); names without a rule are the same on both
-# sides.
+# (our name's beginning, a regex; the official one); other names are the same on both sides.
 _DIM_NAMES = [
     (r"pos_embed", "additional_embed"),
     (r"patch_embed", "pos_embed.proj"),

@@ -51,7 +51,7 @@ class UViT(nn.Module):
         self.extra_tokens = 2 if num_classes else 1
         rows = self.extra_tokens + math.prod(self.native_grid)
         self.pos_embed = nn.Parameter(torch.zeros(1, rows, dim))
-        self.patch_embed = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
+        self.patch_embed = layers.PatchEmbedding(in_channels, dim, patch_size, stride=patch_size)
         self.time_embed = layers.make_time_mlp(dim, 4 * dim, dim) if mlp_time_embed else None
         self.label_embed = nn.Embedding(num_classes + 1, dim) if num_classes else None
         block = functools.partial(Block, dim, heads, mlp_ratio, qkv_bias)
@@ -102,7 +102,7 @@ class UViT(nn.Module):
 
     def embed(self, x, t, y, grid):
         """[label, time, image] tokens with positions: (B, extra + h*w, dim)."""
-        image = self.patch_embed(x).flatten(2).transpose(1, 2)
+        image = self.patch_embed(x).flatten(1, 2)
         time = layers.sinusoidal_embedding(t, self.dim).to(image.dtype)
         tokens = [time if self.time_embed is None else self.time_embed(time)]
         if self.label_embed is not None:

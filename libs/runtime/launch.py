@@ -56,7 +56,7 @@ def make_accelerator():
         log.warning("accelerate launch asks for %s, which DiM does not use", asked)
     alone = os.environ.get("WORLD_SIZE") == "1"
     timeout = datetime.timedelta(seconds=TIMEOUT_S)
-    # Hidden from accelerate, which would obey. On the CPU, libs.train.engine serves the engines.
+    # Accelerate would obey these. On the CPU, libs.train.engine serves the engines.
     names = (*unused, *(ENGINES if on_cpu or alone else ()), *(RANK if alone else ()))
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     accelerator = Accelerator(

@@ -60,7 +60,7 @@ def open_metrics(config, directory, accelerator, state, dataset, lines):
     """The MetricsLog of this start, None on all processes but the main one; the log says what the
     run is, `lines`, and what differs from its first start.
     """
-    all_ranks = gather_object([accelerator.process_index])
+    all_ranks = gather_object([accelerator.process_index])  # each says its own
     if not accelerator.is_main_process:
         yield None
         return

@@ -36,8 +36,10 @@ def refuse_double_backward(operator):
 
 
 def total(parts):
-    """Sum over the first axis in float64, the same for any number of threads."""
-    return parts.sum(0, dtype=torch.float64).float()
+    """Sum over the first axis in float64. By numpy, as a large sum of torch's wakes its threads,
+    which spin beside ours: both passes 19 ms instead of 15 at B 64, L 126, D 128.
+    """
+    return torch.from_numpy(parts.numpy().sum(0, dtype="float64").astype("float32"))
 
 
 def _pack(tensors, order, delta_softplus):
