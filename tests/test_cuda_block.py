@@ -13,7 +13,6 @@ from ops_cases import around, error, make_block
 from libs.model.block import compose_block
 from libs.model.dim import DiM
 from libs.ops import gated_residual, is_fused, modulated_norm
-from libs.ops.cuda import products
 from libs.ops.reference import gated_residual_ref, modulated_norm_ref
 
 pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("poisoned_memory", "exact_float32")]
@@ -98,16 +97,6 @@ def test_stochastic_depth(dtype, monkeypatch):
 
 def test_many_tokens(monkeypatch):
     check(monkeypatch, torch.bfloat16, B=4, L=366, dim=1536)
-
-
-def test_products_in_small_tiles():
-    """The bits of torch's, of many tokens alone, on Hopper alone."""
-    x, weight = torch.randn(64, 366, 1536, device="cuda"), torch.randn(1536, 1536, device="cuda")
-    x, weight = x.bfloat16(), weight.bfloat16()
-    out = products.in_small_tiles(x, weight)
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert torch.equal(out, x @ weight.T) if hopper else out is None
-    assert products.in_small_tiles(x[:32], weight) is None
 
 
 def test_gradients_are_bit_equal():

@@ -14,7 +14,7 @@ from collections import namedtuple
 
 import torch
 
-from libs.ops.cuda import adaln, causal_conv1d, fp8, launch, launch_plan, products, selective_scan
+from libs.ops.cuda import adaln, causal_conv1d, fp8, launch, launch_plan, selective_scan
 from libs.ops.cuda.adaln import Adaln
 
 # Products of half precision with a float32 result, which torch has since 2.8.
@@ -45,8 +45,7 @@ def _pack(x, modulation, drop_path_scale, *rest):
 
 def _product(x, weight):
     """x (B, L, K) times the transpose of weight (M, K)."""
-    out = products.in_small_tiles(x, weight)
-    return torch.mm(x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1) if out is None else out
+    return torch.mm(x.flatten(0, 1), weight.t()).view(*x.shape[:2], -1)
 
 
 def _empty_scale(x, in_fp8):
