@@ -7,7 +7,15 @@
 import utils
 from libs.evaluate import ImageSampler
 from libs.parts import load_weights, make_parts
-from libs.runtime import EVALUATION, REQUIRED, file_path, int_list, make_accelerator, run_main
+from libs.runtime import (
+    EVALUATION,
+    REQUIRED,
+    check_values,
+    file_path,
+    int_list,
+    make_accelerator,
+    run_main,
+)
 
 FLAGS = {
     "nnet_path": (file_path, REQUIRED, "a <step>.ckpt directory, or weights with --config"),
@@ -33,7 +41,7 @@ def set_sampling(config, args):
     if official and not asked & {"sample.algorithm", "sample.sample_steps"}:
         given |= {"algorithm": "dpm_solver_pp_2m", "sample_steps": 25}
     config.sample.update({"cfg": config.sample.cfg or args.scale is not None, **given})
-    print(f"drawing with {config.sample.algorithm} in {config.sample.sample_steps} steps")
+    check_values(config)
 
 
 def open_sampler(args):
@@ -51,6 +59,8 @@ def open_sampler(args):
 def main(args):
     utils.file_to_write(args.out, "--out")
     with open_sampler(args) as image_sampler:
+        chosen = args.config.sample
+        print(f"drawing with {chosen.algorithm} in {chosen.sample_steps} steps")
         images = image_sampler.draw_rows(args.classes, args.n)
     utils.save_grid(args.out, images, args.n)
     print(f"wrote {args.out}: {len(images)} images, {args.n} a row")

@@ -5,7 +5,7 @@
 
 Expected: FID 2.40 of the published weights after 425,000 steps of batch 768, 2.21 after 625,000,
 with guidance 0.4 and 50 solver steps; this config goes on to 750,000, 888 hours of an H200 by the
-measured speed. The run has not been made.
+measured speed with cached latents. The run has not been made.
 """
 
 from configs import imagenet256_L_DiM

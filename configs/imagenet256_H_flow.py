@@ -4,7 +4,7 @@
         ./train_ldm_discrete.py --config=configs/imagenet256_H_flow.py
 
 Expected: 80 epochs in 20.8 hours of eight H200s by the measured 180.1 images a second each and 95%
-scaling, without the head. The run has not been made.
+scaling, with cached latents and without the head. The run has not been made.
 """
 
 from configs import imagenet256_L_flow

@@ -4,8 +4,9 @@
         ./train_ldm_discrete.py --config=configs/imagenet256_H_flow_from_vp.py
 
 Expected: 4.2 hours of eight H200s by the measured 180.1 images a second each and 95% scaling,
-without the head; at first the published weights' pictures (sde.FlowFromDiscrete): sample.py draws
-them with this config and that file. The run has not been made.
+with cached latents and without the head; at first the published weights' pictures
+(sde.FlowFromDiscrete): sample.py draws them with this config and that file. The run has not been
+made.
 """
 
 from configs import imagenet256_H_flow

@@ -4,7 +4,7 @@
         ./train_ldm_discrete.py --config=configs/imagenet256_L_DiM.py
 
 Expected: FID 2.64 as the paper has it, after 300,000 steps of batch 1024, 273 hours of an H200 by
-the measured speed, with guidance 0.4 and 50 solver steps. The run has not been made.
+the measured speed with cached latents; guidance 0.4 and 50 solver steps. The run has not been made.
 """
 
 from configs import common

@@ -4,7 +4,8 @@
         ./train_ldm_discrete.py --config=configs/imagenet256_L_flow.py
 
 Expected: 80 epochs in 12.0 hours of eight H200s by the measured 313 images a second each and 95%
-scaling, without the head. The run has not been made. REPA (arXiv 2410.06940) is one line more:
+scaling, with cached latents and without the head. The run has not been made. REPA (arXiv
+2410.06940) is one line more:
 config.loss.repa = common.d(weight=0.5, block=16, features="dinov2", path="<timm's file>").
 """
 

@@ -5,7 +5,8 @@
         ./train_ldm_discrete.py --config=configs/imagenet256_uvit_huge.py
 
 Expected: FID 2.29 over 50,000 samples with guidance 0.4 and 50 solver steps, after 500,000 steps,
-344 hours of an H200 by the measured speed. The run has not been made.
+344 hours of an H200 by the measured speed with cached latents and without recomputing. The run
+has not been made.
 """
 
 from configs import common, imagenet256_L_DiM

@@ -105,7 +105,7 @@ def test_values_that_cannot_be(refused, tmp_path, key, value, says):
 
 @pytest.mark.parametrize("word, says", [
     ("--classes=3,10", "class 10"), ("--out=README.md/x.png", "README.md"),
-    ("--algorithm=DDIMSchedular", "DDIMScheduler"),
+    ("--algorithm=DDIMSchedular", "DDIMScheduler"), ("--steps=0", "is 0, expected 1"),
 ])  # fmt: skip
 def test_flags_of_sample(refused, trained, tmp_path, word, says):
     weights = trained / "ckpts" / "4.ckpt"

@@ -102,6 +102,8 @@ def _show_config(config):
 def write_report(directory):
     """Write report.html into the run directory `directory` and return its path."""
     directory, log = Path(directory), Path(directory) / "metrics.jsonl"
+    if not (directory / "config.json").exists():
+        raise utils.UserError(f"{directory} is no run's directory: it has no config.json")
     config = load_config(str(directory / "config.json"))
     about = utils.flatten(utils.read_json(directory / "environment.json"))
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

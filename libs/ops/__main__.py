@@ -20,6 +20,8 @@ def describe():
 
 
 def check(names):
+    if reason := launch.unavailable(None):
+        raise UserError(f"the check runs kernels, but {reason}")
     for name in names or self_check.DTYPES:
         print(f"{name}:", *self_check.check(launch.Gpu.of(0), self_check.DTYPES[name]), sep="\n  ")
 

@@ -2,7 +2,7 @@
 
 run_main, parse_flags, TRAINING, EVALUATION     call a script's main with its flags, of these kinds:
 REQUIRED, file_path, int_list                   must be given; a path; 3,7
-load_config, config_beside                      of a file; the config.json beside weights
+load_config, check_values, config_beside        of a file; the config.json beside weights
 read_class_names                                of the run that made weights
 make_accelerator, Precision                     the process's part in the run; its number format
 requested_engine, wait_without_timeout          what the processes agree on
@@ -17,6 +17,7 @@ from libs.runtime.flags import (
     EVALUATION,
     REQUIRED,
     TRAINING,
+    check_values,
     config_beside,
     file_path,
     int_list,
