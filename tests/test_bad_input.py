@@ -103,13 +103,13 @@ def test_values_that_cannot_be(refused, tmp_path, key, value, says):
     assert not list(tmp_path.glob("ckpts/*")) and not (tmp_path / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("word, says", [
-    ("--classes=3,10", "class 10"), ("--out=README.md/x.png", "README.md"),
-    ("--algorithm=DDIMSchedular", "DDIMScheduler"), ("--steps=0", "is 0, expected 1"),
+@pytest.mark.parametrize("word, says, expected", [
+    ("--classes=3,10", "class 10", 1), ("--out=README.md/x.png", "README.md", 1),
+    ("--algorithm=DDIMSchedular", "DDIMScheduler", 1), ("--steps=0", "is 0, expected 1", 2),
 ])  # fmt: skip
-def test_flags_of_sample(refused, trained, tmp_path, word, says):
-    weights = trained / "ckpts" / "4.ckpt"
-    refused("sample", [f"--nnet_path={weights}", f"--out={tmp_path / 'grid.png'}", word], says)
+def test_flags_of_sample(refused, trained, tmp_path, word, says, expected):
+    words = [f"--nnet_path={trained / 'ckpts' / '4.ckpt'}", f"--out={tmp_path / 'grid.png'}", word]
+    refused("sample", words, says, expected=expected)
     assert not (tmp_path / "grid.png").exists()
 
 
