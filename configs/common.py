@@ -11,12 +11,8 @@ a whole: `config.optimizer = common.d(name="sgd", lr=0.1, momentum=0.9)`.
 
 import math
 
-import ml_collections
+from ml_collections.config_dict import create as d
 from ml_collections.config_dict import placeholder
-
-
-def d(**kwargs):
-    return ml_collections.ConfigDict(initial_dictionary=kwargs)
 
 
 def _lock(config, *open_sections):
@@ -146,7 +142,7 @@ def _make_sample():
 
 def get_config():
     """The base of every config."""
-    config = ml_collections.ConfigDict()
+    config = d()
     config.seed = 1234
     config.pred = "noise_pred"  # what the network predicts, of process.predictions
     config.z_shape = placeholder(tuple)  # (C, H, W) of a latent; pixels have none

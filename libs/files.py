@@ -138,8 +138,8 @@ def map_array(path, name):
             file.seek(entry.header_offset + 26)  # of the lengths of a name and of an extra field
             file.seek(sum(np.frombuffer(file.read(4), "<u2").tolist()), os.SEEK_CUR)
             major, _ = np.lib.format.read_magic(file)
-            shape, _, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
-            return np.memmap(path, dtype, "r", file.tell(), shape)
+            shape, fortran, dtype = getattr(np.lib.format, f"read_array_header_{major}_0")(file)
+            return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
 
 def read_idx(path):

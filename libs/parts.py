@@ -135,8 +135,9 @@ def load_weights(config, model, path):
     UserError: no weights that fit, or the config.json beside them says otherwise than `config`.
     """
     beside = config_beside(path)
-    if beside.is_file():
-        saved, own = flatten(read_json(beside)), flatten(config)
+    values = read_json(beside) if beside.is_file() else {}
+    if "nnet" in values:  # of a run, not of another library
+        saved, own = flatten(values), flatten(config)
         saved["process.name"], own["process.name"] = _name_process(saved), _name_process(own)
         for key in _UNSEEN:
             if key in saved and key in own and saved[key] != own[key]:

@@ -49,7 +49,7 @@ def main(args):
         statistics.update(found, chosen)
         correct += found.get("correct", torch.empty(0)).tolist()
     images = f"{args.dataset}, {count} images; {dataset.preprocessing}; 8 bit"
-    record = {"count": count, "resolution": args.resolution, "preprocessing": images}
+    record = {"count": count, "resolution": dataset.shape[-1], "preprocessing": images}
     record |= {"class_agreement": sum(correct) / count} if correct else {}
     statistics.save(args.out, **record)
     print(f"wrote {args.out}: {extractors.name}, {record}")

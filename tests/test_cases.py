@@ -28,7 +28,7 @@ from datasets import get_dataset
 from libs import evaluate
 from libs.data import load_autoencoder, make_latent_codec, open_latents
 from libs.files import read_safetensors, read_torch
-from libs.model import DiM, load_into, split_weight, start_from, to_official
+from libs.model import DiM, load_into, split_weight, to_official
 from libs.parts import make_parts
 from libs.runtime import MetricsLog, StopRequest, flags, launch, read_batches
 from libs.train import checkpoint
@@ -760,9 +760,9 @@ def test_weights_of_others_are_read_and_said(tmp_path, kind, official):
     else:
         content = WRAPPED[kind](state)
     torch.save(content, tmp_path / "x.pth")
-    for load in load_into, start_from:
+    for new in (False, True):
         model = make_small(seed=1)
-        said = load(model, tmp_path / "x.pth")[load is start_from :]
+        said = load_into(model, tmp_path / "x.pth", new=new)
         own = make_small().state_dict()
         assert all(torch.equal(x, own[name]) for name, x in model.state_dict().items())
         assert len(said) == {"attribute": 0, "ema": 2, "lightning": 2}.get(kind, 1), said
@@ -772,7 +772,7 @@ def test_weights_of_others_are_read_and_said(tmp_path, kind, official):
 def test_fine_tuning_for_other_classes_starts_label_tables_anew(tmp_path):
     torch.save(make_small().state_dict(), tmp_path / "x.pth")
     model, fresh, source = make_small(12, seed=1), make_small(12, seed=1), make_small()
-    said = " ".join(start_from(model, tmp_path / "x.pth"))
+    said = " ".join(load_into(model, tmp_path / "x.pth", new=True))
     assert said.count("3 -> 12 classes") == 2 and "kept" in said
     for name, x in model.state_dict().items():
         before = fresh if "label_embed" in name else source

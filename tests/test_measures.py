@@ -241,9 +241,10 @@ def test_adms_statistics_are_recognized(tiny, tmp_path):
         load_real(settings, extractors, None, side=8, **given)
 
 
+@pytest.mark.parametrize("order", "CF")
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_an_array_is_mapped_or_read(tmp_path, save):
-    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+def test_an_array_is_mapped_or_read(tmp_path, save, order):
+    array = np.arange(24, dtype=np.uint8).reshape(2, 3, 4).copy(order)
     save(tmp_path / "x.npz", other=np.ones(5), arr_0=array)
     found = map_array(tmp_path / "x.npz", "arr_0")
     assert (found == array).all() and isinstance(found, np.memmap) == (save is np.savez)

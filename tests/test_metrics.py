@@ -325,7 +325,7 @@ def test_names_and_files_that_are_not_there(tmp_path):
 
 
 def test_compute_fid_stats_command(digits_classifier, tmp_path):
-    flags = ["--dataset=digits", "--resolution=8", "--features=digits_classifier"]
+    flags = ["--dataset=digits", "--resolution=9", "--features=digits_classifier"]  # they are 8
     flags += [f"--weights={digits_classifier}", "--out=stats/digits.npz"]
     run_script("compute_fid_stats", tmp_path, *flags)
     features, path = DigitsClassifierFeatures(digits_classifier), tmp_path / "stats/digits.npz"

@@ -58,3 +58,10 @@ def test_what_weights_do_not_show(config, tmp_path, monkeypatch, trained, asked,
         return
     with pytest.raises(UserError, match=says):
         load_weights(config, None, tmp_path)
+
+
+def test_a_config_of_another_library_says_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("libs.parts.load_into", lambda model, path: ["loaded"])
+    write_json(tmp_path / "config.json", {"_class_name": "AutoencoderKL"})
+    config.process.name = "flow"
+    assert load_weights(config, None, tmp_path) == ["loaded"]

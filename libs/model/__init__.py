@@ -8,11 +8,10 @@ HEADS          the heads by the names of loss terms: add one here
 add_heads      the heads that the terms of a loss need, onto a network
 split_weight   (weight, keywords) of a term in a config's `loss` section
 load_into      weights of a file into a network
-start_from     the same for a training that begins, if there are weights to start from
 model_from_official, uvit_from_official, to_official   official configurations and weights <-> ours
 """
 
-from libs.model.build import build_model, load_into, start_from
+from libs.model.build import build_model, load_into
 from libs.model.dim import MIXERS, PRESETS, DiM
 from libs.model.heads import HEADS, add_heads, split_weight
 from libs.model.published import model_from_official, to_official, uvit_from_official

@@ -114,12 +114,3 @@ def load_into(model, path, *, new=False):
         changes += resized
     load_strict(model, tensors, path)
     return changes
-
-
-def start_from(model, path):
-    """load_into for a training that begins: sentences for the log. path: `nnet.pretrained_path`;
-    None starts from scratch.
-    """
-    if not path:
-        return ["starting from scratch"]
-    return [f"starting from {path}", *load_into(model, path, new=True)]

@@ -26,12 +26,7 @@ from libs.runtime.flags import (
     read_class_names,
     run_main,
 )
-from libs.runtime.launch import (
-    Precision,
-    make_accelerator,
-    requested_engine,
-    wait_without_timeout,
-)
+from libs.runtime.launch import Precision, make_accelerator, requested_engine, wait_without_timeout
 from libs.runtime.logs import MetricsLog, environment, get_logger
 from libs.runtime.stop import StopRequest
 from libs.runtime.workers import read_batches

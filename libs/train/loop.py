@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import utils
 from libs.evaluate import make_features, report_run
-from libs.model import start_from
+from libs.model import load_into
 from libs.ops import describe_backends
 from libs.runtime import MetricsLog, StopRequest, environment, get_logger, make_accelerator
 from libs.train.loader import make_batches
@@ -154,7 +154,9 @@ def train(config, directory, *, model, process, codec, dataset):
     with open_run(directory, accelerator) as stop:
         found = find_checkpoint(directory / "ckpts", accelerator)
         start = config.nnet.pretrained_path
-        lines = [f"resuming from {found}"] if found else start_from(model, start)
+        lines = [f"resuming from {found}" if found else f"starting from {start or 'scratch'}"]
+        if start and not found:
+            lines += load_into(model, start, new=True)
         optimizer, max_norm = config.optimizer, config.max_grad_norm
         state = make_state(model, accelerator, found, settings, optimizer, max_norm, accumulation)
         progress, codec = state.progress, codec.to(device)
