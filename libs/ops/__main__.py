@@ -20,7 +20,7 @@ def describe():
 
 
 def check(names):
-    if reason := launch.unavailable(None):
+    if reason := launch.unavailable(0):
         raise UserError(f"the check runs kernels, but {reason}")
     for name in names or self_check.DTYPES:
         print(f"{name}:", *self_check.check(launch.Gpu.of(0), self_check.DTYPES[name]), sep="\n  ")
